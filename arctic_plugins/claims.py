@@ -1,0 +1,133 @@
+"""Claims: which plugin wants which module. Gathered from every plugin and checked before anything is touched."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from arctic_plugins.errors import ClaimError
+from arctic_plugins.plugin import MODULE_SLOTS
+
+__all__ = ["Claim", "Claims", "LinearSpec", "arbitrate", "compress_names", "matches"]
+
+FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Modules that vLLM fuses into one (``packed_modules_mapping`` of vllm/model_executor/models/llama.py, 0.32.0): they must share a claim."""
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """A linear module as hosts describe it before weights exist: ``y_MN = x_MK @ weight_NK.T + bias_N``."""
+
+    out_features: int
+    in_features: int
+    bias: bool = False
+    tied: bool = False
+    """Whether the weight is shared with another module (an ``lm_head`` tied to the embedding)."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One plugin's wish: ``value`` (a codec, a placement, ...) in ``slot`` of every module that ``module`` matches.
+
+    ``module`` is a dotted name in which ``*`` stands for any characters within one component and ``**`` for any characters.
+    """
+
+    slot: str
+    module: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What :func:`arbitrate` found: slot -> module name -> the claimed values, in the order of the stack."""
+
+    by_slot: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
+
+    def exclusive(self, slot: str) -> dict[str, Any]:
+        """Module name -> the one value in an exclusive slot."""
+        return {name: values[0] for name, values in self.by_slot.get(slot, {}).items()}
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    parts = re.split(r"(\*\*|\*)", pattern)
+    return re.compile("".join({"**": ".*", "*": "[^.]*"}.get(part, re.escape(part)) for part in parts))
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether the dotted ``name`` matches ``pattern`` (``*`` within one component, ``**`` across components)."""
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearSpec]) -> Claims:
+    """Expand patterns into names and settle who gets what.
+
+    Args:
+        claims: (plugin name, claim) in the order of the stack.
+        modules: dotted name -> shape of every linear module of the model.
+
+    Raises:
+        ClaimError: an unknown slot, a pattern that matches no module, an exclusive slot claimed twice (names module and both plugins), or
+            modules that a host fuses with different codecs.
+    """
+    taken: dict[str, dict[str, list[tuple[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for plugin, claim in claims:
+        if claim.slot not in MODULE_SLOTS:
+            raise ClaimError(f"plugin '{plugin}' claims the unknown slot '{claim.slot}'", expected=f"one of {', '.join(MODULE_SLOTS)}")
+        names = [claim.module] if claim.module in modules else [name for name in modules if matches(claim.module, name)]
+        if not names:
+            raise ClaimError(f"plugin '{plugin}' claims '{claim.module}', which matches no linear module of this model", fix="correct the pattern")
+        for name in names:
+            owners = taken[claim.slot][name]
+            if MODULE_SLOTS[claim.slot] and owners and owners[0] != (plugin, claim.value):
+                raise ClaimError(
+                    f"plugins '{owners[0][0]}' and '{plugin}' both claim {name} as {claim.slot}",
+                    expected="one of them",
+                    fix=f"narrow 'include' or 'exclude' of one, or remove '{owners[0][0]}' or '{plugin}'",
+                )
+            owners.append((plugin, claim.value))
+    by_slot = {slot: {name: tuple(value for _, value in owners) for name, owners in named.items()} for slot, named in taken.items()}
+    _check_fused(by_slot.get("weight_codec", {}), modules)
+    return Claims(by_slot)
+
+
+def _check_fused(codecs: Mapping[str, tuple[Any, ...]], modules: Mapping[str, LinearSpec]) -> None:
+    for name in modules:
+        parent, _, leaf = name.rpartition(".")
+        for siblings in FUSED_SIBLINGS:
+            if leaf != siblings[0]:
+                continue
+            together = [f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in modules]
+            if len({codecs.get(sibling) for sibling in together}) > 1:
+                raise ClaimError(
+                    f"{' and '.join(together)} have different codecs, but vLLM fuses them into one module",
+                    expected="one codec for all of them, or none",
+                    fix="include or exclude them together",
+                )
+
+
+def compress_names(owners: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
+    """Write ``owners`` (module name -> owner) with ``*`` for layer numbers, wherever that says the same about all ``modules``.
+
+    ``model.layers.0.mlp.up_proj`` ... ``model.layers.29.mlp.up_proj`` become ``model.layers.*.mlp.up_proj``; where the layers differ, the names
+    stay as they are. No two patterns of the result match one module.
+    """
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in modules:
+        groups[".".join("*" if part.isdigit() else part for part in name.split("."))].append(name)
+    patterns: dict[str, str] = {}
+    for pattern, names in groups.items():
+        here = {owners.get(name) for name in names}
+        if len(here) == 1 and (owner := here.pop()) is not None:
+            patterns[pattern] = owner
+        else:
+            patterns.update({name: owners[name] for name in names if name in owners})
+    return patterns

@@ -1,0 +1,124 @@
+"""Finding plugins: entry points are listed without importing anything; a plugin is imported when it is enabled.
+
+Fail loud for what is enabled, never for what is not.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+
+import pluggy
+
+from arctic_plugins import hookspecs
+from arctic_plugins.errors import PluginError, PluginLoadError, PluginNotFoundError, suggest
+from arctic_plugins.plugin import MODEL_SLOTS, MODULE_SLOTS, PROJECT, Plugin, PluginConfig
+from arctic_plugins.registry import Registry
+
+__all__ = ["InstalledPlugin", "installed_plugins", "load_plugin", "process_registry"]
+
+
+@dataclass(frozen=True)
+class InstalledPlugin:
+    """One entry point of the group ``arctic_plugins``; nothing of it has been imported."""
+
+    name: str
+    distribution: str
+    version: str
+    entry_point: EntryPoint
+
+    def load(self) -> type[Plugin]:
+        """Import the plugin class and check that it honours the contract.
+
+        Raises:
+            PluginLoadError: the import fails or the object is not a valid plugin; names the plugin, its distribution and the cause.
+        """
+        try:
+            loaded = self.entry_point.load()
+        except Exception as error:  # an import can fail with anything, and it is all reported
+            raise self._broken(f"cannot be imported: {type(error).__name__}: {error}") from error
+        if not (inspect.isclass(loaded) and issubclass(loaded, Plugin)):
+            raise self._broken(f"is not a plugin: '{self.entry_point.value}' is {loaded!r}, not a subclass of arctic_plugins.Plugin")
+        if getattr(loaded, "name", None) != self.name:
+            raise self._broken(f"calls itself '{getattr(loaded, 'name', None)}', which is not its entry point's name")
+        if not (inspect.isclass(loaded.config) and issubclass(loaded.config, PluginConfig)):
+            raise self._broken(f"has config {loaded.config!r}, which is not a subclass of arctic_plugins.PluginConfig")
+        if unknown := loaded.slots - MODULE_SLOTS.keys() - MODEL_SLOTS:
+            raise self._broken(f"fills unknown slots {sorted(unknown)} ({suggest(min(unknown), {*MODULE_SLOTS, *MODEL_SLOTS})})")
+        try:
+            new_plugin_manager().register(loaded, self.name)
+        except pluggy.PluginValidationError as error:
+            raise self._broken(str(error).replace("\n", " ")) from error
+        return loaded
+
+    def _broken(self, cause: str) -> PluginLoadError:
+        return PluginLoadError(
+            f"plugin '{self.name}' of distribution {self.distribution} {self.version} {cause}",
+            fix=f"repair or uninstall {self.distribution}, or leave '{self.name}' out of the stack",
+        )
+
+
+def installed_plugins() -> dict[str, list[InstalledPlugin]]:
+    """Name -> the installed distributions that provide it (more than one is an error once the name is enabled)."""
+    found: dict[str, list[InstalledPlugin]] = {}
+    for entry_point in sorted(entry_points(group=PROJECT), key=lambda point: point.name):
+        dist = entry_point.dist
+        plugin = InstalledPlugin(entry_point.name, dist.name if dist else "unknown", dist.version if dist else "?", entry_point)
+        if plugin not in (same_name := found.setdefault(entry_point.name, [])):
+            same_name.append(plugin)
+    return found
+
+
+def load_plugin(name: str) -> type[Plugin]:
+    """Import the plugin called ``name``.
+
+    Raises:
+        PluginNotFoundError: no distribution provides it; suggests the nearest name.
+        PluginError: two distributions provide it.
+        PluginLoadError: see :meth:`InstalledPlugin.load`.
+    """
+    installed = installed_plugins()
+    match installed.get(name, []):
+        case []:
+            raise PluginNotFoundError(
+                f"plugin '{name}' is not installed", fix=f"{suggest(name, installed)}; 'arctic plugins' lists what is installed"
+            )
+        case [only]:
+            return only.load()
+        case several:
+            owners = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in several)
+            raise PluginError(f"plugin '{name}' is provided by {owners}", expected="one provider", fix="uninstall one of the two")
+
+
+def new_plugin_manager() -> pluggy.PluginManager:
+    """A pluggy manager that knows the contract and no plugin."""
+    manager = pluggy.PluginManager(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    return manager
+
+
+class _ClassRegistrar(pluggy.PluginManager):
+    """Takes plugin *classes*, of which only the class method ``register`` can be called."""
+
+    def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
+        return super().parse_hookimpl_opts(plugin, name) if name == "register" else None
+
+
+@functools.cache
+def process_registry() -> Registry:
+    """The registry of this process, filled from every installed plugin.
+
+    A plugin that cannot be loaded is recorded in :attr:`Registry.failures` and raised when something it may own is needed.
+    ``process_registry.cache_clear()`` forgets it.
+    """
+    registry, manager = Registry(), _ClassRegistrar(PROJECT)
+    manager.add_hookspecs(hookspecs)
+    for name in installed_plugins():
+        try:
+            manager.register(load_plugin(name), name)
+        except PluginError as error:
+            registry.failures[name] = error
+    manager.hook.register(registry=registry)
+    return registry

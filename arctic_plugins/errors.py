@@ -1,0 +1,95 @@
+"""Every error that a user can cause says, in one line, what was found, what was expected and how to fix it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = [
+    "ArcticError",
+    "CheckpointError",
+    "ClaimError",
+    "CodecError",
+    "ConfigError",
+    "DataError",
+    "HostVersionError",
+    "PluginError",
+    "PluginLoadError",
+    "PluginNotFoundError",
+    "ResolveError",
+    "UserError",
+    "suggest",
+]
+
+
+class ArcticError(Exception):
+    """Base of all errors raised on purpose.
+
+    Args:
+        found: what is wrong, naming the file, key, plugin or module.
+        expected: what would have been right; may be empty when ``found`` says it.
+        fix: what the user can do.
+    """
+
+    exit_status = 1
+
+    def __init__(self, found: str, *, expected: str = "", fix: str = "") -> None:
+        self.found, self.expected, self.fix = found, expected, fix
+        parts = [found, f"expected {expected}" if expected else "", fix]
+        super().__init__("; ".join(" ".join(part.split()) for part in parts if part))
+
+
+class UserError(ArcticError):
+    """The input is at fault, not the program: the command line exits with status 2."""
+
+    exit_status = 2
+
+
+class ConfigError(UserError):
+    """A recipe, a plugin's options or a command's arguments hold a bad key or value."""
+
+
+class DataError(UserError):
+    """A data file is absent, malformed or lacks what its format needs."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is absent, incomplete, damaged or of a newer format."""
+
+
+class PluginError(UserError):
+    """A plugin breaks the contract; the message names the plugin, its distribution or the hook."""
+
+
+class PluginNotFoundError(PluginError):
+    """No installed distribution provides the plugin that was asked for."""
+
+
+class PluginLoadError(PluginError):
+    """An enabled plugin is installed but cannot be imported or is not a valid plugin."""
+
+
+class ResolveError(UserError):
+    """The enabled plugins do not make a stack: unmet requirement, conflict, cycle, or a slot filled twice."""
+
+
+class ClaimError(UserError):
+    """Two plugins claim one module in an exclusive slot, or a claim cannot be met."""
+
+
+class HostVersionError(UserError):
+    """An installed host library is outside the range that a plugin declares."""
+
+
+class CodecError(ArcticError):
+    """A weight cannot be encoded, or encoded buffers do not have the layout that their codec gives."""
+
+    exit_status = 2
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return ``did you mean 'x'?`` for a close match among ``known``, otherwise the list of what is available."""
+    names = sorted(known)
+    if close := get_close_matches(name, names, n=1):
+        return f"did you mean '{close[0]}'?"
+    return f"available: {', '.join(names)}" if names else "none is available"

@@ -1,0 +1,108 @@
+"""Codecs: how a frozen weight becomes bytes and back. Pure functions of their configuration, known to both hosts."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from arctic_plugins.discovery import process_registry
+from arctic_plugins.errors import CheckpointError, CodecError
+
+__all__ = ["Buffers", "Codec", "TensorSpec", "check_buffers", "codec_from_dict", "codec_to_dict"]
+
+Buffers = Mapping[str, Tensor]
+"""Suffix -> tensor. The suffix is what follows ``weight`` in a parameter's name: ``""`` holds the codes, ``"_scale"`` the scales."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    k_dim: int | None = None
+    """The dimension that runs along the weight's K and can be split there (on group borders), or None when it has none."""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec(ABC):
+    """Encodes weights ``[*lead, N, K]``. Subclass as a frozen dataclass whose fields are the codec's whole configuration.
+
+    The **row law**: every buffer is ``[*lead, N, ...]``, and slicing the dimensions up to N selects those rows (or experts). Tensor parallelism
+    along N, fused q/k/v and decoding only some experts follow from it. Codes never have the weight's own shape ``[N, K]``, so that a host
+    without the plugin stops with a shape error instead of taking bytes for numbers.
+
+    To add a codec: implement :meth:`layout`, :meth:`encode` and :meth:`decode`, register the class under :attr:`type` in the plugin's ``register``
+    hook, and claim modules with an instance of it. :meth:`linear` can be overridden with something fused.
+    """
+
+    type: ClassVar[str]
+    """The ``type`` under which checkpoints name the codec."""
+
+    @abstractmethod
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        """The buffers that a weight of ``shape`` becomes. Raises CodecError for a shape that cannot be encoded."""
+
+    @abstractmethod
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        """Encode ``weight`` (any floating dtype) into buffers of :meth:`layout`. Raises CodecError for NaN or infinite values."""
+
+    @abstractmethod
+    def decode(self, buffers: Buffers, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+        """Decode to ``shape`` and ``dtype``, into the contiguous ``out`` when it is given."""
+
+    def linear(self, x_MK: Tensor, buffers: Buffers, shape: tuple[int, int], *, scratch: Tensor | None = None) -> Tensor:
+        """``x_MK @ decode(buffers).T`` in the dtype of ``x_MK``; ``scratch`` (of ``shape`` and that dtype) may be overwritten."""
+        return torch.nn.functional.linear(x_MK, self.decode(buffers, shape, x_MK.dtype, out=scratch))
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of an encoded weight of ``shape``."""
+        return sum(spec.nbytes for spec in self.layout(shape).values())
+
+
+def check_buffers(codec: Codec, buffers: Buffers, shape: tuple[int, ...], name: str) -> None:
+    """Check that ``buffers`` are what ``codec`` makes of a weight of ``shape``; hosts do not check shapes of quantized weights.
+
+    Raises:
+        CheckpointError: names the tensor with the shape and dtype found and expected.
+    """
+    for suffix, spec in codec.layout(shape).items():
+        found = buffers.get(suffix)
+        if found is None:
+            raise CheckpointError(f"{name}{suffix} is missing from the checkpoint", fix="the checkpoint is incomplete: make it again")
+        if tuple(found.shape) != spec.shape or found.dtype != spec.dtype:
+            raise CheckpointError(
+                f"{name}{suffix} is {found.dtype} {tuple(found.shape)}",
+                expected=f"{spec.dtype} {spec.shape} for {codec}",
+                fix="the checkpoint does not fit its config.json: make it again",
+            )
+
+
+def codec_to_dict(codec: Codec) -> dict[str, Any]:
+    """``{"type": ..., **fields}``: how a checkpoint's ``quantization_config`` writes a codec."""
+    return {"type": codec.type, **dataclasses.asdict(codec)}
+
+
+def codec_from_dict(config: Mapping[str, Any]) -> Codec:
+    """Build the codec that :func:`codec_to_dict` wrote, with the class that an installed plugin registered for its ``type``.
+
+    Raises:
+        PluginNotFoundError: no installed plugin provides the type; says which distribution to install.
+        CheckpointError: the fields are not those of the codec.
+    """
+    fields = dict(config)
+    codec_class = process_registry().load_codec(fields.pop("type", "<none>"))
+    try:
+        return codec_class(**fields)
+    except (TypeError, ValueError, CodecError) as error:
+        raise CheckpointError(f"codec {dict(config)} in quantization_config is not valid: {error}", fix="upgrade the plugin, or make the checkpoint again") from error

@@ -1,0 +1,209 @@
+"""A linear layer over encoded bytes: any codec, any placement; gradients flow through it, never into it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arctic_plugins.errors import CodecError
+from arctic_plugins.frozen.codec import Buffers, Codec, check_buffers
+from arctic_plugins.frozen.placement import Handle, Placement
+
+__all__ = ["FrozenLinear"]
+
+
+class _Scratch(threading.local):
+    """One reusable tensor per (device, stream, dtype): decoding into fresh memory costs more in page faults than in arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key, size = (device, stream, dtype), prod(shape)
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < size:
+            with torch.inference_mode(False):  # an inference tensor could not be written to while training
+                buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        return buffer[:size].view(shape)
+
+
+_scratch = _Scratch()
+
+
+class FrozenLinear(nn.Linear):
+    """``y_MN = x_MK @ decode(bytes).T + bias_N``, computed in the dtype of ``x_MK`` (the autocast dtype under autocast).
+
+    Resident bytes are parameters named ``weight`` + suffix, which never require gradients and keep their dtype under ``.to(dtype)``. With a
+    placement, its :class:`Handle` owns the bytes and ``weight`` is an empty parameter of the compute dtype.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is a bias, in ``dtype``.
+        codec: how the weight is encoded.
+        device: where to allocate; ``"meta"`` while a host is building the model.
+        dtype: compute dtype, of the bias.
+    """
+
+    handle: Handle | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        codec: Codec,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight that is never there
+        self.in_features, self.out_features, self.codec = in_features, out_features, codec
+        self.handle = None
+        self.compute_dtype = dtype or torch.get_default_dtype()
+        for suffix, spec in codec.layout(self.shape).items():
+            empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
+            self.register_parameter(f"weight{suffix}", nn.Parameter(empty, requires_grad=False))
+        self.bias = nn.Parameter(torch.empty(out_features, dtype=self.compute_dtype, device=device)) if bias else None
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, codec: Codec, *, device: torch.device | str | None = None) -> FrozenLinear:
+        """An empty layer of the shape, dtype and bias of ``linear``, on ``device`` (default: that of ``linear``)."""
+        weight = linear.weight
+        frozen = cls(
+            linear.in_features, linear.out_features, linear.bias is not None, codec=codec, device=device or weight.device, dtype=weight.dtype
+        )
+        if linear.bias is not None:
+            frozen.bias = linear.bias
+        return frozen.train(linear.training)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(N, K)`` of the weight that the bytes encode."""
+        return self.out_features, self.in_features
+
+    @contextmanager
+    def lease(self) -> Iterator[Buffers]:
+        """Borrow the encoded buffers on the compute device."""
+        if self.handle is None:
+            yield self._own_buffers()
+        else:
+            with self.handle.lease() as buffers:
+                yield buffers
+
+    def export(self) -> dict[str, Tensor]:
+        """Suffix -> whole encoded buffer, wherever it is, for saving."""
+        return self._own_buffers() if self.handle is None else self.handle.export()
+
+    def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight ``[N, K]`` in newly allocated memory."""
+        with self.lease() as buffers:
+            return self.codec.decode(buffers, self.shape, dtype)
+
+    def encode(self, weight_NK: Tensor, *, name: str = "weight", placement: Placement | None = None) -> None:
+        """Replace the bytes by the encoding of ``weight_NK``, and put them with ``placement`` if there is one.
+
+        Raises:
+            CodecError: wrong shape, NaN or Inf; names ``name``.
+        """
+        if tuple(weight_NK.shape) != self.shape:
+            raise CodecError(f"{name} has shape {tuple(weight_NK.shape)}", expected=f"{self.shape}", fix="the weights do not fit the model")
+        try:
+            self.hold(self.codec.encode(weight_NK), name=name, placement=placement)
+        except CodecError as error:
+            raise CodecError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
+
+    def hold(self, buffers: Buffers, *, name: str = "weight", placement: Placement | None = None) -> None:
+        """Take encoded ``buffers`` over: as parameters, or into ``placement``.
+
+        Raises:
+            CheckpointError: they are not what the codec makes of a weight of this shape.
+        """
+        check_buffers(self.codec, buffers, self.shape, name)
+        device = next(iter(buffers.values())).device
+        for suffix in self.codec.layout(self.shape):
+            delattr(self, f"weight{suffix}")
+        if placement is None:
+            self.handle = None
+            for suffix, buffer in buffers.items():
+                self.register_parameter(f"weight{suffix}", nn.Parameter(buffer, requires_grad=False))
+        else:
+            self.handle = placement.hold(name, buffers)
+            self.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=self.compute_dtype, device=device), requires_grad=False))
+
+    def check(self, name: str) -> None:
+        """Raise :class:`~arctic_plugins.errors.CheckpointError` unless the resident buffers have the codec's layout."""
+        if self.handle is None:
+            check_buffers(self.codec, self._own_buffers(), self.shape, f"{name}.weight")
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ordinary layer with the decoded weight."""
+        dtype = dtype or self.compute_dtype
+        linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
+        linear.weight = nn.Parameter(self.decode(dtype), requires_grad=False)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(input.device.type):
+            input = input.to(torch.get_autocast_dtype(input.device.type))
+        if torch.is_grad_enabled() and input.requires_grad:
+            output: Tensor = _FrozenMatmul.apply(input, self)
+        else:
+            output = self._matmul(input)
+        return output if self.bias is None else output + self.bias.to(output.dtype)
+
+    def _matmul(self, x_MK: Tensor) -> Tensor:
+        with self.lease() as buffers:
+            return self.codec.linear(x_MK, buffers, self.shape, scratch=self._take_scratch(x_MK))
+
+    def _matmul_backward(self, grad_MN: Tensor) -> Tensor:
+        with self.lease() as buffers:
+            return grad_MN @ self.codec.decode(buffers, self.shape, grad_MN.dtype, out=self._take_scratch(grad_MN))
+
+    def _take_scratch(self, like: Tensor) -> Tensor | None:
+        if torch.compiler.is_compiling():  # the compiler plans memory itself
+            return None
+        return _scratch.take(self.shape, like.dtype, like.device)
+
+    def _own_buffers(self) -> dict[str, Tensor]:
+        return {suffix: getattr(self, f"weight{suffix}").data for suffix in self.codec.layout(self.shape)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
+        """``.to(device)`` moves the encoded buffers; ``.to(dtype)`` leaves them exactly as they are."""
+        names = {f"weight{suffix}" for suffix in self.codec.layout(self.shape)}
+        encoded = set() if self.handle is not None else {id(param) for name, param in self._parameters.items() if name in names}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return tensor.to(changed.device) if id(tensor) in encoded and changed.dtype != tensor.dtype else changed
+
+        super()._apply(keep_dtype, recurse)
+        if self.bias is not None:
+            self.compute_dtype = self.bias.dtype
+        return self
+
+    def reset_parameters(self) -> None:
+        """Nothing: there is no weight to draw at random (hosts call this for layers they think uninitialised)."""
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, codec={self.codec}{', placed' if self.handle is not None else ''}"
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """Saves neither decoded nor fetched weights: backward leases and decodes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, layer: FrozenLinear) -> Tensor:
+        ctx.layer = layer
+        return layer._matmul(x_MK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer._matmul_backward(grads[0]), None

@@ -1,0 +1,67 @@
+"""LoRA over frozen weights: the one PEFT layer that merges into the bytes of any codec. Read in peft 0.21.2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor
+
+from arctic_plugins.errors import CheckpointError
+from arctic_plugins.frozen.linear import FrozenLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["FrozenLoraLinear", "load_adapter", "with_frozen_layer"]
+
+
+class FrozenLoraLinear(LoraLinear):
+    """A LoRA layer over a :class:`FrozenLinear`. PEFT's own would add floats to bytes when it merges.
+
+    Merging decodes, adds the update in float32 and encodes again with the same codec. The bytes from before are kept until the layer is unloaded,
+    so that unmerging gives them back exactly.
+    """
+
+    _bytes_before_merge: dict[str, Tensor] | None = None
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As in PEFT; NaN and Inf are refused by the codec, whatever ``safe_merge`` says."""
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not adapters:
+            return
+        for name in adapters:
+            if self.lora_variant.get(name) is not None or self.lora_bias[name]:
+                raise CheckpointError(f"adapter '{name}' is a LoRA variant (DoRA, bias or the like)", expected="plain LoRA or rsLoRA for merging")
+        frozen = self.get_base_layer()
+        before = frozen.export()
+        merged = frozen.decode(torch.float32)
+        for name in adapters:
+            merged += self.get_delta_weight(name).to(merged)
+        frozen.encode(merged, name="the merged weight")
+        if self._bytes_before_merge is None:
+            self._bytes_before_merge = before
+        self.merged_adapters.extend(adapters)
+
+    def unmerge(self) -> None:
+        """Give back the bytes from before the first merge; undoes all merged adapters at once."""
+        if self._bytes_before_merge is not None:
+            self.get_base_layer().hold(self._bytes_before_merge)
+            self._bytes_before_merge = None
+        self.merged_adapters.clear()
+
+
+def with_frozen_layer(config: LoraConfig) -> LoraConfig:
+    """Make PEFT use :class:`FrozenLoraLinear` where the base layer is frozen. It is not saved with the adapter, so do it on every load."""
+    config._register_custom_module({FrozenLinear: FrozenLoraLinear})
+    return config
+
+
+def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool = False) -> PeftModel:
+    """Put the PEFT LoRA adapter in the directory (or hub repository) ``adapter`` on ``model``, ready to be merged whatever its codec."""
+    config = LoraConfig.from_pretrained(str(adapter))
+    return PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)

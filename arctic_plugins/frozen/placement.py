@@ -1,0 +1,35 @@
+"""Placements: where encoded bytes live when not with their module, and how they are borrowed for one computation.
+
+A frozen weight that no placement claims is *resident*: its bytes are the module's own parameters, and nothing here is involved.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+
+from torch import Tensor
+
+from arctic_plugins.frozen.codec import Buffers
+
+__all__ = ["Handle", "Placement"]
+
+
+class Handle(ABC):
+    """One weight's encoded bytes, wherever they are."""
+
+    @abstractmethod
+    def lease(self) -> AbstractContextManager[Buffers]:
+        """Borrow the buffers on the compute device. Leases nest; what they give must not be kept after they end."""
+
+    @abstractmethod
+    def export(self) -> dict[str, Tensor]:
+        """The whole buffers, for saving."""
+
+
+class Placement(ABC):
+    """Takes encoded buffers in, one weight at a time, while a model is loading. One object serves a whole stack."""
+
+    @abstractmethod
+    def hold(self, name: str, buffers: Buffers) -> Handle:
+        """Take ``buffers`` of the module called ``name``; what the placement does not keep is freed when the caller lets go of it."""

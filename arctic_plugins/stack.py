@@ -1,0 +1,196 @@
+"""A stack: the enabled plugins, resolved and ordered, and typed calls over their hooks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from arctic_plugins.claims import Claims, LinearSpec, arbitrate
+from arctic_plugins.discovery import load_plugin, new_plugin_manager
+from arctic_plugins.errors import ArcticError, ConfigError, PluginError
+from arctic_plugins.plugin import Plugin
+from arctic_plugins.resolver import check_hosts, resolve
+
+__all__ = ["Setting", "Stack", "read_yaml"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One option of one plugin and who set it: ``"recipe"`` or ``"default"``."""
+
+    plugin: str
+    key: str
+    value: Any
+    source: str
+
+
+class Stack:
+    """An immutable, ordered set of plugins. Build one with :meth:`from_dict`, :meth:`from_file` or :meth:`from_checkpoint`.
+
+    Iterating gives the plugins in the order in which their hooks are called.
+    """
+
+    def __init__(self, plugins: tuple[Plugin, ...] = ()) -> None:
+        self.plugins = resolve(plugins)
+        self._manager = new_plugin_manager()
+        for plugin in self.plugins:
+            self._manager.register(plugin, plugin.name)
+        self._manager.check_pending()
+
+    @classmethod
+    def from_dict(cls, plugins: Mapping[str, Mapping[str, Any] | None] | None) -> Stack:
+        """Load, configure and resolve ``plugins`` (name -> options, as under ``plugins:`` in a recipe).
+
+        Raises:
+            PluginNotFoundError, PluginLoadError, ConfigError, ResolveError: each one line that says what to do.
+        """
+        if plugins is not None and not isinstance(plugins, Mapping):
+            raise ConfigError(f"plugins is {plugins!r}", expected="a mapping of plugin name to options", fix="write 'plugins: {fp8: {bits: 8}}'")
+        return cls(tuple(load_plugin(name).from_options(options) for name, options in (plugins or {}).items()))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Stack:
+        """Read the key ``plugins`` of a YAML or JSON file, a recipe for instance."""
+        return cls.from_dict(read_yaml(path).get("plugins"))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> Stack:
+        """The stack that wrote the checkpoint directory ``path``, from its ``arctic_plugins.json``."""
+        from arctic_plugins.provenance import read_provenance
+
+        return cls.from_dict(read_provenance(path).stack)
+
+    def __iter__(self) -> Iterator[Plugin]:
+        return iter(self.plugins)
+
+    def __len__(self) -> int:
+        return len(self.plugins)
+
+    def __contains__(self, name: object) -> bool:
+        return any(plugin.name == name for plugin in self.plugins)
+
+    def __repr__(self) -> str:
+        return f"Stack({', '.join(plugin.name for plugin in self.plugins)})"
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The canonical form: every option spelled out, plugins in alphabetical order, JSON types only."""
+        return {plugin.name: plugin.options.model_dump(mode="json") for plugin in sorted(self.plugins, key=lambda plugin: plugin.name)}
+
+    def sha256(self) -> str:
+        """Hex digest of the canonical form; equal for stacks that do the same."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+    def settings(self) -> list[Setting]:
+        """Every option of every plugin, with who set it."""
+        return [
+            Setting(plugin.name, key, value, "recipe" if key in plugin.options.model_fields_set else "default")
+            for plugin in self.plugins
+            for key, value in plugin.options
+        ]
+
+    def only(self, slot: str) -> Stack:
+        """The part of this stack that fills ``slot``."""
+        return Stack(tuple(plugin for plugin in self.plugins if slot in plugin.slots))
+
+    def without(self, slot: str) -> Stack:
+        """This stack less what fills ``slot``."""
+        return Stack(tuple(plugin for plugin in self.plugins if slot not in plugin.slots))
+
+    # Typed calls over the hooks, in lifecycle order: nothing else in the project calls a hook.
+
+    def check_host(self, host: str) -> None:
+        """Raise :class:`~arctic_plugins.errors.HostVersionError` unless ``host`` is installed in every plugin's range."""
+        check_hosts(self.plugins, host)
+
+    def validate(self, model_config: Any, hardware: str) -> list[str]:
+        """Call ``validate`` and return the warnings, each behind its plugin's name."""
+        results = self._each("validate", stack=self, model_config=model_config, hardware=hardware)
+        return [f"{plugin.name}: {warning}" for plugin, warnings in results for warning in warnings]
+
+    def claim(self, model_config: Any, modules: Mapping[str, LinearSpec]) -> Claims:
+        """Gather every plugin's claims and settle them; see :func:`arctic_plugins.claims.arbitrate`."""
+        results = self._each("claim", model_config=model_config, modules=modules)
+        claims = arbitrate([(plugin.name, claim) for plugin, claims in results for claim in claims], modules)
+        for slot, named in claims.by_slot.items():
+            for name, values in named.items():
+                logger.debug("%s: %s <- %s", name, slot, values)
+        return claims
+
+    def hf_configure_model(self, config: Any) -> None:
+        for _ in self._each("hf_configure_model", config=config):
+            pass
+
+    def hf_transform_model(self, model: Any) -> Any:
+        """Let every plugin transform ``model`` in turn; each gets what the one before it returned."""
+        for plugin in self.plugins:
+            for _, changed in self._each("hf_transform_model", only=plugin, model=model):
+                model = changed
+        return model
+
+    def hf_training_arguments(self, args: Any) -> None:
+        for _ in self._each("hf_training_arguments", args=args):
+            pass
+
+    def hf_attach_trainer(self, trainer: Any) -> None:
+        for _ in self._each("hf_attach_trainer", trainer=trainer):
+            pass
+
+    def vllm_engine_args(self, checkpoint: Path) -> dict[str, Any]:
+        """Merge every plugin's engine arguments.
+
+        Raises:
+            PluginError: two plugins give one key different values; names both.
+        """
+        merged: dict[str, Any] = {}
+        owner: dict[str, str] = {}
+        for plugin, arguments in self._each("vllm_engine_args", checkpoint=checkpoint):
+            for key, value in arguments.items():
+                if merged.setdefault(key, value) != value:
+                    raise PluginError(
+                        f"plugins '{owner[key]}' and '{plugin.name}' set the engine argument '{key}' to {merged[key]!r} and {value!r}",
+                        fix=f"pass --{key.replace('_', '-')} yourself, or remove one of the two",
+                    )
+                owner[key] = plugin.name
+        return merged
+
+    def _each(self, hook: str, *, only: Plugin | None = None, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
+        """Call ``hook`` of one plugin after another, in order, and yield (plugin, result) for every result that is not None."""
+        for plugin in self.plugins if only is None else (only,):
+            others = [other for other in self.plugins if other is not plugin]
+            try:
+                results = self._manager.subset_hook_caller(hook, others)(**arguments)
+            except ArcticError:
+                raise
+            except Exception as error:
+                raise PluginError(
+                    f"plugin '{plugin.name}' failed in {hook}: {type(error).__name__}: {error}", fix=f"report it to the authors of '{plugin.name}'"
+                ) from error
+            yield from ((plugin, result) for result in results)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML (or JSON) file whose top level is a mapping.
+
+    Raises:
+        ConfigError: absent, unreadable, malformed (with line and column), or not a mapping.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist", expected="a YAML file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}", fix="correct the line it names") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} holds {type(data).__name__}", expected="a mapping at the top level")
+    return data

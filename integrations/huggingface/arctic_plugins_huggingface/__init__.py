@@ -1,0 +1,30 @@
+"""The Hugging Face host: loading, training and saving with a stack. Importing this package loads no torch and no transformers."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from arctic_plugins_huggingface.loading import freeze, load_model
+    from arctic_plugins_huggingface.quantizer import register
+    from arctic_plugins_huggingface.saving import merge_adapter, save_checkpoint
+    from arctic_plugins_huggingface.training import ArcticTrainingArguments, attach
+
+__all__ = ["ArcticTrainingArguments", "attach", "freeze", "load_model", "merge_adapter", "register", "save_checkpoint"]
+
+_HOME = {
+    "ArcticTrainingArguments": "training",
+    "attach": "training",
+    "freeze": "loading",
+    "load_model": "loading",
+    "merge_adapter": "saving",
+    "register": "quantizer",
+    "save_checkpoint": "saving",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,172 @@
+"""Loading: a checkpoint and a stack become a model, encoded tensor by tensor as the bytes come off the disk."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from arctic_plugins.claims import Claims, LinearSpec
+from arctic_plugins.errors import CheckpointError, ClaimError
+from arctic_plugins.frozen import FrozenLinear
+from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.quantizer import METHOD, ArcticQuantizationConfig, ArcticQuantizer, register
+
+__all__ = ["freeze", "is_encoded", "load_config", "load_model", "load_tokenizer"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_model(
+    checkpoint: str | Path, stack: Stack | None = None, *, dtype: torch.dtype | str = "auto", **kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model through ``stack``: configured, encoded and transformed by its plugins.
+
+    Args:
+        checkpoint: directory or hub id; plain, or encoded by :func:`~arctic_plugins_huggingface.save_checkpoint`.
+        stack: what to apply; ``None`` applies nothing, and loads an encoded checkpoint as it is.
+        dtype: compute dtype, and that of what is not encoded; ``"auto"`` is the checkpoint's.
+        **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim.
+
+    Returns:
+        The model (a ``PeftModel`` if a plugin adds an adapter), in evaluation mode, and its tokenizer.
+
+    Raises:
+        UserError: everything that can be known to fail is raised before weights are read: host versions, clashing claims, an encoded checkpoint
+            that the stack would encode differently.
+        CheckpointError: weights are missing, or a tensor does not fit.
+    """
+    register()
+    stack = stack or Stack()
+    stack.check_host("transformers")
+    config = kwargs.pop("config", None) or load_config(checkpoint, **_only_hub(kwargs))
+    tokenizer = load_tokenizer(checkpoint, **_only_hub(kwargs))
+    stack.hf_configure_model(config)
+    for warning in stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"):
+        logger.warning(warning)
+    quantization = _quantization(config, stack)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint, config=config, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
+        )
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        if quantization is not None and quantization.failure is not None:  # the loader collects errors and reports that there were some
+            raise quantization.failure from error
+        if isinstance(error, RuntimeError) and "Error(s) in loading" not in str(error) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise CheckpointError(f"{checkpoint} cannot be loaded: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"{checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one", fix="the checkpoint is incomplete: make it again"
+        )
+    return stack.hf_transform_model(model), tokenizer
+
+
+def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
+    """Read the config of a checkpoint directory or hub id.
+
+    Raises:
+        CheckpointError: there is none, or it is not a model's.
+    """
+    register()
+    try:
+        return AutoConfig.from_pretrained(checkpoint, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"{checkpoint} cannot be read as a model: {reason}", expected="a checkpoint directory or a hub id") from error
+
+
+def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """Read the tokenizer of a checkpoint directory or hub id; raises CheckpointError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, **kwargs)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"the tokenizer of {checkpoint} cannot be read: {reason}", fix="save it beside the model") from error
+
+
+def is_encoded(config: PreTrainedConfig) -> bool:
+    """Whether the checkpoint of ``config`` holds weights encoded by this project."""
+    quantization = getattr(config, "quantization_config", None)
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else getattr(quantization, "quant_method", None)
+    return method == METHOD
+
+
+def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
+    """Encode a loaded, plain model in place, one module at a time, as loading it through ``stack`` would have done.
+
+    Raises:
+        ClaimError: see :meth:`arctic_plugins.stack.Stack.claim`.
+        CodecError: a weight holds NaN or Inf; names it.
+    """
+    register()
+    modules = linear_modules(model)
+    claims = stack.claim(model.config, modules)
+    codecs = claims.exclusive("weight_codec")
+    for name, codec in codecs.items():
+        linear = model.get_submodule(name)
+        frozen = FrozenLinear.from_linear(linear, codec)
+        frozen.encode(linear.weight, name=f"{name}.weight")
+        model.set_submodule(name, frozen)
+    if codecs:
+        quantizer = ArcticQuantizer(ArcticQuantizationConfig.from_codecs(codecs, modules), pre_quantized=True)
+        quantizer.codecs = codecs
+        model.hf_quantizer = quantizer  # type: ignore[assignment]  # where save_pretrained looks for it
+        quantizer.postprocess_model(model)
+    return model
+
+
+def linear_modules(model: nn.Module) -> dict[str, LinearSpec]:
+    """Dotted name -> shape of every linear module that a plugin may claim, on the meta device or loaded."""
+    tied = {name.removesuffix(".weight") for name in (getattr(model, "all_tied_weights_keys", None) or {})}
+    return {
+        name: LinearSpec(module.out_features, module.in_features, module.bias is not None, name in tied)
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, FrozenLinear)
+    }
+
+
+def _quantization(config: PreTrainedConfig, stack: Stack) -> ArcticQuantizationConfig | None:
+    """What the stack claims of this model; for an encoded checkpoint, nothing but the check that it claims the same."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and not is_encoded(config):
+        if stack.only("weight_codec"):
+            raise ClaimError("the checkpoint is quantized by another method", expected="a plain checkpoint", fix="leave the codec plugin out")
+        return None
+    modules, claims = _claims(config, stack)
+    codecs = claims.exclusive("weight_codec")
+    if quantization is not None:
+        existing = ArcticQuantizationConfig(**quantization) if isinstance(quantization, Mapping) else quantization
+        stored = {name: codec for name in modules if (codec := existing.codec_of(name))}
+        if codecs and codecs != stored:
+            name = next(name for name in modules if codecs.get(name) != stored.get(name))
+            raise ClaimError(
+                f"the checkpoint has {stored.get(name) or 'a plain weight'} at {name}, but the stack wants {codecs.get(name) or 'a plain weight'}",
+                fix="start from the plain checkpoint, or give the codec plugin the options with which this one was made",
+            )
+        return None
+    if not codecs:
+        if "placement" in claims.by_slot:
+            raise ClaimError("a placement is claimed for weights that no codec encodes", fix="add a codec plugin, fp8 for instance")
+        return None
+    result = ArcticQuantizationConfig.from_codecs(codecs, modules)
+    result.placements = {name: chain[0] for name, chain in claims.by_slot.get("placement", {}).items()}
+    return result
+
+
+def _claims(config: PreTrainedConfig, stack: Stack) -> tuple[dict[str, LinearSpec], Claims]:
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    modules = linear_modules(skeleton)
+    return modules, stack.claim(config, modules)
+
+
+def _only_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``from_pretrained``'s arguments that also says where a config and a tokenizer come from."""
+    shared = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code", "gguf_file")
+    return {key: kwargs[key] for key in shared if key in kwargs}

@@ -1,0 +1,195 @@
+"""The one quantization method of the Hugging Face host, ``arctic``: which module has which codec, whoever wrote the codec.
+
+``config.json`` says ``quantization_config: {quant_method: arctic, format: 1, codecs: {id: {type: fp8, ...}}, modules: {pattern: id}}``. Every
+detail of transformers' loader that this file relies on was read in 5.19.0 (``transformers/core_model_loading.py``, ``quantizers/base.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from arctic_plugins.claims import compress_names, matches
+from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
+from arctic_plugins.frozen import Codec, FrozenLinear, Placement, codec_from_dict, codec_to_dict
+from arctic_plugins.provenance import FORMAT
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["METHOD", "ArcticQuantizationConfig", "ArcticQuantizer", "register"]
+
+METHOD = "arctic"
+
+
+class ArcticQuantizationConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a checkpoint with encoded weights.
+
+    Args:
+        codecs: id -> codec, as :func:`arctic_plugins.frozen.codec_to_dict` writes it.
+        modules: pattern of dotted names (``*`` within a component) -> id. No two patterns match one module.
+        format: version of the layout on disk.
+
+    Raises:
+        CheckpointError: a newer format, or a module with an unknown id.
+    """
+
+    def __init__(
+        self, codecs: Mapping[str, Mapping[str, Any]], modules: Mapping[str, str], format: int = FORMAT, quant_method: str = METHOD, **unknown: Any
+    ) -> None:
+        if format > FORMAT:
+            raise CheckpointError(f"quantization_config has format {format}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins")
+        if unknown:
+            raise CheckpointError(f"quantization_config has unknown keys {sorted(unknown)}", fix="upgrade arctic-plugins")
+        if missing := sorted(set(modules.values()) - codecs.keys()):
+            raise CheckpointError(f"quantization_config.modules names the codecs {missing}", expected=f"one of {sorted(codecs)}")
+        self.quant_method = quant_method
+        self.format = format
+        self.codecs = {name: dict(codec) for name, codec in codecs.items()}
+        self.modules = dict(modules)
+        self.placements: dict[str, Placement] = {}
+        """Module name -> where its bytes go; objects of this process, never written to a checkpoint."""
+        self.failure: ArcticError | None = None
+        """The first error of an encoding step: the loader collects errors, and raises one that names none."""
+
+    @classmethod
+    def from_codecs(cls, codecs: Mapping[str, Codec], modules: Iterable[str]) -> ArcticQuantizationConfig:
+        """Write module name -> codec with as few patterns as say the same about all ``modules`` (every linear module's name)."""
+        ids: dict[Codec, str] = {}
+        for codec in codecs.values():
+            if codec not in ids:
+                count = sum(other.type == codec.type for other in ids)
+                ids[codec] = f"{codec.type}_{count + 1}" if count else codec.type
+        owners = {name: ids[codec] for name, codec in codecs.items()}
+        return cls({name: codec_to_dict(codec) for codec, name in ids.items()}, compress_names(owners, modules))
+
+    def codec_of(self, module: str) -> Codec | None:
+        """The codec of the module of that dotted name, or None when it is not encoded."""
+        for pattern, codec in self.modules.items():
+            if matches(pattern, module):
+                return codec_from_dict(self.codecs[codec])
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method, "format": self.format, "codecs": self.codecs, "modules": self.modules}
+
+
+class ArcticQuantizer(HfQuantizer):
+    """Encodes while loading a plain checkpoint, and loads encoded checkpoints, one tensor at a time in both cases."""
+
+    requires_calibration = False
+
+    quantization_config: ArcticQuantizationConfig
+
+    def __init__(self, quantization_config: ArcticQuantizationConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.codecs: dict[str, Codec] = {}
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            # transformers/core_model_loading.py offload_and_maybe_resave_param keeps the unencoded original
+            raise ConfigError(
+                "device_map puts modules on 'disk' while they are being encoded", fix="save an encoded checkpoint with 'arctic quantize', then load that"
+            )
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        """Decide who gets a codec. Modules of an encoded checkpoint become frozen now, so that the loader sees their parameters; those of a plain
+        one become frozen when their weight arrives, because the loader casts a tensor to the dtype of the parameter it is for."""
+        linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+        self.codecs = {name: codec for name in linears if (codec := self.quantization_config.codec_of(name))}
+        if self.quantization_config.modules and not self.codecs:
+            raise CheckpointError("quantization_config.modules matches no linear module of this model", fix="config.json is of another model")
+        if self.pre_quantized:
+            for name, codec in self.codecs.items():
+                model.set_submodule(name, FrozenLinear.from_linear(linears[name], codec, device="meta"))
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        module, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and module in self.codecs and not self.pre_quantized
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Encode(self)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        for name in self.codecs:
+            module = model.get_submodule(name)
+            if not isinstance(module, FrozenLinear):
+                raise CheckpointError(f"{name}.weight is missing from the checkpoint", fix="the checkpoint is incomplete: make it again")
+            module.check(name)  # the loader does not compare shapes when there is a quantizer
+            for param_name, param in module.named_parameters(recurse=False):
+                if param_name.startswith("weight"):
+                    param.requires_grad_(False)  # the loader turns it on for floating tensors
+        return model
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        module, _, leaf = param_name.rpartition(".")
+        if leaf == "weight" and (codec := self.codecs.get(module)) is not None and not self.pre_quantized:
+            return codec.nbytes(tuple(param.shape)) / param.numel()
+        return param.element_size()
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        placed = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear) and module.handle is not None}
+        if not placed:
+            return None, {}
+        state = model.state_dict()
+        for name, module in placed.items():
+            state.update({f"{name}.weight{suffix}": buffer for suffix, buffer in module.export().items()})
+        return state, {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name, module in list(model.named_modules()):
+            if isinstance(module, FrozenLinear):
+                model.set_submodule(name, module.to_linear(dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True  # with an adapter: the Trainer refuses a quantized model without one
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Encode(ConversionOps):
+    """Loader step: one weight in the model's dtype comes in, its module becomes frozen, and the loader is told that it is done."""
+
+    def __init__(self, quantizer: ArcticQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any) -> dict[str, Tensor]:
+        (value,) = input_dict.values()
+        weight = value[0] if isinstance(value, list) else value
+        name = full_layer_name.removesuffix(".weight")
+        frozen = FrozenLinear.from_linear(model.get_submodule(name), self.quantizer.codecs[name], device=weight.device)
+        try:
+            frozen.encode(weight, name=full_layer_name, placement=self.quantizer.quantization_config.placements.get(name))
+        except ArcticError as error:
+            self.quantizer.quantization_config.failure = self.quantizer.quantization_config.failure or error
+            raise
+        for param_name, param in frozen.named_parameters(recurse=False):
+            if param_name.startswith("weight"):
+                param._is_hf_initialized = True  # type: ignore[attr-defined]  # or the loader would draw it at random
+        model.set_submodule(name, frozen)
+        return {full_layer_name: frozen.weight}
+
+
+def register() -> None:
+    """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints. Idempotent.
+
+    :func:`~arctic_plugins_huggingface.load_model` calls it. Without it transformers refuses such a checkpoint: the encoded weights do not have
+    the shapes that the model declares.
+    """
+    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(METHOD)(ArcticQuantizationConfig)
+        register_quantizer(METHOD)(ArcticQuantizer)

@@ -1,0 +1,96 @@
+"""Saving: checkpoints that describe themselves, that appear whole or not at all, and merged adapters."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from arctic_plugins.errors import CheckpointError, ConfigError
+from arctic_plugins.frozen.lora import load_adapter
+from arctic_plugins.provenance import read_provenance, write_provenance
+from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.loading import freeze, is_encoded, load_model
+
+__all__ = ["adapter_base", "merge_adapter", "save_checkpoint", "staged"]
+
+
+def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, stack: Stack) -> Path:
+    """Write ``model`` (safetensors and JSON only), its tokenizer and, last, ``arctic_plugins.json`` into the new ``directory``.
+
+    Raises:
+        ConfigError: ``directory`` exists and is not empty.
+    """
+    with staged(directory) as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+        write_provenance(draft, stack)
+    return Path(directory)
+
+
+def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
+    """Merge a LoRA adapter into its base model and write the result, encoded as the adapter's stack says, as a checkpoint of its own.
+
+    From a plain base the update is added to the weights as they were before encoding, and the sum is encoded: encoding first would round small
+    updates away, since the encoded weights lie on the grid to which the sum is rounded. From an encoded base there is no such weight, and the
+    update is added to the decoded one.
+
+    Raises:
+        CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing.
+        ConfigError: ``directory`` exists and is not empty.
+    """
+    check_new(directory)
+    stack = Stack.from_checkpoint(adapter)
+    base = adapter_base(adapter)
+    model, tokenizer = load_model(base, stack.without("weight_codec").without("adapter").without("placement"))
+    merged = load_adapter(model, adapter).merge_and_unload()
+    codecs = stack.only("weight_codec")
+    if not is_encoded(merged.config):
+        freeze(merged, codecs)
+    return save_checkpoint(merged, tokenizer, directory, codecs)
+
+
+def adapter_base(adapter: str | Path) -> str:
+    """The model that a PEFT adapter directory was trained on.
+
+    Raises:
+        CheckpointError: not an adapter, or one that does not name its base.
+    """
+    from peft import PeftConfig
+
+    read_provenance(adapter)
+    try:
+        base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{adapter} has no readable adapter_config.json", expected="a LoRA adapter that 'arctic train' wrote") from error
+    if not base:
+        raise CheckpointError(f"{adapter}/adapter_config.json names no base model", fix="set its base_model_name_or_path")
+    return str(base)
+
+
+def check_new(directory: str | Path) -> None:
+    """Raise :class:`~arctic_plugins.errors.ConfigError` unless ``directory`` is absent or empty: nothing the user has is overwritten."""
+    path = Path(directory)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"{path} exists and is not empty", expected="a new directory", fix="remove it or name another")
+
+
+@contextmanager
+def staged(directory: str | Path) -> Iterator[Path]:
+    """Give a directory beside ``directory`` to write into, and rename it to ``directory`` when the block ends well; otherwise remove it."""
+    check_new(directory)
+    path = Path(directory)
+    draft = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        if path.exists():
+            path.rmdir()
+        draft.rename(path)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,39 @@
+"""The adapter in transformers: a ``PeftModel``. Read in peft 0.21.2."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from arctic_plugins.errors import ConfigError
+from arctic_plugins.frozen.lora import with_frozen_layer
+from arctic_plugins_lora.config import LoraOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["add_adapter"]
+
+
+def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
+    """Wrap ``model`` in a ``PeftModel`` with a new, trainable adapter; everything else is frozen.
+
+    Raises:
+        ConfigError: ``target_modules`` names nothing in this model.
+    """
+    targets = options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules)
+    config = LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it by r, an integer or not
+        lora_dropout=options.dropout,
+        target_modules=targets,
+        use_rslora=options.use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, with_frozen_layer(config))  # type: ignore[return-value]
+    except ValueError as error:
+        if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
+            raise
+        raise ConfigError(f"plugins.lora.target_modules {targets!r} names no module of this model", fix="use 'all-linear'") from error

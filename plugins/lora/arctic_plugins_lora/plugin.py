@@ -1,0 +1,50 @@
+"""The ``lora`` plugin: PEFT's low-rank adapters over frozen weights of any codec."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from arctic_plugins import Plugin, hookimpl
+from arctic_plugins_lora.config import LoraOptions
+
+__all__ = ["LoRA"]
+
+
+class LoRA(Plugin):
+    """Transforms the loaded model into a ``PeftModel``; what it saves is an ordinary PEFT adapter."""
+
+    name = "lora"
+    config = LoraOptions
+    slots = frozenset({"adapter"})
+    after = frozenset({"weight_codec", "placement"})
+    hosts = {"transformers": ">=5.16.1,<5.20", "vllm": ">=0.32,<0.33"}
+
+    options: LoraOptions
+
+    @hookimpl
+    def hf_transform_model(self, model: Any) -> Any:
+        from arctic_plugins_lora.hf import add_adapter
+
+        return add_adapter(model, self.options)
+
+    @hookimpl
+    def hf_training_arguments(self, args: Any) -> None:
+        if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
+            # Reentrant checkpointing gives no gradient to a layer whose input needs none, and the frozen embedding's output needs none.
+            args.gradient_checkpointing_kwargs = {"use_reentrant": False}
+
+    @hookimpl
+    def vllm_engine_args(self, checkpoint: Path) -> Mapping[str, Any] | None:
+        adapter = checkpoint / "adapter_config.json"
+        if not adapter.is_file():
+            return None
+        config = json.loads(adapter.read_text(encoding="utf-8"))
+        return {
+            "model": config["base_model_name_or_path"],
+            "enable_lora": True,
+            "max_lora_rank": max(8, config["r"]),
+            "lora_modules": [f"{checkpoint.name}={checkpoint}"],
+        }
