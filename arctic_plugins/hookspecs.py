@@ -5,7 +5,7 @@ Hooks are called only through :class:`arctic_plugins.stack.Stack` (and, for :fun
 one can win the slot decides or both plugins are named in an error.
 """
 
-# ruff: noqa: ARG001 - a specification uses none of its arguments
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping

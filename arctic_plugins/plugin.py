@@ -60,9 +60,7 @@ class Plugin:
             ConfigError: an unknown key (with the nearest known one), a wrong type or value.
         """
         if options is not None and not isinstance(options, Mapping):
-            raise ConfigError(
-                f"plugins.{cls.name} is {options!r}", expected="a mapping of options", fix=f"write '{cls.name}: {{}}' for the defaults"
-            )
+            raise ConfigError(f"plugins.{cls.name} is {options!r}", expected="a mapping of options", fix=f"write '{cls.name}: {{}}' for the defaults")
         try:
             return cls(cls.config.model_validate(dict(options or {})))
         except ValidationError as error:

@@ -48,7 +48,7 @@ class Registry:
             broken = "; ".join(str(error) for error in self.failures.values())
             raise PluginNotFoundError(
                 f"the checkpoint's codec type '{type_name}' is provided by no installed plugin",
-                fix=broken or f"install the plugin that provides it (first-party: pip install arctic-plugins-{type_name}); "
-                f"{suggest(type_name, self._codecs)}",
+                fix=broken
+                or f"install the plugin that provides it (first-party: pip install arctic-plugins-{type_name}); {suggest(type_name, self._codecs)}",
             ) from None
         return getattr(importlib.import_module(module), attribute)

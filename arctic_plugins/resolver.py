@@ -112,6 +112,7 @@ def check_hosts(plugins: Iterable[Plugin | type[Plugin]], host: str) -> None:
             raise HostVersionError(f"plugin '{plugin.name}' declares an invalid range for {host}: {error}", fix="report it") from error
         if not fits:
             raise HostVersionError(
-                f"plugin '{plugin.name}' does not work with {distribution} {installed}", expected=f"{distribution}{wanted}",
+                f"plugin '{plugin.name}' does not work with {distribution} {installed}",
+                expected=f"{distribution}{wanted}",
                 fix=f"pip install '{distribution}{wanted}', or use a release of the plugin for {installed}",
             )

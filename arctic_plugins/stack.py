@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pluggy
 import yaml
 
 from arctic_plugins.claims import Claims, LinearSpec, arbitrate
@@ -18,7 +19,7 @@ from arctic_plugins.errors import ArcticError, ConfigError, PluginError
 from arctic_plugins.plugin import Plugin
 from arctic_plugins.resolver import check_hosts, resolve
 
-__all__ = ["Setting", "Stack", "read_yaml"]
+__all__ = ["Setting", "Stack", "parse_plugins", "read_yaml"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,12 @@ class Stack:
         self._manager = new_plugin_manager()
         for plugin in self.plugins:
             self._manager.register(plugin, plugin.name)
-        self._manager.check_pending()
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise PluginError(
+                f"plugin '{getattr(error.plugin, 'name', error.plugin)}': {error}", fix="its hooks are not those of this version"
+            ) from error
 
     @classmethod
     def from_dict(cls, plugins: Mapping[str, Mapping[str, Any] | None] | None) -> Stack:
@@ -194,3 +200,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}", expected="a mapping at the top level")
     return data
+
+
+def parse_plugins(text: str) -> dict[str, Any]:
+    """``"fp8,lora"`` or ``'{"fp8": {"bits": 8}}'``, as a command line gives it, to a mapping of plugin name to options.
+
+    Raises:
+        ConfigError: JSON that is malformed or not an object.
+    """
+    if not text.lstrip().startswith("{"):
+        return {name.strip(): {} for name in text.split(",") if name.strip()}
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise ConfigError(f"plugins {text!r} is not valid JSON: {error}", expected='for instance \'{"fp8": {"bits": 8}}\'') from error

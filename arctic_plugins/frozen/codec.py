@@ -105,4 +105,6 @@ def codec_from_dict(config: Mapping[str, Any]) -> Codec:
     try:
         return codec_class(**fields)
     except (TypeError, ValueError, CodecError) as error:
-        raise CheckpointError(f"codec {dict(config)} in quantization_config is not valid: {error}", fix="upgrade the plugin, or make the checkpoint again") from error
+        raise CheckpointError(
+            f"codec {dict(config)} in quantization_config is not valid: {error}", fix="upgrade the plugin, or make the checkpoint again"
+        ) from error

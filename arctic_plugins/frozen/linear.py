@@ -66,6 +66,8 @@ class FrozenLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight that is never there
         self.in_features, self.out_features, self.codec = in_features, out_features, codec
         self.handle = None
+        self.version = 0
+        """Counts changes of the bytes, so that a backward pass over bytes other than the forward's is noticed."""
         self.compute_dtype = dtype or torch.get_default_dtype()
         for suffix, spec in codec.layout(self.shape).items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
@@ -106,26 +108,27 @@ class FrozenLinear(nn.Linear):
         with self.lease() as buffers:
             return self.codec.decode(buffers, self.shape, dtype)
 
-    def encode(self, weight_NK: Tensor, *, name: str = "weight", placement: Placement | None = None) -> None:
+    def encode(self, weight_NK: Tensor, *, name: str = "the layer", placement: Placement | None = None) -> None:
         """Replace the bytes by the encoding of ``weight_NK``, and put them with ``placement`` if there is one.
 
         Raises:
-            CodecError: wrong shape, NaN or Inf; names ``name``.
+            CodecError: wrong shape, NaN or Inf; ``name`` is that of the module.
         """
         if tuple(weight_NK.shape) != self.shape:
-            raise CodecError(f"{name} has shape {tuple(weight_NK.shape)}", expected=f"{self.shape}", fix="the weights do not fit the model")
+            raise CodecError(f"{name}.weight has shape {tuple(weight_NK.shape)}", expected=f"{self.shape}", fix="the weights do not fit the model")
         try:
             self.hold(self.codec.encode(weight_NK), name=name, placement=placement)
         except CodecError as error:
-            raise CodecError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
+            raise CodecError(f"{name}.weight: {error.found}", expected=error.expected, fix=error.fix) from error
 
-    def hold(self, buffers: Buffers, *, name: str = "weight", placement: Placement | None = None) -> None:
+    def hold(self, buffers: Buffers, *, name: str = "the layer", placement: Placement | None = None) -> None:
         """Take encoded ``buffers`` over: as parameters, or into ``placement``.
 
         Raises:
             CheckpointError: they are not what the codec makes of a weight of this shape.
         """
-        check_buffers(self.codec, buffers, self.shape, name)
+        check_buffers(self.codec, buffers, self.shape, f"{name}.weight")
+        self.version += 1
         device = next(iter(buffers.values())).device
         for suffix in self.codec.layout(self.shape):
             delattr(self, f"weight{suffix}")
@@ -136,11 +139,6 @@ class FrozenLinear(nn.Linear):
         else:
             self.handle = placement.hold(name, buffers)
             self.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=self.compute_dtype, device=device), requires_grad=False))
-
-    def check(self, name: str) -> None:
-        """Raise :class:`~arctic_plugins.errors.CheckpointError` unless the resident buffers have the codec's layout."""
-        if self.handle is None:
-            check_buffers(self.codec, self._own_buffers(), self.shape, f"{name}.weight")
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary layer with the decoded weight."""
@@ -201,9 +199,11 @@ class _FrozenMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, layer: FrozenLinear) -> Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.version = layer, layer.version
         return layer._matmul(x_MK)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        if ctx.version != ctx.layer.version:
+            raise RuntimeError("a frozen weight was changed between forward and backward (an adapter was merged?): run forward again")
         return ctx.layer._matmul_backward(grads[0]), None

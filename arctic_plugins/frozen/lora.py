@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -11,7 +11,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor
 
-from arctic_plugins.errors import CheckpointError
+from arctic_plugins.errors import ConfigError
 from arctic_plugins.frozen.linear import FrozenLinear
 
 if TYPE_CHECKING:
@@ -29,20 +29,25 @@ class FrozenLoraLinear(LoraLinear):
 
     _bytes_before_merge: dict[str, Tensor] | None = None
 
+    def __init__(self, base_layer: FrozenLinear, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        if config.use_dora or config.lora_bias:
+            variant = "DoRA" if config.use_dora else "lora_bias"
+            raise ConfigError(
+                f"adapter '{adapter_name}' uses {variant} over encoded weights", expected="plain LoRA or rsLoRA", fix="train a plain adapter"
+            )
+        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT; NaN and Inf are refused by the codec, whatever ``safe_merge`` says."""
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not adapters:
             return
-        for name in adapters:
-            if self.lora_variant.get(name) is not None or self.lora_bias[name]:
-                raise CheckpointError(f"adapter '{name}' is a LoRA variant (DoRA, bias or the like)", expected="plain LoRA or rsLoRA for merging")
         frozen = self.get_base_layer()
         before = frozen.export()
         merged = frozen.decode(torch.float32)
         for name in adapters:
             merged += self.get_delta_weight(name).to(merged)
-        frozen.encode(merged, name="the merged weight")
+        frozen.encode(merged, name="the merged layer")
         if self._bytes_before_merge is None:
             self._bytes_before_merge = before
         self.merged_adapters.extend(adapters)

@@ -16,7 +16,7 @@ __all__ = ["Handle", "Placement"]
 
 
 class Handle(ABC):
-    """One weight's encoded bytes, wherever they are."""
+    """One weight's encoded bytes, wherever they are. Immutable: a changed weight gets a new handle."""
 
     @abstractmethod
     def lease(self) -> AbstractContextManager[Buffers]:
@@ -26,9 +26,15 @@ class Handle(ABC):
     def export(self) -> dict[str, Tensor]:
         """The whole buffers, for saving."""
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Handle:
+        return self  # a copy of the module borrows the same bytes
+
 
 class Placement(ABC):
     """Takes encoded buffers in, one weight at a time, while a model is loading. One object serves a whole stack."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Placement:
+        return self  # one object serves every copy of a model and of its config
 
     @abstractmethod
     def hold(self, name: str, buffers: Buffers) -> Handle:

@@ -106,18 +106,19 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
     """
     register()
     modules = linear_modules(model)
-    claims = stack.claim(model.config, modules)
-    codecs = claims.exclusive("weight_codec")
-    for name, codec in codecs.items():
-        linear = model.get_submodule(name)
-        frozen = FrozenLinear.from_linear(linear, codec)
-        frozen.encode(linear.weight, name=f"{name}.weight")
-        model.set_submodule(name, frozen)
-    if codecs:
-        quantizer = ArcticQuantizer(ArcticQuantizationConfig.from_codecs(codecs, modules), pre_quantized=True)
-        quantizer.codecs = codecs
-        model.hf_quantizer = quantizer  # type: ignore[assignment]  # where save_pretrained looks for it
-        quantizer.postprocess_model(model)
+    quantization = _as_quantization(stack.claim(model.config, modules), modules)
+    if quantization is None:
+        return model
+    for name in modules:
+        if codec := quantization.codec_of(name):
+            linear = model.get_submodule(name)
+            frozen = FrozenLinear.from_linear(linear, codec)
+            frozen.encode(linear.weight, name=name, placement=quantization.placements.get(name))
+            model.set_submodule(name, frozen)
+    # What from_pretrained would have left behind: save_pretrained, the Trainer and PEFT look for these.
+    model.config.quantization_config = quantization
+    model.hf_quantizer = ArcticQuantizer(quantization)
+    model.is_quantized, model.quantization_method = True, METHOD
     return model
 
 
@@ -150,12 +151,17 @@ def _quantization(config: PreTrainedConfig, stack: Stack) -> ArcticQuantizationC
                 fix="start from the plain checkpoint, or give the codec plugin the options with which this one was made",
             )
         return None
+    return _as_quantization(claims, modules)
+
+
+def _as_quantization(claims: Claims, modules: Mapping[str, LinearSpec]) -> ArcticQuantizationConfig | None:
+    codecs, placements = claims.exclusive("weight_codec"), claims.by_slot.get("placement", {})
+    if plain := sorted(placements.keys() - codecs.keys()):
+        raise ClaimError(f"a placement is claimed for {plain[0]}, whose weight no codec encodes", fix="add a codec plugin, fp8 for instance")
     if not codecs:
-        if "placement" in claims.by_slot:
-            raise ClaimError("a placement is claimed for weights that no codec encodes", fix="add a codec plugin, fp8 for instance")
         return None
     result = ArcticQuantizationConfig.from_codecs(codecs, modules)
-    result.placements = {name: chain[0] for name, chain in claims.by_slot.get("placement", {}).items()}
+    result.placements = {name: chain[0] for name, chain in placements.items()}
     return result
 
 

@@ -96,7 +96,8 @@ class ArcticQuantizer(HfQuantizer):
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
             # transformers/core_model_loading.py offload_and_maybe_resave_param keeps the unencoded original
             raise ConfigError(
-                "device_map puts modules on 'disk' while they are being encoded", fix="save an encoded checkpoint with 'arctic quantize', then load that"
+                "device_map puts modules on 'disk' while they are being encoded",
+                fix="save an encoded checkpoint with 'arctic quantize', then load that",
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -108,7 +109,9 @@ class ArcticQuantizer(HfQuantizer):
             raise CheckpointError("quantization_config.modules matches no linear module of this model", fix="config.json is of another model")
         if self.pre_quantized:
             for name, codec in self.codecs.items():
-                model.set_submodule(name, FrozenLinear.from_linear(linears[name], codec, device="meta"))
+                frozen = FrozenLinear.from_linear(linears[name], codec, device="meta")
+                frozen._is_hf_initialized = True  # type: ignore[assignment]  # or the loader would draw missing bytes at random, which cannot be done
+                model.set_submodule(name, frozen)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, _, leaf = param_name.rpartition(".")
@@ -120,12 +123,11 @@ class ArcticQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name in self.codecs:
             module = model.get_submodule(name)
-            if not isinstance(module, FrozenLinear):
-                raise CheckpointError(f"{name}.weight is missing from the checkpoint", fix="the checkpoint is incomplete: make it again")
-            module.check(name)  # the loader does not compare shapes when there is a quantizer
-            for param_name, param in module.named_parameters(recurse=False):
-                if param_name.startswith("weight"):
-                    param.requires_grad_(False)  # the loader turns it on for floating tensors
+            missing = [leaf for leaf, param in module.named_parameters(recurse=False) if not getattr(param, "_is_hf_initialized", False)]
+            if missing or not isinstance(module, FrozenLinear):
+                raise CheckpointError(f"{name}.{(missing or ['weight'])[0]} is missing", fix="the checkpoint is incomplete: make it again")
+            if self.pre_quantized:  # encoded while loading, the others are held already; hold() compares shapes, which the loader does not
+                module.hold(module.export(), name=name, placement=self.quantization_config.placements.get(name))
         return model
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
@@ -135,6 +137,8 @@ class ArcticQuantizer(HfQuantizer):
         return param.element_size()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapter is saved
         placed = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear) and module.handle is not None}
         if not placed:
             return None, {}
@@ -173,7 +177,7 @@ class _Encode(ConversionOps):
         name = full_layer_name.removesuffix(".weight")
         frozen = FrozenLinear.from_linear(model.get_submodule(name), self.quantizer.codecs[name], device=weight.device)
         try:
-            frozen.encode(weight, name=full_layer_name, placement=self.quantizer.quantization_config.placements.get(name))
+            frozen.encode(weight, name=name, placement=self.quantizer.quantization_config.placements.get(name))
         except ArcticError as error:
             self.quantizer.quantization_config.failure = self.quantizer.quantization_config.failure or error
             raise

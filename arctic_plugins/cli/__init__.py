@@ -1,0 +1,102 @@
+"""The ``arctic`` command. Its subcommands are entry points of the group ``arctic_plugins.commands``, loaded when they are needed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import traceback
+from importlib.metadata import EntryPoint, entry_points
+
+import click
+
+from arctic_plugins.errors import ArcticError, suggest
+
+__all__ = ["COMMAND_GROUP", "main"]
+
+COMMAND_GROUP = "arctic_plugins.commands"
+
+
+@functools.cache
+def _commands() -> dict[str, EntryPoint]:
+    return {point.name: point for point in sorted(entry_points(group=COMMAND_GROUP), key=lambda point: point.name)}
+
+
+class _Commands(click.Group):
+    """Lists entry points and imports one when its help or itself is asked for; one that is broken harms no other."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_commands())
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        point = _commands().get(cmd_name)
+        if point is None:
+            return None
+        try:
+            command = point.load()
+        except Exception as error:  # an import can fail with anything, and it is all reported
+            owner = point.dist.name if point.dist else "an unknown distribution"
+            return _broken(cmd_name, f"command '{cmd_name}' of {owner} cannot be imported: {type(error).__name__}: {error}")
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in _commands():
+            raise click.UsageError(f"'{args[0]}' is not a command; {suggest(args[0], _commands())}")
+        return super().resolve_command(ctx, args)
+
+
+def _broken(name: str, reason: str) -> click.Command:
+    @click.command(name, short_help=f"(broken) {reason}", context_settings={"ignore_unknown_options": True})
+    @click.argument("anything", nargs=-1)
+    def command(anything: tuple[str, ...]) -> None:  # noqa: ARG001 - any arguments lead to the same answer
+        raise ArcticError(reason, fix="repair or uninstall its distribution")
+
+    return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="arctic-plugins")
+@click.option("--traceback", is_flag=True, expose_value=False, help="Show the whole traceback of an error (taken anywhere on the line).")
+def arctic() -> None:
+    """Fine-tune, encode, merge and serve models with interchangeable plugins.
+
+    \b
+    Example:
+      arctic train examples/text_to_sql.yaml
+      arctic merge out/final out-merged
+      arctic serve out-merged
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line. Exit status: 0 fine, 2 the user's input, 1 anything else, 130 interrupted; errors are one line on stderr."""
+    arguments = sys.argv[1:] if args is None else args
+    show_traceback = "--traceback" in arguments
+    arguments = [argument for argument in arguments if argument != "--traceback"]  # wherever it stands
+    try:
+        arctic.main(arguments, prog_name="arctic", standalone_mode=False)
+        sys.stdout.flush()
+        status = 0
+    except click.exceptions.Exit as error:
+        status = error.exit_code
+    except click.ClickException as error:
+        status = _fail(error.format_message(), 2, show_traceback)
+    except (click.Abort, KeyboardInterrupt):
+        status = _fail("interrupted", 130, show_traceback)
+    except ArcticError as error:
+        status = _fail(str(error), error.exit_status, show_traceback)
+    except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception as error:  # the last resort: one line, and how to see more
+        reason = " ".join(str(error).split()) or "no message"
+        status = _fail(f"{type(error).__name__}: {reason}; 'arctic --traceback ...' shows more", 1, show_traceback)
+    sys.exit(status)
+
+
+def _fail(message: str, status: int, show_traceback: bool) -> int:
+    if show_traceback:
+        traceback.print_exc()
+    click.echo(f"arctic: {message}", err=True)
+    return status

@@ -1,0 +1,5 @@
+"""``python -m arctic_plugins.cli``: the command without its script, for child processes of the same interpreter."""
+
+from arctic_plugins.cli import main
+
+main()

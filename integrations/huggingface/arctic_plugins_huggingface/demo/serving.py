@@ -1,0 +1,95 @@
+"""An ``arctic serve`` process for the time of a ``with`` block."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from arctic_plugins.errors import ArcticError
+
+__all__ = ["Server"]
+
+
+class Server:
+    """Serves ``checkpoint`` on a free port of this machine.
+
+    Raises:
+        ArcticError: the server ended or did not answer within ``timeout`` seconds; gives its last words and its log.
+    """
+
+    def __init__(self, checkpoint: Path, log: Path, *, options: tuple[str, ...] = (), timeout: float = 600) -> None:
+        self.checkpoint, self.log, self.timeout = checkpoint, log, timeout
+        self.port = _free_port()
+        command = [sys.executable, "-m", "arctic_plugins.cli", "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port), *options]
+        with log.open("w") as output:  # a session of its own, so that the engine's processes end with it
+            self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def __enter__(self) -> Server:
+        try:
+            self._wait()
+        except BaseException:
+            self._stop()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop()
+
+    def chat(self, question: str, *, max_tokens: int, model: str | None = None) -> tuple[str, list[int]]:
+        """Ask greedily; returns the answer's text and token ids."""
+        body = {
+            "model": model or str(self.checkpoint),
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": max_tokens,
+            "return_token_ids": True,
+        }
+        choice = self._request("/v1/chat/completions", body)["choices"][0]
+        return choice["message"]["content"], choice["token_ids"]
+
+    def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310
+            return json.load(response)
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise ArcticError(f"the server ended: {self._last_line()}", fix=f"see {self.log}")
+            try:
+                self._request("/v1/models")
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+            else:
+                return
+        raise ArcticError(f"the server did not answer within {self.timeout:.0f} s: {self._last_line()}", fix=f"see {self.log}")
+
+    def _last_line(self) -> str:
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+    def _stop(self) -> None:
+        for signal_number in (signal.SIGTERM, signal.SIGKILL):
+            try:
+                os.killpg(self._process.pid, signal_number)
+                self._process.wait(timeout=30)
+            except (ProcessLookupError, subprocess.TimeoutExpired):
+                continue
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

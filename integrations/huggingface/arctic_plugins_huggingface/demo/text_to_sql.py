@@ -1,0 +1,902 @@
+"""A small text-to-SQL data set made from templates, and the measure of execution accuracy.
+
+Every row is a question on a schema of one or two tables, with its reference query and the script that makes
+and fills those tables, so a predicted query is judged by the rows that it returns, not by its text. The training
+and the test split share no table, no label values, and no columns but `id` and `name`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "test"]
+Value = str | int | float
+Texts = dict[str, tuple[str, ...]]
+Numbers = dict[str, tuple[int, int]]
+
+TASK = "Write one SQLite query that answers the question."
+
+_DEFAULT_MAX_STEPS = 100_000
+_CHILD_ROWS = 12
+_PARENT_ROWS = 4
+_ATTEMPTS = 500
+_LONGEST_VALUE = 10_000
+_LONGEST_SQL = 10_000
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its schema, its reference query and the database that both speak of."""
+
+    template: str
+    schema: str
+    question: str
+    sql: str
+    setup: str
+
+    @property
+    def prompt(self) -> str:
+        """The user's message, the same text that the record of `to_alpaca` makes."""
+        return f"{TASK} {self.question}\n\n{self.schema}"
+
+    def to_alpaca(self) -> dict[str, str]:
+        """The row as an instruction, its input and its output."""
+        return {"instruction": f"{TASK} {self.question}", "input": self.schema, "output": self.sql}
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """A table with a label, text and number columns, and the parent table that its rows belong to."""
+
+    table: str
+    label: str
+    texts: Texts
+    numbers: Numbers
+    parent: str
+    link: str
+    parent_label: str
+    parent_texts: Texts
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One filled table."""
+
+    name: str
+    columns: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[Value, ...], ...]
+
+    def schema(self) -> str:
+        return f"{self.name}({', '.join(f'{column} {kind}' for column, kind in self.columns)})"
+
+    def script(self) -> str:
+        values = ", ".join(f"({', '.join(_literal(value) for value in row)})" for row in self.rows)
+        return f"CREATE TABLE {self.schema()};\nINSERT INTO {self.name} VALUES {values};"
+
+    def values(self, column: str) -> list[Value]:
+        index = [name for name, _ in self.columns].index(column)
+        return [row[index] for row in self.rows]
+
+
+@dataclass(frozen=True)
+class _Scene:
+    """A filled domain, with the columns that its question is to use."""
+
+    child: _Table
+    parent: _Table
+    label: str
+    text: str
+    number: str
+    link: str
+    parent_label: str
+    parent_text: str
+
+    @property
+    def owner(self) -> str:
+        """The word for one row of the parent table."""
+        return _words(self.link.removesuffix("_id"))
+
+    @property
+    def join(self) -> str:
+        return f"{self.child.name} JOIN {self.parent.name} ON {self.child.name}.{self.link} = {self.parent.name}.id"
+
+    def fill(self, phrase: str, **more: Value) -> str:
+        """The phrase with the scene's names in it."""
+        names = {
+            "table": self.child.name,
+            "label": self.label,
+            "text": self.text,
+            "number": self.number,
+            "owner": self.owner,
+            "parent_label": self.parent_label,
+            "parent_text": self.parent_text,
+        }
+        an_owner = f"{'an' if self.owner[0] in 'aeiou' else 'a'} {self.owner}"
+        return phrase.format(**{key: _words(name) for key, name in names.items()}, an_owner=an_owner, **more)
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A question and its query; `control` is a near miss, which must not return the same rows."""
+
+    question: str
+    sql: str
+    control: str | None = None
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _literal(value: Value) -> str:
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
+
+
+# --- The domains -----------------------------------------------------------------------------------------------
+
+_LABELS: dict[Split, tuple[str, ...]] = {
+    "train": (
+        "Amber",
+        "Birch",
+        "Cedar",
+        "Delta",
+        "Ember",
+        "Falcon",
+        "Garnet",
+        "Harbor",
+        "Indigo",
+        "Jasper",
+        "Kestrel",
+        "Lotus",
+        "Maple",
+        "Nova",
+        "Onyx",
+        "Pearl",
+        "Quartz",
+        "Raven",
+        "Sable",
+        "Topaz",
+        "Umber",
+        "Violet",
+        "Willow",
+        "Zephyr",
+        "Aspen",
+        "Breeze",
+        "Coral",
+        "Dune",
+        "Echo",
+        "Flint",
+    ),
+    "test": (
+        "Apollo",
+        "Basil",
+        "Comet",
+        "Dahlia",
+        "Eagle",
+        "Fern",
+        "Glacier",
+        "Hazel",
+        "Iris",
+        "Juniper",
+        "Koala",
+        "Laurel",
+        "Meadow",
+        "Nectar",
+        "Orchid",
+        "Poppy",
+        "Quill",
+        "River",
+        "Saffron",
+        "Tulip",
+        "Unity",
+        "Velvet",
+        "Walnut",
+        "Yarrow",
+        "Zinnia",
+        "Anchor",
+        "Beacon",
+        "Canyon",
+        "Dolphin",
+        "Elm",
+    ),
+}
+
+_DOMAINS: dict[Split, tuple[_Domain, ...]] = {
+    "train": (
+        _Domain(
+            "songs",
+            "title",
+            {"genre": ("rock", "jazz", "folk", "blues", "soul", "metal"), "language": ("Spanish", "English", "Hindi", "Swahili", "German")},
+            {"duration": (120, 420), "plays": (1000, 9000)},
+            "singers",
+            "singer_id",
+            "name",
+            {"country": ("France", "Brazil", "Kenya", "Peru", "Norway")},
+        ),
+        _Domain(
+            "employees",
+            "name",
+            {"role": ("engineer", "analyst", "clerk", "pilot", "designer"), "shift": ("day", "night", "evening", "weekend", "split")},
+            {"salary": (30000, 90000), "age": (21, 64)},
+            "departments",
+            "department_id",
+            "name",
+            {"building": ("North", "South", "West", "Tower", "Annex")},
+        ),
+        _Domain(
+            "books",
+            "title",
+            {"topic": ("history", "science", "travel", "cooking", "sports"), "format": ("paper", "ebook", "audio", "digest", "leaflet")},
+            {"pages": (90, 900), "price": (5, 60)},
+            "authors",
+            "author_id",
+            "name",
+            {"nationality": ("Irish", "Greek", "Indian", "Danish", "Cuban")},
+        ),
+        _Domain(
+            "flights",
+            "code",
+            {"airline": ("Skyway", "Jetline", "Airex", "Bluewing", "Cloudair"), "status": ("delayed", "landed", "boarding", "canceled", "taxiing")},
+            {"distance": (200, 9000), "passengers": (40, 300)},
+            "airports",
+            "airport_id",
+            "name",
+            {"city": ("Lisbon", "Oslo", "Cairo", "Boston", "Delhi")},
+        ),
+        _Domain(
+            "players",
+            "name",
+            {"position": ("goalkeeper", "defender", "striker", "midfielder", "winger"), "foot": ("left", "right", "both", "neither", "mixed")},
+            {"goals": (0, 60), "height": (160, 205)},
+            "teams",
+            "team_id",
+            "name",
+            {"league": ("first", "second", "third", "regional", "national")},
+        ),
+        _Domain(
+            "products",
+            "name",
+            {"category": ("toys", "food", "tools", "clothing", "books"), "material": ("wood", "steel", "plastic", "glass", "rubber")},
+            {"stock": (0, 500), "weight": (1, 90)},
+            "suppliers",
+            "supplier_id",
+            "company",
+            {"region": ("Asia", "Europe", "Africa", "Pacifica", "Arabia")},
+        ),
+        _Domain(
+            "students",
+            "name",
+            {"major": ("biology", "law", "music", "physics", "history"), "housing": ("campus", "rented", "hostel", "family", "shared")},
+            {"score": (30, 100), "absences": (0, 40)},
+            "colleges",
+            "college_id",
+            "name",
+            {"state": ("Texas", "Ohio", "Utah", "Nevada", "Maine")},
+        ),
+        _Domain(
+            "houses",
+            "address",
+            {"style": ("modern", "rustic", "gothic", "classic", "colonial"), "heating": ("gas", "solar", "oil", "electric", "steam")},
+            {"rent": (400, 4000), "rooms": (1, 20)},
+            "owners",
+            "owner_id",
+            "name",
+            {"job": ("teacher", "lawyer", "nurse", "plumber", "dentist")},
+        ),
+        _Domain(
+            "cars",
+            "model",
+            {"color": ("red", "blue", "black", "green", "white"), "fuel": ("diesel", "petrol", "electric", "hybrid", "hydrogen")},
+            {"mileage": (100, 9000), "power": (60, 400)},
+            "brands",
+            "brand_id",
+            "name",
+            {"origin": ("Japan", "Italy", "Korea", "Germany", "India")},
+        ),
+        _Domain(
+            "dishes",
+            "name",
+            {"cuisine": ("Thai", "Mexican", "Turkish", "Greek", "Korean"), "course": ("starter", "main", "dessert", "side", "soup")},
+            {"calories": (90, 900), "cost": (3, 45)},
+            "restaurants",
+            "restaurant_id",
+            "name",
+            {"district": ("harbor", "center", "suburb", "airport", "village")},
+        ),
+        _Domain(
+            "orders",
+            "reference",
+            {"payment": ("card", "cash", "invoice", "voucher", "transfer"), "priority": ("low", "normal", "urgent", "high", "blocked")},
+            {"amount": (10, 900), "discount": (0, 50)},
+            "customers",
+            "customer_id",
+            "name",
+            {"segment": ("retail", "wholesale", "online", "export", "public")},
+        ),
+        _Domain(
+            "patients",
+            "name",
+            {"diagnosis": ("flu", "asthma", "fracture", "diabetes", "migraine"), "blood_type": ("A", "B", "AB", "O", "rare")},
+            {"visits": (1, 40), "pulse": (50, 120)},
+            "doctors",
+            "doctor_id",
+            "name",
+            {"specialty": ("surgery", "pediatrics", "oncology", "cardiology", "radiology")},
+        ),
+        _Domain(
+            "rivers",
+            "name",
+            {"flow": ("slow", "fast", "seasonal", "gentle", "raging"), "climate": ("tropical", "polar", "desert", "humid", "arid")},
+            {"length": (50, 6000), "depth": (2, 90)},
+            "nations",
+            "nation_id",
+            "name",
+            {"continent": ("America", "Oceania", "Antarctica", "Eurasia", "Australia")},
+        ),
+        _Domain(
+            "games",
+            "title",
+            {"platform": ("console", "mobile", "desktop", "arcade", "browser"), "mode": ("solo", "team", "versus", "puzzle", "racing")},
+            {"sales": (100, 9000), "levels": (3, 90)},
+            "studios",
+            "studio_id",
+            "name",
+            {"currency": ("dollar", "euro", "yen", "peso", "rupee")},
+        ),
+        _Domain(
+            "events",
+            "title",
+            {"kind": ("concert", "lecture", "fair", "festival", "auction"), "weekday": ("Monday", "Friday", "Sunday", "Tuesday", "Saturday")},
+            {"tickets": (20, 900), "budget": (1000, 9000)},
+            "venues",
+            "venue_id",
+            "name",
+            {"setting": ("indoor", "outdoor", "mixed", "rooftop", "tent")},
+        ),
+        _Domain(
+            "phones",
+            "model",
+            {"screen": ("small", "medium", "large", "tiny", "huge"), "storage": ("basic", "plus", "max", "double", "ultra")},
+            {"battery": (900, 6000), "warranty": (6, 60)},
+            "makers",
+            "maker_id",
+            "name",
+            {"headquarters": ("Seoul", "Taipei", "Austin", "Tokyo", "London")},
+        ),
+        _Domain(
+            "projects",
+            "name",
+            {"phase": ("planning", "testing", "finished", "design", "review"), "risk": ("minor", "major", "severe", "trivial", "critical")},
+            {"funding": (1000, 9000), "hours": (10, 900)},
+            "managers",
+            "manager_id",
+            "name",
+            {"office": ("Berlin", "Madrid", "Dublin", "Vienna", "Prague")},
+        ),
+        _Domain(
+            "wines",
+            "label",
+            {"grape": ("Merlot", "Riesling", "Malbec", "Shiraz", "Pinot"), "taste": ("dry", "sweet", "fruity", "bitter", "smoky")},
+            {"vintage": (1960, 2020), "rating": (50, 100)},
+            "vineyards",
+            "vineyard_id",
+            "name",
+            {"valley": ("Napa", "Rhine", "Douro", "Barossa", "Mosel")},
+        ),
+    ),
+    "test": (
+        _Domain(
+            "movies",
+            "name",
+            {"theme": ("comedy", "drama", "horror"), "audience": ("adults", "children", "families")},
+            {"runtime": (70, 210), "awards": (0, 40)},
+            "directors",
+            "director_id",
+            "name",
+            {"birthplace": ("Sweden", "Chile", "Poland")},
+        ),
+        _Domain(
+            "animals",
+            "name",
+            {"species": ("lion", "zebra", "otter"), "diet": ("meat", "plants", "insects")},
+            {"speed": (5, 110), "meals": (1, 30)},
+            "zoos",
+            "zoo_id",
+            "name",
+            {"province": ("Alberta", "Quebec", "Ontario")},
+        ),
+        _Domain(
+            "ships",
+            "callsign",
+            {"cargo": ("grain", "coal", "cars"), "flag": ("Panama", "Malta", "Liberia")},
+            {"capacity": (100, 9000), "crew": (5, 80)},
+            "ports",
+            "port_id",
+            "name",
+            {"ocean": ("Atlantic", "Pacific", "Arctic")},
+        ),
+        _Domain(
+            "paintings",
+            "caption",
+            {"technique": ("gouache", "watercolor", "fresco"), "frame": ("gold", "silver", "bronze")},
+            {"width": (20, 300), "worth": (1000, 9000)},
+            "artists",
+            "artist_id",
+            "name",
+            {"movement": ("cubism", "realism", "baroque")},
+        ),
+        _Domain(
+            "hotels",
+            "name",
+            {"scenery": ("lake", "forest", "garden"), "breakfast": ("buffet", "continental", "vegan")},
+            {"stars": (1, 40), "beds": (20, 700)},
+            "islands",
+            "island_id",
+            "name",
+            {"season": ("spring", "summer", "winter")},
+        ),
+        _Domain(
+            "robots",
+            "name",
+            {"sensor": ("camera", "radar", "sonar"), "task": ("cleaning", "welding", "packing")},
+            {"voltage": (5, 400), "errors": (0, 70)},
+            "factories",
+            "factory_id",
+            "site",
+            {"industry": ("textile", "aviation", "furniture")},
+        ),
+        _Domain(
+            "plants",
+            "name",
+            {"soil": ("clay", "sand", "peat"), "sunlight": ("full", "partial", "shade")},
+            {"petals": (3, 60), "lifespan": (1, 99)},
+            "gardens",
+            "garden_id",
+            "name",
+            {"visitor_group": ("schools", "tourists", "locals")},
+        ),
+        _Domain(
+            "courses",
+            "name",
+            {"subject": ("algebra", "poetry", "chemistry"), "term": ("autumn", "Easter", "midyear")},
+            {"credits": (1, 30), "fee": (50, 900)},
+            "teachers",
+            "teacher_id",
+            "name",
+            {"degree": ("bachelor", "master", "doctorate")},
+        ),
+    ),
+}
+
+
+def _shuffled_table(rng: random.Random, name: str, columns: dict[str, tuple[str, Sequence[Value]]]) -> _Table:
+    """The table of these columns (name -> type and values), `id` first and the others in a random order."""
+    order = ["id", *rng.sample([column for column in columns if column != "id"], len(columns) - 1)]
+    rows = tuple(zip(*(columns[column][1] for column in order), strict=True))
+    return _Table(name, tuple((column, columns[column][0]) for column in order), rows)
+
+
+def _scatter(rng: random.Random, values: Sequence[Value], count: int, *, different: int = 3) -> list[Value]:
+    """`count` draws from `different` ones of the values, each of these at least once."""
+    kept = rng.sample(values, different)
+    drawn = [*kept, *rng.choices(kept, k=count - len(kept))]
+    rng.shuffle(drawn)
+    return drawn
+
+
+def _scene(rng: random.Random, domain: _Domain, labels: tuple[str, ...], *, linked: bool) -> _Scene:
+    """The domain with fresh rows; an unlinked child table lacks the column that points to its parent."""
+    names = rng.sample(labels, _CHILD_ROWS + _PARENT_ROWS)
+    child: dict[str, tuple[str, Sequence[Value]]] = {
+        "id": ("int", range(1, _CHILD_ROWS + 1)),
+        domain.label: ("text", names[:_CHILD_ROWS]),
+    }
+    child |= {column: ("text", _scatter(rng, values, _CHILD_ROWS)) for column, values in domain.texts.items()}
+    child |= {column: ("int", rng.sample(range(low, high + 1), _CHILD_ROWS)) for column, (low, high) in domain.numbers.items()}
+    if linked:
+        child[domain.link] = ("int", _scatter(rng, range(1, _PARENT_ROWS + 1), _CHILD_ROWS, different=_PARENT_ROWS))
+    parent: dict[str, tuple[str, Sequence[Value]]] = {
+        "id": ("int", range(1, _PARENT_ROWS + 1)),
+        domain.parent_label: ("text", names[_CHILD_ROWS:]),
+    }
+    parent |= {column: ("text", _scatter(rng, values, _PARENT_ROWS)) for column, values in domain.parent_texts.items()}
+    return _Scene(
+        child=_shuffled_table(rng, domain.table, child),
+        parent=_shuffled_table(rng, domain.parent, parent),
+        label=domain.label,
+        text=rng.choice(list(domain.texts)),
+        number=rng.choice(list(domain.numbers)),
+        link=domain.link,
+        parent_label=domain.parent_label,
+        parent_text=rng.choice([*domain.parent_texts, domain.parent_label]),
+    )
+
+
+# --- The templates ---------------------------------------------------------------------------------------------
+
+_AGGREGATES: dict[str, tuple[str, ...]] = {
+    "AVG": ("average", "mean"),
+    "SUM": ("total", "summed"),
+    "MAX": ("highest", "maximum"),
+    "MIN": ("lowest", "minimum"),
+}
+_COMPARISONS: dict[str, tuple[str, ...]] = {
+    ">": ("above", "greater than", "more than"),
+    "<": ("below", "less than", "under"),
+}
+_DIRECTIONS: dict[str, tuple[str, str]] = {"DESC": ("highest", "descending"), "ASC": ("lowest", "ascending")}
+
+
+def _pick(rng: random.Random, words: dict[str, tuple[str, ...]]) -> tuple[str, str]:
+    """A keyword of SQL and one of the words that stand for it."""
+    keyword = rng.choice(list(words))
+    return keyword, rng.choice(words[keyword])
+
+
+def _select(columns: str, source: str, *clauses: str) -> str:
+    return " ".join(("SELECT", columns, "FROM", source, *clauses))
+
+
+def _text_condition(rng: random.Random, table: _Table, column: str) -> tuple[str, str]:
+    """An equality with a value that the column holds, in words and in SQL."""
+    value = str(rng.choice(table.values(column)))
+    return f"{_words(column)} {value}", f"{column} = {_literal(value)}"
+
+
+def _number_condition(rng: random.Random, scene: _Scene) -> tuple[str, str]:
+    """A comparison that some of the rows pass, in words and in SQL."""
+    operator, word = _pick(rng, _COMPARISONS)
+    bound = rng.choice(sorted(scene.child.values(scene.number))[2:-2])
+    return f"{_words(scene.number)} {word} {bound}", f"{scene.number} {operator} {bound}"
+
+
+def _where_text(rng: random.Random, scene: _Scene) -> _Draft:
+    condition, clause = _text_condition(rng, scene.child, scene.text)
+    phrase = rng.choice(
+        (
+            "Show the {label} of the {table} with {condition}.",
+            "Which {table} have {condition}? Give the {label}.",
+            "List the {label} of every entry in {table} with {condition}.",
+            "What is the {label} of the {table} that have {condition}?",
+        )
+    )
+    sql = _select(scene.label, scene.child.name)
+    return _Draft(scene.fill(phrase, condition=condition), f"{sql} WHERE {clause}", sql)
+
+
+def _where_number(rng: random.Random, scene: _Scene) -> _Draft:
+    condition, clause = _number_condition(rng, scene)
+    phrase = rng.choice(
+        (
+            "Show the {label} of the {table} with {condition}.",
+            "Which {table} have {condition}? Give the {label}.",
+            "List the {label} of every entry in {table} with {condition}.",
+            "What is the {label} of the {table} that have {condition}?",
+        )
+    )
+    sql = _select(scene.label, scene.child.name)
+    return _Draft(scene.fill(phrase, condition=condition), f"{sql} WHERE {clause}", sql)
+
+
+def _count(rng: random.Random, scene: _Scene) -> _Draft:
+    phrase = rng.choice(
+        (
+            "How many {table} are there?",
+            "Count all the {table}.",
+            "What is the number of {table}?",
+            "Give the number of all {table}.",
+        )
+    )
+    return _Draft(scene.fill(phrase), _select("COUNT(*)", scene.child.name))
+
+
+def _count_where(rng: random.Random, scene: _Scene) -> _Draft:
+    numeric = rng.random() < 0.5
+    condition, clause = _number_condition(rng, scene) if numeric else _text_condition(rng, scene.child, scene.text)
+    phrase = rng.choice(
+        (
+            "How many {table} have {condition}?",
+            "Count the {table} with {condition}.",
+            "What is the number of {table} with {condition}?",
+        )
+    )
+    sql = _select("COUNT(*)", scene.child.name)
+    return _Draft(scene.fill(phrase, condition=condition), f"{sql} WHERE {clause}", sql)
+
+
+def _aggregate(rng: random.Random, scene: _Scene) -> _Draft:
+    function, word = _pick(rng, _AGGREGATES)
+    phrase = rng.choice(
+        (
+            "What is the {word} {number} of the {table}?",
+            "Give the {word} {number} of all {table}.",
+            "Find the {word} {number} over all the {table}.",
+        )
+    )
+    return _Draft(scene.fill(phrase, word=word), _select(f"{function}({scene.number})", scene.child.name))
+
+
+def _order(rng: random.Random, scene: _Scene) -> _Draft:
+    direction, (extreme, sense) = rng.choice(list(_DIRECTIONS.items()))
+    unsorted = _select(scene.label, scene.child.name)
+    sql = f"{unsorted} ORDER BY {scene.number} {direction}"
+    if rng.random() < 0.4:
+        phrase = rng.choice(
+            (
+                "List the {label} of all {table} in {sense} order of {number}.",
+                "Show the {label} of the {table} sorted by {number} in {sense} order.",
+            )
+        )
+        return _Draft(scene.fill(phrase, sense=sense), sql, unsorted)
+    limit = rng.randint(2, 6)
+    phrase = rng.choice(
+        (
+            "Show the {label} of the {limit} {table} with the {extreme} {number}.",
+            "Which {limit} {table} have the {extreme} {number}? Give the {label}.",
+            "List the {label} of the {limit} {table} that have the {extreme} {number}.",
+        )
+    )
+    return _Draft(scene.fill(phrase, limit=limit, extreme=extreme), f"{sql} LIMIT {limit}", sql)
+
+
+def _group_count(rng: random.Random, scene: _Scene) -> _Draft:
+    phrase = rng.choice(
+        (
+            "How many {table} are there for each {text}?",
+            "Count the {table} for each {text}.",
+            "Show each {text} with its number of {table}.",
+            "For each {text}, give the number of {table}.",
+        )
+    )
+    return _Draft(scene.fill(phrase), _select(f"{scene.text}, COUNT(*)", scene.child.name, f"GROUP BY {scene.text}"))
+
+
+def _group_aggregate(rng: random.Random, scene: _Scene) -> _Draft:
+    function, word = _pick(rng, _AGGREGATES)
+    phrase = rng.choice(
+        (
+            "What is the {word} {number} of the {table} for each {text}?",
+            "Show each {text} with its {word} {number} of {table}.",
+            "For each {text}, give the {word} {number} of the {table}.",
+        )
+    )
+    sql = _select(f"{scene.text}, {function}({scene.number})", scene.child.name, f"GROUP BY {scene.text}")
+    return _Draft(scene.fill(phrase, word=word), sql)
+
+
+def _distinct(rng: random.Random, scene: _Scene) -> _Draft:
+    phrase = rng.choice(
+        (
+            "What are the different {text} values of the {table}?",
+            "List every distinct {text} of the {table}.",
+            "Show the unique {text} values in {table}.",
+            "Which distinct {text} values do the {table} have?",
+        )
+    )
+    everything = _select(scene.text, scene.child.name)
+    return _Draft(scene.fill(phrase), _select(f"DISTINCT {scene.text}", scene.child.name), everything)
+
+
+def _parent_condition(rng: random.Random, scene: _Scene) -> tuple[str, str]:
+    condition, clause = _text_condition(rng, scene.parent, scene.parent_text)
+    return condition, f"{scene.parent.name}.{clause}"
+
+
+def _join_where(rng: random.Random, scene: _Scene) -> _Draft:
+    condition, clause = _parent_condition(rng, scene)
+    phrase = rng.choice(
+        (
+            "Show the {label} of the {table} whose {owner} has {condition}.",
+            "Which {table} have {an_owner} with {condition}? Give the {label}.",
+            "List the {label} of the {table} that belong to {an_owner} with {condition}.",
+        )
+    )
+    sql = _select(f"{scene.child.name}.{scene.label}", scene.join)
+    return _Draft(scene.fill(phrase, condition=condition), f"{sql} WHERE {clause}", sql)
+
+
+def _join_aggregate(rng: random.Random, scene: _Scene) -> _Draft:
+    condition, clause = _parent_condition(rng, scene)
+    function, word = _pick(rng, _AGGREGATES)
+    phrase = rng.choice(
+        (
+            "What is the {word} {number} of the {table} whose {owner} has {condition}?",
+            "Give the {word} {number} of the {table} that have {an_owner} with {condition}.",
+            "Find the {word} {number} of the {table} that belong to {an_owner} with {condition}.",
+        )
+    )
+    sql = _select(f"{function}({scene.child.name}.{scene.number})", scene.join)
+    return _Draft(scene.fill(phrase, word=word, condition=condition), f"{sql} WHERE {clause}", sql)
+
+
+def _join_group(rng: random.Random, scene: _Scene) -> _Draft:
+    owner_label = f"{scene.parent.name}.{scene.parent_label}"
+    if rng.random() < 0.5:
+        column = "COUNT(*)"
+        phrase = rng.choice(
+            (
+                "For each {owner}, show the {parent_label} and the number of {table}.",
+                "Show the {parent_label} of each {owner} with the number of its {table}.",
+                "How many {table} does each {owner} have? Give the {parent_label} and the number.",
+            )
+        )
+        question = scene.fill(phrase)
+    else:
+        function, word = _pick(rng, _AGGREGATES)
+        column = f"{function}({scene.child.name}.{scene.number})"
+        phrase = rng.choice(
+            (
+                "For each {owner}, show the {parent_label} and the {word} {number} of the {table}.",
+                "Show the {parent_label} of each {owner} with the {word} {number} of its {table}.",
+                "What {word} {number} do the {table} of each {owner} have? Give the {parent_label} and the {word} {number}.",
+            )
+        )
+        question = scene.fill(phrase, word=word)
+    return _Draft(question, _select(f"{owner_label}, {column}", scene.join, f"GROUP BY {owner_label}"))
+
+
+_TEMPLATES: dict[str, Callable[[random.Random, _Scene], _Draft]] = {
+    "where_text": _where_text,
+    "where_number": _where_number,
+    "count": _count,
+    "count_where": _count_where,
+    "aggregate": _aggregate,
+    "order": _order,
+    "group_count": _group_count,
+    "group_aggregate": _group_aggregate,
+    "distinct": _distinct,
+    "join_where": _join_where,
+    "join_aggregate": _join_aggregate,
+    "join_group": _join_group,
+}
+TEMPLATES: tuple[str, ...] = tuple(_TEMPLATES)
+
+
+# --- The rows --------------------------------------------------------------------------------------------------
+
+
+def _example(rng: random.Random, template: str, split: Split) -> Example | None:
+    """One draw, or None where its query returns nothing or a near miss would return the same rows."""
+    linked = template.startswith("join")
+    scene = _scene(rng, rng.choice(_DOMAINS[split]), _LABELS[split], linked=linked)
+    draft = _TEMPLATES[template](rng, scene)
+    tables = [scene.child, scene.parent] if linked else [scene.child]
+    rng.shuffle(tables)
+    example = Example(
+        template=template,
+        schema="\n".join(table.schema() for table in tables),
+        question=draft.question,
+        sql=draft.sql,
+        setup="\n".join(table.script() for table in tables),
+    )
+    if not execute(example.sql, example.setup) or (draft.control is not None and is_correct(draft.control, example)):
+        return None
+    return example
+
+
+def generate(rows: int, *, seed: int, split: Split) -> list[Example]:
+    """Distinct rows of one split, the templates in turn: the same for the same seed, whatever was made before.
+
+    Raises:
+        ValueError: if the split cannot give that many distinct rows.
+    """
+    rng = random.Random(f"{seed}:{split}")  # noqa: S311 - reproducible data, no secret
+    seen: set[tuple[str, str]] = set()
+    examples: list[Example] = []
+    for row in range(rows):
+        template = TEMPLATES[row % len(TEMPLATES)]
+        for _ in range(_ATTEMPTS):
+            example = _example(rng, template, split)
+            if example is not None and (example.schema, example.question) not in seen:
+                break
+        else:
+            raise ValueError(f"the {split} split has no {rows} distinct rows: template {template} ran out at row {row}")
+        seen.add((example.schema, example.question))
+        examples.append(example)
+    return examples
+
+
+def write_jsonl(examples: Sequence[Example], path: str | Path) -> None:
+    """Writes the rows as Alpaca records, one JSON object a line."""
+    lines = (json.dumps(example.to_alpaca(), ensure_ascii=False) + "\n" for example in examples)
+    Path(path).write_text("".join(lines), encoding="utf-8")
+
+
+# --- The measure -----------------------------------------------------------------------------------------------
+
+_FENCE = re.compile(r"```[ \t]*(?:\w+[ \t]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
+_STATEMENT = re.compile(r"""(?:'(?:[^']|'')*'|"(?:[^"]|"")*"|[^;])*""")
+_BLANK_LINE = re.compile(r"\n\s*\n")
+_ORDER_BY = re.compile(r"\border\s+by\b", re.IGNORECASE)
+_ALLOWED_ACTIONS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
+
+
+def extract_sql(prediction: str) -> str:
+    """The first statement of a model's answer, without code fences, its semicolon and what follows it."""
+    fenced = _FENCE.search(prediction)
+    text = (fenced.group(1) if fenced else prediction).strip()
+    statement = _STATEMENT.match(text)
+    first = statement.group(0) if statement else text
+    if first == text:  # no semicolon: a blank line is then the only mark of the query's end
+        first = _BLANK_LINE.split(text, maxsplit=1)[0]
+    return first.strip()
+
+
+def _authorize(action: int, *_: str | None) -> int:
+    return sqlite3.SQLITE_OK if action in _ALLOWED_ACTIONS else sqlite3.SQLITE_DENY
+
+
+def _run(sql: str, setup: str, max_steps: int) -> tuple[int, list[tuple]]:
+    """The number of columns and the rows of one SELECT in a fresh database."""
+    connection = sqlite3.connect(":memory:", isolation_level=None)
+    try:
+        connection.executescript(setup)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
+        connection.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, _LONGEST_SQL)
+        connection.set_authorizer(_authorize)
+        connection.set_progress_handler(lambda: 1, max_steps)
+        cursor = connection.execute(sql)
+        if cursor.description is None:
+            raise sqlite3.ProgrammingError("not a query that returns rows")
+        return len(cursor.description), cursor.fetchall()
+    except (sqlite3.Warning, ValueError) as error:  # several statements, or text that SQLite cannot take
+        raise sqlite3.ProgrammingError(str(error)) from error
+    finally:
+        connection.close()
+
+
+def execute(sql: str, setup: str, *, max_steps: int = _DEFAULT_MAX_STEPS) -> list[tuple]:
+    """The rows of one SELECT, run in a fresh database in memory that `setup` made and that it can only read.
+
+    Raises:
+        sqlite3.Error: if the query is bad, does more than read, or takes more than `max_steps` steps of SQLite's machine.
+    """
+    return _run(sql, setup, max_steps)[1]
+
+
+def _sort_key(row: tuple) -> tuple:
+    """An order over rows of any types, in which equal numbers are neighbours whatever their type."""
+    return tuple((1, round(value, 6), "") if isinstance(value, int | float) else (0, 0, repr(value)) for value in row)
+
+
+def _same_value(left: object, right: object) -> bool:
+    if isinstance(left, int | float) and isinstance(right, int | float):
+        return math.isclose(left, right, rel_tol=0.0, abs_tol=1e-6)
+    return left == right
+
+
+def _same_rows(left: list[tuple], right: list[tuple]) -> bool:
+    return len(left) == len(right) and all(
+        _same_value(one, other) for row, wanted in zip(left, right, strict=True) for one, other in zip(row, wanted, strict=True)
+    )
+
+
+def is_correct(predicted: str, example: Example) -> bool:
+    """Whether the prediction returns the rows of the reference query, in its order where that query sets one."""
+    width, wanted = _run(example.sql, example.setup, _DEFAULT_MAX_STEPS)
+    try:
+        predicted_width, rows = _run(extract_sql(predicted), example.setup, _DEFAULT_MAX_STEPS)
+    except sqlite3.Error:
+        return False
+    if predicted_width != width:
+        return False
+    if not _ORDER_BY.search(example.sql):
+        wanted, rows = sorted(wanted, key=_sort_key), sorted(rows, key=_sort_key)
+    return _same_rows(rows, wanted)
+
+
+def accuracy(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, tuple[int, int]]:
+    """How many predictions of each template are right, and of how many: template -> (right, total)."""
+    tally: dict[str, tuple[int, int]] = {}
+    for prediction, example in zip(predictions, examples, strict=True):
+        right, total = tally.get(example.template, (0, 0))
+        tally[example.template] = (right + is_correct(prediction, example), total + 1)
+    return tally

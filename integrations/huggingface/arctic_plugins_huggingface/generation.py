@@ -1,0 +1,45 @@
+"""Answering prompts with a loaded model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["answer", "chat_prompt"]
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+    """``question`` as the chat template writes it for the model to answer; the text itself when there is no template."""
+    if tokenizer.chat_template is None:
+        return question
+    return str(tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True))
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    **kwargs: Any,
+) -> Iterator[str]:
+    """Answer ``questions`` greedily (unless ``kwargs``, those of ``generate``, say otherwise), ``batch_size`` at a time."""
+    training, side = model.training, tokenizer.padding_side
+    model.eval()
+    tokenizer.padding_side = "left"
+    try:
+        for start in range(0, len(questions), batch_size):
+            prompts = [chat_prompt(tokenizer, question) for question in questions[start : start + batch_size]]
+            batch = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, add_special_tokens=tokenizer.chat_template is None).to(
+                model.device
+            )
+            tokens = model.generate(**batch, **{"max_new_tokens": max_new_tokens, "do_sample": False, **kwargs})
+            yield from tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    finally:
+        tokenizer.padding_side = side
+        model.train(training)

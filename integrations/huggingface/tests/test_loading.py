@@ -1,0 +1,267 @@
+"""Encode on load, save, reload, merge: the same bits every time, and an error rather than a wrong model."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from arctic_plugins_huggingface import freeze, load_model, merge_adapter, register, save_checkpoint
+from arctic_plugins_huggingface.saving import load_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from arctic_plugins import Stack
+from arctic_plugins.errors import CheckpointError, ClaimError, CodecError, ConfigError, PluginNotFoundError
+from arctic_plugins.frozen import FrozenLinear
+from arctic_plugins.testing import tiny_llama
+
+IDS = torch.arange(10, 42)[None]
+FP8 = Stack.from_dict({"fp8": {}})
+GROUPED = Stack.from_dict({"fp8": {"group_size": 64}})  # 176 inputs: the last group is padded
+MIXED = Stack.from_dict({"fp8": {"include": ["**.mlp.*"], "group_size": 32}})
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_checkpoint, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("encoded") / "fp8"
+    return save_checkpoint(*load_model(tiny_checkpoint, FP8), directory, FP8)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("stack", [FP8, GROUPED, MIXED], ids=["channel", "grouped", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_and_reload_is_bitwise(tiny_checkpoint, tmp_path, stack, dtype):
+    model, tokenizer = load_model(tiny_checkpoint, stack, dtype=dtype)
+    expected = logits(model)
+    save_checkpoint(model, tokenizer, tmp_path / "out", stack)
+    again, _ = load_model(tmp_path / "out")
+    assert torch.equal(logits(again), expected)
+    register()
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(stock), expected)
+    assert Stack.from_checkpoint(tmp_path / "out").sha256() == stack.sha256()
+    assert not [name for name, parameter in again.named_parameters() if isinstance(parameter, FrozenLinear) and parameter.requires_grad]
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_logits_are_those_of_the_decoded_weights(tiny_checkpoint):
+    model, _ = load_model(tiny_checkpoint, GROUPED)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_checkpoint)
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            weight = reference.get_submodule(name).weight.data
+            decoded = module.codec.decode(module.codec.encode(weight), tuple(weight.shape), torch.float32)
+            weight.copy_(decoded)
+    torch.testing.assert_close(logits(model), logits(reference), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(model.dequantize()), logits(reference), rtol=1e-5, atol=1e-5)
+
+
+def test_freezing_a_loaded_model_gives_the_same_bits(tiny_checkpoint, encoded):
+    model, _ = load_model(tiny_checkpoint)
+    frozen = freeze(model, FP8)
+    assert torch.equal(logits(frozen), logits(load_model(encoded)[0]))
+    assert frozen.config.quantization_config.to_dict() == load_model(encoded)[0].config.quantization_config.to_dict()
+
+
+def test_config_and_keys_on_disk(encoded):
+    config = json.loads((encoded / "config.json").read_text())["quantization_config"]
+    assert config["quant_method"] == "arctic"
+    assert config["format"] == 1
+    assert config["codecs"] == {"fp8": {"type": "fp8", "bits": 8, "group_size": "channel"}}
+    assert config["modules"]["model.layers.*.mlp.down_proj"] == "fp8"
+    with safe_open(encoded / "model.safetensors", "pt") as file:
+        weight, scale = (file.get_slice(f"model.layers.0.mlp.down_proj.weight{suffix}") for suffix in ("", "_scale"))
+        assert (weight.get_dtype(), weight.get_shape()) == ("U8", [64, 1, 176])
+        assert (scale.get_dtype(), scale.get_shape()) == ("F32", [64, 1])
+
+
+def test_casting_leaves_the_encoded_bytes_alone(encoded):
+    model, _ = load_model(encoded)
+    layer = model.model.layers[0].mlp.up_proj
+    before = {suffix: buffer.clone() for suffix, buffer in layer.export().items()}
+    for change in (
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.to(torch.float16),
+        lambda m: m.to("cpu"),
+        lambda m: m.double(),
+        lambda m: m.type(torch.float32),
+    ):
+        try:
+            change(layer)
+        except ValueError:
+            continue
+        assert all(torch.equal(buffer, layer.export()[suffix]) and buffer.dtype == layer.export()[suffix].dtype for suffix, buffer in before.items())
+
+
+def test_training_a_frozen_model_through_compile(encoded):
+    model, _ = load_model(encoded)
+    expected = logits(model)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_and_heads_of_their_own(tmp_path):
+    checkpoint = tiny_llama(tmp_path / "biased", attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
+    model, tokenizer = load_model(checkpoint, Stack.from_dict({"fp8": {"exclude": []}}))
+    assert isinstance(model.lm_head, FrozenLinear)
+    assert model.model.layers[0].mlp.up_proj.bias is not None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    expected = logits(model)
+    save_checkpoint(model, tokenizer, tmp_path / "out", FP8)
+    assert torch.equal(logits(load_model(tmp_path / "out")[0]), expected)
+
+
+def test_a_tied_head_cannot_be_encoded(tmp_path):
+    checkpoint = tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
+    assert load_model(checkpoint, FP8)
+    with pytest.raises(ClaimError, match="lm_head, whose weight is shared with the embedding"):
+        load_model(checkpoint, Stack.from_dict({"fp8": {"exclude": []}}))
+
+
+def test_nan_in_a_weight_names_the_tensor(tiny_checkpoint, tmp_path):
+    model, tokenizer = load_model(tiny_checkpoint)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    save_checkpoint(model, tokenizer, tmp_path / "nan", Stack())
+    with pytest.raises(CodecError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: the weight holds NaN"):
+        load_model(tmp_path / "nan", FP8)
+
+
+def damaged(source, directory, *, drop=(), change=None, config=None):
+    """A copy of a checkpoint with tensors dropped or changed."""
+    import shutil
+
+    shutil.copytree(source, directory)
+    tensors = {key: value for key, value in load_file(source / "model.safetensors").items() if key not in drop}
+    tensors.update({key: function(tensors[key]) for key, function in (change or {}).items()})
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    if config:
+        content = json.loads((source / "config.json").read_text())
+        content["quantization_config"].update(config)
+        (directory / "config.json").write_text(json.dumps(content))
+    return directory
+
+
+KEY = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        ({"drop": [f"{KEY}_scale"]}, CheckpointError, f"{KEY}_scale is missing"),
+        ({"drop": [KEY]}, CheckpointError, f"{KEY} is missing"),
+        ({"drop": [KEY, f"{KEY}_scale"]}, CheckpointError, f"{KEY} is missing"),
+        ({"drop": ["model.norm.weight"]}, CheckpointError, "lacks 1 weights of its model, model.norm.weight"),
+        (
+            {"change": {KEY: lambda t: t[:-1].clone()}},
+            CheckpointError,
+            f"{KEY} is torch.uint8 \\(175, 1, 64\\); expected torch.uint8 \\(176, 1, 64\\)",
+        ),
+        ({"change": {f"{KEY}_scale": lambda t: t.repeat(1, 2)}}, CheckpointError, f"{KEY}_scale is torch.float32 \\(176, 2\\)"),
+        ({"config": {"format": 2}}, CheckpointError, "format 2; expected at most 1; upgrade arctic-plugins"),
+        ({"config": {"codecs": {"fp8": {"type": "fp3"}}}}, PluginNotFoundError, "codec type 'fp3' is provided by no installed plugin"),
+        ({"config": {"codecs": {"fp8": {"type": "fp8", "bits": 5}}}}, CheckpointError, "is not valid"),
+        ({"config": {"codecs": {}}}, CheckpointError, "names the codecs \\['fp8'\\]"),
+        ({"config": {"modules": {"nothing": "fp8"}}}, CheckpointError, "matches no linear module"),
+        ({"config": {"codecs": {"fp8": {"type": "fp8", "bits": 8, "group_size": 32}}}}, CheckpointError, "expected torch.uint8"),
+    ],
+    ids=lambda value: "" if not isinstance(value, dict) else next(iter(value)),
+)
+def test_a_damaged_checkpoint_is_an_error_and_never_a_wrong_model(encoded, tmp_path, damage, error, message):
+    with pytest.raises(error, match=message) as raised:
+        load_model(damaged(encoded, tmp_path / "damaged", **damage))
+    assert "\n" not in str(raised.value)
+
+
+def test_without_registration_transformers_refuses_the_checkpoint(encoded):
+    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(encoded)!r})"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "MISMATCH" in result.stderr
+
+
+def test_what_is_known_to_fail_fails_before_weights_are_read(encoded, tiny_checkpoint, tmp_path):
+    with pytest.raises(ClaimError, match="the checkpoint has FP8Codec.*but the stack wants FP8Codec"):
+        load_model(encoded, GROUPED)
+    with pytest.raises(CheckpointError, match="nowhere cannot be read as a model"):
+        load_model(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        save_checkpoint(*load_model(tiny_checkpoint), encoded, FP8)
+    with pytest.raises(ConfigError, match="'disk' while they are being encoded"):
+        load_model(
+            tiny_checkpoint,
+            FP8,
+            device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"},
+        )
+
+
+def test_an_interrupted_save_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):
+    model, tokenizer = load_model(tiny_checkpoint)
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(model, tokenizer, tmp_path / "out", Stack())
+    assert list(tmp_path.iterdir()) == []
+
+
+LORA = {"fp8": {}, "lora": {"r": 4, "alpha": 8}}
+
+
+@pytest.fixture
+def adapter(tiny_checkpoint, tmp_path):
+    stack = Stack.from_dict(LORA)
+    model, tokenizer = load_model(tiny_checkpoint, stack)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    return save_checkpoint(model, tokenizer, tmp_path / "adapter", stack), logits(model.eval())
+
+
+def test_an_adapter_comes_back_on_its_encoded_base(adapter):
+    directory, expected = adapter
+    model, _ = load_checkpoint(directory)
+    assert torch.equal(logits(model), expected)
+
+
+def test_merging_adds_the_update_to_the_weights_before_encoding(adapter, tiny_checkpoint, tmp_path):
+    directory, expected = adapter
+    merged, _ = load_model(merge_adapter(directory, tmp_path / "merged"))
+    assert sum(isinstance(module, FrozenLinear) for module in merged.modules()) == 14
+    assert (logits(merged) - expected).norm() / expected.norm() < 0.5  # the rounding of 14 random layers to 8 bits
+    update = next(module for name, module in load_checkpoint(directory)[0].named_modules() if name.endswith("layers.0.mlp.up_proj")).get_delta_weight(
+        "default"
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).model.layers[0].mlp.up_proj.weight
+    layer = merged.model.layers[0].mlp.up_proj
+    assert torch.equal(layer.weight, layer.codec.encode((plain + update).detach())[""])
+    assert Stack.from_checkpoint(tmp_path / "merged").to_dict().keys() == {"fp8"}
+
+
+def test_merging_into_an_encoded_base(encoded, tmp_path):
+    stack = Stack.from_dict(LORA)
+    model, tokenizer = load_model(encoded, stack)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    expected = logits(model.eval())
+    save_checkpoint(model, tokenizer, tmp_path / "adapter", stack)
+    merged, _ = load_model(merge_adapter(tmp_path / "adapter", tmp_path / "merged"))
+    assert (logits(merged) - expected).norm() / expected.norm() < 0.5
+
+
+def test_merging_what_is_no_adapter(encoded, tmp_path):
+    with pytest.raises(CheckpointError, match="adapter_config.json"):
+        merge_adapter(encoded, tmp_path / "merged")
+    with pytest.raises(CheckpointError, match=r"has no arctic_plugins\.json"):
+        merge_adapter(tmp_path / "nowhere", tmp_path / "merged")

@@ -1,0 +1,195 @@
+"""Training with the ordinary Trainer, TRL's, and a recipe."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, merge_adapter
+from arctic_plugins_huggingface.data import load_rows
+from arctic_plugins_huggingface.generation import answer
+from arctic_plugins_huggingface.recipe import DataConfig, Recipe
+from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.sft import train
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from arctic_plugins import Stack
+from arctic_plugins.errors import ConfigError, DataError, PluginNotFoundError
+from arctic_plugins.provenance import read_provenance
+
+PLUGINS = {"fp8": {}, "lora": {"r": 8, "alpha": 32}}
+RECORDS = [{"instruction": f"Say the number {number}.", "output": str(number)} for number in range(10, 26)]
+QUICK = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0}
+
+
+@pytest.fixture
+def rows(tiny_checkpoint):
+    _, tokenizer = load_model(tiny_checkpoint)
+    return [{"input_ids": ids, "labels": ids} for ids in tokenizer(["the number 12 the number 12", "another number is 13 not 12"] * 8)["input_ids"]]
+
+
+def test_arguments_come_from_the_command_line(tmp_path):
+    (args,) = HfArgumentParser(ArcticTrainingArguments).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--report_to", "none", "--plugins", json.dumps(PLUGINS)]
+    )
+    assert args.plugins == PLUGINS
+    assert (
+        Stack.from_dict(ArcticTrainingArguments(output_dir=str(tmp_path), plugins=args.to_dict()["plugins"]).plugins).to_dict()
+        == Stack.from_dict(PLUGINS).to_dict()
+    )
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_arguments_come_from_a_file(tmp_path, suffix):
+    path = tmp_path / f"args.{suffix}"
+    path.write_text(json.dumps({"output_dir": str(tmp_path), "use_cpu": True, "plugins": PLUGINS}))  # JSON is YAML
+    parser = HfArgumentParser(ArcticTrainingArguments)
+    (args,) = parser.parse_yaml_file(str(path)) if suffix == "yaml" else parser.parse_json_file(str(path))
+    assert args.plugins == PLUGINS
+
+
+def test_every_training_argument_keeps_its_meaning(tmp_path):
+    ours, theirs = ArcticTrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert {field.name for field in dataclasses.fields(ours)} - {field.name for field in dataclasses.fields(theirs)} == {"plugins"}
+
+
+def test_bad_plugins_are_known_when_the_arguments_are_made(tmp_path):
+    with pytest.raises(PluginNotFoundError, match="did you mean 'lora'"):
+        ArcticTrainingArguments(output_dir=str(tmp_path), plugins={"loar": {}})
+    with pytest.raises(ConfigError, match="is not valid JSON"):
+        ArcticTrainingArguments(output_dir=str(tmp_path), plugins="{fp8")
+
+
+def test_lora_chooses_the_checkpointing_that_gives_gradients(tmp_path):
+    args = ArcticTrainingArguments(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing=True, plugins=PLUGINS)
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    args = ArcticTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing=True, plugins=PLUGINS, gradient_checkpointing_kwargs={"use_reentrant": True}
+    )
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=["plain", "checkpointing", "bf16"])
+def test_an_unmodified_trainer_trains_and_marks_its_checkpoints(tiny_checkpoint, rows, tmp_path, options):
+    args = ArcticTrainingArguments(output_dir=str(tmp_path), max_steps=6, save_steps=3, plugins=PLUGINS, **QUICK, **options)
+    stack = Stack.from_dict(args.plugins)
+    model, tokenizer = load_model(tiny_checkpoint, stack)
+    base = {name: buffer.clone() for name, buffer in model.state_dict().items() if "lora" not in name}
+    trainer = attach(Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer), stack)
+    assert type(trainer) is Trainer
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+    assert all(torch.equal(buffer, base[name]) for name, buffer in model.state_dict().items() if name in base), "frozen weights changed"
+    for step in (3, 6):
+        assert read_provenance(tmp_path / f"checkpoint-{step}").sha256 == stack.sha256()
+    assert "model.safetensors" not in {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
+    restored, _ = load_checkpoint(tmp_path / "checkpoint-6")
+    trained = {name: parameter for name, parameter in model.state_dict().items() if "lora" in name}
+    assert trained
+    assert all(torch.equal(parameter, restored.state_dict()[name]) for name, parameter in trained.items())
+
+
+def test_checkpointing_does_not_change_the_losses(tiny_checkpoint, rows, tmp_path):
+    losses = []
+    for checkpointing in (False, True):
+        args = ArcticTrainingArguments(
+            output_dir=str(tmp_path), max_steps=4, save_strategy="no", plugins=PLUGINS, gradient_checkpointing=checkpointing, **QUICK
+        )
+        torch.manual_seed(0)
+        stack = Stack.from_dict(PLUGINS)
+        model, _ = load_model(tiny_checkpoint, stack)
+        trainer = attach(Trainer(model=model, args=args, train_dataset=rows), stack)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_trls_sfttrainer_trains_likewise(tiny_checkpoint, tmp_path):
+    stack = Stack.from_dict(PLUGINS)
+    model, tokenizer = load_model(tiny_checkpoint, stack)
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps(RECORDS))
+    rows = load_rows(DataConfig(path=str(data)))
+    args = SFTConfig(output_dir=str(tmp_path / "out"), max_steps=6, save_steps=6, gradient_checkpointing=False, bf16=False, **QUICK)
+    trainer = attach(SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer), stack)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.3
+    assert read_provenance(tmp_path / "out" / "checkpoint-6").stack == stack.to_dict()
+
+
+def write_recipe(tmp_path, checkpoint, **changes):
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(record) for record in RECORDS))
+    training = {"output_dir": str(tmp_path / "out"), "max_steps": 4, "save_strategy": "no", "bf16": False, **QUICK}
+    recipe = {"model": str(checkpoint), "plugins": PLUGINS, "data": {"path": "data.jsonl", "max_length": 128}, "training": training}
+    for key, value in changes.items():
+        section, _, leaf = key.partition("__")
+        if leaf:
+            recipe[section][leaf] = value
+        else:
+            recipe[section] = value
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(recipe))
+    return path
+
+
+def test_a_recipe_trains_merges_and_answers(tiny_checkpoint, tmp_path):
+    result = train(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint)))
+    assert result.directory == tmp_path / "out" / "final"
+    assert result.steps == 4
+    assert result.trainable_parameters > 0
+    model, tokenizer = load_checkpoint(merge_adapter(result.directory, tmp_path / "merged"))
+    answers = list(answer(model, tokenizer, ["Say the number 11.", "Say a number."], max_new_tokens=5))
+    assert len(answers) == 2
+
+
+def test_batched_answers_equal_single_ones(tiny_checkpoint):
+    model, tokenizer = load_model(tiny_checkpoint)
+    questions = ["short", "a rather longer question than the first one", "x"]
+    batched = list(answer(model, tokenizer, questions, max_new_tokens=8, batch_size=3))
+    assert batched == [next(iter(answer(model, tokenizer, [question], max_new_tokens=8))) for question in questions]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"modle": "x"}, ConfigError, "modle is not an option; did you mean 'model'"),
+        ({"data__path": "nowhere.json"}, DataError, r"data\.path .*nowhere\.json cannot be read"),
+        ({"data__format": "alpca"}, ConfigError, r"data\.format is 'alpca'; expected 'alpaca'"),
+        ({"training__learning_rat": 1}, ConfigError, r"training\.learning_rat is not a training argument; did you mean 'learning_rate'"),
+        ({"training__lr_scheduler_type": "zigzag"}, ConfigError, "training is not valid: .*zigzag"),
+        ({"training": {}}, ConfigError, r"training\.output_dir is missing"),
+        ({"plugins": {"fp9": {}}}, PluginNotFoundError, "did you mean 'fp8'"),
+    ],
+)
+def test_bad_recipes_are_one_line_before_a_model_is_loaded(tmp_path, changes, error, message):
+    with pytest.raises(error, match=message) as raised:
+        train(Recipe.from_file(write_recipe(tmp_path, tmp_path / "no-model-is-needed", **changes)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is empty"),
+        ("[]", "holds no record"),
+        ('{"instruction": "a", "output": "b"}\n{"instruction": ', r"data:2 is not valid JSON"),
+        ("[1]", "record 1 is int; expected an object"),
+        ('{"instruction": "a"}', "record 1 has output=None; expected a text under 'output'"),
+    ],
+)
+def test_bad_data_names_the_record(tmp_path, text, message):
+    path = tmp_path / "data"
+    path.write_text(text)
+    with pytest.raises(DataError, match=message):
+        load_rows(DataConfig(path=str(path)))
+
+
+def test_an_output_that_exists_is_not_overwritten(tiny_checkpoint, tmp_path):
+    (tmp_path / "out" / "final").mkdir(parents=True)
+    (tmp_path / "out" / "final" / "precious").write_text("mine")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        train(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint)))
+    assert (tmp_path / "out" / "final" / "precious").read_text() == "mine"

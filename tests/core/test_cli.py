@@ -1,0 +1,97 @@
+"""The command line: fast to answer, one line per error, harmed by no broken plugin."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+COMMANDS = ["demo", "generate", "merge", "plugins", "quantize", "serve", "train"]
+
+
+def arctic(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "arctic_plugins.cli", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_lists_every_command_and_loads_nothing_heavy():
+    code = (
+        "import sys; from arctic_plugins.cli import arctic; "
+        "arctic.main(['--help'], standalone_mode=False); print([m for m in ('torch', 'transformers', 'vllm', 'pydantic') if m in sys.modules])"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.splitlines()[-1] in ("[]", "['pydantic']")
+    assert all(f"  {command} " in output for command in COMMANDS)
+    assert "broken" not in output
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_shows_an_example(command):
+    result = arctic(command, "--help")
+    assert result.returncode == 0
+    assert f"Example:\n    arctic {command}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "'trian' is not a command; did you mean 'train'?"),
+        (["train"], "Missing argument 'RECIPE'"),
+        (["train", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["quantize", "nowhere", "out", "--plugins", "fp9"], "did you mean 'fp8'"),
+        (["quantize", "nowhere", "out", "--plugins", "lora"], "encodes nothing"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(arguments, message):
+    result = arctic(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_traceback_on_request():
+    result = arctic("train", "nowhere.yaml", "--traceback")
+    assert result.returncode == 2
+    assert "Traceback (most recent call last)" in result.stderr
+
+
+def test_a_broken_plugin_is_listed_with_its_cause_and_harms_nothing_else(install_plugin):
+    site = install_plugin("broken", "import a_module_that_is_not_there")
+    result = arctic("plugins", "--json", PYTHONPATH=str(site))
+    assert result.returncode == 0
+    rows = {row["name"]: row for row in json.loads(result.stdout)}
+    assert "a_module_that_is_not_there" in rows["broken"]["error"]
+    assert rows["fp8"]["error"] is None
+    assert rows["fp8"]["slots"] == ["weight_codec"]
+    assert "ok" in arctic("plugins").stdout
+
+
+def test_a_broken_command_is_listed_and_harms_no_other(tmp_path):
+    metadata = tmp_path / "bad-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: bad\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[arctic_plugins.commands]\nbad = no_such_module:command\n")
+    assert "(broken)" in arctic("--help", PYTHONPATH=str(tmp_path)).stdout
+    result = arctic("bad", "anything", PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert "command 'bad' of bad cannot be imported" in result.stderr
+
+
+def test_output_cut_off_by_its_reader_is_no_error():
+    command = f"{sys.executable} -m arctic_plugins.cli plugins --json | head -n 1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert result.stderr == ""
+
+
+def test_time_to_help_is_reported(record_property):
+    started = time.perf_counter()
+    arctic("--help")
+    record_property("seconds", time.perf_counter() - started)  # for the log; machines are too noisy to assert on it
