@@ -5,7 +5,6 @@ Hooks are called only through :class:`arctic_plugins.stack.Stack` (and, for :fun
 one can win the slot decides or both plugins are named in an error.
 """
 
-
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -23,7 +24,7 @@ def plugins(as_json: bool) -> None:
 
     rows = []
     for name, providers in installed_plugins().items():
-        row = {
+        row: dict[str, Any] = {
             "name": name,
             "distribution": " and ".join(provider.distribution for provider in providers),
             "version": " and ".join(provider.version for provider in providers),

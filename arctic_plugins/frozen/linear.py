@@ -49,9 +49,9 @@ class FrozenLinear(nn.Linear):
         codec: how the weight is encoded.
         device: where to allocate; ``"meta"`` while a host is building the model.
         dtype: compute dtype, of the bias.
+        name: the module's dotted name, for errors and for the placement.
+        placement: where bytes go when they come; ``None`` keeps them resident.
     """
-
-    handle: Handle | None
 
     def __init__(
         self,
@@ -62,25 +62,26 @@ class FrozenLinear(nn.Linear):
         codec: Codec,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        name: str = "the layer",
+        placement: Placement | None = None,
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's own would allocate the weight that is never there
         self.in_features, self.out_features, self.codec = in_features, out_features, codec
-        self.handle = None
+        self.name, self.placement = name, placement
+        self.handle: Handle | None = None
         self.version = 0
         """Counts changes of the bytes, so that a backward pass over bytes other than the forward's is noticed."""
         self.compute_dtype = dtype or torch.get_default_dtype()
         for suffix, spec in codec.layout(self.shape).items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             self.register_parameter(f"weight{suffix}", nn.Parameter(empty, requires_grad=False))
-        self.bias = nn.Parameter(torch.empty(out_features, dtype=self.compute_dtype, device=device)) if bias else None
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=self.compute_dtype, device=device)) if bias else None)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, codec: Codec, *, device: torch.device | str | None = None) -> FrozenLinear:
+    def from_linear(cls, linear: nn.Linear, codec: Codec, *, device: torch.device | str | None = None, **kwargs: Any) -> FrozenLinear:
         """An empty layer of the shape, dtype and bias of ``linear``, on ``device`` (default: that of ``linear``)."""
-        weight = linear.weight
-        frozen = cls(
-            linear.in_features, linear.out_features, linear.bias is not None, codec=codec, device=device or weight.device, dtype=weight.dtype
-        )
+        device, dtype = device or linear.weight.device, linear.weight.dtype
+        frozen = cls(linear.in_features, linear.out_features, linear.bias is not None, codec=codec, device=device, dtype=dtype, **kwargs)
         if linear.bias is not None:
             frozen.bias = linear.bias
         return frozen.train(linear.training)
@@ -108,36 +109,38 @@ class FrozenLinear(nn.Linear):
         with self.lease() as buffers:
             return self.codec.decode(buffers, self.shape, dtype)
 
-    def encode(self, weight_NK: Tensor, *, name: str = "the layer", placement: Placement | None = None) -> None:
-        """Replace the bytes by the encoding of ``weight_NK``, and put them with ``placement`` if there is one.
+    def encode(self, weight_NK: Tensor) -> None:
+        """Replace the bytes by the encoding of ``weight_NK``.
 
         Raises:
-            CodecError: wrong shape, NaN or Inf; ``name`` is that of the module.
+            CodecError: wrong shape, NaN or Inf; names the tensor.
         """
         if tuple(weight_NK.shape) != self.shape:
-            raise CodecError(f"{name}.weight has shape {tuple(weight_NK.shape)}", expected=f"{self.shape}", fix="the weights do not fit the model")
+            raise CodecError(
+                f"{self.name}.weight has shape {tuple(weight_NK.shape)}", expected=f"{self.shape}", fix="the weights do not fit the model"
+            )
         try:
-            self.hold(self.codec.encode(weight_NK), name=name, placement=placement)
+            buffers = self.codec.encode(weight_NK)
         except CodecError as error:
-            raise CodecError(f"{name}.weight: {error.found}", expected=error.expected, fix=error.fix) from error
+            raise CodecError(f"{self.name}.weight: {error.found}", expected=error.expected, fix=error.fix) from error
+        self.hold(buffers)
 
-    def hold(self, buffers: Buffers, *, name: str = "the layer", placement: Placement | None = None) -> None:
-        """Take encoded ``buffers`` over: as parameters, or into ``placement``.
+    def hold(self, buffers: Buffers) -> None:
+        """Take encoded ``buffers`` over: as parameters, or into the placement.
 
         Raises:
             CheckpointError: they are not what the codec makes of a weight of this shape.
         """
-        check_buffers(self.codec, buffers, self.shape, f"{name}.weight")
+        check_buffers(self.codec, buffers, self.shape, f"{self.name}.weight")
         self.version += 1
-        device = next(iter(buffers.values())).device
         for suffix in self.codec.layout(self.shape):
-            delattr(self, f"weight{suffix}")
-        if placement is None:
-            self.handle = None
+            self._parameters.pop(f"weight{suffix}", None)
+        if self.placement is None:
             for suffix, buffer in buffers.items():
                 self.register_parameter(f"weight{suffix}", nn.Parameter(buffer, requires_grad=False))
         else:
-            self.handle = placement.hold(name, buffers)
+            device = next(iter(buffers.values())).device
+            self.handle = self.placement.hold(self.name, buffers)
             self.register_parameter("weight", nn.Parameter(torch.empty(0, dtype=self.compute_dtype, device=device), requires_grad=False))
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -149,13 +152,14 @@ class FrozenLinear(nn.Linear):
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(input.device.type):
-            input = input.to(torch.get_autocast_dtype(input.device.type))
-        if torch.is_grad_enabled() and input.requires_grad:
-            output: Tensor = _FrozenMatmul.apply(input, self)
+        x_MK = input
+        if torch.is_autocast_enabled(x_MK.device.type):
+            x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
+        if torch.is_grad_enabled() and x_MK.requires_grad:
+            y_MN: Tensor = _FrozenMatmul.apply(x_MK, self)
         else:
-            output = self._matmul(input)
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+            y_MN = self._matmul(x_MK)
+        return y_MN if self.bias is None else y_MN + self.bias.to(y_MN.dtype)
 
     def _matmul(self, x_MK: Tensor) -> Tensor:
         with self.lease() as buffers:

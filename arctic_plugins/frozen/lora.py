@@ -47,7 +47,7 @@ class FrozenLoraLinear(LoraLinear):
         merged = frozen.decode(torch.float32)
         for name in adapters:
             merged += self.get_delta_weight(name).to(merged)
-        frozen.encode(merged, name="the merged layer")
+        frozen.encode(merged)
         if self._bytes_before_merge is None:
             self._bytes_before_merge = before
         self.merged_adapters.extend(adapters)

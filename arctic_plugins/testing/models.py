@@ -7,7 +7,10 @@ from typing import Any
 
 __all__ = ["tiny_llama"]
 
-CHAT_TEMPLATE = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 def tiny_llama(directory: str | Path, *, dtype: str = "float32", seed: int = 0, **config: Any) -> Path:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from arctic_plugins.claims import Claims, LinearSpec
 from arctic_plugins.errors import CheckpointError, ClaimError
-from arctic_plugins.frozen import FrozenLinear
+from arctic_plugins.frozen import Codec, FrozenLinear, Placement
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.quantizer import METHOD, ArcticQuantizationConfig, ArcticQuantizer, register
 
@@ -109,16 +109,16 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
     quantization = _as_quantization(stack.claim(model.config, modules), modules)
     if quantization is None:
         return model
-    for name in modules:
-        if codec := quantization.codec_of(name):
-            linear = model.get_submodule(name)
-            frozen = FrozenLinear.from_linear(linear, codec)
-            frozen.encode(linear.weight, name=name, placement=quantization.placements.get(name))
-            model.set_submodule(name, frozen)
+    quantizer = ArcticQuantizer(quantization)
+    quantizer.codecs = {name: codec for name in modules if (codec := quantization.codec_of(name))}
+    for name in quantizer.codecs:
+        linear = model.get_submodule(name)
+        frozen = quantizer.freeze(linear, name)
+        frozen.encode(linear.weight)
+        model.set_submodule(name, frozen)
     # What from_pretrained would have left behind: save_pretrained, the Trainer and PEFT look for these.
     model.config.quantization_config = quantization
-    model.hf_quantizer = ArcticQuantizer(quantization)
-    model.is_quantized, model.quantization_method = True, METHOD
+    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
     return model
 
 
@@ -150,19 +150,25 @@ def _quantization(config: PreTrainedConfig, stack: Stack) -> ArcticQuantizationC
                 f"the checkpoint has {stored.get(name) or 'a plain weight'} at {name}, but the stack wants {codecs.get(name) or 'a plain weight'}",
                 fix="start from the plain checkpoint, or give the codec plugin the options with which this one was made",
             )
+        # The host builds its quantizer from this dict; an argument of from_pretrained it would only compare.
+        config.quantization_config = {**existing.to_dict(), "placements": _placements(claims, stored)}
         return None
     return _as_quantization(claims, modules)
 
 
 def _as_quantization(claims: Claims, modules: Mapping[str, LinearSpec]) -> ArcticQuantizationConfig | None:
-    codecs, placements = claims.exclusive("weight_codec"), claims.by_slot.get("placement", {})
+    codecs = claims.exclusive("weight_codec")
+    placements = _placements(claims, codecs)
+    return ArcticQuantizationConfig.from_codecs(codecs, modules, placements) if codecs else None
+
+
+def _placements(claims: Claims, codecs: Mapping[str, Codec]) -> dict[str, Placement]:
+    placements = claims.by_slot.get("placement", {})
     if plain := sorted(placements.keys() - codecs.keys()):
         raise ClaimError(f"a placement is claimed for {plain[0]}, whose weight no codec encodes", fix="add a codec plugin, fp8 for instance")
-    if not codecs:
-        return None
-    result = ArcticQuantizationConfig.from_codecs(codecs, modules)
-    result.placements = {name: chain[0] for name, chain in placements.items()}
-    return result
+    if chained := [name for name, chain in placements.items() if len(chain) > 1]:
+        raise ClaimError(f"two placements are claimed for {chained[0]}, which cannot be chained yet", fix="leave one of the two plugins out")
+    return {name: chain[0] for name, chain in placements.items()}
 
 
 def _claims(config: PreTrainedConfig, stack: Stack) -> tuple[dict[str, LinearSpec], Claims]:

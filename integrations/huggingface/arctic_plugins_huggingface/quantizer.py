@@ -36,13 +36,20 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
         codecs: id -> codec, as :func:`arctic_plugins.frozen.codec_to_dict` writes it.
         modules: pattern of dotted names (``*`` within a component) -> id. No two patterns match one module.
         format: version of the layout on disk.
+        placements: module name -> where its bytes go; objects of this process, which :meth:`to_dict` leaves out.
 
     Raises:
         CheckpointError: a newer format, or a module with an unknown id.
     """
 
     def __init__(
-        self, codecs: Mapping[str, Mapping[str, Any]], modules: Mapping[str, str], format: int = FORMAT, quant_method: str = METHOD, **unknown: Any
+        self,
+        codecs: Mapping[str, Mapping[str, Any]],
+        modules: Mapping[str, str],
+        format: int = FORMAT,
+        quant_method: str = METHOD,
+        placements: Mapping[str, Placement] | None = None,
+        **unknown: Any,
     ) -> None:
         if format > FORMAT:
             raise CheckpointError(f"quantization_config has format {format}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins")
@@ -54,13 +61,14 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
         self.format = format
         self.codecs = {name: dict(codec) for name, codec in codecs.items()}
         self.modules = dict(modules)
-        self.placements: dict[str, Placement] = {}
-        """Module name -> where its bytes go; objects of this process, never written to a checkpoint."""
+        self.placements = dict(placements or {})
         self.failure: ArcticError | None = None
         """The first error of an encoding step: the loader collects errors, and raises one that names none."""
 
     @classmethod
-    def from_codecs(cls, codecs: Mapping[str, Codec], modules: Iterable[str]) -> ArcticQuantizationConfig:
+    def from_codecs(
+        cls, codecs: Mapping[str, Codec], modules: Iterable[str], placements: Mapping[str, Placement] | None = None
+    ) -> ArcticQuantizationConfig:
         """Write module name -> codec with as few patterns as say the same about all ``modules`` (every linear module's name)."""
         ids: dict[Codec, str] = {}
         for codec in codecs.values():
@@ -68,7 +76,7 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
                 count = sum(other.type == codec.type for other in ids)
                 ids[codec] = f"{codec.type}_{count + 1}" if count else codec.type
         owners = {name: ids[codec] for name, codec in codecs.items()}
-        return cls({name: codec_to_dict(codec) for codec, name in ids.items()}, compress_names(owners, modules))
+        return cls({name: codec_to_dict(codec) for codec, name in ids.items()}, compress_names(owners, modules), placements=placements)
 
     def codec_of(self, module: str) -> Codec | None:
         """The codec of the module of that dotted name, or None when it is not encoded."""
@@ -108,10 +116,15 @@ class ArcticQuantizer(HfQuantizer):
         if self.quantization_config.modules and not self.codecs:
             raise CheckpointError("quantization_config.modules matches no linear module of this model", fix="config.json is of another model")
         if self.pre_quantized:
-            for name, codec in self.codecs.items():
-                frozen = FrozenLinear.from_linear(linears[name], codec, device="meta")
+            for name in self.codecs:
+                frozen = self.freeze(linears[name], name, device="meta")
                 frozen._is_hf_initialized = True  # type: ignore[assignment]  # or the loader would draw missing bytes at random, which cannot be done
                 model.set_submodule(name, frozen)
+
+    def freeze(self, linear: nn.Linear, name: str, *, device: torch.device | str | None = None) -> FrozenLinear:
+        """The empty frozen layer that takes the place of ``linear``."""
+        placement = self.quantization_config.placements.get(name)
+        return FrozenLinear.from_linear(linear, self.codecs[name], device=device, name=name, placement=placement)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         module, _, leaf = param_name.rpartition(".")
@@ -127,7 +140,7 @@ class ArcticQuantizer(HfQuantizer):
             if missing or not isinstance(module, FrozenLinear):
                 raise CheckpointError(f"{name}.{(missing or ['weight'])[0]} is missing", fix="the checkpoint is incomplete: make it again")
             if self.pre_quantized:  # encoded while loading, the others are held already; hold() compares shapes, which the loader does not
-                module.hold(module.export(), name=name, placement=self.quantization_config.placements.get(name))
+                module.hold(module.export())
         return model
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
@@ -175,9 +188,9 @@ class _Encode(ConversionOps):
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         name = full_layer_name.removesuffix(".weight")
-        frozen = FrozenLinear.from_linear(model.get_submodule(name), self.quantizer.codecs[name], device=weight.device)
+        frozen = self.quantizer.freeze(model.get_submodule(name), name, device=weight.device)
         try:
-            frozen.encode(weight, name=name, placement=self.quantizer.quantization_config.placements.get(name))
+            frozen.encode(weight)
         except ArcticError as error:
             self.quantizer.quantization_config.failure = self.quantizer.quantization_config.failure or error
             raise

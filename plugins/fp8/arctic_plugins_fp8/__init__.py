@@ -1,0 +1,1 @@
+"""FP8 weights: the `fp8` plugin."""

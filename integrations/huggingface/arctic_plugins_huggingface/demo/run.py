@@ -220,9 +220,9 @@ def show_served(served: Sequence[ServedAnswer], console: Console) -> None:
 def show_summary(report: DemoReport, out: Path, console: Console) -> None:
     """Print the few numbers that matter."""
     console.rule("summary")
-    rise = report.percent("after") - report.percent("before")
+    before, after, merged = (report.percent(when) for when in ("before", "after", "merged"))
     console.print(
-        f"accuracy {report.percent('before'):.0f} % -> {report.percent('after'):.0f} % ({rise:+.0f} points), merged {report.percent('merged'):.0f} %\n"
+        f"accuracy {before:.0f} % -> {after:.0f} % ({after - before:+.0f} points), merged {merged:.0f} %\n"
         f"base weights {report.encoded_bytes / 1e6:.0f} MB encoded, {report.plain_bytes / 1e6:.0f} MB in bf16 "
         f"({report.encoded_bytes / report.plain_bytes:.2f} of it)\n"
         f"{report.seconds_per_step:.2f} s per step, {report.training_seconds:.0f} s of training, {report.seconds:.0f} s in all\n"

@@ -13,12 +13,13 @@ import random
 import re
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 Split = Literal["train", "test"]
 Value = str | int | float
+Row = tuple[object, ...]
 Texts = dict[str, tuple[str, ...]]
 Numbers = dict[str, tuple[int, int]]
 
@@ -415,7 +416,7 @@ _DOMAINS: dict[Split, tuple[_Domain, ...]] = {
         ),
         _Domain(
             "ships",
-            "callsign",
+            "name",
             {"cargo": ("grain", "coal", "cars"), "flag": ("Panama", "Malta", "Liberia")},
             {"capacity": (100, 9000), "crew": (5, 80)},
             "ports",
@@ -475,6 +476,18 @@ _DOMAINS: dict[Split, tuple[_Domain, ...]] = {
         ),
     ),
 }
+
+
+def _mixed(rng: random.Random, domains: Sequence[_Domain]) -> _Domain:
+    """A table with the columns and the parent of others, so that names are to be read from the schema, not known by heart."""
+    texts = [item for domain in domains for item in domain.texts.items()]
+    numbers = [item for domain in domains for item in domain.numbers.items()]
+    return replace(
+        rng.choice(domains),
+        table=rng.choice(domains).table,
+        texts=dict(rng.sample(texts, 2)),
+        numbers=dict(rng.sample(numbers, 2)),
+    )
 
 
 def _shuffled_table(rng: random.Random, name: str, columns: dict[str, tuple[str, Sequence[Value]]]) -> _Table:
@@ -766,10 +779,10 @@ TEMPLATES: tuple[str, ...] = tuple(_TEMPLATES)
 def _example(rng: random.Random, template: str, split: Split) -> Example | None:
     """One draw, or None where its query returns nothing or a near miss would return the same rows."""
     linked = template.startswith("join")
-    scene = _scene(rng, rng.choice(_DOMAINS[split]), _LABELS[split], linked=linked)
+    domain = _mixed(rng, _DOMAINS[split]) if split == "train" else rng.choice(_DOMAINS[split])
+    scene = _scene(rng, domain, _LABELS[split], linked=linked)
     draft = _TEMPLATES[template](rng, scene)
     tables = [scene.child, scene.parent] if linked else [scene.child]
-    rng.shuffle(tables)
     example = Example(
         template=template,
         schema="\n".join(table.schema() for table in tables),
@@ -834,7 +847,7 @@ def _authorize(action: int, *_: str | None) -> int:
     return sqlite3.SQLITE_OK if action in _ALLOWED_ACTIONS else sqlite3.SQLITE_DENY
 
 
-def _run(sql: str, setup: str, max_steps: int) -> tuple[int, list[tuple]]:
+def _run(sql: str, setup: str, max_steps: int) -> tuple[int, list[Row]]:
     """The number of columns and the rows of one SELECT in a fresh database."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     try:
@@ -853,7 +866,7 @@ def _run(sql: str, setup: str, max_steps: int) -> tuple[int, list[tuple]]:
         connection.close()
 
 
-def execute(sql: str, setup: str, *, max_steps: int = _DEFAULT_MAX_STEPS) -> list[tuple]:
+def execute(sql: str, setup: str, *, max_steps: int = _DEFAULT_MAX_STEPS) -> list[Row]:
     """The rows of one SELECT, run in a fresh database in memory that `setup` made and that it can only read.
 
     Raises:
@@ -862,7 +875,7 @@ def execute(sql: str, setup: str, *, max_steps: int = _DEFAULT_MAX_STEPS) -> lis
     return _run(sql, setup, max_steps)[1]
 
 
-def _sort_key(row: tuple) -> tuple:
+def _sort_key(row: Row) -> tuple[object, ...]:
     """An order over rows of any types, in which equal numbers are neighbours whatever their type."""
     return tuple((1, round(value, 6), "") if isinstance(value, int | float) else (0, 0, repr(value)) for value in row)
 
@@ -873,7 +886,7 @@ def _same_value(left: object, right: object) -> bool:
     return left == right
 
 
-def _same_rows(left: list[tuple], right: list[tuple]) -> bool:
+def _same_rows(left: list[Row], right: list[Row]) -> bool:
     return len(left) == len(right) and all(
         _same_value(one, other) for row, wanted in zip(left, right, strict=True) for one, other in zip(row, wanted, strict=True)
     )

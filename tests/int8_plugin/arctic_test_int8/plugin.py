@@ -1,0 +1,53 @@
+"""A codec, a placement on disk and every hook, by somebody who knows only the contract."""
+
+from arctic_plugins import Claim, Plugin, PluginConfig, UserError, hookimpl
+
+
+class Int8Config(PluginConfig):
+    include: tuple[str, ...] = ("**.self_attn.*",)
+    spool: str | None = None
+    """A directory: the encoded bytes live there and are mapped when they are used."""
+    refuse: bool = False
+    log_to: str | None = None
+
+
+class Int8(Plugin):
+    name = "int8"
+    config = Int8Config
+    slots = frozenset({"weight_codec", "placement"})
+    hosts = {"transformers": ">=5"}
+
+    @classmethod
+    @hookimpl
+    def register(cls, registry):
+        registry.codec("test-int8", "arctic_test_int8.codec:Int8Codec")
+
+    @hookimpl
+    def validate(self, stack, model_config, hardware):
+        if self.options.refuse:
+            raise UserError(f"int8 refuses {model_config.model_type} on {hardware}")
+        return [f"{len(stack)} plugins on {hardware}"]
+
+    @hookimpl
+    def claim(self, modules):
+        from arctic_test_int8.codec import Int8Codec, Spool
+
+        claims = [Claim("weight_codec", pattern, Int8Codec()) for pattern in self.options.include]
+        if self.options.spool:
+            spool = Spool(self.options.spool)
+            claims += [Claim("placement", pattern, spool) for pattern in self.options.include]
+        return claims
+
+    @hookimpl
+    def hf_configure_model(self, config):
+        config.int8_was_here = True
+
+    @hookimpl
+    def hf_training_arguments(self, args):
+        args.logging_steps = 1
+
+    @hookimpl
+    def hf_attach_trainer(self, trainer):
+        from arctic_test_int8.callback import StepCounter
+
+        trainer.add_callback(StepCounter(self.options.log_to))
