@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, merge_adapter, save_checkpoint
+from arctic_plugins_huggingface.saving import load_checkpoint
 from transformers import Trainer
 
 from arctic_plugins import Stack, UserError
 from arctic_plugins.errors import ClaimError
 from arctic_plugins.frozen import FrozenLinear
 from arctic_plugins.testing import check_codec
-from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, merge_adapter, save_checkpoint
-from arctic_plugins_huggingface.saving import load_checkpoint
 
 pytestmark = pytest.mark.usefixtures("int8_plugin")
 

@@ -65,6 +65,11 @@ class Codec(ABC):
         """``x_MK @ decode(buffers).T`` in the dtype of ``x_MK``; ``scratch`` (of ``shape`` and that dtype) may be overwritten."""
         return torch.nn.functional.linear(x_MK, self.decode(buffers, shape, x_MK.dtype, out=scratch))
 
+    @property
+    def k_border(self) -> int:
+        """The weight may be split along K at multiples of this (tensor parallelism); 1 when anywhere."""
+        return 1
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of an encoded weight of ``shape``."""
         return sum(spec.nbytes for spec in self.layout(shape).values())

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
 from typing import Any
 
 import torch
@@ -14,27 +12,9 @@ from torch import Tensor, nn
 from arctic_plugins.errors import CodecError
 from arctic_plugins.frozen.codec import Buffers, Codec, check_buffers
 from arctic_plugins.frozen.placement import Handle, Placement
+from arctic_plugins.frozen.scratch import take_scratch
 
 __all__ = ["FrozenLinear"]
-
-
-class _Scratch(threading.local):
-    """One reusable tensor per (device, stream, dtype): decoding into fresh memory costs more in page faults than in arithmetic."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[Any, ...], Tensor] = {}
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        key, size = (device, stream, dtype), prod(shape)
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < size:
-            with torch.inference_mode(False):  # an inference tensor could not be written to while training
-                buffer = self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
-        return buffer[:size].view(shape)
-
-
-_scratch = _Scratch()
 
 
 class FrozenLinear(nn.Linear):
@@ -163,16 +143,12 @@ class FrozenLinear(nn.Linear):
 
     def _matmul(self, x_MK: Tensor) -> Tensor:
         with self.lease() as buffers:
-            return self.codec.linear(x_MK, buffers, self.shape, scratch=self._take_scratch(x_MK))
+            return self.codec.linear(x_MK, buffers, self.shape, scratch=take_scratch(self.shape, x_MK.dtype, x_MK.device))
 
     def _matmul_backward(self, grad_MN: Tensor) -> Tensor:
         with self.lease() as buffers:
-            return grad_MN @ self.codec.decode(buffers, self.shape, grad_MN.dtype, out=self._take_scratch(grad_MN))
-
-    def _take_scratch(self, like: Tensor) -> Tensor | None:
-        if torch.compiler.is_compiling():  # the compiler plans memory itself
-            return None
-        return _scratch.take(self.shape, like.dtype, like.device)
+            scratch = take_scratch(self.shape, grad_MN.dtype, grad_MN.device)
+            return grad_MN @ self.codec.decode(buffers, self.shape, grad_MN.dtype, out=scratch)
 
     def _own_buffers(self) -> dict[str, Tensor]:
         return {suffix: getattr(self, f"weight{suffix}").data for suffix in self.codec.layout(self.shape)}

@@ -46,6 +46,7 @@ def tiny_llama(directory: str | Path, *, dtype: str = "float32", seed: int = 0, 
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
+        "head_dim": 32,  # the smallest that the CPU attention of vLLM 0.32 knows
         "max_position_embeddings": 512,
         "bos_token_id": 0,
         "eos_token_id": 1,

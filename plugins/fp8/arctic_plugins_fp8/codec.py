@@ -58,6 +58,10 @@ class FP8Codec(Codec):
             "_scale": TensorSpec((*rows, groups), torch.float32, k_dim=None if by_channel else len(rows)),
         }
 
+    @property
+    def k_border(self) -> int:
+        return 1 if self.group_size == "channel" else self.group_size
+
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         *rows, in_features = weight.shape
         specs = self.layout(tuple(weight.shape))

@@ -1,0 +1,36 @@
+"""Memory to decode into. Decoding into fresh memory costs more in page faults than in arithmetic, so it is reused."""
+
+from __future__ import annotations
+
+import threading
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["take_scratch"]
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[Any, ...], Tensor] = {}
+
+
+_scratch = _Scratch()
+
+
+def take_scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A tensor of ``shape`` that the caller may overwrite, and must be done with when the next one is taken in this thread.
+
+    There is one buffer per (device, stream, dtype), as large as the largest that was asked for. None while a compiler traces: it plans memory itself.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key, size = (device, stream, dtype), prod(shape)
+    buffer = _scratch.buffers.get(key)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):  # an inference tensor could not be written to while training
+            buffer = _scratch.buffers[key] = torch.empty(size, dtype=dtype, device=device)
+    return buffer[:size].view(shape)

@@ -1,0 +1,35 @@
+"""``arctic serve``."""
+
+from __future__ import annotations
+
+import click
+
+__all__ = ["serve"]
+
+
+@click.command(
+    short_help="Serve a checkpoint with vLLM, OpenAI-compatible.",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+)
+@click.argument("checkpoint")
+@click.option("--base", help="For an adapter: the encoded base model, made with 'arctic quantize'.")
+@click.pass_context
+def serve(context: click.Context, checkpoint: str, base: str | None) -> None:
+    """Serve CHECKPOINT (a directory or hub id, or a LoRA adapter that 'arctic train' wrote) over HTTP with the OpenAI API.
+
+    All other options go to vLLM's server as they are.
+
+    \b
+    Example:
+      arctic serve out-merged --port 8000 --max-model-len 4096
+    """
+    import os
+    import sys
+
+    from arctic_plugins_vllm.serving import server_command
+
+    command, environment = server_command(checkpoint, context.args, base=base)
+    for name, value in environment.items():
+        click.echo(f"arctic: {name}={value} (set it yourself for another value)", err=True)
+    sys.stdout.flush()
+    os.execve(sys.executable, [sys.executable, *command], {**os.environ, **environment})  # noqa: S606 - the server takes our place and our signals
