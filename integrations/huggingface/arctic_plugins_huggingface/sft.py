@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins.errors import ConfigError, suggest
@@ -36,6 +36,21 @@ class TrainingResult:
     tokenizer: PreTrainedTokenizerBase
 
 
+class _SFTTrainer(SFTTrainer):
+    """TRL's trainer with the model's own loss where there is no GPU.
+
+    TRL computes the loss with a fused head, a Triton kernel on GPUs; its torch fallback took 1.4 s of a step of 4.0 s on two cores
+    (SmolLM2-135M, 8 x 140 tokens), against which the model's own loss needs the memory of the logits.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> Any:
+        if torch.accelerator.is_available():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+
+
 def train(
     recipe: Recipe, *, callbacks: list[TrainerCallback] | None = None, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 ) -> TrainingResult:
@@ -60,7 +75,7 @@ def train(
         raise ConfigError(
             f"the tokenizer of {recipe.model} has no chat template", expected="a chat model", fix="set tokenizer.chat_template and save it"
         )
-    trainer = attach(SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks), stack)
+    trainer = attach(_SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks), stack)
     started = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - started

@@ -913,3 +913,9 @@ def accuracy(predictions: Sequence[str], examples: Sequence[Example]) -> dict[st
         right, total = tally.get(example.template, (0, 0))
         tally[example.template] = (right + is_correct(prediction, example), total + 1)
     return tally
+
+
+if __name__ == "__main__":
+    import sys
+
+    write_jsonl(generate(1000, seed=0, split="train"), sys.argv[1])

@@ -1,0 +1,117 @@
+"""Peak memory of loading: plain, encoded while loading, and from an encoded checkpoint, each in a process of its own.
+
+    python benchmarks/load_memory.py [CHECKPOINT]
+
+Without an argument it makes a random Llama of about 0.5B parameters. "peak" is the largest anonymous resident memory (RssAnon of
+/proc/self/status, sampled every millisecond) above what the process held before loading; pages of the mapped checkpoint file are not anonymous
+and the kernel may drop them at any time. Linux only.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+from arctic_plugins import Stack
+from arctic_plugins_huggingface.saving import save_checkpoint
+
+
+def rss_anon() -> int:
+    """Anonymous resident bytes of this process."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no RssAnon in /proc/self/status: this benchmark needs Linux")
+
+
+class Peak:
+    """Samples :func:`rss_anon` in a thread for the time of a ``with`` block."""
+
+    def __enter__(self) -> Peak:
+        self.before = self.highest = rss_anon()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self.highest = max(self.highest, rss_anon())
+
+    def _sample(self) -> None:
+        while not self._done.is_set():
+            self.highest = max(self.highest, rss_anon())
+            time.sleep(0.001)
+
+
+def measure(checkpoint: str, plugins: str) -> dict[str, float]:
+    """Load once; sizes in MB, time in seconds."""
+    import torch
+
+    from arctic_plugins_huggingface import load_model
+
+    stack = Stack.from_dict(json.loads(plugins))
+    torch.nn.Linear(8, 8)(torch.zeros(1, 8))  # start torch's threads before the first sample
+    started = time.perf_counter()
+    with Peak() as peak:
+        model, _ = load_model(checkpoint, stack, dtype=torch.bfloat16)
+    seconds = time.perf_counter() - started
+    tensors = [*model.parameters(), *model.buffers()]
+    largest = max(parameter.numel() for parameter in model.parameters()) * 2
+    return {
+        "weights": sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values()) / 1e6,
+        "peak": (peak.highest - peak.before) / 1e6,
+        "largest": largest / 1e6,
+        "seconds": seconds,
+    }
+
+
+def main() -> None:
+    if len(sys.argv) == 4:
+        print(json.dumps(measure(sys.argv[2], sys.argv[3])))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if len(sys.argv) == 2:
+            checkpoint = Path(sys.argv[1])
+        else:
+            from arctic_plugins.testing import tiny_llama
+
+            checkpoint = tiny_llama(
+                folder / "plain",
+                dtype="bfloat16",
+                hidden_size=1536,
+                intermediate_size=6144,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                num_key_value_heads=4,
+                head_dim=128,
+                vocab_size=32000,
+            )
+        from arctic_plugins_huggingface import load_model
+
+        stack = Stack.from_dict({"fp8": {}})
+        save_checkpoint(*load_model(checkpoint, stack), folder / "encoded", stack)
+        print("| load | weights MB | peak MB | peak - weights MB | largest tensor in bf16 MB | seconds |\n|---|---|---|---|---|---|")
+        for label, source, plugins in (
+            ("plain bf16", checkpoint, "{}"),
+            ("fp8 while loading", checkpoint, '{"fp8": {}}'),
+            ("fp8 checkpoint", folder / "encoded", "{}"),
+        ):
+            runs = []
+            for _ in range(3):
+                done = subprocess.run([sys.executable, __file__, "--child", str(source), plugins], capture_output=True, text=True, check=True)
+                runs.append(json.loads(done.stdout.splitlines()[-1]))
+            middle = {key: sorted(run[key] for run in runs)[1] for key in runs[0]}
+            extra = middle["peak"] - middle["weights"]
+            print(f"| {label} | {middle['weights']:.0f} | {middle['peak']:.0f} | {extra:.0f} | {middle['largest']:.0f} | {middle['seconds']:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The method `arctic` in vLLM, as far as it goes without an engine."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from arctic_plugins_fp8.codec import FP8Codec
+from arctic_plugins_vllm import register
+from arctic_plugins_vllm.quantization import ArcticConfig, EncodedLinearMethod
+from torch import nn
+
+from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
+
+CONFIG = {
+    "quant_method": "arctic",
+    "format": 1,
+    "codecs": {"fp8": {"type": "fp8", "bits": 8, "group_size": 32}},
+    "modules": {"model.layers.*.self_attn.q_proj": "fp8", "model.layers.*.mlp.up_proj": "fp8", "lm_head": "fp8"},
+}
+
+
+def test_importing_the_entry_point_loads_nothing_heavy():
+    code = "import sys, arctic_plugins_vllm; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_registering_twice_is_registering_once():
+    from vllm.model_executor.layers.quantization import get_quantization_config
+
+    register()
+    register()
+    assert get_quantization_config("arctic") is ArcticConfig
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"format": 2}, CheckpointError, "format 2; expected at most 1; upgrade"),
+        ({"codecs": {"fp8": {"type": "fp3"}}}, PluginNotFoundError, "'fp3' is provided by no installed plugin"),
+        ({"codecs": {}}, CheckpointError, r"names the codecs \['fp8'\]"),
+    ],
+)
+def test_configs_that_cannot_be_served(change, error, message):
+    with pytest.raises(error, match=message):
+        ArcticConfig.from_config({**CONFIG, **change})
+
+
+def test_fused_modules_need_one_codec():
+    config = ArcticConfig.from_config(CONFIG)
+    config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
+    with pytest.raises(CheckpointError, match=r"fuses modules with different codecs \(model\.layers\.0\.self_attn\.q_proj: FP8Codec.*k_proj: None"):
+        config.get_quant_method(nn.Module(), "model.layers.0.self_attn.qkv_proj")
+
+
+class Layer(nn.Module):
+    """Stands for vLLM's linear layers, of which the method uses only that they hold parameters."""
+
+    def __init__(self, codec, n, k, *, k_full=None, parts=1):
+        super().__init__()
+        self.method = EncodedLinearMethod(codec, "layer")
+        self.calls = []
+        loader = lambda param, loaded, *shard: self.calls.append(shard)  # noqa: E731
+        self.method.create_weights(self, k, [n // parts] * parts, k_full or k, n, torch.float32, weight_loader=loader)
+
+
+@pytest.mark.parametrize("codec", [FP8Codec(), FP8Codec(group_size=32)], ids=str)
+def test_computes_what_the_codec_computes(codec):
+    weight, x, bias = torch.randn(8, 80), torch.randn(3, 80), torch.randn(8)
+    layer = Layer(codec, 8, 80)
+    for suffix, buffer in codec.encode(weight).items():
+        getattr(layer, f"weight{suffix}").data.copy_(buffer)
+    expected = x @ codec.decode(codec.encode(weight), (8, 80), torch.float32).T + bias
+    torch.testing.assert_close(layer.method.apply(layer, x, bias), expected)
+
+
+def test_splits_along_k_fall_on_group_borders():
+    Layer(FP8Codec(), 8, 50, k_full=100)
+    Layer(FP8Codec(group_size=32), 8, 64, k_full=128)
+    with pytest.raises(ConfigError, match="split along its inputs every 50; expected a multiple of the group size 32"):
+        Layer(FP8Codec(group_size=32), 8, 50, k_full=100)
+
+
+def test_a_part_that_never_comes_is_an_error():
+    layer = Layer(FP8Codec(), 8, 64, parts=2)
+    codes, scale = FP8Codec().encode(torch.randn(4, 64)).values()
+    for shard in (0, 1):
+        layer.weight.weight_loader(layer.weight, codes, shard)
+    layer.weight_scale.weight_loader(layer.weight_scale, scale, 1)
+    assert layer.calls == [(0,), (1,), (1,)]
+    with pytest.raises(CheckpointError, match=r"layer\.weight_scale is missing from the checkpoint \(1 of 2 parts"):
+        layer.method.process_weights_after_loading(layer)
+
+
+def test_a_tensor_of_another_shape_or_dtype_is_an_error():
+    layer = Layer(FP8Codec(), 8, 64)
+    with pytest.raises(CheckpointError, match=r"layer\.weight is torch\.float32 \(8, 64\) in the checkpoint; expected torch\.uint8 \(rows, 1, 64\)"):
+        layer.weight.weight_loader(layer.weight, torch.randn(8, 64))

@@ -1,0 +1,93 @@
+"""What `arctic serve` would run, and what it refuses before it runs anything."""
+
+import json
+
+import pytest
+from arctic_plugins_vllm.serving import server_command
+
+from arctic_plugins import Stack
+from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
+from arctic_plugins.provenance import write_provenance
+
+ENCODED = {"quantization_config": {"quant_method": "arctic", "format": 1, "codecs": {"fp8": {"type": "fp8", "bits": 8}}, "modules": {"*": "fp8"}}}
+
+
+def make(directory, config, *, adapter_of=None, plugins=None):
+    directory.mkdir()
+    if adapter_of is None:
+        (directory / "config.json").write_text(json.dumps(config))
+    else:
+        (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter_of), "r": 4}))
+    if plugins is not None:
+        write_provenance(directory, Stack.from_dict(plugins))
+    return directory
+
+
+@pytest.fixture
+def base(tmp_path):
+    return make(tmp_path / "base", ENCODED, plugins={"fp8": {}})
+
+
+def flags(*arguments, **options):
+    command, environment = server_command(*arguments, **options)
+    assert command[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
+    return " ".join(command[2:]), environment
+
+
+def test_a_checkpoint_needs_no_option(base, monkeypatch):
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    line, environment = flags(str(base))
+    assert line == f"--model {base}"
+    import torch
+
+    assert environment == ({} if torch.accelerator.is_available() else {"VLLM_CPU_KVCACHE_SPACE": "2"})
+
+
+def test_what_the_user_says_wins(base, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    line, environment = flags(str(base), ["--port", "1234", "--model=other"])
+    assert line == "--port 1234 --model=other"
+    assert environment == {}
+
+
+def test_an_adapter_is_served_over_its_encoded_base(base, tmp_path):
+    adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
+    line, _ = flags(str(adapter))
+    assert line == f"--model {base} --enable-lora --max-lora-rank 8 --lora-modules adapter={adapter}"
+
+
+def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
+    plain = make(tmp_path / "plain", {})
+    adapter = make(tmp_path / "adapter", None, adapter_of=plain, plugins={"fp8": {}, "lora": {"r": 4}})
+    with pytest.raises(ConfigError, match=f"its base {plain} is plain; 'arctic quantize {plain} BASE --plugins fp8' and 'arctic serve"):
+        server_command(str(adapter))
+    assert f"--model {base}" in flags(str(adapter), base=str(base))[0]
+    unencoded = make(tmp_path / "unencoded", None, adapter_of=plain, plugins={"lora": {"r": 4}})
+    assert f"--model {plain} --enable-lora" in flags(str(unencoded))[0]
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (None, CheckpointError, "has no config.json; expected a checkpoint directory"),
+        (
+            {"quantization_config": {**ENCODED["quantization_config"], "codecs": {"x": {"type": "fp3"}}}},
+            PluginNotFoundError,
+            "pip install arctic-plugins-fp3",
+        ),
+        ({"quantization_config": {**ENCODED["quantization_config"], "codecs": {"x": {"type": "fp8", "bits": 3}}}}, CheckpointError, "is not valid"),
+    ],
+)
+def test_what_cannot_be_served_is_said_before_the_server_starts(tmp_path, config, error, message):
+    directory = tmp_path / "nothing" if config is None else make(tmp_path / "checkpoint", config)
+    with pytest.raises(error, match=message):
+        server_command(str(directory))
+
+
+def test_base_is_for_adapters(base):
+    with pytest.raises(ConfigError, match="--base is for adapters"):
+        server_command(str(base), base=str(base))
+
+
+def test_a_hub_id_goes_to_vllm_as_it_is():
+    assert flags("some/model")[0] == "--model some/model"

@@ -1,0 +1,127 @@
+"""The real vLLM engine on CPU against transformers: the same checkpoint, in float32, must give the same greedy tokens."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
+from arctic_plugins_huggingface.saving import load_checkpoint
+from safetensors.torch import load_file, save_file
+
+from arctic_plugins import Stack
+from arctic_plugins.resolver import host_version
+from arctic_plugins.testing import tiny_llama
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(host_version("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compares the CPU engine"),
+]
+
+PROMPTS = [list(range(10, 30)), list(range(40, 47)), [9]]
+TOKENS = 24
+
+
+def run(llm, *, site=None, cache, adapter=None, **environment):
+    job = {"llm": {"max_model_len": 256, **llm}, "prompts": PROMPTS, "tokens": TOKENS, "adapter": adapter}
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CACHE_ROOT": str(cache),
+        "OMP_NUM_THREADS": "2",
+        "PYTHONPATH": str(site or ""),
+        **environment,
+    }
+    command = [sys.executable, str(Path(__file__).with_name("engine.py")), json.dumps(job)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env={**os.environ, **settings})
+
+
+def tokens(result):
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, result.stdout[-2000:] + result.stderr[-4000:]
+    return json.loads(lines[-1].removeprefix("RESULT "))
+
+
+@torch.no_grad()
+def reference(model):
+    """Greedy tokens by the definition: the whole sequence through the model for every token."""
+    model.eval()
+    answers = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(TOKENS):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+        answers.append(ids[len(prompt) :])
+    return answers
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("vllm-cache")
+
+
+def trained(checkpoint, plugins, directory):
+    """An adapter that says something, saved; and the model it belongs to."""
+    stack = Stack.from_dict({**plugins, "lora": {"r": 4, "alpha": 8}})
+    model, tokenizer = load_model(checkpoint, stack)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return save_checkpoint(model, tokenizer, directory, stack)
+
+
+@pytest.fixture(scope="module")
+def grouped(tiny_checkpoint, tmp_path_factory):
+    stack = Stack.from_dict({"fp8": {"group_size": 64}})  # 176 inputs: a ragged last group
+    return save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path_factory.mktemp("grouped") / "fp8", stack)
+
+
+def test_the_unmerged_adapter_over_the_encoded_base(grouped, tmp_path, cache):
+    adapter = trained(grouped, {"fp8": {"group_size": 64}}, tmp_path / "adapter")
+    result = tokens(run({"model": str(grouped), "enforce_eager": True, "enable_lora": True, "max_lora_rank": 8}, cache=cache, adapter=str(adapter)))
+    assert result["base"] == reference(load_model(grouped)[0])
+    assert result["adapter"] == reference(load_checkpoint(adapter)[0])
+    assert result["adapter"] != result["base"]
+
+
+def test_two_codecs_merged_and_compiled_with_no_option(tiny_checkpoint, int8_plugin, tmp_path, cache):
+    adapter = trained(tiny_checkpoint, {"fp8": {"include": ["**.mlp.*"]}, "int8": {}}, tmp_path / "adapter")
+    merged = merge_adapter(adapter, tmp_path / "merged")
+    assert tokens(run({"model": str(merged)}, cache=cache, site=int8_plugin))["base"] == reference(load_model(merged)[0])
+
+
+def test_biases(tmp_path, cache):
+    model, tokenizer = load_model(tiny_llama(tmp_path / "biased", attention_bias=True), stack := Stack.from_dict({"fp8": {}}))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    checkpoint = save_checkpoint(model, tokenizer, tmp_path / "out", stack)
+    assert tokens(run({"model": str(checkpoint), "enforce_eager": True}, cache=cache))["base"] == reference(load_model(checkpoint)[0])
+
+
+def test_a_missing_scale_stops_the_engine_with_its_name(grouped, tmp_path, cache):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(grouped, damaged)
+    tensors = load_file(grouped / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight_scale"]
+    save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    result = run({"model": str(damaged), "enforce_eager": True}, cache=cache)
+    assert result.returncode != 0
+    assert "model.layers.1.mlp.gate_up_proj.weight_scale is missing from the checkpoint (1 of 2 parts" in result.stderr
+
+
+@pytest.mark.slow
+def test_tensor_parallel_on_two_processes(tiny_checkpoint, tmp_path, cache):
+    stack = Stack.from_dict({"fp8": {"include": ["**.self_attn.*"], "group_size": 64}})
+    checkpoint = save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path / "out", stack)
+    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": True}
+    options = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    assert tokens(run({"model": str(checkpoint), **two}, cache=cache, **options))["base"] == reference(load_model(checkpoint)[0])
