@@ -17,8 +17,9 @@ import threading
 import time
 from pathlib import Path
 
-from arctic_plugins import Stack
 from arctic_plugins_huggingface.saving import save_checkpoint
+
+from arctic_plugins import Stack
 
 
 def rss_anon() -> int:
@@ -53,7 +54,6 @@ class Peak:
 def measure(checkpoint: str, plugins: str) -> dict[str, float]:
     """Load once; sizes in MB, time in seconds."""
     import torch
-
     from arctic_plugins_huggingface import load_model
 
     stack = Stack.from_dict(json.loads(plugins))
@@ -73,6 +73,7 @@ def measure(checkpoint: str, plugins: str) -> dict[str, float]:
 
 
 def main() -> None:
+    """Measure every way of loading, three times each, and print the medians as a table."""
     if len(sys.argv) == 4:
         print(json.dumps(measure(sys.argv[2], sys.argv[3])))
         return

@@ -7,15 +7,15 @@ import sys
 
 import pytest
 import torch
-
-from arctic_plugins.errors import ArcticError
-from arctic_plugins.provenance import FILE_NAME
-from arctic_plugins.resolver import host_version
 from arctic_plugins_huggingface import load_model
 from arctic_plugins_huggingface.demo.model import smollm2
 from arctic_plugins_huggingface.demo.run import one_of_each_kind
 from arctic_plugins_huggingface.demo.serving import Server
 from arctic_plugins_huggingface.demo.text_to_sql import generate
+
+from arctic_plugins.errors import ArcticError
+from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins.resolver import host_version
 
 
 def test_the_questions_served_are_of_different_kinds():

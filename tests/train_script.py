@@ -4,10 +4,10 @@ import json
 import sys
 
 import torch
+from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model
 from transformers import HfArgumentParser, Trainer
 
 from arctic_plugins import Stack
-from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model
 
 if __name__ == "__main__":
     checkpoint, losses_file, *arguments = sys.argv[1:]

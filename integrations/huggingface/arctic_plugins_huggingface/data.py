@@ -12,13 +12,18 @@ from datasets import Dataset
 from arctic_plugins.errors import DataError
 from arctic_plugins_huggingface.recipe import DataConfig
 
-__all__ = ["alpaca_messages", "load_rows"]
+__all__ = ["alpaca_messages", "chat", "load_rows"]
 
 
-def alpaca_messages(record: Mapping[str, Any]) -> dict[str, list[dict[str, str]]]:
+def alpaca_messages(record: Mapping[str, Any], system: str | None = None) -> dict[str, list[dict[str, str]]]:
     """One Alpaca record as a chat: the user says instruction, blank line, input (if any); the assistant says output."""
     question = "\n\n".join(part for part in (record["instruction"], record.get("input") or "") if part)
-    return {"prompt": [{"role": "user", "content": question}], "completion": [{"role": "assistant", "content": record["output"]}]}
+    return {"prompt": chat(question, system), "completion": [{"role": "assistant", "content": record["output"]}]}
+
+
+def chat(question: str, system: str | None = None) -> list[dict[str, str]]:
+    """What the model is asked: a system message, if any, and the user's."""
+    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
 
 
 def load_rows(config: DataConfig) -> Dataset:
@@ -34,7 +39,7 @@ def load_rows(config: DataConfig) -> Dataset:
         for key in ("instruction", "output"):
             if not isinstance(record.get(key), str):
                 raise DataError(f"{config.path}: record {number} has {key}={record.get(key)!r}", expected=f"a text under '{key}' (format alpaca)")
-    return Dataset.from_list([alpaca_messages(record) for record in records])
+    return Dataset.from_list([alpaca_messages(record, config.system) for record in records])
 
 
 def _read(path: Path) -> list[Any]:

@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from arctic_plugins_huggingface.data import chat
+
 __all__ = ["answer", "chat_prompt"]
 
 
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> str:
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system: str | None = None) -> str:
     """``question`` as the chat template writes it for the model to answer; the text itself when there is no template."""
     if tokenizer.chat_template is None:
         return question
-    return str(tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True))
+    return str(tokenizer.apply_chat_template(chat(question, system), tokenize=False, add_generation_prompt=True))
 
 
 @torch.inference_mode()
@@ -26,15 +28,17 @@ def answer(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 16,
+    system: str | None = None,
     **kwargs: Any,
 ) -> Iterator[str]:
-    """Answer ``questions`` greedily (unless ``kwargs``, those of ``generate``, say otherwise), ``batch_size`` at a time."""
+    """Answer ``questions``, behind the ``system`` message if any, ``batch_size`` at a time; greedily, unless ``kwargs``, those of ``generate``, say
+    otherwise."""
     training, side = model.training, tokenizer.padding_side
     model.eval()
     tokenizer.padding_side = "left"
     try:
         for start in range(0, len(questions), batch_size):
-            prompts = [chat_prompt(tokenizer, question) for question in questions[start : start + batch_size]]
+            prompts = [chat_prompt(tokenizer, question, system) for question in questions[start : start + batch_size]]
             batch = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, add_special_tokens=tokenizer.chat_template is None).to(
                 model.device
             )

@@ -22,6 +22,8 @@ class DataConfig(BaseModel):
     """A JSON or JSONL file."""
     format: Literal["alpaca"] = "alpaca"
     """``alpaca``: records with ``instruction``, ``output`` and an optional ``input``."""
+    system: str | None = None
+    """System message of every row; without one the chat template decides."""
     max_length: int = Field(default=1024, gt=0)
     """Tokens of a row, prompt and answer; what is longer is cut at the end."""
 

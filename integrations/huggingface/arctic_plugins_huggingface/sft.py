@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
@@ -40,7 +41,7 @@ class _SFTTrainer(SFTTrainer):
     """TRL's trainer with the model's own loss where there is no GPU.
 
     TRL computes the loss with a fused head, a Triton kernel on GPUs; its torch fallback took 1.4 s of a step of 4.0 s on two cores
-    (SmolLM2-135M, 8 x 140 tokens), against which the model's own loss needs the memory of the logits.
+    (SmolLM2-135M, 8 x 140 tokens). The model's own loss needs the memory of the logits instead, less those before the first completion.
     """
 
     def compute_loss(
@@ -48,7 +49,17 @@ class _SFTTrainer(SFTTrainer):
     ) -> Any:
         if torch.accelerator.is_available():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch)
+        return Trainer.compute_loss(self, model, {**_only_completions(inputs), "use_cache": False}, return_outputs, num_items_in_batch)
+
+
+def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Ask for no logits at the positions that come before every completion of the batch: they have no part in the loss."""
+    labels = inputs["labels"]
+    in_loss = (labels != -100).any(dim=0).nonzero()
+    if not len(in_loss):
+        return inputs
+    start = max(int(in_loss[0]) - 1, 0)  # the position before predicts the first label
+    return {**inputs, "labels": labels[:, start:], "logits_to_keep": labels.shape[1] - start}
 
 
 def train(

@@ -193,3 +193,20 @@ def test_an_output_that_exists_is_not_overwritten(tiny_checkpoint, tmp_path):
     with pytest.raises(ConfigError, match="exists and is not empty"):
         train(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint)))
     assert (tmp_path / "out" / "final" / "precious").read_text() == "mine"
+
+
+def test_leaving_out_logits_that_no_completion_needs_changes_no_loss(tiny_checkpoint):
+    from arctic_plugins_huggingface.sft import _only_completions
+
+    model, _ = load_model(tiny_checkpoint)
+    ids = torch.randint(10, 250, (3, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    for row, first in enumerate((9, 7, 15)):
+        labels[row, :first] = -100
+    inputs = {"input_ids": ids, "labels": labels}
+    less = _only_completions(inputs)
+    assert less["logits_to_keep"] == 20 - 6
+    torch.testing.assert_close(model(**less).loss, model(**inputs).loss)
+    assert model(**less).logits.shape[1] == 14
+    nothing = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
+    assert _only_completions(nothing) == nothing

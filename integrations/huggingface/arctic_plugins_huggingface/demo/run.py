@@ -32,7 +32,7 @@ __all__ = ["DemoReport", "ServedAnswer", "run_demo"]
 
 RECIPE = Path(__file__).with_name("text_to_sql.yaml")
 TRAIN_ROWS, TEST_ROWS, SEED = 1000, 72, 0
-MAX_NEW_TOKENS = 64
+MAX_NEW_TOKENS = 48
 
 Scores = dict[str, tuple[int, int]]
 
@@ -107,19 +107,19 @@ def run_demo(
     loaded = load_model(recipe.model, Stack.from_dict(recipe.plugins))
     model, tokenizer = loaded
     report.encoded_bytes, report.plain_bytes = base_bytes(model)
-    report.scores["before"] = evaluate(model, tokenizer, examples, "before", console)
+    report.scores["before"] = evaluate(model, tokenizer, examples, "before", recipe, console)
     result = train(recipe, loaded=loaded)
     report.training_seconds, report.seconds_per_step = result.seconds, result.seconds / max(1, result.steps)
     report.losses = [(int(entry["step"]), float(entry["loss"])) for entry in result.history if "loss" in entry]
     plot_losses(report.losses, out / "loss.png")
-    report.scores["after"] = evaluate(model, tokenizer, examples, "after", console)
+    report.scores["after"] = evaluate(model, tokenizer, examples, "after", recipe, console)
 
     console.rule("3. merging into an FP8 checkpoint")
     del loaded, model, result
     gc.collect()
     merged = merge_adapter(out / "training" / "final", out / "merged")
     model, tokenizer = load_model(merged)
-    report.scores["merged"] = evaluate(model, tokenizer, examples, "merged", console)
+    report.scores["merged"] = evaluate(model, tokenizer, examples, "merged", recipe, console)
     show_scores(report, console)
 
     console.rule("4. serving with vLLM")
@@ -129,11 +129,11 @@ def run_demo(
         from arctic_plugins_huggingface.demo.serving import Server
 
         questions = one_of_each_kind(examples, 3)
-        expected = [_token_ids(model, tokenizer, example.prompt) for example in questions]
+        expected = [_token_ids(model, tokenizer, example.prompt, recipe.data.system) for example in questions]
         del model
         gc.collect()
         with console.status("starting the server"), Server(merged, out / "server.log") as server:
-            report.served = [_ask(server, example, tokens) for example, tokens in zip(questions, expected, strict=True)]
+            report.served = [_ask(server, example, tokens, recipe.data.system) for example, tokens in zip(questions, expected, strict=True)]
         show_served(report.served, console)
     report.seconds = time.perf_counter() - started
     (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
@@ -147,11 +147,14 @@ def base_bytes(model: PreTrainedModel) -> tuple[int, int]:
     return sum(layer.codec.nbytes(layer.shape) for layer in layers), sum(2 * layer.in_features * layer.out_features for layer in layers)
 
 
-def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], when: str, console: Console) -> Scores:
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], when: str, recipe: Recipe, console: Console
+) -> Scores:
     """Execution accuracy by template."""
+    questions = [example.prompt for example in examples]
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress:
-        answers = answer(model, tokenizer, [example.prompt for example in examples], max_new_tokens=MAX_NEW_TOKENS, batch_size=36)
-        predictions = list(progress.track(answers, total=len(examples), description=f"accuracy {when}"))
+        answers = answer(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, batch_size=len(questions), system=recipe.data.system)
+        predictions = list(progress.track(answers, total=len(questions), description=f"accuracy {when}"))
     return accuracy(predictions, examples)
 
 
@@ -172,14 +175,14 @@ def vllm_is_installed() -> bool:
     return host_version("vllm") is not None
 
 
-def _token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
-    inputs = tokenizer(chat_prompt(tokenizer, question), return_tensors="pt", add_special_tokens=False)
+def _token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, system: str | None) -> list[int]:
+    inputs = tokenizer(chat_prompt(tokenizer, question, system), return_tensors="pt", add_special_tokens=False)
     output: Any = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     return list(output[0, inputs["input_ids"].shape[1] :].tolist())
 
 
-def _ask(server: Any, example: Example, expected: list[int]) -> ServedAnswer:
-    text, tokens = server.chat(example.prompt, max_tokens=MAX_NEW_TOKENS)
+def _ask(server: Any, example: Example, expected: list[int], system: str | None) -> ServedAnswer:
+    text, tokens = server.chat(example.prompt, system=system, max_tokens=MAX_NEW_TOKENS)
     equal = next((at for at, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), min(len(tokens), len(expected)))
     return ServedAnswer(example.question, text, is_correct(text, example), equal, len(expected))
 

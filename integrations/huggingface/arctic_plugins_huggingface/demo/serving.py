@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from arctic_plugins.errors import ArcticError
+from arctic_plugins_huggingface.data import chat
 
 __all__ = ["Server"]
 
@@ -45,11 +46,11 @@ class Server:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop()
 
-    def chat(self, question: str, *, max_tokens: int, model: str | None = None) -> tuple[str, list[int]]:
+    def chat(self, question: str, *, max_tokens: int, system: str | None = None, model: str | None = None) -> tuple[str, list[int]]:
         """Ask greedily; returns the answer's text and token ids."""
         body = {
             "model": model or str(self.checkpoint),
-            "messages": [{"role": "user", "content": question}],
+            "messages": chat(question, system),
             "temperature": 0,
             "max_tokens": max_tokens,
             "return_token_ids": True,
