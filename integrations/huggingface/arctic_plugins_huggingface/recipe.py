@@ -29,7 +29,7 @@ class DataConfig(BaseModel):
 
 
 class Recipe(BaseModel):
-    """``model``, ``plugins``, ``data`` and ``training``; unknown keys are errors."""
+    """``model``, ``plugins``, ``load``, ``data`` and ``training``; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -37,6 +37,8 @@ class Recipe(BaseModel):
     """A checkpoint directory or a hub id."""
     plugins: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     """Plugin name -> options."""
+    load: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of ``from_pretrained``, verbatim."""
     data: DataConfig
     training: dict[str, Any] = Field(default_factory=dict)
     """``TrainingArguments``, verbatim (and the fields that TRL's ``SFTConfig`` adds to them)."""

@@ -81,7 +81,7 @@ def train(
     final = Path(str(arguments.output_dir)) / "final"
     check_new(final)
     rows = load_rows(recipe.data)
-    model, tokenizer = loaded or load_model(recipe.model, stack)
+    model, tokenizer = loaded or load_model(recipe.model, stack, **recipe.load)
     if tokenizer.chat_template is None:
         raise ConfigError(
             f"the tokenizer of {recipe.model} has no chat template", expected="a chat model", fix="set tokenizer.chat_template and save it"

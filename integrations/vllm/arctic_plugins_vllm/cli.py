@@ -26,8 +26,11 @@ def serve(context: click.Context, checkpoint: str, base: str | None) -> None:
     import os
     import sys
 
+    from arctic_plugins.errors import ConfigError
     from arctic_plugins_vllm.serving import server_command
 
+    if checkpoint.startswith("-"):  # click gives options that it does not know to the argument
+        raise ConfigError(f"{checkpoint} stands where CHECKPOINT is expected", fix="write 'arctic serve CHECKPOINT', then vLLM's options")
     command, environment = server_command(checkpoint, context.args, base=base)
     for name, value in environment.items():
         click.echo(f"arctic: {name}={value} (set it yourself for another value)", err=True)

@@ -6,7 +6,8 @@ and tensor parallelism takes rows, or slices along K that end at the codec's bor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from torch import Tensor, nn
 
 from arctic_plugins.claims import matches
 from arctic_plugins.errors import CheckpointError, ConfigError
-from arctic_plugins.frozen import Codec, codec_from_dict
-from arctic_plugins.frozen.scratch import take_scratch
+from arctic_plugins.frozen import Codec, TensorSpec, codec_from_dict
 from arctic_plugins.provenance import FORMAT
 from arctic_plugins_vllm.compat import (
     LinearBase,
@@ -26,6 +26,7 @@ from arctic_plugins_vllm.compat import (
     VocabParallelEmbedding,
     set_weight_attrs,
 )
+from arctic_plugins_vllm.ops import codec_linear, codec_text
 
 __all__ = ["ArcticConfig", "EncodedLinearMethod"]
 
@@ -70,6 +71,10 @@ class ArcticConfig(QuantizationConfig):
     def get_config_filenames() -> list[str]:
         return []  # everything is in config.json
 
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Called by vLLM for models that it names otherwise than transformers does (most that see images)."""
+        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
+
     def codec_of(self, module: str) -> Codec | None:
         """The codec of the checkpoint's module of that dotted name, or None when it is not encoded."""
         return next((self.codecs[codec] for pattern, codec in self.modules.items() if matches(pattern, module)), None)
@@ -95,7 +100,7 @@ class EncodedLinearMethod(LinearMethodBase):
     """Parameters as :meth:`Codec.layout` gives them, computation as :meth:`Codec.linear` does it."""
 
     def __init__(self, codec: Codec, prefix: str) -> None:
-        self.codec, self.prefix = codec, prefix
+        self.codec, self.prefix, self.text = codec, prefix, codec_text(codec)
 
     def create_weights(
         self,
@@ -119,55 +124,51 @@ class EncodedLinearMethod(LinearMethodBase):
                 fix="lower --tensor-parallel-size, or encode with another group_size ('channel' can be split anywhere)",
             )
         shape = (sum(output_partition_sizes), input_size_per_partition)
-        on_disk = self.codec.layout((1, input_size))
-        layer.arctic_shape, layer.arctic_loads = shape, {}
+        on_disk, parts = self.codec.layout((1, input_size)), len(output_partition_sizes)
+        layer.arctic_shape, layer.arctic_parts, layer.arctic_seen = shape, parts, {}
         for suffix, spec in self.codec.layout(shape).items():
             param = nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype), requires_grad=False)
             layer.register_parameter(f"weight{suffix}", param)
-            loads = layer.arctic_loads[suffix] = _Loads(
-                f"{self.prefix}.weight{suffix}", on_disk[suffix], len(output_partition_sizes), extra["weight_loader"]
-            )
-            set_weight_attrs(param, {"output_dim": 0, "input_dim": spec.k_dim, "weight_loader": loads})
+            name = f"{self.prefix}.weight{suffix}"
+            layer.arctic_seen[name] = set()
+            # Bound to the layer, as vLLM's own loaders are: what it keeps for a reload must not hold the layer (model_loader/reload/sanitize.py).
+            loader = MethodType(_checked_loader(name, on_disk[suffix], parts, extra["weight_loader"].__func__), layer)
+            set_weight_attrs(param, {"output_dim": 0, "input_dim": spec.k_dim, "weight_loader": loader})
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        for loads in layer.arctic_loads.values():
-            loads.check()
-        del layer.arctic_loads
+        """Raise CheckpointError if a part of a fused weight, or all of it, never came. Called again after each reload of the layer."""
+        parts = layer.arctic_parts
+        for name, seen in layer.arctic_seen.items():
+            if len(seen) < parts:
+                raise CheckpointError(
+                    f"{name} is missing from the checkpoint ({len(seen)} of {parts} parts are there)",
+                    fix="the checkpoint is incomplete: make it again",
+                )
+            seen.clear()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         shape = layer.arctic_shape
         buffers = {suffix: getattr(layer, f"weight{suffix}") for suffix in self.codec.layout(shape)}
-        y = self.codec.linear(x, buffers, shape, scratch=take_scratch(shape, x.dtype, x.device))
+        y = codec_linear(x, buffers, self.codec, self.text, shape)
         return y if bias is None else y + bias
 
 
-class _Loads:
-    """A weight loader that compares what it is given with the codec's layout and remembers it: vLLM does neither for quantized weights."""
+def _checked_loader(name: str, spec: TensorSpec, parts: int, host_loader: Callable[..., None]) -> Callable[..., None]:
+    """``host_loader`` (a method of vLLM's layer), which compares what it is given with the codec's layout and remembers it in
+    ``layer.arctic_seen``: vLLM does neither for quantized weights."""
 
-    def __init__(self, name: str, spec: Any, parts: int, loader: Callable[..., None]) -> None:
-        self.name, self.spec, self.parts, self.loader = name, spec, parts, loader
-        self.seen: set[Any] = set()
-
-    def __call__(self, param: nn.Parameter, loaded: Tensor, *shard: Any, **kwargs: Any) -> None:
-        expected = (self.spec.dtype, tuple(self.spec.shape[1:]))
-        if (loaded.dtype, tuple(loaded.shape[1:])) != expected:
+    def arctic_weight_loader(layer: Any, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: Any = None) -> None:
+        if loaded_weight.dtype != spec.dtype or loaded_weight.shape[1:] != spec.shape[1:]:
             raise CheckpointError(
-                f"{self.name} is {loaded.dtype} {tuple(loaded.shape)} in the checkpoint",
-                expected=f"{expected[0]} (rows, {', '.join(map(str, expected[1]))})",
+                f"{name} is {loaded_weight.dtype} {tuple(loaded_weight.shape)} in the checkpoint",
+                expected=f"{spec.dtype} (rows, {', '.join(map(str, spec.shape[1:]))})",
                 fix="the checkpoint does not fit its config.json: make it again",
             )
-        self.seen.update(_parts(shard, self.parts))
-        self.loader(param, loaded, *shard, **kwargs)
+        if loaded_shard_id is None:
+            layer.arctic_seen[name].update(range(parts))  # fused on disk too, or not fused at all
+            host_loader(layer, param, loaded_weight)
+        else:
+            layer.arctic_seen[name].update(loaded_shard_id if isinstance(loaded_shard_id, tuple) else [loaded_shard_id])
+            host_loader(layer, param, loaded_weight, loaded_shard_id)
 
-    def check(self) -> None:
-        """Raise CheckpointError if a part of a fused weight, or all of it, never came."""
-        if len(self.seen) < self.parts:
-            raise CheckpointError(
-                f"{self.name} is missing from the checkpoint ({len(self.seen)} of {self.parts} parts are there)",
-                fix="the checkpoint is incomplete: make it again",
-            )
-
-
-def _parts(shard: Sequence[Any], parts: int) -> Sequence[Any]:
-    """Which parts of a fused weight a call of the loader brings: the one it names, or all of them."""
-    return range(parts) if not shard or shard[0] is None else shard[0] if isinstance(shard[0], tuple) else shard[:1]
+    return arctic_weight_loader

@@ -10,7 +10,7 @@ from typing import Any
 
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import codec_from_dict
-from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins.provenance import FILE_NAME, FORMAT
 from arctic_plugins.stack import Stack
 
 __all__ = ["server_command"]
@@ -36,16 +36,20 @@ def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | 
         CheckpointError: no checkpoint there, or one whose codec nobody here provides.
         ConfigError: an adapter over encoded weights without an encoded base, or ``base`` for what is no adapter.
     """
-    path = Path(checkpoint)
+    path = Path(os.path.abspath(checkpoint))  # so that "." has the name that an adapter is served under
     stack = Stack.from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
     stack.check_host("vllm")
     arguments: dict[str, Any] = {"model": checkpoint, **stack.vllm_engine_args(path)}
     is_adapter = (path / "adapter_config.json").is_file()
+    if is_adapter and "lora_modules" not in arguments:
+        raise CheckpointError(
+            f"{checkpoint} is an adapter without {FILE_NAME}", expected="one that 'arctic train' wrote", fix="use vLLM's --lora-modules"
+        )
     if base is not None:
         if not is_adapter:
             raise ConfigError(f"--base is for adapters, and {checkpoint} is none", fix="leave --base out")
         arguments["model"] = base
-    model = Path(arguments["model"])
+    model = Path((is_adapter and _option(options, "model")) or arguments["model"])
     codecs = _codecs(model)
     for codec in codecs.values():
         codec_from_dict(codec)  # says which plugin to install
@@ -54,10 +58,6 @@ def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | 
         raise ConfigError(
             f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
             fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or 'arctic merge {checkpoint} OUT'",
-        )
-    if is_adapter and "lora_modules" not in arguments:
-        raise CheckpointError(
-            f"{checkpoint} is an adapter without {FILE_NAME}", expected="one that 'arctic train' wrote", fix="use vLLM's --lora-modules"
         )
     environment = {}
     if "VLLM_CPU_KVCACHE_SPACE" not in os.environ and _runs_on_cpu():
@@ -73,14 +73,27 @@ def _codecs(model: Path) -> Mapping[str, Mapping[str, Any]]:
     """
     try:
         config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if not model.exists() and not model.is_absolute() and len(model.parts) == 2:
             return {}  # a hub id, which vLLM resolves
         raise CheckpointError(f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model}/config.json cannot be read: {error}") from error
-    quantization = config.get("quantization_config") or {}
-    return quantization.get("codecs", {}) if quantization.get("quant_method") == "arctic" else {}
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "arctic":
+        return {}
+    if quantization.get("format", 0) > FORMAT:
+        raise CheckpointError(f"{model} has format {quantization['format']}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins")
+    return quantization.get("codecs", {})
+
+
+def _option(options: Sequence[str], name: str) -> str | None:
+    """The value of ``--name VALUE`` or ``--name=VALUE`` among ``options``."""
+    for at, option in enumerate(options):
+        flag, given, value = option.partition("=")
+        if flag == f"--{name}":
+            return value if given else next(iter(options[at + 1 :]), None)
+    return None
 
 
 def _flags(arguments: Mapping[str, Any], options: Sequence[str]) -> list[str]:

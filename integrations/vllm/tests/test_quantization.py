@@ -60,8 +60,10 @@ class Layer(nn.Module):
         super().__init__()
         self.method = EncodedLinearMethod(codec, "layer")
         self.calls = []
-        loader = lambda param, loaded, *shard: self.calls.append(shard)  # noqa: E731
-        self.method.create_weights(self, k, [n // parts] * parts, k_full or k, n, torch.float32, weight_loader=loader)
+        self.method.create_weights(self, k, [n // parts] * parts, k_full or k, n, torch.float32, weight_loader=self.weight_loader)
+
+    def weight_loader(self, param, loaded_weight, *shard):
+        self.calls.append(shard)
 
 
 @pytest.mark.parametrize("codec", [FP8Codec(), FP8Codec(group_size=32)], ids=str)
@@ -90,6 +92,45 @@ def test_a_part_that_never_comes_is_an_error():
     assert layer.calls == [(0,), (1,), (1,)]
     with pytest.raises(CheckpointError, match=r"layer\.weight_scale is missing from the checkpoint \(1 of 2 parts"):
         layer.method.process_weights_after_loading(layer)
+
+
+def test_a_layer_can_be_loaded_again():
+    layer = Layer(FP8Codec(), 8, 64)
+    for _ in range(2):
+        for suffix, buffer in FP8Codec().encode(torch.randn(8, 64)).items():
+            param = getattr(layer, f"weight{suffix}")
+            assert param.weight_loader.__name__ != "online_process_loader"  # vLLM's reload reads the name, and that the loader is a method
+            assert param.weight_loader.__self__ is layer
+            param.weight_loader(param, buffer)
+        layer.method.process_weights_after_loading(layer)
+    with pytest.raises(CheckpointError, match="0 of 1 parts"):
+        layer.method.process_weights_after_loading(layer)
+
+
+def test_compiled_it_is_one_operator_that_gives_the_same():
+    weight, x = torch.randn(8, 80), torch.randn(3, 80)
+    layer = Layer(codec := FP8Codec(group_size=32), 8, 80)
+    for suffix, buffer in codec.encode(weight).items():
+        getattr(layer, f"weight{suffix}").data.copy_(buffer)
+    found = []
+
+    def backend(graph, inputs):
+        found.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    compiled = torch.compile(lambda x: layer.method.apply(layer, x), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer.method.apply(layer, x))
+    assert found == ["arctic_plugins.codec_linear"]
+
+
+def test_patterns_follow_the_names_that_vllm_gives():
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    config = ArcticConfig.from_config(CONFIG)
+    config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
+    assert config.codec_of("language_model.model.layers.3.mlp.up_proj") == FP8Codec(group_size=32)
+    assert config.codec_of("model.layers.3.mlp.up_proj") is None
 
 
 def test_a_tensor_of_another_shape_or_dtype_is_an_error():

@@ -6,6 +6,7 @@ import pytest
 from arctic_plugins_vllm.serving import server_command
 
 from arctic_plugins import Stack
+from arctic_plugins.cli import main
 from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
 from arctic_plugins.provenance import write_provenance
 
@@ -76,6 +77,7 @@ def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
             "pip install arctic-plugins-fp3",
         ),
         ({"quantization_config": {**ENCODED["quantization_config"], "codecs": {"x": {"type": "fp8", "bits": 3}}}}, CheckpointError, "is not valid"),
+        ({"quantization_config": {**ENCODED["quantization_config"], "format": 2}}, CheckpointError, "has format 2; expected at most 1"),
     ],
 )
 def test_what_cannot_be_served_is_said_before_the_server_starts(tmp_path, config, error, message):
@@ -91,3 +93,28 @@ def test_base_is_for_adapters(base):
 
 def test_a_hub_id_goes_to_vllm_as_it_is():
     assert flags("some/model")[0] == "--model some/model"
+
+
+def test_an_adapter_of_another_program_says_so(base, tmp_path):
+    with pytest.raises(CheckpointError, match=r"is an adapter without arctic_plugins\.json"):
+        server_command(str(make(tmp_path / "adapter", None, adapter_of=base)))
+
+
+def test_an_adapter_is_named_after_its_directory_wherever_one_stands(base, tmp_path, monkeypatch):
+    adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
+    monkeypatch.chdir(adapter)
+    assert f"--lora-modules adapter={adapter}" in flags(".")[0]
+
+
+@pytest.mark.parametrize("options", [["--model", "BASE"], ["--model=BASE"]])
+def test_the_base_of_an_adapter_may_be_given_as_vllms_model(base, tmp_path, options):
+    adapter = make(tmp_path / "adapter", None, adapter_of=make(tmp_path / "plain", {}), plugins={"fp8": {}, "lora": {"r": 4}})
+    options = [option.replace("BASE", str(base)) for option in options]
+    assert flags(str(adapter), options)[0].endswith(" ".join(options))
+
+
+def test_the_checkpoint_comes_before_the_options(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--port", "8000", "checkpoint"])
+    assert stopped.value.code == 2
+    assert "--port stands where CHECKPOINT is expected" in capsys.readouterr().err

@@ -104,7 +104,7 @@ def run_demo(
             "training": {**recipe.training, "output_dir": str(out / "training")},
         }
     )
-    loaded = load_model(recipe.model, Stack.from_dict(recipe.plugins))
+    loaded = load_model(recipe.model, Stack.from_dict(recipe.plugins), **recipe.load)
     model, tokenizer = loaded
     report.encoded_bytes, report.plain_bytes = base_bytes(model)
     report.scores["before"] = evaluate(model, tokenizer, examples, "before", recipe, console)
