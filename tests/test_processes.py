@@ -37,7 +37,7 @@ def test_two_processes_train_like_one(tiny_checkpoint, tmp_path, checkpointing):
     one, adapter_of_one = train(1, tiny_checkpoint, tmp_path / "one", batch=4, checkpointing=checkpointing)
     two, adapter_of_two = train(2, tiny_checkpoint, tmp_path / "two", batch=2, checkpointing=checkpointing)
     assert one == pytest.approx(two, rel=1e-4)
-    assert one[-1] < one[0]
+    assert one[0] - one[-1] > 0.5
     for name, tensor in adapter_of_one.items():
         difference = (tensor - adapter_of_two[name]).abs().max()
         assert difference <= 2e-3, f"{name} differs by {difference}"  # Adam turns rounding in a tiny gradient into a step of its own size

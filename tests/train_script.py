@@ -15,9 +15,8 @@ if __name__ == "__main__":
     stack = Stack.from_dict(args.plugins)
     torch.manual_seed(0)
     model, _ = load_model(checkpoint, stack)
-    generator = torch.Generator().manual_seed(0)
-    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(10, 250, (32, 24), generator=generator)]
-    trainer = attach(Trainer(model=model, args=args, train_dataset=rows), stack)
+    texts = [torch.arange(24) % 3 + 20 + row % 4 for row in range(32)]
+    trainer = attach(Trainer(model=model, args=args, train_dataset=[{"input_ids": ids, "labels": ids} for ids in texts]), stack)
     trainer.train()
     if trainer.is_world_process_zero():
         with open(losses_file, "w") as file:

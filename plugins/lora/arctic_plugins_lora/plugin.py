@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from arctic_plugins import Plugin, hookimpl
+from arctic_plugins.errors import CheckpointError
 from arctic_plugins_lora.config import LoraOptions
 
 __all__ = ["LoRA"]
+
+MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of ``max_lora_rank`` that vLLM takes (vllm/config/lora.py, 0.32.0)."""
 
 
 class LoRA(Plugin):
@@ -42,9 +46,13 @@ class LoRA(Plugin):
         if not adapter.is_file():
             return None
         config = json.loads(adapter.read_text(encoding="utf-8"))
+        if not config.get("base_model_name_or_path"):
+            raise CheckpointError(f"{adapter} names no base model", fix="set its base_model_name_or_path")
+        if config["r"] > MAX_LORA_RANKS[-1]:
+            raise CheckpointError(f"{adapter} has rank {config['r']}", expected=f"at most {MAX_LORA_RANKS[-1]} in vLLM", fix="merge the adapter")
         return {
             "model": config["base_model_name_or_path"],
             "enable_lora": True,
-            "max_lora_rank": max(8, config["r"]),
+            "max_lora_rank": next(rank for rank in MAX_LORA_RANKS if rank >= config["r"]),
             "lora_modules": [f"{checkpoint.name}={checkpoint}"],
         }

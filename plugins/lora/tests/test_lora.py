@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack
-from arctic_plugins.errors import ConfigError
+from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import FrozenLinear
 from arctic_plugins.frozen.lora import FrozenLoraLinear, load_adapter
 
@@ -138,5 +138,11 @@ def test_rslora_scales_by_the_root(tiny_checkpoint):
 def test_engine_arguments_of_an_adapter(tmp_path):
     stack = Stack.from_dict({"lora": {"r": 4}})
     assert stack.vllm_engine_args(tmp_path) == {}
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base", "r": 4}')
-    assert stack.vllm_engine_args(tmp_path)["model"] == "base"
+    for r, rank in ((4, 8), (12, 16), (512, 512)):
+        (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "base", "r": {r}}}')
+        arguments = stack.vllm_engine_args(tmp_path)
+        assert (arguments["model"], arguments["max_lora_rank"]) == ("base", rank)
+    for config, message in (('{"base_model_name_or_path": "base", "r": 600}', "rank 600; expected at most 512"), ('{"r": 4}', "names no base")):
+        (tmp_path / "adapter_config.json").write_text(config)
+        with pytest.raises(CheckpointError, match=message):
+            stack.vllm_engine_args(tmp_path)
