@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
+from arctic_plugins_huggingface.demo.serving import Server
+from arctic_plugins_huggingface.generation import chat_prompt
 from arctic_plugins_huggingface.saving import load_checkpoint
 from safetensors.torch import load_file, save_file
 
@@ -125,3 +127,17 @@ def test_tensor_parallel_on_two_processes(tiny_checkpoint, tmp_path, cache):
     two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": True}
     options = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     assert tokens(run({"model": str(checkpoint), **two}, cache=cache, **options))["base"] == reference(load_model(checkpoint)[0])
+
+
+def test_arctic_serve_answers_over_http_with_the_adapter_and_with_its_base(grouped, tmp_path, cache, monkeypatch):
+    adapter = trained(grouped, {"fp8": {"group_size": 64}}, tmp_path / "adapter")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(cache))
+    options = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
+    with Server(adapter, tmp_path / "log", options=options) as server:
+        answers = {name: server.chat("hello", max_tokens=8, model=name)[1] for name in ("adapter", str(grouped))}
+    for name, (model, tokenizer) in {"adapter": load_checkpoint(adapter), str(grouped): load_model(grouped)}.items():
+        prompt = tokenizer(chat_prompt(tokenizer, "hello"), return_tensors="pt", add_special_tokens=False)
+        tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
+        assert answers[name] == tokens
+    assert answers["adapter"] != answers[str(grouped)]

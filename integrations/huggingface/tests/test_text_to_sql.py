@@ -12,17 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from arctic_plugins_huggingface.demo.text_to_sql import (
-    TEMPLATES,
-    Example,
-    Split,
-    accuracy,
-    execute,
-    extract_sql,
-    generate,
-    is_correct,
-    write_jsonl,
-)
+from arctic_plugins_huggingface.demo.execution import accuracy, execute, extract_sql, is_correct
+from arctic_plugins_huggingface.demo.sql_domains import Split
+from arctic_plugins_huggingface.demo.text_to_sql import TEMPLATES, Example, generate, write_jsonl
 
 SETUP = """
 CREATE TABLE pets(id int, name text, kind text, weight real);

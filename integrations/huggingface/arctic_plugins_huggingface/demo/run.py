@@ -17,8 +17,9 @@ from rich.table import Table
 
 from arctic_plugins.frozen import FrozenLinear
 from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.demo.execution import accuracy, is_correct
 from arctic_plugins_huggingface.demo.model import smollm2
-from arctic_plugins_huggingface.demo.text_to_sql import Example, accuracy, generate, is_correct, write_jsonl
+from arctic_plugins_huggingface.demo.text_to_sql import Example, generate, write_jsonl
 from arctic_plugins_huggingface.generation import answer, chat_prompt
 from arctic_plugins_huggingface.loading import load_model
 from arctic_plugins_huggingface.recipe import Recipe

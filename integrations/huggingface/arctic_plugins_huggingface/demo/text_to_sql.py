@@ -1,4 +1,4 @@
-"""A small text-to-SQL data set made from templates, and the measure of execution accuracy.
+"""A small text-to-SQL data set made from templates.
 
 Every row is a question on a schema of one or two tables, with its reference query and the script that makes
 and fills those tables, so a predicted query is judged by the rows that it returns, not by its text. The training
@@ -8,29 +8,19 @@ and the test split share no table, no label values, and no columns but `id` and 
 from __future__ import annotations
 
 import json
-import math
 import random
-import re
-import sqlite3
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
-Split = Literal["train", "test"]
-Value = str | int | float
-Row = tuple[object, ...]
-Texts = dict[str, tuple[str, ...]]
-Numbers = dict[str, tuple[int, int]]
+from arctic_plugins_huggingface.demo.execution import execute, is_correct
+from arctic_plugins_huggingface.demo.sql_domains import DOMAINS, LABELS, Domain, Split, Value
 
 TASK = "Write one SQLite query that answers the question."
 
-_DEFAULT_MAX_STEPS = 100_000
 _CHILD_ROWS = 12
 _PARENT_ROWS = 4
 _ATTEMPTS = 500
-_LONGEST_VALUE = 10_000
-_LONGEST_SQL = 10_000
 
 
 @dataclass(frozen=True)
@@ -51,20 +41,6 @@ class Example:
     def to_alpaca(self) -> dict[str, str]:
         """The row as an instruction, its input and its output."""
         return {"instruction": f"{TASK} {self.question}", "input": self.schema, "output": self.sql}
-
-
-@dataclass(frozen=True)
-class _Domain:
-    """A table with a label, text and number columns, and the parent table that its rows belong to."""
-
-    table: str
-    label: str
-    texts: Texts
-    numbers: Numbers
-    parent: str
-    link: str
-    parent_label: str
-    parent_texts: Texts
 
 
 @dataclass(frozen=True)
@@ -141,344 +117,10 @@ def _literal(value: Value) -> str:
     return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
 
 
-# --- The domains -----------------------------------------------------------------------------------------------
-
-_LABELS: dict[Split, tuple[str, ...]] = {
-    "train": (
-        "Amber",
-        "Birch",
-        "Cedar",
-        "Delta",
-        "Ember",
-        "Falcon",
-        "Garnet",
-        "Harbor",
-        "Indigo",
-        "Jasper",
-        "Kestrel",
-        "Lotus",
-        "Maple",
-        "Nova",
-        "Onyx",
-        "Pearl",
-        "Quartz",
-        "Raven",
-        "Sable",
-        "Topaz",
-        "Umber",
-        "Violet",
-        "Willow",
-        "Zephyr",
-        "Aspen",
-        "Breeze",
-        "Coral",
-        "Dune",
-        "Echo",
-        "Flint",
-    ),
-    "test": (
-        "Apollo",
-        "Basil",
-        "Comet",
-        "Dahlia",
-        "Eagle",
-        "Fern",
-        "Glacier",
-        "Hazel",
-        "Iris",
-        "Juniper",
-        "Koala",
-        "Laurel",
-        "Meadow",
-        "Nectar",
-        "Orchid",
-        "Poppy",
-        "Quill",
-        "River",
-        "Saffron",
-        "Tulip",
-        "Unity",
-        "Velvet",
-        "Walnut",
-        "Yarrow",
-        "Zinnia",
-        "Anchor",
-        "Beacon",
-        "Canyon",
-        "Dolphin",
-        "Elm",
-    ),
-}
-
-_DOMAINS: dict[Split, tuple[_Domain, ...]] = {
-    "train": (
-        _Domain(
-            "songs",
-            "title",
-            {"genre": ("rock", "jazz", "folk", "blues", "soul", "metal"), "language": ("Spanish", "English", "Hindi", "Swahili", "German")},
-            {"duration": (120, 420), "plays": (1000, 9000)},
-            "singers",
-            "singer_id",
-            "name",
-            {"country": ("France", "Brazil", "Kenya", "Peru", "Norway")},
-        ),
-        _Domain(
-            "employees",
-            "name",
-            {"role": ("engineer", "analyst", "clerk", "pilot", "designer"), "shift": ("day", "night", "evening", "weekend", "split")},
-            {"salary": (30000, 90000), "age": (21, 64)},
-            "departments",
-            "department_id",
-            "name",
-            {"building": ("North", "South", "West", "Tower", "Annex")},
-        ),
-        _Domain(
-            "books",
-            "title",
-            {"topic": ("history", "science", "travel", "cooking", "sports"), "format": ("paper", "ebook", "audio", "digest", "leaflet")},
-            {"pages": (90, 900), "price": (5, 60)},
-            "authors",
-            "author_id",
-            "name",
-            {"nationality": ("Irish", "Greek", "Indian", "Danish", "Cuban")},
-        ),
-        _Domain(
-            "flights",
-            "code",
-            {"airline": ("Skyway", "Jetline", "Airex", "Bluewing", "Cloudair"), "status": ("delayed", "landed", "boarding", "canceled", "taxiing")},
-            {"distance": (200, 9000), "passengers": (40, 300)},
-            "airports",
-            "airport_id",
-            "name",
-            {"city": ("Lisbon", "Oslo", "Cairo", "Boston", "Delhi")},
-        ),
-        _Domain(
-            "players",
-            "name",
-            {"position": ("goalkeeper", "defender", "striker", "midfielder", "winger"), "foot": ("left", "right", "both", "neither", "mixed")},
-            {"goals": (0, 60), "height": (160, 205)},
-            "teams",
-            "team_id",
-            "name",
-            {"league": ("first", "second", "third", "regional", "national")},
-        ),
-        _Domain(
-            "products",
-            "name",
-            {"category": ("toys", "food", "tools", "clothing", "books"), "material": ("wood", "steel", "plastic", "glass", "rubber")},
-            {"stock": (0, 500), "weight": (1, 90)},
-            "suppliers",
-            "supplier_id",
-            "company",
-            {"region": ("Asia", "Europe", "Africa", "Pacifica", "Arabia")},
-        ),
-        _Domain(
-            "students",
-            "name",
-            {"major": ("biology", "law", "music", "physics", "history"), "housing": ("campus", "rented", "hostel", "family", "shared")},
-            {"score": (30, 100), "absences": (0, 40)},
-            "colleges",
-            "college_id",
-            "name",
-            {"state": ("Texas", "Ohio", "Utah", "Nevada", "Maine")},
-        ),
-        _Domain(
-            "houses",
-            "address",
-            {"style": ("modern", "rustic", "gothic", "classic", "colonial"), "heating": ("gas", "solar", "oil", "electric", "steam")},
-            {"rent": (400, 4000), "rooms": (1, 20)},
-            "owners",
-            "owner_id",
-            "name",
-            {"job": ("teacher", "lawyer", "nurse", "plumber", "dentist")},
-        ),
-        _Domain(
-            "cars",
-            "model",
-            {"color": ("red", "blue", "black", "green", "white"), "fuel": ("diesel", "petrol", "electric", "hybrid", "hydrogen")},
-            {"mileage": (100, 9000), "power": (60, 400)},
-            "brands",
-            "brand_id",
-            "name",
-            {"origin": ("Japan", "Italy", "Korea", "Germany", "India")},
-        ),
-        _Domain(
-            "dishes",
-            "name",
-            {"cuisine": ("Thai", "Mexican", "Turkish", "Greek", "Korean"), "course": ("starter", "main", "dessert", "side", "soup")},
-            {"calories": (90, 900), "cost": (3, 45)},
-            "restaurants",
-            "restaurant_id",
-            "name",
-            {"district": ("harbor", "center", "suburb", "airport", "village")},
-        ),
-        _Domain(
-            "orders",
-            "reference",
-            {"payment": ("card", "cash", "invoice", "voucher", "transfer"), "priority": ("low", "normal", "urgent", "high", "blocked")},
-            {"amount": (10, 900), "discount": (0, 50)},
-            "customers",
-            "customer_id",
-            "name",
-            {"segment": ("retail", "wholesale", "online", "export", "public")},
-        ),
-        _Domain(
-            "patients",
-            "name",
-            {"diagnosis": ("flu", "asthma", "fracture", "diabetes", "migraine"), "blood_type": ("A", "B", "AB", "O", "rare")},
-            {"visits": (1, 40), "pulse": (50, 120)},
-            "doctors",
-            "doctor_id",
-            "name",
-            {"specialty": ("surgery", "pediatrics", "oncology", "cardiology", "radiology")},
-        ),
-        _Domain(
-            "rivers",
-            "name",
-            {"flow": ("slow", "fast", "seasonal", "gentle", "raging"), "climate": ("tropical", "polar", "desert", "humid", "arid")},
-            {"length": (50, 6000), "depth": (2, 90)},
-            "nations",
-            "nation_id",
-            "name",
-            {"continent": ("America", "Oceania", "Antarctica", "Eurasia", "Australia")},
-        ),
-        _Domain(
-            "games",
-            "title",
-            {"platform": ("console", "mobile", "desktop", "arcade", "browser"), "mode": ("solo", "team", "versus", "puzzle", "racing")},
-            {"sales": (100, 9000), "levels": (3, 90)},
-            "studios",
-            "studio_id",
-            "name",
-            {"currency": ("dollar", "euro", "yen", "peso", "rupee")},
-        ),
-        _Domain(
-            "events",
-            "title",
-            {"kind": ("concert", "lecture", "fair", "festival", "auction"), "weekday": ("Monday", "Friday", "Sunday", "Tuesday", "Saturday")},
-            {"tickets": (20, 900), "budget": (1000, 9000)},
-            "venues",
-            "venue_id",
-            "name",
-            {"setting": ("indoor", "outdoor", "mixed", "rooftop", "tent")},
-        ),
-        _Domain(
-            "phones",
-            "model",
-            {"screen": ("small", "medium", "large", "tiny", "huge"), "storage": ("basic", "plus", "max", "double", "ultra")},
-            {"battery": (900, 6000), "warranty": (6, 60)},
-            "makers",
-            "maker_id",
-            "name",
-            {"headquarters": ("Seoul", "Taipei", "Austin", "Tokyo", "London")},
-        ),
-        _Domain(
-            "projects",
-            "name",
-            {"phase": ("planning", "testing", "finished", "design", "review"), "risk": ("minor", "major", "severe", "trivial", "critical")},
-            {"funding": (1000, 9000), "hours": (10, 900)},
-            "managers",
-            "manager_id",
-            "name",
-            {"office": ("Berlin", "Madrid", "Dublin", "Vienna", "Prague")},
-        ),
-        _Domain(
-            "wines",
-            "label",
-            {"grape": ("Merlot", "Riesling", "Malbec", "Shiraz", "Pinot"), "taste": ("dry", "sweet", "fruity", "bitter", "smoky")},
-            {"vintage": (1960, 2020), "rating": (50, 100)},
-            "vineyards",
-            "vineyard_id",
-            "name",
-            {"valley": ("Napa", "Rhine", "Douro", "Barossa", "Mosel")},
-        ),
-    ),
-    "test": (
-        _Domain(
-            "movies",
-            "name",
-            {"theme": ("comedy", "drama", "horror"), "audience": ("adults", "children", "families")},
-            {"runtime": (70, 210), "awards": (0, 40)},
-            "directors",
-            "director_id",
-            "name",
-            {"birthplace": ("Sweden", "Chile", "Poland")},
-        ),
-        _Domain(
-            "animals",
-            "name",
-            {"species": ("lion", "zebra", "otter"), "diet": ("meat", "plants", "insects")},
-            {"speed": (5, 110), "meals": (1, 30)},
-            "zoos",
-            "zoo_id",
-            "name",
-            {"province": ("Alberta", "Quebec", "Ontario")},
-        ),
-        _Domain(
-            "ships",
-            "name",
-            {"cargo": ("grain", "coal", "cars"), "flag": ("Panama", "Malta", "Liberia")},
-            {"capacity": (100, 9000), "crew": (5, 80)},
-            "ports",
-            "port_id",
-            "name",
-            {"ocean": ("Atlantic", "Pacific", "Arctic")},
-        ),
-        _Domain(
-            "paintings",
-            "caption",
-            {"technique": ("gouache", "watercolor", "fresco"), "frame": ("gold", "silver", "bronze")},
-            {"width": (20, 300), "worth": (1000, 9000)},
-            "artists",
-            "artist_id",
-            "name",
-            {"movement": ("cubism", "realism", "baroque")},
-        ),
-        _Domain(
-            "hotels",
-            "name",
-            {"scenery": ("lake", "forest", "garden"), "breakfast": ("buffet", "continental", "vegan")},
-            {"stars": (1, 40), "beds": (20, 700)},
-            "islands",
-            "island_id",
-            "name",
-            {"season": ("spring", "summer", "winter")},
-        ),
-        _Domain(
-            "robots",
-            "name",
-            {"sensor": ("camera", "radar", "sonar"), "task": ("cleaning", "welding", "packing")},
-            {"voltage": (5, 400), "errors": (0, 70)},
-            "factories",
-            "factory_id",
-            "site",
-            {"industry": ("textile", "aviation", "furniture")},
-        ),
-        _Domain(
-            "plants",
-            "name",
-            {"soil": ("clay", "sand", "peat"), "sunlight": ("full", "partial", "shade")},
-            {"petals": (3, 60), "lifespan": (1, 99)},
-            "gardens",
-            "garden_id",
-            "name",
-            {"visitor_group": ("schools", "tourists", "locals")},
-        ),
-        _Domain(
-            "courses",
-            "name",
-            {"subject": ("algebra", "poetry", "chemistry"), "term": ("autumn", "Easter", "midyear")},
-            {"credits": (1, 30), "fee": (50, 900)},
-            "teachers",
-            "teacher_id",
-            "name",
-            {"degree": ("bachelor", "master", "doctorate")},
-        ),
-    ),
-}
+# --- The scenes ------------------------------------------------------------------------------------------------
 
 
-def _mixed(rng: random.Random, domains: Sequence[_Domain]) -> _Domain:
+def _mixed(rng: random.Random, domains: Sequence[Domain]) -> Domain:
     """A table with the columns and the parent of others, so that names are to be read from the schema, not known by heart."""
     texts = [item for domain in domains for item in domain.texts.items()]
     numbers = [item for domain in domains for item in domain.numbers.items()]
@@ -505,7 +147,7 @@ def _scatter(rng: random.Random, values: Sequence[Value], count: int, *, differe
     return drawn
 
 
-def _scene(rng: random.Random, domain: _Domain, labels: tuple[str, ...], *, linked: bool) -> _Scene:
+def _scene(rng: random.Random, domain: Domain, labels: tuple[str, ...], *, linked: bool) -> _Scene:
     """The domain with fresh rows; an unlinked child table lacks the column that points to its parent."""
     names = rng.sample(labels, _CHILD_ROWS + _PARENT_ROWS)
     child: dict[str, tuple[str, Sequence[Value]]] = {
@@ -779,8 +421,8 @@ TEMPLATES: tuple[str, ...] = tuple(_TEMPLATES)
 def _example(rng: random.Random, template: str, split: Split) -> Example | None:
     """One draw, or None where its query returns nothing or a near miss would return the same rows."""
     linked = template.startswith("join")
-    domain = _mixed(rng, _DOMAINS[split]) if split == "train" else rng.choice(_DOMAINS[split])
-    scene = _scene(rng, domain, _LABELS[split], linked=linked)
+    domain = _mixed(rng, DOMAINS[split]) if split == "train" else rng.choice(DOMAINS[split])
+    scene = _scene(rng, domain, LABELS[split], linked=linked)
     draft = _TEMPLATES[template](rng, scene)
     tables = [scene.child, scene.parent] if linked else [scene.child]
     example = Example(
@@ -821,98 +463,6 @@ def write_jsonl(examples: Sequence[Example], path: str | Path) -> None:
     """Writes the rows as Alpaca records, one JSON object a line."""
     lines = (json.dumps(example.to_alpaca(), ensure_ascii=False) + "\n" for example in examples)
     Path(path).write_text("".join(lines), encoding="utf-8")
-
-
-# --- The measure -----------------------------------------------------------------------------------------------
-
-_FENCE = re.compile(r"```[ \t]*(?:\w+[ \t]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
-_STATEMENT = re.compile(r"""(?:'(?:[^']|'')*'|"(?:[^"]|"")*"|[^;])*""")
-_BLANK_LINE = re.compile(r"\n\s*\n")
-_ORDER_BY = re.compile(r"\border\s+by\b", re.IGNORECASE)
-_ALLOWED_ACTIONS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
-
-
-def extract_sql(prediction: str) -> str:
-    """The first statement of a model's answer, without code fences, its semicolon and what follows it."""
-    fenced = _FENCE.search(prediction)
-    text = (fenced.group(1) if fenced else prediction).strip()
-    statement = _STATEMENT.match(text)
-    first = statement.group(0) if statement else text
-    if first == text:  # no semicolon: a blank line is then the only mark of the query's end
-        first = _BLANK_LINE.split(text, maxsplit=1)[0]
-    return first.strip()
-
-
-def _authorize(action: int, *_: str | None) -> int:
-    return sqlite3.SQLITE_OK if action in _ALLOWED_ACTIONS else sqlite3.SQLITE_DENY
-
-
-def _run(sql: str, setup: str, max_steps: int) -> tuple[int, list[Row]]:
-    """The number of columns and the rows of one SELECT in a fresh database."""
-    connection = sqlite3.connect(":memory:", isolation_level=None)
-    try:
-        connection.executescript(setup)
-        connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_VALUE)
-        connection.setlimit(sqlite3.SQLITE_LIMIT_SQL_LENGTH, _LONGEST_SQL)
-        connection.set_authorizer(_authorize)
-        connection.set_progress_handler(lambda: 1, max_steps)
-        cursor = connection.execute(sql)
-        if cursor.description is None:
-            raise sqlite3.ProgrammingError("not a query that returns rows")
-        return len(cursor.description), cursor.fetchall()
-    except (sqlite3.Warning, ValueError) as error:  # several statements, or text that SQLite cannot take
-        raise sqlite3.ProgrammingError(str(error)) from error
-    finally:
-        connection.close()
-
-
-def execute(sql: str, setup: str, *, max_steps: int = _DEFAULT_MAX_STEPS) -> list[Row]:
-    """The rows of one SELECT, run in a fresh database in memory that `setup` made and that it can only read.
-
-    Raises:
-        sqlite3.Error: if the query is bad, does more than read, or takes more than `max_steps` steps of SQLite's machine.
-    """
-    return _run(sql, setup, max_steps)[1]
-
-
-def _sort_key(row: Row) -> tuple[object, ...]:
-    """An order over rows of any types, in which equal numbers are neighbours whatever their type."""
-    return tuple((1, round(value, 6), "") if isinstance(value, int | float) else (0, 0, repr(value)) for value in row)
-
-
-def _same_value(left: object, right: object) -> bool:
-    if isinstance(left, int | float) and isinstance(right, int | float):
-        return math.isclose(left, right, rel_tol=0.0, abs_tol=1e-6)
-    return left == right
-
-
-def _same_rows(left: list[Row], right: list[Row]) -> bool:
-    return len(left) == len(right) and all(
-        _same_value(one, other) for row, wanted in zip(left, right, strict=True) for one, other in zip(row, wanted, strict=True)
-    )
-
-
-def is_correct(predicted: str, example: Example) -> bool:
-    """Whether the prediction returns the rows of the reference query, in its order where that query sets one."""
-    width, wanted = _run(example.sql, example.setup, _DEFAULT_MAX_STEPS)
-    try:
-        predicted_width, rows = _run(extract_sql(predicted), example.setup, _DEFAULT_MAX_STEPS)
-    except sqlite3.Error:
-        return False
-    if predicted_width != width:
-        return False
-    if not _ORDER_BY.search(example.sql):
-        wanted, rows = sorted(wanted, key=_sort_key), sorted(rows, key=_sort_key)
-    return _same_rows(rows, wanted)
-
-
-def accuracy(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, tuple[int, int]]:
-    """How many predictions of each template are right, and of how many: template -> (right, total)."""
-    tally: dict[str, tuple[int, int]] = {}
-    for prediction, example in zip(predictions, examples, strict=True):
-        right, total = tally.get(example.template, (0, 0))
-        tally[example.template] = (right + is_correct(prediction, example), total + 1)
-    return tally
 
 
 if __name__ == "__main__":
