@@ -44,6 +44,8 @@ def load_model(
     register()
     stack = stack or Stack()
     stack.check_host("transformers")
+    if "gguf_file" not in kwargs:
+        kwargs.setdefault("use_safetensors", True)  # never a pickle unless the user asks for one
     config = kwargs.pop("config", None) or load_config(checkpoint, **_only_hub(kwargs))
     tokenizer = load_tokenizer(checkpoint, **_only_hub(kwargs))
     stack.hf_configure_model(config)

@@ -14,7 +14,7 @@ from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen.lora import load_adapter
 from arctic_plugins.provenance import read_provenance, write_provenance
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.loading import freeze, is_encoded, load_model
+from arctic_plugins_huggingface.loading import freeze, is_encoded, load_model, load_tokenizer
 
 __all__ = ["adapter_base", "load_checkpoint", "merge_adapter", "save_checkpoint", "staged"]
 
@@ -47,6 +47,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
     stack = Stack.from_checkpoint(adapter)
     base = adapter_base(adapter)
     model, tokenizer = load_model(base, stack.without("weight_codec").without("adapter").without("placement"))
+    tokenizer = _own_tokenizer(adapter) or tokenizer
     merged = load_adapter(model, adapter).merge_and_unload()
     codecs = stack.only("weight_codec")
     if not is_encoded(merged.config):
@@ -64,7 +65,12 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
         return load_model(checkpoint)
     base = adapter_base(checkpoint)
     model, tokenizer = load_model(base, Stack.from_checkpoint(checkpoint).without("adapter"))
-    return load_adapter(model, checkpoint).eval(), tokenizer
+    return load_adapter(model, checkpoint).eval(), _own_tokenizer(checkpoint) or tokenizer
+
+
+def _own_tokenizer(adapter: str | Path) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that was saved with an adapter: training may have given it another chat template than the base's."""
+    return load_tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
 
 
 def adapter_base(adapter: str | Path) -> str:

@@ -265,3 +265,20 @@ def test_merging_what_is_no_adapter(encoded, tmp_path):
         merge_adapter(encoded, tmp_path / "merged")
     with pytest.raises(CheckpointError, match=r"has no arctic_plugins\.json"):
         merge_adapter(tmp_path / "nowhere", tmp_path / "merged")
+
+
+def test_the_tokenizer_saved_with_an_adapter_stays_with_it(adapter, tmp_path):
+    directory, _ = adapter
+    (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    for _, tokenizer in (load_checkpoint(directory), load_model(merge_adapter(directory, tmp_path / "merged"))):
+        assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+
+
+def test_a_pickled_checkpoint_is_not_read(tiny_checkpoint, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny_checkpoint, tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    torch.save(load_file(tiny_checkpoint / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="cannot be loaded: .*model.safetensors"):
+        load_model(tmp_path / "pickled")
