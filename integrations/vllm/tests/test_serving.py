@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from arctic_plugins_vllm import serving
 from arctic_plugins_vllm.serving import server_command
 
 from arctic_plugins import Stack
@@ -29,6 +30,11 @@ def base(tmp_path):
     return make(tmp_path / "base", ENCODED, plugins={"fp8": {}})
 
 
+@pytest.fixture(autouse=True)
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(serving, "_runs_on_cpu", lambda: True)
+
+
 def flags(*arguments, **options):
     command, environment = server_command(*arguments, **options)
     assert command[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
@@ -38,23 +44,23 @@ def flags(*arguments, **options):
 def test_a_checkpoint_needs_no_option(base, monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     line, environment = flags(str(base))
-    assert line == f"--model {base}"
-    import torch
-
-    assert environment == ({} if torch.accelerator.is_available() else {"VLLM_CPU_KVCACHE_SPACE": "2"})
+    assert line == f"--model {base} --enforce-eager"
+    assert environment == {"VLLM_CPU_KVCACHE_SPACE": "2"}
+    monkeypatch.setattr(serving, "_runs_on_cpu", lambda: False)
+    assert flags(str(base)) == (f"--model {base}", {})
 
 
 def test_what_the_user_says_wins(base, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
-    line, environment = flags(str(base), ["--port", "1234", "--model=other"])
-    assert line == "--port 1234 --model=other"
+    line, environment = flags(str(base), ["--port", "1234", "--model=other", "--no-enforce-eager"])
+    assert line == "--port 1234 --model=other --no-enforce-eager"
     assert environment == {}
 
 
 def test_an_adapter_is_served_over_its_encoded_base(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     line, _ = flags(str(adapter))
-    assert line == f"--model {base} --enable-lora --max-lora-rank 8 --lora-modules adapter={adapter}"
+    assert line == f"--model {base} --enable-lora --max-lora-rank 8 --lora-modules adapter={adapter} --enforce-eager"
 
 
 def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
@@ -103,7 +109,7 @@ def test_an_adapter_of_another_program_says_so(base, tmp_path):
 def test_an_adapter_is_named_after_its_directory_wherever_one_stands(base, tmp_path, monkeypatch):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     monkeypatch.chdir(adapter)
-    assert f"--lora-modules adapter={adapter}" in flags(".")[0]
+    assert f"--lora-modules adapter={adapter} --enforce-eager" in flags(".")[0]
 
 
 @pytest.mark.parametrize("options", [["--model", "BASE"], ["--model=BASE"]])

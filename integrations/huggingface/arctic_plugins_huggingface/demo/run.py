@@ -23,7 +23,7 @@ from arctic_plugins_huggingface.demo.text_to_sql import Example, generate, write
 from arctic_plugins_huggingface.generation import answer, chat_prompt
 from arctic_plugins_huggingface.loading import load_model
 from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.saving import check_new, merge_adapter
+from arctic_plugins_huggingface.saving import check_new, load_checkpoint, merge_adapter
 from arctic_plugins_huggingface.sft import train
 
 if TYPE_CHECKING:
@@ -113,12 +113,14 @@ def run_demo(
     report.training_seconds, report.seconds_per_step = result.seconds, result.seconds / max(1, result.steps)
     report.losses = [(int(entry["step"]), float(entry["loss"])) for entry in result.history if "loss" in entry]
     plot_losses(report.losses, out / "loss.png")
+    adapter = result.directory
+    del loaded, model, result
+    gc.collect()
+    model, tokenizer = load_checkpoint(adapter)
     report.scores["after"] = evaluate(model, tokenizer, examples, "after", recipe, console)
 
     console.rule("3. merging into an FP8 checkpoint")
-    del loaded, model, result
-    gc.collect()
-    merged = merge_adapter(out / "training" / "final", out / "merged")
+    merged = merge_adapter(adapter, out / "merged")
     model, tokenizer = load_model(merged)
     report.scores["merged"] = evaluate(model, tokenizer, examples, "merged", recipe, console)
     show_scores(report, console)
