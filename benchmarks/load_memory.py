@@ -113,9 +113,8 @@ def main() -> None:
                 runs.append(json.loads(done.stdout.splitlines()[-1]))
             middle = {key: sorted(run[key] for run in runs)[1] for key in runs[0]}
             extra = middle["peak"] - middle["after"]
-            print(
-                f"| {label} | {middle['weights']:.0f} | {middle['after']:.0f} | {middle['peak']:.0f} | {extra:.0f} | {middle['largest']:.0f} | {middle['seconds']:.1f} |"
-            )
+            sizes = " | ".join(f"{middle[key]:.0f}" for key in ("weights", "after", "peak"))
+            print(f"| {label} | {sizes} | {extra:.0f} | {middle['largest']:.0f} | {middle['seconds']:.1f} |")
 
 
 if __name__ == "__main__":
