@@ -1,26 +1,37 @@
-"""``arctic_plugins.json``: written last into every checkpoint, so that its presence says that the checkpoint is complete."""
+"""``arctic_plugins.json``: written last into every checkpoint, so that its presence says that the checkpoint is complete.
+
+It holds the stack, who provides its plugins, the versions that wrote it, and the size and digest of every other file: a file that was cut or changed
+since is found before it becomes a wrong model.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from arctic_plugins.errors import CheckpointError
+import xxhash
+
+from arctic_plugins.discovery import installed_plugins
+from arctic_plugins.errors import CheckpointError, PluginNotFoundError
 
 if TYPE_CHECKING:
     from arctic_plugins.stack import Stack
 
-__all__ = ["FILE_NAME", "FORMAT", "Provenance", "read_provenance", "write_provenance"]
+__all__ = ["FILE_NAME", "FORMAT", "Provenance", "check_files", "check_plugins", "read_json", "read_provenance", "write_provenance"]
 
 FILE_NAME = "arctic_plugins.json"
 FORMAT = 1
 """Version of this file and of the checkpoint's encoded weights; a reader refuses what is newer."""
 
 _RECORDED = ("arctic-plugins", "arctic-plugins-huggingface", "torch", "transformers", "peft")
+_FREE = (FILE_NAME, "README.md")
+"""Files that are nobody's weights, settings or tokenizer: anyone may change them."""
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -29,19 +40,30 @@ class Provenance:
 
     stack: dict[str, dict[str, Any]]
     sha256: str
-    versions: dict[str, str]
+    versions: dict[str, str] = field(default_factory=dict)
+    plugins: dict[str, str] = field(default_factory=dict)
+    """Plugin -> ``distribution==version`` that provided it."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Path within the checkpoint -> ``bytes`` and ``xxh3_128`` (hexadecimal)."""
     format: int = FORMAT
 
 
 def write_provenance(directory: str | Path, stack: Stack) -> Path:
-    """Write the canonical stack, its digest and the versions that made the checkpoint. Call it when everything else is on disk.
+    """Write what made the checkpoint and what it consists of. Call it when everything else is on disk.
 
     The file appears whole or not at all (written beside its place, flushed to disk, then renamed).
     """
     path = Path(directory) / FILE_NAME
-    recorded = {*_RECORDED, *(f"arctic-plugins-{plugin.name}" for plugin in stack)}
-    versions = {name: found for name in sorted(recorded) if (found := _version(name))}
-    content = {"format": FORMAT, "stack": stack.to_dict(), "sha256": stack.sha256(), "versions": versions}
+    providers = installed_plugins()
+    plugins = {plugin.name: f"{found[0].distribution}=={found[0].version}" for plugin in stack if (found := providers.get(plugin.name))}
+    content = {
+        "format": FORMAT,
+        "stack": stack.to_dict(),
+        "sha256": stack.sha256(),
+        "versions": {name: found for name in _RECORDED if (found := _version(name))},
+        "plugins": dict(sorted(plugins.items())),
+        "files": {name: {"bytes": file.stat().st_size, "xxh3_128": _digest(file)} for name, file in sorted(_files(path.parent))},
+    }
     draft = path.with_suffix(".json.tmp")
     with draft.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
@@ -59,22 +81,95 @@ def read_provenance(directory: str | Path) -> Provenance:
         CheckpointError: absent (not a checkpoint of ours, or its save was cut off), malformed, or of a newer format.
     """
     path = Path(directory) / FILE_NAME
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         raise CheckpointError(
             f"{directory} has no {FILE_NAME}", expected="a checkpoint that arctic-plugins finished writing", fix="name another directory"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", fix="save the checkpoint again") from error
-    if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise CheckpointError(f"{path} has no integer 'format'", fix="save the checkpoint again")
+        )
+    content = read_json(path)
+    if type(content.get("format")) is not int or content["format"] < 1:
+        raise CheckpointError(f"{path} has format {content.get('format')!r}", expected="a positive integer", fix="save the checkpoint again")
     if content["format"] > FORMAT:
         raise CheckpointError(f"{path} has format {content['format']}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins")
+    for key in ("stack", "files", "plugins", "versions"):
+        if not isinstance(content.get(key, {} if key != "stack" else None), dict):
+            raise CheckpointError(f"{path} has {key} {content.get(key)!r}", expected="an object", fix="save the checkpoint again")
+    records = content.get("files", {}).values()
+    if not all(isinstance(record, dict) and record.keys() >= {"bytes", "xxh3_128"} for record in records):
+        raise CheckpointError(f"{path} has files without 'bytes' and 'xxh3_128'", fix="save the checkpoint again")
+    return Provenance(**{key: content[key] for key in Provenance.__dataclass_fields__ if key in content} | {"sha256": content.get("sha256", "")})
+
+
+def check_files(directory: str | Path) -> None:
+    """Check that every file that the checkpoint's ``arctic_plugins.json`` lists is there and unchanged, reading each once.
+
+    Raises:
+        CheckpointError: names the file and what became of it.
+    """
+    for name, record in read_provenance(directory).files.items():
+        path = Path(directory) / name
+        again = "copy or download it again, or save the checkpoint again"
+        try:
+            size = path.stat().st_size
+            if size != record["bytes"]:
+                raise CheckpointError(f"{path} has {size} bytes", expected=f"the {record['bytes']} that were saved", fix=_or_accept(name, again))
+            if _digest(path) != record["xxh3_128"]:
+                raise CheckpointError(f"{path} is not what was saved: its digest differs", fix=_or_accept(name, again))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing", fix=again) from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}", fix=again) from error
+
+
+def check_plugins(provenance: Provenance) -> None:
+    """Raise PluginNotFoundError, naming the distributions to install, if a plugin that made the checkpoint is not installed."""
+    missing = sorted(provenance.stack.keys() - installed_plugins().keys())
+    if missing:
+        wanted = " ".join(str(provenance.plugins.get(name, f"arctic-plugins-{name}")) for name in missing)
+        plural = "s" if len(missing) > 1 else ""
+        raise PluginNotFoundError(
+            f"the checkpoint was made with the plugin{plural} {', '.join(missing)}, not installed here", fix=f"pip install {wanted}"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's JSON file whose top level is an object.
+
+    Raises:
+        CheckpointError: absent, unreadable, malformed (with line and column), or not an object.
+    """
     try:
-        return Provenance(content["stack"], content["sha256"], content.get("versions", {}), content["format"])
-    except KeyError as error:
-        raise CheckpointError(f"{path} lacks the key {error}", fix="save the checkpoint again") from error
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist", fix="the checkpoint is incomplete: make it again") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise CheckpointError(f"{path} is not valid JSON: {error}", fix="copy it again, or save the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds {type(content).__name__}", expected="an object", fix="copy it again, or save the checkpoint again")
+    return content
+
+
+def _or_accept(name: str, fix: str) -> str:
+    if name.endswith((".json", ".jinja", ".txt")):
+        return f"{fix}; if the change is yours, delete the entry '{name}' under 'files' in {FILE_NAME}"
+    return fix
+
+
+def _files(directory: Path) -> Iterator[tuple[str, Path]]:
+    for path in directory.rglob("*"):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in _FREE and not path.name.startswith(".") and not name.endswith(".tmp"):
+            yield name, path
+
+
+def _digest(path: Path) -> str:
+    """XXH3, 128 bits: as fast as memory, and meant for damage, not for attackers."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _version(distribution: str) -> str | None:

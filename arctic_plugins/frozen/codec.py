@@ -106,7 +106,7 @@ def codec_from_dict(config: Mapping[str, Any]) -> Codec:
         CheckpointError: the fields are not those of the codec.
     """
     fields = dict(config)
-    codec_class = process_registry().load_codec(fields.pop("type", "<none>"))
+    codec_class = process_registry().load_codec(str(fields.pop("type", "<none>")))
     try:
         return codec_class(**fields)
     except (TypeError, ValueError, CodecError) as error:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from safetensors import safe_open
 from torch import Tensor
 
-from arctic_plugins.errors import ConfigError
+from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
 from arctic_plugins.frozen.linear import FrozenLinear
 
 if TYPE_CHECKING:
@@ -67,6 +68,23 @@ def with_frozen_layer(config: LoraConfig) -> LoraConfig:
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Put the PEFT LoRA adapter in the directory (or hub repository) ``adapter`` on ``model``, ready to be merged whatever its codec."""
-    config = LoraConfig.from_pretrained(str(adapter))
-    return PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)
+    """Put the PEFT LoRA adapter in the directory ``adapter`` on ``model``, ready to be merged whatever its codec.
+
+    Raises:
+        CheckpointError: it does not fit the model, or lacks a tensor (of which PEFT only warns).
+    """
+    try:
+        config = LoraConfig.from_pretrained(str(adapter))
+        adapted = PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)
+        with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
+            saved = set(file.keys())
+    except ArcticError:
+        raise
+    except Exception as error:  # what a damaged file does to PEFT can be anything
+        text = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(
+            f"{adapter} cannot be put on its base model: {type(error).__name__}: {text}", fix="it is damaged or of another model: train it again"
+        ) from error
+    if missing := get_peft_model_state_dict(adapted).keys() - saved:
+        raise CheckpointError(f"{adapter} lacks {len(missing)} tensors, {min(missing)} for one", fix="the adapter is incomplete: save it again")
+    return adapted

@@ -12,12 +12,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.claims import Claims, LinearSpec
-from arctic_plugins.errors import CheckpointError, ClaimError
-from arctic_plugins.frozen import Codec, FrozenLinear, Placement
+from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError
+from arctic_plugins.frozen import METHOD, Codec, FrozenLinear, ModuleCodecs, Placement
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.quantizer import METHOD, ArcticQuantizationConfig, ArcticQuantizer, register
+from arctic_plugins_huggingface.checkpoints import check_checkpoint, hub_arguments, reason
+from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
 
-__all__ = ["freeze", "is_encoded", "load_config", "load_model", "load_tokenizer"]
+__all__ = ["freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "skeleton"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,7 @@ def load_model(
     stack.check_host("transformers")
     if "gguf_file" not in kwargs:
         kwargs.setdefault("use_safetensors", True)  # never a pickle unless the user asks for one
+    kwargs = check_checkpoint(checkpoint, **kwargs)
     config = kwargs.pop("config", None) or load_config(checkpoint, **_only_hub(kwargs))
     tokenizer = load_tokenizer(checkpoint, **_only_hub(kwargs))
     stack.hf_configure_model(config)
@@ -56,12 +58,12 @@ def load_model(
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint, config=config, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
         )
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
+    except (ArcticError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what a damaged file does to the loader can be anything
         if quantization is not None and quantization.failure is not None:  # the loader collects errors and reports that there were some
             raise quantization.failure from error
-        if isinstance(error, RuntimeError) and "Error(s) in loading" not in str(error) and "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise CheckpointError(f"{checkpoint} cannot be loaded: {error}") from error
+        raise CheckpointError(f"{checkpoint} cannot be loaded: {reason(error)}", fix="'--traceback' shows more") from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"{checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one", fix="the checkpoint is incomplete: make it again"
@@ -78,18 +80,18 @@ def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
     register()
     try:
         return AutoConfig.from_pretrained(checkpoint, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{checkpoint} cannot be read as a model: {reason}", expected="a checkpoint directory or a hub id") from error
+    except Exception as error:  # configs are code: a bad value can raise anything
+        raise CheckpointError(
+            f"{checkpoint}/config.json cannot be read as a model: {reason(error)}", expected="a causal language model", fix="correct the key it names"
+        ) from error
 
 
 def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a checkpoint directory or hub id; raises CheckpointError when there is none."""
+    """Read the tokenizer of a checkpoint directory or hub id; raises CheckpointError when there is none or it is damaged."""
     try:
         return AutoTokenizer.from_pretrained(checkpoint, **kwargs)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"the tokenizer of {checkpoint} cannot be read: {reason}", fix="save it beside the model") from error
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise CheckpointError(f"the tokenizer of {checkpoint} cannot be read: {reason(error)}", fix="save it beside the model again") from error
 
 
 def is_encoded(config: PreTrainedConfig) -> bool:
@@ -112,7 +114,7 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
     if quantization is None:
         return model
     quantizer = ArcticQuantizer(quantization)
-    quantizer.codecs = {name: codec for name in modules if (codec := quantization.codec_of(name))}
+    quantizer.codecs = {name: codec for name in modules if (codec := quantization.codecs.codec_of(name))}
     for name in quantizer.codecs:
         linear = model.get_submodule(name)
         frozen = quantizer.freeze(linear, name)
@@ -144,7 +146,7 @@ def _quantization(config: PreTrainedConfig, stack: Stack) -> ArcticQuantizationC
     modules, claims = _claims(config, stack)
     codecs = claims.exclusive("weight_codec")
     if quantization is not None:
-        existing = ArcticQuantizationConfig(**quantization) if isinstance(quantization, Mapping) else quantization
+        existing = ModuleCodecs.from_config(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
         stored = {name: codec for name in modules if (codec := existing.codec_of(name))}
         if codecs and codecs != stored:
             name = next(name for name in modules if codecs.get(name) != stored.get(name))
@@ -153,7 +155,7 @@ def _quantization(config: PreTrainedConfig, stack: Stack) -> ArcticQuantizationC
                 fix="start from the plain checkpoint, or give the codec plugin the options with which this one was made",
             )
         # The host builds its quantizer from this dict; an argument of from_pretrained it would only compare.
-        config.quantization_config = {**existing.to_dict(), "placements": _placements(claims, stored)}
+        config.quantization_config = {**existing.to_config(), "placements": _placements(claims, stored)}
         return None
     return _as_quantization(claims, modules)
 
@@ -161,7 +163,7 @@ def _quantization(config: PreTrainedConfig, stack: Stack) -> ArcticQuantizationC
 def _as_quantization(claims: Claims, modules: Mapping[str, LinearSpec]) -> ArcticQuantizationConfig | None:
     codecs = claims.exclusive("weight_codec")
     placements = _placements(claims, codecs)
-    return ArcticQuantizationConfig.from_codecs(codecs, modules, placements) if codecs else None
+    return ArcticQuantizationConfig.from_owners(codecs, modules, placements) if codecs else None
 
 
 def _placements(claims: Claims, codecs: Mapping[str, Codec]) -> dict[str, Placement]:
@@ -174,13 +176,25 @@ def _placements(claims: Claims, codecs: Mapping[str, Codec]) -> dict[str, Placem
 
 
 def _claims(config: PreTrainedConfig, stack: Stack) -> tuple[dict[str, LinearSpec], Claims]:
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config)
-    modules = linear_modules(skeleton)
+    modules = linear_modules(skeleton(config))
     return modules, stack.claim(config, modules)
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of ``config`` on the meta device: shapes without data.
+
+    Raises:
+        CheckpointError: no causal language model can be built from it.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # models are code: a bad size can raise anything
+        raise CheckpointError(
+            f"no causal language model can be built from config.json (model_type {config.model_type}): {reason(error)}", fix="correct config.json"
+        ) from error
 
 
 def _only_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``from_pretrained``'s arguments that also says where a config and a tokenizer come from."""
-    shared = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token", "trust_remote_code", "gguf_file")
-    return {key: kwargs[key] for key in shared if key in kwargs}
+    return {**hub_arguments(kwargs), **{key: kwargs[key] for key in ("trust_remote_code", "gguf_file") if key in kwargs}}

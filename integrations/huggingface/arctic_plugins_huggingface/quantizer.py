@@ -1,6 +1,6 @@
 """The one quantization method of the Hugging Face host, ``arctic``: which module has which codec, whoever wrote the codec.
 
-``config.json`` says ``quantization_config: {quant_method: arctic, format: 1, codecs: {id: {type: fp8, ...}}, modules: {pattern: id}}``. Every
+``config.json`` says ``quantization_config: {quant_method: arctic, ...}``, read by :class:`arctic_plugins.frozen.ModuleCodecs`. Every
 detail of transformers' loader that this file relies on was read in 5.19.0 (``transformers/core_model_loading.py``, ``quantizers/base.py``).
 """
 
@@ -16,77 +16,41 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from arctic_plugins.claims import compress_names, matches
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
-from arctic_plugins.frozen import Codec, FrozenLinear, Placement, codec_from_dict, codec_to_dict
-from arctic_plugins.provenance import FORMAT
+from arctic_plugins.frozen import METHOD, Codec, FrozenLinear, ModuleCodecs, Placement
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["METHOD", "ArcticQuantizationConfig", "ArcticQuantizer", "register"]
+__all__ = ["ArcticQuantizationConfig", "ArcticQuantizer", "register"]
 
-METHOD = "arctic"
+_OTHER_MODEL = "config.json and weights are of different models: make the checkpoint again"
 
 
 class ArcticQuantizationConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a checkpoint with encoded weights.
+    """``quantization_config`` of a checkpoint with encoded weights; see :class:`arctic_plugins.frozen.ModuleCodecs`, also for the errors raised.
 
     Args:
-        codecs: id -> codec, as :func:`arctic_plugins.frozen.codec_to_dict` writes it.
-        modules: pattern of dotted names (``*`` within a component) -> id. No two patterns match one module.
-        format: version of the layout on disk.
         placements: module name -> where its bytes go; objects of this process, which :meth:`to_dict` leaves out.
-
-    Raises:
-        CheckpointError: a newer format, or a module with an unknown id.
+        **config: what stands in ``config.json``.
     """
 
-    def __init__(
-        self,
-        codecs: Mapping[str, Mapping[str, Any]],
-        modules: Mapping[str, str],
-        format: int = FORMAT,
-        quant_method: str = METHOD,
-        placements: Mapping[str, Placement] | None = None,
-        **unknown: Any,
-    ) -> None:
-        if format > FORMAT:
-            raise CheckpointError(f"quantization_config has format {format}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins")
-        if unknown:
-            raise CheckpointError(f"quantization_config has unknown keys {sorted(unknown)}", fix="upgrade arctic-plugins")
-        if missing := sorted(set(modules.values()) - codecs.keys()):
-            raise CheckpointError(f"quantization_config.modules names the codecs {missing}", expected=f"one of {sorted(codecs)}")
-        self.quant_method = quant_method
-        self.format = format
-        self.codecs = {name: dict(codec) for name, codec in codecs.items()}
-        self.modules = dict(modules)
+    def __init__(self, placements: Mapping[str, Placement] | None = None, **config: Any) -> None:
+        self.quant_method = METHOD
+        self.codecs = ModuleCodecs.from_config(config)
         self.placements = dict(placements or {})
         self.failure: ArcticError | None = None
         """The first error of an encoding step: the loader collects errors, and raises one that names none."""
 
     @classmethod
-    def from_codecs(
-        cls, codecs: Mapping[str, Codec], modules: Iterable[str], placements: Mapping[str, Placement] | None = None
+    def from_owners(
+        cls, owners: Mapping[str, Codec], modules: Iterable[str], placements: Mapping[str, Placement] | None = None
     ) -> ArcticQuantizationConfig:
-        """Write module name -> codec with as few patterns as say the same about all ``modules`` (every linear module's name)."""
-        ids: dict[Codec, str] = {}
-        for codec in codecs.values():
-            if codec not in ids:
-                count = sum(other.type == codec.type for other in ids)
-                ids[codec] = f"{codec.type}_{count + 1}" if count else codec.type
-        owners = {name: ids[codec] for name, codec in codecs.items()}
-        return cls({name: codec_to_dict(codec) for codec, name in ids.items()}, compress_names(owners, modules), placements=placements)
-
-    def codec_of(self, module: str) -> Codec | None:
-        """The codec of the module of that dotted name, or None when it is not encoded."""
-        for pattern, codec in self.modules.items():
-            if matches(pattern, module):
-                return codec_from_dict(self.codecs[codec])
-        return None
+        """From module name -> codec; ``modules`` are the names of all linear modules."""
+        return cls(placements, **ModuleCodecs.from_owners(owners, modules).to_config())
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": self.quant_method, "format": self.format, "codecs": self.codecs, "modules": self.modules}
+        return self.codecs.to_config()
 
 
 class ArcticQuantizer(HfQuantizer):
@@ -99,6 +63,7 @@ class ArcticQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ArcticQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.codecs: dict[str, Codec] = {}
+        self.shapes: dict[str, torch.Size] = {}
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
@@ -112,9 +77,10 @@ class ArcticQuantizer(HfQuantizer):
         """Decide who gets a codec. Modules of an encoded checkpoint become frozen now, so that the loader sees their parameters; those of a plain
         one become frozen when their weight arrives, because the loader casts a tensor to the dtype of the parameter it is for."""
         linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        self.codecs = {name: codec for name in linears if (codec := self.quantization_config.codec_of(name))}
-        if self.quantization_config.modules and not self.codecs:
-            raise CheckpointError("quantization_config.modules matches no linear module of this model", fix="config.json is of another model")
+        self.codecs = {name: codec for name in linears if (codec := self.quantization_config.codecs.codec_of(name))}
+        if self.quantization_config.codecs.modules and not self.codecs:
+            raise CheckpointError("quantization_config.modules matches no linear module of this model", fix=_OTHER_MODEL)
+        self.shapes = {name: param.shape for name, param in model.named_parameters() if name.removesuffix(".weight") not in self.codecs}
         if self.pre_quantized:
             for name in self.codecs:
                 frozen = self.freeze(linears[name], name, device="meta")
@@ -141,6 +107,9 @@ class ArcticQuantizer(HfQuantizer):
                 raise CheckpointError(f"{name}.{(missing or ['weight'])[0]} is missing", fix="the checkpoint is incomplete: make it again")
             if self.pre_quantized:  # encoded while loading, the others are held already; hold() compares shapes, which the loader does not
                 module.hold(module.export())
+        for name, param in model.named_parameters():
+            if param.shape != self.shapes.get(name, param.shape):
+                raise CheckpointError(f"{name} has shape {tuple(param.shape)}", expected=f"{tuple(self.shapes[name])}", fix=_OTHER_MODEL)
         return model
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen.lora import load_adapter
-from arctic_plugins.provenance import read_provenance, write_provenance
+from arctic_plugins.provenance import read_json, write_provenance
 from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.checkpoints import adapter_directory
 from arctic_plugins_huggingface.loading import freeze, is_encoded, load_model, load_tokenizer
 
 __all__ = ["adapter_base", "load_checkpoint", "merge_adapter", "save_checkpoint", "staged"]
@@ -44,8 +45,10 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
         ConfigError: ``directory`` exists and is not empty.
     """
     check_new(directory)
-    stack = Stack.from_checkpoint(adapter)
-    base = adapter_base(adapter)
+    found = adapter_directory(adapter)
+    if found is None:
+        raise CheckpointError(f"{adapter} has no adapter_config.json", expected="a LoRA adapter that 'arctic train' wrote", fix="name its directory")
+    adapter, stack, base = found, Stack.from_checkpoint(found), adapter_base(found)
     model, tokenizer = load_model(base, stack.without("weight_codec").without("adapter").without("placement"))
     tokenizer = _own_tokenizer(adapter) or tokenizer
     merged = load_adapter(model, adapter).merge_and_unload()
@@ -61,34 +64,28 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     Raises:
         CheckpointError: see :func:`~arctic_plugins_huggingface.load_model` and :func:`adapter_base`.
     """
-    if not (Path(checkpoint) / "adapter_config.json").is_file():
+    adapter = adapter_directory(checkpoint)
+    if adapter is None:
         return load_model(checkpoint)
-    base = adapter_base(checkpoint)
-    model, tokenizer = load_model(base, Stack.from_checkpoint(checkpoint).without("adapter"))
-    return load_adapter(model, checkpoint).eval(), _own_tokenizer(checkpoint) or tokenizer
+    model, tokenizer = load_model(adapter_base(adapter), Stack.from_checkpoint(adapter).without("adapter"))
+    return load_adapter(model, adapter).eval(), _own_tokenizer(adapter) or tokenizer
 
 
-def _own_tokenizer(adapter: str | Path) -> PreTrainedTokenizerBase | None:
+def _own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was saved with an adapter: training may have given it another chat template than the base's."""
     return load_tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
 
 
-def adapter_base(adapter: str | Path) -> str:
-    """The model that a PEFT adapter directory was trained on.
+def adapter_base(adapter: Path) -> str:
+    """The model that the PEFT adapter in the directory ``adapter`` was trained on.
 
     Raises:
-        CheckpointError: not an adapter, or one that does not name its base.
+        CheckpointError: its config does not name a base.
     """
-    from peft import PeftConfig
-
-    read_provenance(adapter)
-    try:
-        base = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{adapter} has no readable adapter_config.json", expected="a LoRA adapter that 'arctic train' wrote") from error
-    if not base:
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not base or not isinstance(base, str):
         raise CheckpointError(f"{adapter}/adapter_config.json names no base model", fix="set its base_model_name_or_path")
-    return str(base)
+    return base
 
 
 def check_new(directory: str | Path) -> None:

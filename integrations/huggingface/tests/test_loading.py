@@ -140,6 +140,7 @@ def damaged(source, directory, *, drop=(), change=None, config=None):
     import shutil
 
     shutil.copytree(source, directory)
+    (directory / "arctic_plugins.json").unlink()  # or it would say at once that the files are not those that were saved
     tensors = {key: value for key, value in load_file(source / "model.safetensors").items() if key not in drop}
     tensors.update({key: function(tensors[key]) for key, function in (change or {}).items()})
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
@@ -191,7 +192,7 @@ def test_without_registration_transformers_refuses_the_checkpoint(encoded):
 def test_what_is_known_to_fail_fails_before_weights_are_read(encoded, tiny_checkpoint, tmp_path):
     with pytest.raises(ClaimError, match="the checkpoint has FP8Codec.*but the stack wants FP8Codec"):
         load_model(encoded, GROUPED)
-    with pytest.raises(CheckpointError, match="nowhere cannot be read as a model"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist; expected a checkpoint directory"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="exists and is not empty"):
         save_checkpoint(*load_model(tiny_checkpoint), encoded, FP8)
@@ -263,13 +264,18 @@ def test_merging_into_an_encoded_base(encoded, tmp_path):
 def test_merging_what_is_no_adapter(encoded, tmp_path):
     with pytest.raises(CheckpointError, match="adapter_config.json"):
         merge_adapter(encoded, tmp_path / "merged")
-    with pytest.raises(CheckpointError, match=r"has no arctic_plugins\.json"):
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
         merge_adapter(tmp_path / "nowhere", tmp_path / "merged")
 
 
 def test_the_tokenizer_saved_with_an_adapter_stays_with_it(adapter, tmp_path):
     directory, _ = adapter
     (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    with pytest.raises(CheckpointError, match="chat_template.jinja has .* bytes.*if the change is yours, delete the entry 'chat_template.jinja'"):
+        load_checkpoint(directory)
+    record = json.loads((directory / "arctic_plugins.json").read_text())
+    del record["files"]["chat_template.jinja"]
+    (directory / "arctic_plugins.json").write_text(json.dumps(record))
     for _, tokenizer in (load_checkpoint(directory), load_model(merge_adapter(directory, tmp_path / "merged"))):
         assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
 
@@ -280,5 +286,5 @@ def test_a_pickled_checkpoint_is_not_read(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     torch.save(load_file(tiny_checkpoint / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="cannot be loaded: .*model.safetensors"):
+    with pytest.raises(CheckpointError, match="has no model.safetensors; expected weights in safetensors; convert pytorch_model.bin, a pickle"):
         load_model(tmp_path / "pickled")

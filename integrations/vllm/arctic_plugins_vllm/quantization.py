@@ -6,17 +6,17 @@ and tensor parallelism takes rows, or slices along K that end at the codec's bor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from arctic_plugins.claims import matches
 from arctic_plugins.errors import CheckpointError, ConfigError
-from arctic_plugins.frozen import Codec, TensorSpec, codec_from_dict
-from arctic_plugins.provenance import FORMAT
+from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs, TensorSpec
+from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins_vllm.compat import (
     LinearBase,
     LinearMethodBase,
@@ -32,32 +32,24 @@ __all__ = ["ArcticConfig", "EncodedLinearMethod"]
 
 
 class ArcticConfig(QuantizationConfig):
-    """``quantization_config`` of a checkpoint: ``codecs`` (id -> codec) and ``modules`` (pattern -> id).
+    """``quantization_config`` of a checkpoint; see :class:`arctic_plugins.frozen.ModuleCodecs`, also for the errors raised."""
 
-    Raises:
-        CheckpointError: a newer format, or a codec with bad fields.
-        PluginNotFoundError: no installed plugin provides a codec's type.
-    """
-
-    def __init__(self, codecs: Mapping[str, Codec], modules: Mapping[str, str]) -> None:
+    def __init__(self, codecs: ModuleCodecs) -> None:
         super().__init__()
-        self.codecs, self.modules = dict(codecs), dict(modules)
+        self.codecs = codecs
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ArcticConfig:
-        if config.get("format", 0) > FORMAT:
-            raise CheckpointError(f"quantization_config has format {config['format']}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins")
-        try:
-            codecs, modules = config["codecs"], config["modules"]
-        except KeyError as error:
-            raise CheckpointError(f"quantization_config lacks the key {error}", fix="make the checkpoint again") from error
-        if missing := sorted(set(modules.values()) - codecs.keys()):
-            raise CheckpointError(f"quantization_config.modules names the codecs {missing}", expected=f"one of {sorted(codecs)}")
-        return cls({name: codec_from_dict(codec) for name, codec in codecs.items()}, modules)
+        return cls(ModuleCodecs.from_config(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Called by vLLM with the checkpoint's name before weights are read: the one place where its files can be checked."""
+        if (Path(model_name) / FILE_NAME).is_file():
+            check_files(model_name)
 
     @classmethod
     def get_name(cls) -> str:
-        return "arctic"
+        return METHOD
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
@@ -73,16 +65,12 @@ class ArcticConfig(QuantizationConfig):
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Called by vLLM for models that it names otherwise than transformers does (most that see images)."""
-        self.modules = hf_to_vllm_mapper.apply_dict(self.modules)
-
-    def codec_of(self, module: str) -> Codec | None:
-        """The codec of the checkpoint's module of that dotted name, or None when it is not encoded."""
-        return next((self.codecs[codec] for pattern, codec in self.modules.items() if matches(pattern, module)), None)
+        self.codecs = ModuleCodecs(self.codecs.codecs, hf_to_vllm_mapper.apply_dict(self.codecs.modules))
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         parent, _, leaf = prefix.rpartition(".")
         parts = [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(leaf, [leaf])]
-        codecs = [self.codec_of(part) for part in parts]
+        codecs = [self.codecs.codec_of(part) for part in parts]
         if len(set(codecs)) > 1:
             found = ", ".join(f"{part}: {codec}" for part, codec in zip(parts, codecs, strict=True))
             raise CheckpointError(f"vLLM fuses modules with different codecs ({found})", expected="one codec", fix="encode them alike")

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from arctic_plugins.errors import CheckpointError, ConfigError
-from arctic_plugins.frozen import codec_from_dict
-from arctic_plugins.provenance import FILE_NAME, FORMAT
+from arctic_plugins.frozen import METHOD, ModuleCodecs
+from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
 from arctic_plugins.stack import Stack
 
 __all__ = ["server_command"]
@@ -50,10 +50,8 @@ def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | 
             raise ConfigError(f"--base is for adapters, and {checkpoint} is none", fix="leave --base out")
         arguments["model"] = base
     model = Path((is_adapter and _option(options, "model")) or arguments["model"])
-    codecs = _codecs(model)
-    for codec in codecs.values():
-        codec_from_dict(codec)  # says which plugin to install
-    if is_adapter and not codecs and stack.only("weight_codec"):
+    is_encoded = _check_model(model)
+    if is_adapter and not is_encoded and stack.only("weight_codec"):
         names = ",".join(plugin.name for plugin in stack.only("weight_codec"))
         raise ConfigError(
             f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
@@ -61,7 +59,7 @@ def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | 
         )
     environment = {}
     if _runs_on_cpu():
-        if codecs and "--no-enforce-eager" not in options:
+        if is_encoded and "--no-enforce-eager" not in options:
             # Compiling takes most of a minute and gains encoded weights nothing: SmolLM2-135M in fp8 on two cores was ready after 67 s compiled
             # and 9 s eager, and generated 61 and 117 tokens/s for 16 requests.
             arguments["enforce_eager"] = True
@@ -70,26 +68,25 @@ def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | 
     return ["-m", MODULE, *_flags(arguments, options), *options], environment
 
 
-def _codecs(model: Path) -> Mapping[str, Mapping[str, Any]]:
-    """The codecs of an encoded checkpoint; empty for a plain one and for a hub id.
+def _check_model(model: Path) -> bool:
+    """Whether ``model`` is a checkpoint with encoded weights, which is then one that can be served; a hub id is left to vLLM.
 
     Raises:
-        CheckpointError: the directory holds no model.
+        CheckpointError: the directory holds no model, or one that is damaged or of a newer format.
+        PluginNotFoundError: a codec's plugin is not installed; names the distribution.
     """
-    try:
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not (model / "config.json").is_file():
         if not model.exists() and not model.is_absolute() and len(model.parts) == 2:
-            return {}  # a hub id, which vLLM resolves
-        raise CheckpointError(f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{model}/config.json cannot be read: {error}") from error
-    quantization = config.get("quantization_config") if isinstance(config, dict) else None
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "arctic":
-        return {}
-    if quantization.get("format", 0) > FORMAT:
-        raise CheckpointError(f"{model} has format {quantization['format']}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins")
-    return quantization.get("codecs", {})
+            return False
+        raise CheckpointError(f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path")
+    quantization = read_json(model / "config.json").get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        return False
+    if (model / FILE_NAME).is_file():
+        check_plugins(read_provenance(model))
+        check_files(model)
+    ModuleCodecs.from_config(quantization)
+    return True
 
 
 def _option(options: Sequence[str], name: str) -> str | None:

@@ -129,8 +129,8 @@ def test_patterns_follow_the_names_that_vllm_gives():
 
     config = ArcticConfig.from_config(CONFIG)
     config.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"model.": "language_model.model."}))
-    assert config.codec_of("language_model.model.layers.3.mlp.up_proj") == FP8Codec(group_size=32)
-    assert config.codec_of("model.layers.3.mlp.up_proj") is None
+    assert config.codecs.codec_of("language_model.model.layers.3.mlp.up_proj") == FP8Codec(group_size=32)
+    assert config.codecs.codec_of("model.layers.3.mlp.up_proj") is None
 
 
 def test_a_tensor_of_another_shape_or_dtype_is_an_error():

@@ -1,0 +1,177 @@
+"""Finding a checkpoint, and everything wrong with one that can be known before its weights are read. Read in transformers 5.19.0."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import constants, get_session, snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers.utils.hub import cached_file
+
+from arctic_plugins.errors import CheckpointError
+from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
+
+__all__ = ["adapter_directory", "check_checkpoint", "hub_arguments", "reason"]
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "adapter_config.json"
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]
+
+
+def check_checkpoint(checkpoint: str | Path, **kwargs: Any) -> dict[str, Any]:
+    """Check what is known of a checkpoint before its weights are read: that it is there, whole, unchanged, and not of a newer version.
+
+    Args:
+        checkpoint: directory or hub id.
+        **kwargs: arguments of ``from_pretrained``.
+
+    Returns:
+        ``kwargs``, with ``local_files_only`` for a hub id that is in the cache when the hub cannot be reached.
+
+    Raises:
+        CheckpointError: names the file, what is wrong with it and what to do.
+        PluginNotFoundError: it was made with a plugin that is not installed; names the distribution.
+    """
+    directory = Path(checkpoint) / kwargs.get("subfolder", "")
+    if not _is_directory(checkpoint):
+        kwargs = _check_hub(str(checkpoint), kwargs)
+        if found := cached_file(checkpoint, FILE_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs)):
+            check_plugins(read_provenance(Path(found).parent))
+        return kwargs
+    if "gguf_file" in kwargs:
+        return kwargs
+    config = read_json(directory / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise CheckpointError(
+            f"{directory / 'config.json'} has model_type {config.get('model_type')!r}", expected="a model's name, 'llama' for one", fix="correct it"
+        )
+    _check_unchanged(directory)
+    if kwargs.get("use_safetensors", True):
+        _check_weights(directory, kwargs.get("variant"))
+    return kwargs
+
+
+def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
+    """The local directory of a LoRA adapter (a hub id's is downloaded), checked as by :func:`check_checkpoint`; None if it is a model.
+
+    Raises:
+        CheckpointError: neither is there, or it is damaged.
+    """
+    if not _is_directory(checkpoint):
+        kwargs = _check_hub(str(checkpoint), kwargs)
+        if cached_file(checkpoint, ADAPTER, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs)) is None:
+            return None
+        allowed = [*_SMALL, "adapter_model.safetensors"]
+        known = {key: kwargs[key] for key in ("cache_dir", "force_download", "local_files_only", "revision", "token") if key in kwargs}
+        checkpoint = snapshot_download(str(checkpoint), allow_patterns=allowed, **known)
+    directory = Path(checkpoint)
+    if not (directory / ADAPTER).is_file():
+        return None
+    read_json(directory / ADAPTER)
+    _check_unchanged(directory)
+    _open(directory / "adapter_model.safetensors")
+    return directory
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of ``from_pretrained``'s arguments that says where files come from."""
+    shared = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    return {key: kwargs[key] for key in shared if key in kwargs}
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what a host's exception says, with its type where the text alone would not be understood."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return text if isinstance(error, (OSError, ValueError, RuntimeError)) and text else f"{type(error).__name__}: {text or 'no message'}"
+
+
+def _is_directory(checkpoint: str | Path) -> bool:
+    """True for a local directory, False for what may be a hub id; CheckpointError for anything else."""
+    if Path(checkpoint).is_dir():
+        return True
+    if Path(checkpoint).exists():
+        raise CheckpointError(f"{checkpoint} is a file", expected="a checkpoint directory or a hub id", fix="name the directory that holds it")
+    if not isinstance(checkpoint, str) or not _HUB_ID.fullmatch(checkpoint) or checkpoint.startswith("."):
+        raise CheckpointError(f"{checkpoint} does not exist", expected="a checkpoint directory or a hub id", fix="correct the path")
+    return False
+
+
+def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Ask the hub once, where transformers would retry for half a minute; fall back to the cache."""
+    if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
+        trouble = "and the hub is not asked (offline)"
+    else:
+        try:
+            get_session().head(f"{constants.ENDPOINT}/api/models/{repository}", timeout=10)
+        except (httpx.HTTPError, OSError) as error:
+            trouble = f"and {constants.ENDPOINT} cannot be reached ({reason(error)})"
+        else:
+            return kwargs
+    local = {**kwargs, "local_files_only": True}
+    for name in ("config.json", ADAPTER):
+        if cached_file(
+            repository, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub_arguments(local)
+        ):
+            logger.warning("%s comes from the cache: %s", repository, trouble.removeprefix("and "))
+            return local
+    raise CheckpointError(
+        f"there is no directory '{repository}' here, no model of that name in the hub's cache, {trouble}",
+        expected="a checkpoint directory or a hub id",
+        fix="correct the path, or connect and download it first: hf download " + repository,
+    )
+
+
+def _check_unchanged(directory: Path) -> None:
+    """Compare the files of a checkpoint of ours with what was saved; one process of each machine does."""
+    if (directory / FILE_NAME).is_file():
+        check_plugins(read_provenance(directory))
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            check_files(directory)
+
+
+def _check_weights(directory: Path, variant: str | None) -> None:
+    infix = f".{variant}" if variant else ""
+    whole, index = directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"
+    if whole.is_file():
+        _open(whole)
+        return
+    if not index.is_file():
+        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern) if path.name != "training_args.bin")
+        fix = (
+            f"convert {pickled[0]}, a pickle, which is not read unasked (load: {{use_safetensors: false}})"
+            if pickled
+            else "the checkpoint is incomplete"
+        )
+        raise CheckpointError(f"{directory} has no {whole.name}", expected="weights in safetensors", fix=fix)
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no valid 'weight_map'", expected="an object of tensor -> file", fix="make the checkpoint again")
+    for name in sorted(set(weight_map.values())):
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{index} names {name}, which is absent", fix="copy the missing shard, or make the checkpoint again")
+        missing = {tensor for tensor, shard in weight_map.items() if shard == name} - _open(directory / name)
+        if missing:
+            raise CheckpointError(f"{directory / name} lacks {min(missing)}, which {index.name} says it holds", fix="make the checkpoint again")
+
+
+def _open(path: Path) -> set[str]:
+    """The names of the tensors in a safetensors file, whose header and length are checked by the library."""
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing", fix="the checkpoint is incomplete: copy it again, or save it again") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or truncated: {reason(error).removeprefix('SafetensorError: ')}",
+            expected="a whole safetensors file",
+            fix="copy or download it again, or save the checkpoint again",
+        ) from error
