@@ -13,6 +13,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "HostVersionError",
+    "Interrupted",
     "PluginError",
     "PluginLoadError",
     "PluginNotFoundError",
@@ -85,6 +86,12 @@ class CodecError(ArcticError):
     """A weight cannot be encoded, or encoded buffers do not have the layout that their codec gives."""
 
     exit_status = 2
+
+
+class Interrupted(ArcticError):  # noqa: N818 - nothing went wrong
+    """The user stopped a run, which saved what it had done."""
+
+    exit_status = 130
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -60,7 +60,7 @@ def write_provenance(directory: str | Path, stack: Stack) -> Path:
         "format": FORMAT,
         "stack": stack.to_dict(),
         "sha256": stack.sha256(),
-        "versions": {name: found for name in _RECORDED if (found := _version(name))},
+        "versions": {name: installed for name in _RECORDED if (installed := _version(name))},
         "plugins": dict(sorted(plugins.items())),
         "files": {name: {"bytes": file.stat().st_size, "xxh3_128": _digest(file)} for name, file in sorted(_files(path.parent))},
     }

@@ -71,9 +71,11 @@ class Stack:
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> Stack:
         """The stack that wrote the checkpoint directory ``path``, from its ``arctic_plugins.json``."""
-        from arctic_plugins.provenance import read_provenance
+        from arctic_plugins.provenance import check_plugins, read_provenance
 
-        return cls.from_dict(read_provenance(path).stack)
+        provenance = read_provenance(path)
+        check_plugins(provenance)
+        return cls.from_dict(provenance.stack)
 
     def __iter__(self) -> Iterator[Plugin]:
         return iter(self.plugins)

@@ -18,7 +18,7 @@ from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, hub_arguments, reason
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
 
-__all__ = ["freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "skeleton"]
+__all__ = ["claims", "freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "only_hub", "skeleton"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +48,8 @@ def load_model(
     if "gguf_file" not in kwargs:
         kwargs.setdefault("use_safetensors", True)  # never a pickle unless the user asks for one
     kwargs = check_checkpoint(checkpoint, **kwargs)
-    config = kwargs.pop("config", None) or load_config(checkpoint, **_only_hub(kwargs))
-    tokenizer = load_tokenizer(checkpoint, **_only_hub(kwargs))
+    config = kwargs.pop("config", None) or load_config(checkpoint, **only_hub(kwargs))
+    tokenizer = load_tokenizer(checkpoint, **only_hub(kwargs))
     stack.hf_configure_model(config)
     for warning in stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"):
         logger.warning(warning)
@@ -143,21 +143,13 @@ def _quantization(config: PreTrainedConfig, stack: Stack) -> ArcticQuantizationC
         if stack.only("weight_codec"):
             raise ClaimError("the checkpoint is quantized by another method", expected="a plain checkpoint", fix="leave the codec plugin out")
         return None
-    modules, claims = _claims(config, stack)
-    codecs = claims.exclusive("weight_codec")
+    modules, claimed, codecs = claims(config, stack)
     if quantization is not None:
-        existing = ModuleCodecs.from_config(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
-        stored = {name: codec for name in modules if (codec := existing.codec_of(name))}
-        if codecs and codecs != stored:
-            name = next(name for name in modules if codecs.get(name) != stored.get(name))
-            raise ClaimError(
-                f"the checkpoint has {stored.get(name) or 'a plain weight'} at {name}, but the stack wants {codecs.get(name) or 'a plain weight'}",
-                fix="start from the plain checkpoint, or give the codec plugin the options with which this one was made",
-            )
         # The host builds its quantizer from this dict; an argument of from_pretrained it would only compare.
-        config.quantization_config = {**existing.to_config(), "placements": _placements(claims, stored)}
+        stored = ModuleCodecs.from_owners(codecs, modules).to_config()
+        config.quantization_config = {**stored, "placements": _placements(claimed, codecs)}
         return None
-    return _as_quantization(claims, modules)
+    return _as_quantization(claimed, modules)
 
 
 def _as_quantization(claims: Claims, modules: Mapping[str, LinearSpec]) -> ArcticQuantizationConfig | None:
@@ -175,12 +167,32 @@ def _placements(claims: Claims, codecs: Mapping[str, Codec]) -> dict[str, Placem
     return {name: chain[0] for name, chain in placements.items()}
 
 
-def _claims(config: PreTrainedConfig, stack: Stack) -> tuple[dict[str, LinearSpec], Claims]:
+def claims(config: PreTrainedConfig, stack: Stack) -> tuple[dict[str, LinearSpec], Claims, dict[str, Codec]]:
+    """What ``stack`` claims of the model of ``config``, and module name -> codec: the claimed ones, or those of an encoded checkpoint.
+
+    Raises:
+        ClaimError: plugins clash, or the stack would encode otherwise what the checkpoint has encoded already.
+    """
     modules = linear_modules(skeleton(config))
-    return modules, stack.claim(config, modules)
+    claimed = stack.claim(config, modules)
+    codecs = claimed.exclusive("weight_codec")
+    if not is_encoded(config):
+        return modules, claimed, codecs
+    quantization = config.quantization_config
+    existing = ModuleCodecs.from_config(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
+    stored = {name: codec for name in modules if (codec := existing.codec_of(name))}
+    if codecs and codecs != stored:
+        name = next(name for name in modules if codecs.get(name) != stored.get(name))
+        raise ClaimError(
+            f"the checkpoint has {stored.get(name) or 'a plain weight'} at {name}, but the stack wants {codecs.get(name) or 'a plain weight'}",
+            fix="start from the plain checkpoint, or give the codec plugin the options with which this one was made",
+        )
+    if existing.modules and not stored:
+        raise CheckpointError("quantization_config.modules matches no linear module of this model", fix="config.json is of another model")
+    return modules, claimed, stored
 
 
-def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
     """The model of ``config`` on the meta device: shapes without data.
 
     Raises:
@@ -188,13 +200,13 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype in (None, "auto") else dtype)
     except Exception as error:  # models are code: a bad size can raise anything
         raise CheckpointError(
             f"no causal language model can be built from config.json (model_type {config.model_type}): {reason(error)}", fix="correct config.json"
         ) from error
 
 
-def _only_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def only_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``from_pretrained``'s arguments that also says where a config and a tokenizer come from."""
     return {**hub_arguments(kwargs), **{key: kwargs[key] for key in ("trust_remote_code", "gguf_file") if key in kwargs}}

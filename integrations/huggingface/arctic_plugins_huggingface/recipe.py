@@ -3,29 +3,63 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from arctic_plugins.plugin import config_error
 from arctic_plugins.stack import read_yaml
 
 __all__ = ["DataConfig", "Recipe"]
 
+Format = Literal["alpaca", "messages", "prompt_completion", "text"]
+
 
 class DataConfig(BaseModel):
-    """What to train on. A relative ``path`` is taken from the recipe's directory."""
+    """What to train on, and what the loss is about."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
-    """A JSON or JSONL file."""
-    format: Literal["alpaca"] = "alpaca"
-    """``alpaca``: records with ``instruction``, ``output`` and an optional ``input``."""
+    """A JSON, JSONL, CSV, TSV or Parquet file, relative to the recipe; or the id of a dataset that ``datasets.load_dataset`` finds."""
+    format: Format = "alpaca"
+    """``alpaca``: ``instruction``, ``output`` and an optional ``input``. ``messages``: chats, as ``messages`` (``role`` and ``content``) or
+    ``conversations`` (``from`` and ``value``). ``prompt_completion``: ``prompt`` and ``completion``, both texts or both lists of messages.
+    ``text``: ``text``."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """The format's key -> the data's column, where they differ."""
+    name: str | None = None
+    """Configuration of a dataset id."""
+    split: str = "train"
+    """Split of a dataset id."""
     system: str | None = None
-    """System message of every row; without one the chat template decides."""
-    max_length: int = Field(default=1024, gt=0)
-    """Tokens of a row, prompt and answer; what is longer is cut at the end."""
+    """System message of every ``alpaca`` row; without one the chat template decides."""
+    loss: Literal["completion", "all"] = "completion"
+    """Which tokens count: those that the model is to say (completions, and every assistant turn of a chat), or all. ``text`` counts all."""
+    max_length: Annotated[int, Field(gt=0)] = 1024
+    """Tokens of a row; what is longer is cut at the end, and counted."""
+    packing: bool = False
+    """Put several short rows into one of ``max_length``. No row attends to another, and positions start anew in each."""
+    streaming: bool = False
+    """Read while training instead of before; needs ``training.max_steps``."""
+    shuffle_buffer: Annotated[int, Field(gt=0)] = 1000
+    """Rows among which a stream is shuffled."""
+    eval_path: str | None = None
+    """A file, like ``path``, to evaluate on."""
+    eval_split: str | None = None
+    """A split of the dataset id to evaluate on."""
+    eval_size: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Rows, or the fraction of rows, that are held out of the training data to evaluate on."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.format == "text" and self.loss == "completion" and "loss" in self.model_fields_set:
+            raise ValueError("loss 'all' for format 'text', which has no completions")
+        if sum(value is not None for value in (self.eval_path, self.eval_split, self.eval_size)) > 1:
+            raise ValueError("one of eval_path, eval_split and eval_size")
+        if self.streaming and isinstance(self.eval_size, float):
+            raise ValueError("a number of rows as eval_size of streamed data, whose length nobody knows")
+        return self
 
 
 class Recipe(BaseModel):
@@ -45,7 +79,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
-        """Read a recipe.
+        """Read a recipe. Relative paths of data are taken from its directory.
 
         Raises:
             ConfigError: one line with the key, what was found and what was expected.
@@ -54,5 +88,11 @@ class Recipe(BaseModel):
             recipe = cls.model_validate(read_yaml(path))
         except ValidationError as error:
             raise config_error(error, str(path), cls) from error
-        data = recipe.data.model_copy(update={"path": str(Path(path).parent / recipe.data.path)})
-        return recipe.model_copy(update={"data": data})
+        beside = {key: str(Path(path).parent / value) for key in ("path", "eval_path") if (value := getattr(recipe.data, key)) is not None}
+        if not Path(beside["path"]).exists() and _may_be_an_id(recipe.data.path):
+            del beside["path"]
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update=beside)})
+
+
+def _may_be_an_id(path: str) -> bool:
+    return len(Path(path).parts) <= 2 and not Path(path).suffix and not path.startswith((".", "/"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +12,14 @@ from pathlib import Path
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from arctic_plugins.errors import CheckpointError, ConfigError
+from arctic_plugins.errors import CheckpointError, ConfigError, UserError
 from arctic_plugins.frozen.lora import load_adapter
 from arctic_plugins.provenance import read_json, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory
 from arctic_plugins_huggingface.loading import freeze, is_encoded, load_model, load_tokenizer
 
-__all__ = ["adapter_base", "load_checkpoint", "merge_adapter", "save_checkpoint", "staged"]
+__all__ = ["adapter_base", "load_checkpoint", "merge_adapter", "save_checkpoint", "staged", "writing"]
 
 
 def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, stack: Stack) -> Path:
@@ -97,16 +99,43 @@ def check_new(directory: str | Path) -> None:
 
 @contextmanager
 def staged(directory: str | Path) -> Iterator[Path]:
-    """Give a directory beside ``directory`` to write into, and rename it to ``directory`` when the block ends well; otherwise remove it."""
+    """Give a directory beside ``directory`` to write into, and rename it to ``directory`` when the block ends well; otherwise remove it.
+
+    Raises:
+        ConfigError: ``directory`` exists and is not empty.
+        UserError: the disk is full, or may not be written to.
+    """
     check_new(directory)
     path = Path(directory)
     draft = path.with_name(f"{path.name}.unfinished")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    with writing(path):
+        try:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
+            yield draft
+            if path.exists():
+                path.rmdir()
+            draft.rename(path)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
+@contextmanager
+def writing(directory: Path, fix: str = "free space or name another directory") -> Iterator[None]:
+    """Turn what libraries raise when a disk is full, or may not be written to, into one UserError that names ``directory``.
+
+    safetensors and torch say it in the text of errors of their own.
+    """
     try:
-        yield draft
-        if path.exists():
-            path.rmdir()
-        draft.rename(path)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        yield
+    except Exception as error:
+        text = str(error)
+        number = error.errno if isinstance(error, OSError) else next((code for code in _UNWRITABLE if f"(os error {code})" in text), None)
+        if number in _UNWRITABLE:
+            raise UserError(f"{directory} cannot be written: {os.strerror(number)}", fix=fix) from error
+        if "PytorchStreamWriter failed" in text or "unexpected pos" in text:  # torch/serialization.py, 2.13: torch.save on a full disk
+            raise UserError(f"{directory} cannot be written: torch.save could not write all of a file", fix=fix) from error
+        raise

@@ -2,24 +2,54 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from datasets import disable_progress_bars
+from huggingface_hub import upload_folder
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from arctic_plugins.errors import ConfigError, suggest
+from arctic_plugins.errors import CheckpointError, ConfigError, Interrupted, suggest
+from arctic_plugins.provenance import FILE_NAME, check_files, read_provenance
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.data import load_rows
-from arctic_plugins_huggingface.loading import load_model
+from arctic_plugins_huggingface.checkpoints import check_checkpoint
+from arctic_plugins_huggingface.data import DataCounts, TrainingData, check_source, load_data
+from arctic_plugins_huggingface.loading import load_model, load_tokenizer, only_hub
+from arctic_plugins_huggingface.progress import TrainingProgress
 from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.saving import check_new, save_checkpoint
-from arctic_plugins_huggingface.training import attach
+from arctic_plugins_huggingface.saving import save_checkpoint, writing
+from arctic_plugins_huggingface.training import GracefulStop, attach, last_checkpoint
 
-__all__ = ["TrainingResult", "train"]
+__all__ = ["Run", "TrainingResult", "prepare", "train"]
+
+logger = logging.getLogger(__name__)
+
+OURS = {"max_length": "data.max_length", "packing": "data.packing", "completion_only_loss": "data.loss", "assistant_only_loss": "data.loss"}
+"""Fields of SFTConfig that a recipe says under ``data``."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe that was checked, with everything but the weights."""
+
+    recipe: Recipe
+    stack: Stack
+    arguments: SFTConfig
+    tokenizer: PreTrainedTokenizerBase
+    data: TrainingData
+
+    @property
+    def final(self) -> Path:
+        """Where the trained model goes."""
+        return Path(str(self.arguments.output_dir)) / "final"
 
 
 @dataclass(frozen=True)
@@ -31,8 +61,12 @@ class TrainingResult:
     history: list[dict[str, float]]
     """The Trainer's log: ``loss``, ``step``, ``learning_rate``, ..."""
     seconds: float
+    """Of this process's steps; a resumed run counts from where it resumed."""
     steps: int
+    tokens: int
+    """Without padding, this process's."""
     trainable_parameters: int
+    counts: DataCounts
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
@@ -62,58 +96,195 @@ def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, "labels": labels[:, start:], "logits_to_keep": labels.shape[1] - start}
 
 
-def train(
-    recipe: Recipe, *, callbacks: list[TrainerCallback] | None = None, loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
-) -> TrainingResult:
-    """Run ``recipe`` and save the result in ``<output_dir>/final``.
-
-    Args:
-        recipe: what to do.
-        callbacks: given to the Trainer as well.
-        loaded: the model and tokenizer, if they were already loaded through the recipe's stack.
+def prepare(recipe: Recipe) -> Run:
+    """Check everything about ``recipe`` that can be known without reading weights, and tokenize its data.
 
     Raises:
-        UserError: everything that is wrong with the recipe, its data or its output directory, before weights are read.
+        UserError: what is wrong with the plugins, the training arguments, the data or the checkpoint.
     """
     stack = Stack.from_dict(recipe.plugins)
     arguments = training_arguments(recipe)
     stack.hf_training_arguments(arguments)
-    final = Path(str(arguments.output_dir)) / "final"
-    check_new(final)
-    rows = load_rows(recipe.data)
-    model, tokenizer = loaded or load_model(recipe.model, stack, **recipe.load)
-    if tokenizer.chat_template is None:
+    check_source(recipe.data)
+    load = check_checkpoint(recipe.model, **recipe.load)
+    tokenizer = load_tokenizer(recipe.model, **only_hub(load))
+    disable_progress_bars()
+    data = load_data(recipe.data, tokenizer, seed=arguments.seed, keep_end=arguments.truncation_mode == "keep_end")
+    if recipe.data.streaming and arguments.max_steps <= 0:
+        raise ConfigError("data.streaming is on and training.max_steps is not set", expected="a number of steps", fix="set training.max_steps")
+    if data.eval is None and arguments.eval_strategy != "no":
         raise ConfigError(
-            f"the tokenizer of {recipe.model} has no chat template", expected="a chat model", fix="set tokenizer.chat_template and save it"
+            f"training.eval_strategy is '{arguments.eval_strategy.value}' and there is nothing to evaluate on",
+            fix="set data.eval_path, data.eval_split or data.eval_size",
         )
-    trainer = attach(_SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer, callbacks=callbacks), stack)
+    return Run(recipe, stack, arguments, tokenizer, data)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None,
+    console: Console | None = None,
+) -> TrainingResult | None:
+    """Run ``recipe`` and save the result in ``<output_dir>/final``.
+
+    Args:
+        recipe: what to do.
+        resume: continue from the newest complete checkpoint in ``output_dir``, with the losses that the run would have had without a break; from the
+            beginning when there is none.
+        overwrite: remove the checkpoints that an earlier run left in ``output_dir``, and nothing else, when this one is about to start.
+        callbacks: given to the Trainer as well.
+        loaded: the model and tokenizer, if they were already loaded through the recipe's stack.
+        console: where to show progress.
+
+    Returns:
+        None when there is nothing to resume: ``final`` is complete.
+
+    Raises:
+        UserError: everything that is wrong with the recipe, its data or its output directory, before weights are read; a full disk.
+        Interrupted: SIGINT or SIGTERM came; the step in progress was finished and a checkpoint saved.
+    """
+    console = console or Console()
+    output = Path(str(training_arguments(recipe).output_dir))
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other", fix="leave one out")
+    if resume and (output / "final" / FILE_NAME).is_file():
+        check_files(output / "final")
+        return None
+    if not resume and not overwrite:
+        _check_output(output)
+    run = prepare(recipe)
+    start = _resume_from(run, output, console) if resume else None
+    set_seed(run.arguments.seed)  # adapters are drawn at random
+    model, tokenizer = loaded or load_model(recipe.model, run.stack, **recipe.load)
+    if recipe.data.packing:
+        _check_packing(model)
+    if overwrite and _is_main_process():
+        for path in [*output.glob("checkpoint-*"), output / "final"]:
+            shutil.rmtree(path, ignore_errors=True)
+    stop, progress = GracefulStop(), TrainingProgress(console)
+    trainer = _SFTTrainer(
+        model=model,
+        args=run.arguments,
+        train_dataset=run.data.train,
+        eval_dataset=run.data.eval,
+        processing_class=tokenizer,
+        callbacks=[*(callbacks or []), stop, progress],
+    )
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    attach(trainer, run.stack)
+    if start is not None:
+        console.print(f"resuming from {start}", highlight=False)
     started = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - started
-    if trainer.is_world_process_zero():
-        save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, final, stack)
+    with writing(output, fix="free space, then 'arctic train RECIPE --resume' continues from the newest complete checkpoint"):
+        try:
+            with stop.listening():
+                trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        finally:
+            progress.close()
+        seconds = time.perf_counter() - started
+        if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+            step = trainer.state.global_step
+            raise Interrupted(
+                f"stopped after step {step} of {trainer.state.max_steps}, saved in {output}/checkpoint-{step}",
+                fix="'arctic train RECIPE --resume' continues",
+            )
+        if trainer.is_world_process_zero():
+            save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.final, run.stack)
+    if run.arguments.push_to_hub and trainer.is_world_process_zero():
+        trainer._finish_current_push()
+        upload_folder(repo_id=str(trainer.hub_model_id), folder_path=run.final, commit_message="Training done", token=run.arguments.hub_token)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return TrainingResult(final, trainer.state.log_history, seconds, trainer.state.global_step, trainable, model, tokenizer)
+    return TrainingResult(
+        directory=run.final,
+        history=trainer.state.log_history,
+        seconds=seconds,
+        steps=trainer.state.global_step,
+        tokens=progress.tokens(trainer.state),
+        trainable_parameters=trainable,
+        counts=run.data.counts,
+        model=model,
+        tokenizer=tokenizer,
+    )
 
 
 def training_arguments(recipe: Recipe) -> SFTConfig:
     """The recipe's ``training`` as TRL's extension of ``TrainingArguments``.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one) or a value that the library refuses.
+        ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, or a value that the library refuses.
     """
     known = {field.name for field in fields(SFTConfig) if field.init}
     for key in recipe.training:
         if key not in known:
             raise ConfigError(f"training.{key} is not a training argument", fix=suggest(key, known))
-    if "output_dir" not in recipe.training:
+        if key in OURS:
+            raise ConfigError(f"training.{key} is set", expected=f"{OURS[key]} instead", fix="move it under 'data'")
+    if not isinstance(recipe.training.get("output_dir"), str):
         raise ConfigError("training.output_dir is missing", fix="name the directory that checkpoints go to")
+    data = recipe.data
+    evaluates = data.eval_path or data.eval_split or data.eval_size
     defaults = {
         "report_to": "none",
         "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
         "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it trains in bfloat16 without a GPU
+        "include_num_input_tokens_seen": "non_padding",
+        "eval_strategy": ("steps" if recipe.training.get("max_steps", 0) > 0 else "epoch") if evaluates else "no",
+        "packing_strategy": "bfd_split" if data.format == "text" else "bfd",
     }
+    ours = {"max_length": data.max_length, "packing": data.packing, "eval_packing": False}
     try:
-        return SFTConfig(**{**defaults, "max_length": recipe.data.max_length, **recipe.training})
+        return SFTConfig(**{**defaults, **ours, **recipe.training})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training is not valid: {error}", fix="correct the value it names") from error
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _check_output(output: Path) -> None:
+    if _is_main_process() and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConfigError(
+            f"training.output_dir {output} exists and is not empty",
+            expected="a new directory",
+            fix="--resume continues the run that began there, --overwrite removes its checkpoints, or name another",
+        )
+
+
+def _resume_from(run: Run, output: Path, console: Console) -> Path | None:
+    start, ignored = last_checkpoint(output)
+    for line in ignored:
+        console.print(f"ignored: {line}", highlight=False, soft_wrap=True)
+    if start is None:
+        console.print(f"{output} has no complete checkpoint: training starts from the beginning", highlight=False, soft_wrap=True)
+        return None
+    if read_provenance(start).sha256 != run.stack.sha256():
+        raise ConfigError(f"{start} was made with other plugins or options than the recipe's", fix="give the recipe those of its arctic_plugins.json")
+    if not (start / "optimizer.pt").is_file():
+        raise CheckpointError(f"{start} has no optimizer.pt", expected="a checkpoint saved without training.save_only_model", fix="start anew")
+    return start
+
+
+@torch.no_grad()
+def _check_packing(model: PreTrainedModel) -> None:
+    """Raise ConfigError if what stands in one packed row changes the logits of the row behind it: some models' attention takes no notice."""
+    lengths, vocabulary = (5, 7), min(model.config.get_text_config().vocab_size, 1000)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
+    first = torch.arange(sum(lengths), device=model.device)[None] % vocabulary
+    second = first.clone()
+    second[:, : lengths[0]] = (second[:, : lengths[0]] + vocabulary // 2) % vocabulary
+    training = model.training
+    model.eval()
+    one, other = (model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, lengths[0] :] for ids in (first, second))
+    model.train(training)
+    if not torch.allclose(one, other, rtol=0, atol=1e-6):
+        kind = f"{model.config.model_type}, attention '{model.config._attn_implementation}'"
+        raise ConfigError(
+            f"data.packing is on, and in this model ({kind}) packed rows see each other",
+            fix="try another load.attn_implementation, or turn data.packing off",
+        )

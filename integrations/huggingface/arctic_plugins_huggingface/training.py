@@ -1,17 +1,25 @@
-"""Training with the ordinary Trainer: arguments that carry a stack, and ``attach``."""
+"""Training with the ordinary Trainer: arguments that carry a stack, ``attach``, and checkpoints that survive. Read in transformers 5.19.0."""
 
 from __future__ import annotations
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
+import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
-from arctic_plugins.provenance import write_provenance
+from arctic_plugins.errors import CheckpointError
+from arctic_plugins.provenance import check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
 
-__all__ = ["ArcticTrainingArguments", "attach"]
+__all__ = ["ArcticTrainingArguments", "GracefulStop", "attach", "last_checkpoint"]
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
@@ -35,22 +43,82 @@ class ArcticTrainingArguments(TrainingArguments):
 
 
 class _CommitCallback(TrainerCallback):
-    """Writes ``arctic_plugins.json`` last into every checkpoint that the Trainer saves."""
+    """Writes ``arctic_plugins.json`` last into every checkpoint that the Trainer saves, and only then removes older ones."""
 
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
+    def __init__(self, stack: Stack, limit: int | None) -> None:
+        self.stack, self.limit = stack, limit
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        directory = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        output = Path(args.output_dir or ".")
+        directory = output / f"checkpoint-{state.global_step}"
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process writes its own random state
         if state.is_world_process_zero and directory.is_dir():
             write_provenance(directory, self.stack)
+            rotate_checkpoints(str(output), save_total_limit=self.limit, best_model_checkpoint=state.best_model_checkpoint)
 
 
 def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
     """Let the plugins of ``stack`` reach ``trainer`` (any ``Trainer``, TRL's included) and mark its checkpoints with the stack.
 
-    Call it once, after building the trainer around a model from :func:`~arctic_plugins_huggingface.load_model` and before ``train()``.
+    Call it once, after building the trainer around a model from :func:`~arctic_plugins_huggingface.load_model` and before ``train()``. It takes
+    ``save_total_limit`` over: the Trainer would remove the last complete checkpoint before the new one is marked as complete.
     """
-    trainer.add_callback(_CommitCallback(stack))
+    trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))
+    trainer.args.save_total_limit = None
     stack.hf_attach_trainer(trainer)
     return trainer
+
+
+def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest complete checkpoint of a run, for ``trainer.train(resume_from_checkpoint=...)``, and why newer ones are passed over.
+
+    A save that was cut off has no ``arctic_plugins.json``; one that was damaged since does not agree with it.
+    """
+    steps = {int(path.name.rpartition("-")[2]): path for path in Path(output_dir).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()}
+    ignored: list[str] = []
+    for _, path in sorted(steps.items(), reverse=True):
+        try:
+            check_files(path)
+        except CheckpointError as error:
+            ignored.append(f"{path} is not complete: {error.found}")
+        else:
+            return path, ignored
+    return None, ignored
+
+
+class GracefulStop(TrainerCallback):
+    """Stops training after the step in progress, with a checkpoint, when the process is interrupted or terminated; a second signal stops at once.
+
+    Pass it to the Trainer and train within :meth:`listening`.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGINT and SIGTERM over for the time of the block (in the main thread; elsewhere Python delivers no signals)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        stop = self.requested
+        if torch.distributed.is_initialized():  # the signal reaches processes at different steps, and all must save the same one
+            flag = torch.tensor([float(stop)], device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            stop = self.requested = bool(flag.item())
+        if stop:
+            control.should_save = control.should_training_stop = True

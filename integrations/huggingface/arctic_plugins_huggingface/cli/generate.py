@@ -18,8 +18,10 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int) -> None:
     Example:
       arctic generate out-merged "Name three rivers."
     """
+    from arctic_plugins_huggingface.cli import quiet_hosts
     from arctic_plugins_huggingface.generation import answer
     from arctic_plugins_huggingface.saving import load_checkpoint
 
+    quiet_hosts()
     model, tokenizer = load_checkpoint(checkpoint)
     click.echo(next(iter(answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens))))

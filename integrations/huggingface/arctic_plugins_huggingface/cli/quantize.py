@@ -24,9 +24,11 @@ def quantize(model: str, out: str, plugins: str) -> None:
     stack = Stack.from_dict(parse_plugins(plugins))
     if not stack.only("weight_codec"):
         raise ConfigError(f"--plugins {plugins} encodes nothing", expected="a plugin that fills 'weight_codec'", fix="--plugins fp8")
+    from arctic_plugins_huggingface.cli import quiet_hosts
     from arctic_plugins_huggingface.loading import is_encoded, load_config, load_model
     from arctic_plugins_huggingface.saving import check_new, save_checkpoint
 
+    quiet_hosts()
     check_new(out)
     if is_encoded(load_config(model)):
         raise ConfigError(f"{model} is encoded already", expected="a plain checkpoint")

@@ -9,17 +9,49 @@ __all__ = ["train"]
 
 @click.command(short_help="Fine-tune a model as a recipe says.")
 @click.argument("recipe", type=click.Path())
-def train(recipe: str) -> None:
-    """Fine-tune the model of RECIPE, a YAML file with the keys model, plugins, data and training.
+@click.option("--resume", is_flag=True, help="Continue the run in output_dir from its newest complete checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Remove the checkpoints of an earlier run in output_dir first.")
+@click.option("--dry-run", is_flag=True, help="Check everything, show what would be done, and stop. Reads no weights.")
+@click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
+def train(recipe: str, resume: bool, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+    """Fine-tune the model of RECIPE, a YAML file with the keys model, plugins, load, data and training.
+
+    SIGINT (Ctrl-C) and SIGTERM stop it after the step in progress, with a checkpoint; --resume continues from there.
 
     \b
     Example:
+      arctic train examples/alpaca.yaml --dry-run
       arctic train examples/alpaca.yaml
     """
+    from arctic_plugins.errors import ConfigError
     from arctic_plugins_huggingface.recipe import Recipe
 
+    if as_json and not dry_run:
+        raise ConfigError("--json is for --dry-run", fix="add --dry-run, or leave --json out")
     parsed = Recipe.from_file(recipe)
+    from rich.console import Console
+
+    from arctic_plugins_huggingface.cli import quiet_hosts
+
+    quiet_hosts()
+    console = Console()
+    if dry_run:
+        import json
+
+        from arctic_plugins_huggingface.plan import make_plan, show_plan
+        from arctic_plugins_huggingface.sft import prepare
+
+        plan = make_plan(prepare(parsed))
+        if as_json:
+            click.echo(json.dumps(plan.to_dict(), indent=2))
+        else:
+            show_plan(plan, console)
+        return
+    from arctic_plugins_huggingface.progress import show_summary
     from arctic_plugins_huggingface.sft import train as run
 
-    result = run(parsed)
-    click.echo(f"trained {result.steps} steps in {result.seconds:.0f} s; saved in {result.directory}")
+    result = run(parsed, resume=resume, overwrite=overwrite, console=console)
+    if result is None:
+        click.echo(f"{parsed.training['output_dir']}/final is complete: nothing is left to do (to train further, move it away and raise the steps)")
+    else:
+        show_summary(result, console)

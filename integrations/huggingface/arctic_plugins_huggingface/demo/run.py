@@ -109,7 +109,8 @@ def run_demo(
     model, tokenizer = loaded
     report.encoded_bytes, report.plain_bytes = base_bytes(model)
     report.scores["before"] = evaluate(model, tokenizer, examples, "before", recipe, console)
-    result = train(recipe, loaded=loaded)
+    result = train(recipe, loaded=loaded, console=console)
+    assert result is not None, "nothing was resumed"
     report.training_seconds, report.seconds_per_step = result.seconds, result.seconds / max(1, result.steps)
     report.losses = [(int(entry["step"]), float(entry["loss"])) for entry in result.history if "loss" in entry]
     plot_losses(report.losses, out / "loss.png")

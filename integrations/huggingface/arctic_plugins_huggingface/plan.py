@@ -1,0 +1,175 @@
+"""``arctic train --dry-run``: what a recipe would do, without reading a weight."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from trl import pack_dataset
+
+from arctic_plugins.claims import compress_names, matches
+from arctic_plugins.frozen import Codec, FrozenLinear, codec_to_dict
+from arctic_plugins_huggingface.loading import claims, load_config, only_hub, skeleton
+from arctic_plugins_huggingface.sft import Run
+
+__all__ = ["ModulePlan", "Plan", "make_plan", "show_plan"]
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """Linear modules of which the same is true."""
+
+    pattern: str
+    count: int
+    shape: tuple[int, int]
+    """``(N, K)`` of one."""
+    codec: str | None
+    placement: str | None
+    adapter_parameters: int
+    """Trainable parameters that are added to one."""
+    nbytes: int
+    """Of the weights of all of them, encoded."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe would do; bytes are computed from shapes, not measured."""
+
+    settings: list[dict[str, Any]]
+    """Plugin, key, value and who set it, in the order in which the plugins act."""
+    modules: list[ModulePlan]
+    parameters: int
+    trainable_parameters: int
+    steps: int
+    rows: int
+    """What the Trainer sees, after cutting and packing; 0 for a stream."""
+    data: str
+    bytes: dict[str, int]
+    """``base``, ``trainable``, ``gradients`` and, for the AdamW family, ``optimizer``. Activations are not among them."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON types only."""
+        return asdict(self)
+
+
+def make_plan(run: Run) -> Plan:
+    """Build the model without data, let the stack claim and transform it, and count.
+
+    Raises:
+        UserError: what loading and training would raise before weights are read.
+    """
+    stack = run.stack
+    stack.check_host("transformers")
+    config = load_config(run.recipe.model, **only_hub(run.recipe.load))
+    stack.hf_configure_model(config)
+    list(stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"))
+    specs, claimed, codecs = claims(config, stack)
+    placements = claimed.by_slot.get("placement", {})
+    dtype = run.recipe.load.get("dtype", "auto")
+    config.quantization_config = None
+    model = skeleton(config, getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
+    base = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    plain = {name: _weight(model.get_submodule(name)) for name in specs}
+    for name, codec in codecs.items():
+        model.set_submodule(name, FrozenLinear.from_linear(model.get_submodule(name), codec, device="meta", name=name))
+        base += codec.nbytes(specs[name].shape) - plain[name]
+    transformed = stack.hf_transform_model(model)
+    trainable = {name: parameter for name, parameter in transformed.named_parameters() if parameter.requires_grad}
+    added: dict[str, int] = defaultdict(int)
+    for name, parameter in trainable.items():
+        if owner := next((module for module in specs if f".{module}." in f".{name}" and not f".{name}".endswith(f".{module}.weight")), None):
+            added[owner] += parameter.numel()
+
+    def describe(name: str) -> tuple[tuple[int, int], str | None, str | None, int]:
+        codec: Codec | None = codecs.get(name)
+        placement = " then ".join(type(value).__name__ for value in placements.get(name, ()))
+        return specs[name].shape, None if codec is None else _described(codec), placement or None, added.get(name, 0)
+
+    kinds: dict[Any, str] = {}
+    owners = {name: kinds.setdefault(describe(name), str(len(kinds))) for name in specs}
+    modules = []
+    for pattern in compress_names(owners, specs):
+        members = [name for name in specs if matches(pattern, name)]
+        size = sum(codecs[name].nbytes(specs[name].shape) if name in codecs else plain[name] for name in members)
+        modules.append(ModulePlan(pattern, len(members), *describe(members[0]), size))
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in trainable.values())
+    sizes = {"base": base, "trainable": trained, "gradients": trained}
+    if str(run.arguments.optim) in ("adamw_torch", "adamw_torch_fused", "OptimizerNames.ADAMW_TORCH", "OptimizerNames.ADAMW_TORCH_FUSED"):
+        sizes["optimizer"] = 2 * trained
+    rows = _trainer_rows(run)
+    return Plan(
+        settings=[{**asdict(setting), "value": getattr(setting.value, "value", setting.value)} for setting in stack.settings()],
+        modules=modules,
+        parameters=parameters,
+        trainable_parameters=sum(parameter.numel() for parameter in trainable.values()),
+        steps=_steps(run, rows),
+        rows=rows,
+        data=str(run.data.counts),
+        bytes=sizes,
+    )
+
+
+def _weight(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.numel() * weight.element_size()
+
+
+def _described(codec: Codec) -> str:
+    fields = codec_to_dict(codec)
+    return f"{fields.pop('type')} ({', '.join(f'{key} {value}' for key, value in fields.items())})"
+
+
+def _trainer_rows(run: Run) -> int:
+    if not isinstance(run.data.train, Dataset):
+        return 0
+    if not run.arguments.packing:
+        return len(run.data.train)
+    return len(pack_dataset(run.data.train, run.recipe.data.max_length, run.arguments.packing_strategy))
+
+
+def _steps(run: Run, rows: int) -> int:
+    """As ``Trainer.set_initial_training_values`` counts (transformers 5.19.0)."""
+    arguments = run.arguments
+    if arguments.max_steps > 0:
+        return int(arguments.max_steps)
+    batches = math.ceil(rows / (arguments.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
+    if arguments.dataloader_drop_last:
+        batches = rows // (arguments.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1")))
+    updates = max(1, batches // arguments.gradient_accumulation_steps + int(batches % arguments.gradient_accumulation_steps > 0))
+    return math.ceil(arguments.num_train_epochs * updates)
+
+
+def show_plan(plan: Plan, console: Console) -> None:
+    """Print ``plan``."""
+    settings = Table("plugin", "option", "value", "set by", title="stack, in the order in which it acts")
+    for row in plan.settings:
+        settings.add_row(row["plugin"], row["key"], str(row["value"]), row["source"])
+    console.print(settings)
+    modules = Table(title="linear modules")
+    for column in ("modules", "count", "N x K", "codec", "placement", "adapter", "MB"):
+        modules.add_column(column, overflow="fold")
+    for module in plan.modules:
+        adapter = f"{module.adapter_parameters:,} each" if module.adapter_parameters else "-"
+        where = module.placement or "resident"
+        shape = " x ".join(map(str, module.shape))
+        modules.add_row(module.pattern, str(module.count), shape, module.codec or "-", where, adapter, f"{module.nbytes / 1e6:.2f}")
+    console.print(modules)
+    share = 100 * plan.trainable_parameters / max(1, plan.parameters)
+    sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in plan.bytes.items())
+    console.print(
+        f"parameters {plan.parameters:,}, trainable {plan.trainable_parameters:,} ({share:.2f} %)\n"
+        f"data       {plan.data}\n"
+        f"steps      {plan.steps:,}" + (f" over {plan.rows:,} rows after cutting and packing" if plan.rows else " over a stream") + "\n"
+        f"memory     {sizes} (computed, without activations)",
+        highlight=False,
+    )
