@@ -185,6 +185,18 @@ class Stack:
             yield from ((plugin, result) for result in results)
 
 
+class _Loader(yaml.SafeLoader):
+    """A SafeLoader that refuses a mapping with one key twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' stands there twice", key.start_mark)
+            seen.add(key.value if isinstance(key.value, str) else None)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML (or JSON) file whose top level is a mapping.
 
@@ -192,12 +204,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: absent, unreadable, malformed (with line and column), or not a mapping.
     """
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist", expected="a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # PyYAML lets ValueErrors of impossible dates through
         raise ConfigError(f"{path} is not valid YAML: {error}", fix="correct the line it names") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}", expected="a mapping at the top level")

@@ -9,20 +9,34 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import httpx
+import torch
 from huggingface_hub import constants, get_session, snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
 from arctic_plugins.errors import CheckpointError
+from arctic_plugins.frozen import Codec
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
 
-__all__ = ["adapter_directory", "check_checkpoint", "hub_arguments", "reason"]
+__all__ = ["adapter_directory", "check_checkpoint", "check_encoded", "hub_arguments", "reason"]
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_DTYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.bool: "BOOL",
+}
+"""As safetensors names them."""
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -43,7 +57,7 @@ def check_checkpoint(checkpoint: str | Path, **kwargs: Any) -> dict[str, Any]:
     directory = Path(checkpoint) / kwargs.get("subfolder", "")
     if not _is_directory(checkpoint):
         kwargs = _check_hub(str(checkpoint), kwargs)
-        if found := cached_file(checkpoint, FILE_NAME, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs)):
+        if found := _hub_file(str(checkpoint), FILE_NAME, kwargs):
             check_plugins(read_provenance(Path(found).parent))
         return kwargs
     if "gguf_file" in kwargs:
@@ -59,6 +73,34 @@ def check_checkpoint(checkpoint: str | Path, **kwargs: Any) -> dict[str, Any]:
     return kwargs
 
 
+def check_encoded(directory: Path, shapes: Mapping[str, tuple[int, int]], codecs: Mapping[str, Codec]) -> None:
+    """Compare the headers of an encoded checkpoint's files with what its codecs make of weights of these shapes.
+
+    The loader does not: it casts what has another dtype.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape or dtype; names it.
+    """
+    index = directory / "model.safetensors.index.json"
+    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    headers: dict[str, tuple[tuple[int, ...], str]] = {}
+    for name in files:
+        with safe_open(directory / name, "pt") as file:
+            headers.update({key: (tuple((part := file.get_slice(key)).get_shape()), part.get_dtype()) for key in file.keys()})  # noqa: SIM118
+    for module, codec in codecs.items():
+        for suffix, spec in codec.layout(shapes[module]).items():
+            name = f"{module}.weight{suffix}"
+            if name not in headers:
+                raise CheckpointError(f"{name} is missing from {directory}", fix="the checkpoint is incomplete: make it again")
+            shape, dtype = headers[name]
+            if (shape, dtype) != (spec.shape, _DTYPES[spec.dtype]):
+                raise CheckpointError(
+                    f"{name} is {dtype} {shape}",
+                    expected=f"{_DTYPES[spec.dtype]} {spec.shape} for {codec}",
+                    fix="the checkpoint does not fit its config.json: make it again",
+                )
+
+
 def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
     """The local directory of a LoRA adapter (a hub id's is downloaded), checked as by :func:`check_checkpoint`; None if it is a model.
 
@@ -67,7 +109,7 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
     """
     if not _is_directory(checkpoint):
         kwargs = _check_hub(str(checkpoint), kwargs)
-        if cached_file(checkpoint, ADAPTER, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs)) is None:
+        if _hub_file(str(checkpoint), ADAPTER, kwargs) is None:
             return None
         allowed = [*_SMALL, "adapter_model.safetensors"]
         known = {key: kwargs[key] for key in ("cache_dir", "force_download", "local_files_only", "revision", "token") if key in kwargs}
@@ -111,7 +153,7 @@ def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     else:
         try:
             get_session().head(f"{constants.ENDPOINT}/api/models/{repository}", timeout=10)
-        except (httpx.HTTPError, OSError) as error:
+        except Exception as error:  # whichever HTTP library the hub's client uses
             trouble = f"and {constants.ENDPOINT} cannot be reached ({reason(error)})"
         else:
             return kwargs
@@ -127,6 +169,18 @@ def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
         expected="a checkpoint directory or a hub id",
         fix="correct the path, or connect and download it first: hf download " + repository,
     )
+
+
+def _hub_file(repository: str, name: str, kwargs: Mapping[str, Any]) -> str | None:
+    """The local copy of a file of a hub repository; None if the repository has none of that name."""
+    try:
+        return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs))
+    except OSError as error:
+        raise CheckpointError(
+            f"{repository} is no directory here and cannot be had from the hub: {reason(error)}",
+            expected="a checkpoint directory or a hub id",
+            fix="correct the name or the revision, or log in: hf auth login",
+        ) from error
 
 
 def _check_unchanged(directory: Path) -> None:

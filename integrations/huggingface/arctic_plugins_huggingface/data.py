@@ -225,7 +225,7 @@ def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
                     raise DataError(f"{where} has another number of fields than the header's {len(reader.fieldnames or ())}", fix="correct the line")
                 yield where, record
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.line_num} is not valid CSV: {error}", fix="correct the line") from error
+            raise DataError(f"{path}:{reader.reader.line_num} is not valid CSV: {error}", fix="correct the line") from error
 
 
 def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:

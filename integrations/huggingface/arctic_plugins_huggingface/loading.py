@@ -15,7 +15,7 @@ from arctic_plugins.claims import Claims, LinearSpec
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError
 from arctic_plugins.frozen import METHOD, Codec, FrozenLinear, ModuleCodecs, Placement
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints import check_checkpoint, hub_arguments, reason
+from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
 
 __all__ = ["claims", "freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "only_hub", "skeleton"]
@@ -53,7 +53,7 @@ def load_model(
     stack.hf_configure_model(config)
     for warning in stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"):
         logger.warning(warning)
-    quantization = _quantization(config, stack)
+    quantization = _quantization(config, stack, Path(checkpoint) / kwargs.get("subfolder", ""))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint, config=config, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
@@ -136,7 +136,7 @@ def linear_modules(model: nn.Module) -> dict[str, LinearSpec]:
     }
 
 
-def _quantization(config: PreTrainedConfig, stack: Stack) -> ArcticQuantizationConfig | None:
+def _quantization(config: PreTrainedConfig, stack: Stack, directory: Path) -> ArcticQuantizationConfig | None:
     """What the stack claims of this model; for an encoded checkpoint, nothing but the check that it claims the same."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not is_encoded(config):
@@ -145,6 +145,8 @@ def _quantization(config: PreTrainedConfig, stack: Stack) -> ArcticQuantizationC
         return None
     modules, claimed, codecs = claims(config, stack)
     if quantization is not None:
+        if directory.is_dir():
+            check_encoded(directory, {name: spec.shape for name, spec in modules.items()}, codecs)
         # The host builds its quantizer from this dict; an argument of from_pretrained it would only compare.
         stored = ModuleCodecs.from_owners(codecs, modules).to_config()
         config.quantization_config = {**stored, "placements": _placements(claimed, codecs)}

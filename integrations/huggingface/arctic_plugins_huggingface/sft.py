@@ -8,11 +8,12 @@ import shutil
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from datasets import disable_progress_bars
 from huggingface_hub import upload_folder
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -224,7 +225,8 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
             raise ConfigError(f"training.{key} is not a training argument", fix=suggest(key, known))
         if key in OURS:
             raise ConfigError(f"training.{key} is set", expected=f"{OURS[key]} instead", fix="move it under 'data'")
-    if not isinstance(recipe.training.get("output_dir"), str):
+    given = {key: _checked(key, value) for key, value in recipe.training.items()}
+    if not given.get("output_dir"):
         raise ConfigError("training.output_dir is missing", fix="name the directory that checkpoints go to")
     data = recipe.data
     evaluates = data.eval_path or data.eval_split or data.eval_size
@@ -233,14 +235,33 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
         "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it trains in bfloat16 without a GPU
         "include_num_input_tokens_seen": "non_padding",
-        "eval_strategy": ("steps" if recipe.training.get("max_steps", 0) > 0 else "epoch") if evaluates else "no",
+        "eval_strategy": ("steps" if given.get("max_steps", 0) > 0 else "epoch") if evaluates else "no",
         "packing_strategy": "bfd_split" if data.format == "text" else "bfd",
     }
     ours = {"max_length": data.max_length, "packing": data.packing, "eval_packing": False}
     try:
-        return SFTConfig(**{**defaults, **ours, **recipe.training})
+        return SFTConfig(**{**defaults, **ours, **given})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training is not valid: {error}", fix="correct the value it names") from error
+
+
+_HINTS = get_type_hints(SFTConfig)
+_AT_LEAST = {
+    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+}
+
+
+def _checked(key: str, value: Any) -> Any:
+    """``value`` as the type that the argument declares, which transformers does not check: YAML reads 1e-3, without a dot, as a text."""
+    try:
+        checked = TypeAdapter(_HINTS[key], config={"arbitrary_types_allowed": True}).validate_python(value)
+    except ValidationError as error:
+        expected = error.errors()[0]["msg"].removeprefix("Input should be ")
+        raise ConfigError(f"training.{key} is {value!r}", expected=expected, fix="correct the value") from error
+    if isinstance(checked, (int, float)) and not checked >= _AT_LEAST.get(key, checked if checked == checked else 0):
+        raise ConfigError(f"training.{key} is {checked}", expected=f"at least {_AT_LEAST.get(key, 0)}", fix="correct the value")
+    return checked
 
 
 def _is_main_process() -> bool:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, merge_adapter
-from arctic_plugins_huggingface.data import load_rows
+from arctic_plugins_huggingface.data import load_data
 from arctic_plugins_huggingface.generation import answer
 from arctic_plugins_huggingface.recipe import DataConfig, Recipe
 from arctic_plugins_huggingface.saving import load_checkpoint
@@ -111,7 +111,7 @@ def test_trls_sfttrainer_trains_likewise(tiny_checkpoint, tmp_path):
     model, tokenizer = load_model(tiny_checkpoint, stack)
     data = tmp_path / "data.json"
     data.write_text(json.dumps(RECORDS))
-    rows = load_rows(DataConfig(path=str(data)))
+    rows = load_data(DataConfig(path=str(data)), tokenizer).train
     args = SFTConfig(output_dir=str(tmp_path / "out"), max_steps=6, save_steps=6, gradient_checkpointing=False, bf16=False, **QUICK)
     trainer = attach(SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer), stack)
     trainer.train()
@@ -156,8 +156,9 @@ def test_batched_answers_equal_single_ones(tiny_checkpoint):
     ("changes", "error", "message"),
     [
         ({"modle": "x"}, ConfigError, "modle is not an option; did you mean 'model'"),
-        ({"data__path": "nowhere.json"}, DataError, r"data\.path .*nowhere\.json cannot be read"),
+        ({"data__path": "nowhere.json"}, DataError, r"data\.path .*nowhere\.json does not exist"),
         ({"data__format": "alpca"}, ConfigError, r"data\.format is 'alpca'; expected 'alpaca'"),
+        ({"training__packing": True}, ConfigError, r"training\.packing is set; expected data\.packing instead"),
         ({"training__learning_rat": 1}, ConfigError, r"training\.learning_rat is not a training argument; did you mean 'learning_rate'"),
         ({"training__lr_scheduler_type": "zigzag"}, ConfigError, "training is not valid: .*zigzag"),
         ({"training": {}}, ConfigError, r"training\.output_dir is missing"),
@@ -170,29 +171,15 @@ def test_bad_recipes_are_one_line_before_a_model_is_loaded(tmp_path, changes, er
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "is empty"),
-        ("[]", "holds no record"),
-        ('{"instruction": "a", "output": "b"}\n{"instruction": ', r"data:2 is not valid JSON"),
-        ("[1]", "record 1 is int; expected an object"),
-        ('{"instruction": "a"}', "record 1 has output=None; expected a text under 'output'"),
-    ],
-)
-def test_bad_data_names_the_record(tmp_path, text, message):
-    path = tmp_path / "data"
-    path.write_text(text)
-    with pytest.raises(DataError, match=message):
-        load_rows(DataConfig(path=str(path)))
-
-
 def test_an_output_that_exists_is_not_overwritten(tiny_checkpoint, tmp_path):
-    (tmp_path / "out" / "final").mkdir(parents=True)
-    (tmp_path / "out" / "final" / "precious").write_text("mine")
-    with pytest.raises(ConfigError, match="exists and is not empty"):
-        train(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint)))
-    assert (tmp_path / "out" / "final" / "precious").read_text() == "mine"
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "out" / "precious").write_text("mine")
+    recipe = Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint))
+    with pytest.raises(ConfigError, match="exists and is not empty; expected a new directory; --resume continues .* --overwrite removes"):
+        train(recipe)
+    assert train(recipe, overwrite=True).steps == 4
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"precious", "final"}
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
 
 
 def test_leaving_out_logits_that_no_completion_needs_changes_no_loss(tiny_checkpoint):

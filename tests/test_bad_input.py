@@ -1,0 +1,354 @@
+"""Whatever is wrong with what a user gives: one line on stderr, exit status 2, nothing half-written.
+
+A table of cases, then damage at random.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from arctic_plugins_huggingface import load_model, save_checkpoint
+from arctic_plugins_huggingface.saving import load_checkpoint
+from safetensors.torch import load_file, save_file
+
+from arctic_plugins import Stack
+from arctic_plugins.cli import main
+from arctic_plugins.errors import UserError
+from arctic_plugins.provenance import FILE_NAME
+
+RECORD = {"instruction": "Say hello.", "output": "hello"}
+STACK = {"fp8": {"group_size": 64}, "lora": {"r": 4}}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_checkpoint, tmp_path_factory):
+    """A plain model, an encoded one, a sharded one, an adapter, data and a recipe."""
+    directory = tmp_path_factory.mktemp("made")
+    shutil.copytree(tiny_checkpoint, directory / "plain")
+    fp8, lora = Stack.from_dict({"fp8": {}}), Stack.from_dict(STACK)
+    model, tokenizer = load_model(tiny_checkpoint, fp8)
+    save_checkpoint(model, tokenizer, directory / "encoded", fp8)
+    model.save_pretrained(directory / "sharded", max_shard_size="100KB")
+    tokenizer.save_pretrained(directory / "sharded")
+    save_checkpoint(*load_model(tiny_checkpoint, lora), directory / "adapter", lora)
+    (directory / "data.jsonl").write_text(f"{json.dumps(RECORD)}\n" * 8)
+    training = {"output_dir": "out", "max_steps": 1, "use_cpu": True, "bf16": False}
+    recipe = {"model": "plain", "plugins": STACK, "data": {"path": "data.jsonl"}, "training": training}
+    (directory / "recipe.yaml").write_text(json.dumps(recipe))
+    return directory
+
+
+@pytest.fixture
+def here(made, tmp_path, monkeypatch):
+    """A copy to break, with the working directory in it."""
+    shutil.copytree(made, tmp_path / "here")
+    adapter = tmp_path / "here" / "adapter" / "adapter_config.json"
+    rewrite(adapter, base_model_name_or_path="plain")
+    unrecord(tmp_path / "here" / "adapter", adapter.name)
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def rewrite(path, **changes):
+    """Change keys of a JSON file, ``a__b`` for nested ones; None deletes."""
+    content = json.loads(path.read_text())
+    for key, value in changes.items():
+        *parents, leaf = key.split("__")
+        section = content
+        for parent in parents:
+            section = section[parent]
+        section[leaf] = value
+        if value is None:
+            del section[leaf]
+    path.write_text(json.dumps(content))
+
+
+def unrecord(checkpoint, *names):
+    """Forget the digests of some files, or all: as if the damage had been there when the checkpoint was saved."""
+    content = json.loads((checkpoint / FILE_NAME).read_text())
+    content["files"] = {name: record for name, record in content["files"].items() if names and name not in names}
+    (checkpoint / FILE_NAME).write_text(json.dumps(content))
+
+
+def retensor(checkpoint, change):
+    tensors = load_file(checkpoint / "model.safetensors")
+    change(tensors)
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
+    unrecord(checkpoint)
+
+
+def truncate(path, keep):
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+def run(capsys, *arguments):
+    with pytest.raises(SystemExit) as raised:
+        main(list(arguments))
+    return raised.value.code, capsys.readouterr().err
+
+
+SHARD = "sharded/model-00002-of-00004.safetensors"
+KEY = "model.layers.1.mlp.up_proj.weight"
+ENCODED = ("generate", "encoded", "hi")
+TRAIN = ("train", "recipe.yaml")
+
+
+def plain_tensors(change):
+    def damage(here):
+        tensors = load_file(here / "plain/model.safetensors")
+        change(tensors)
+        save_file(tensors, here / "plain/model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def recipe(**changes):
+    return lambda here: rewrite(here / "recipe.yaml", **changes)
+
+
+def config(**changes):
+    def damage(here):
+        rewrite(here / "encoded/config.json", **changes)
+        unrecord(here / "encoded")
+
+    return damage
+
+
+def write(name, text):
+    return lambda here: (here / name).write_text(text)
+
+
+CASES = {
+    # checkpoints: files
+    "no such directory": (None, ("generate", "./nowhere", "hi"), "./nowhere does not exist; expected a checkpoint directory or a hub id"),
+    "a file": (None, ("generate", "data.jsonl", "hi"), "data.jsonl is a file; expected a checkpoint directory"),
+    "an empty directory": (lambda here: (here / "empty").mkdir(), ("generate", "empty", "hi"), "empty/config.json does not exist"),
+    "no weights": (lambda here: (here / "plain/model.safetensors").unlink(), ("generate", "plain", "hi"), "has no model.safetensors"),
+    "truncated in the header": (lambda here: truncate(here / "plain/model.safetensors", 100), ("generate", "plain", "hi"), "is damaged or truncated"),
+    "truncated in the data": (
+        lambda here: truncate(here / "plain/model.safetensors", 200_000),
+        ("generate", "plain", "hi"),
+        "is damaged or truncated",
+    ),
+    "empty weights": (lambda here: truncate(here / "plain/model.safetensors", 0), ("generate", "plain", "hi"), "is damaged or truncated"),
+    "truncated after saving": (lambda here: truncate(here / "encoded/model.safetensors", 200_000), ENCODED, "has 200000 bytes; expected the"),
+    "no tokenizer": (lambda here: (here / "plain/tokenizer.json").unlink(), ("generate", "plain", "hi"), "the tokenizer of plain cannot be read"),
+    "bad tokenizer": (write("plain/tokenizer.json", "{}"), ("generate", "plain", "hi"), "the tokenizer of plain cannot be read"),
+    "an index that names an absent shard": (lambda here: (here / SHARD).unlink(), ("generate", "sharded", "hi"), "names model-00002-of-00004"),
+    "a truncated shard": (lambda here: truncate(here / SHARD, 50_000), ("generate", "sharded", "hi"), "is damaged or truncated"),
+    "a bad index": (write("sharded/model.safetensors.index.json", '{"weight_map": 3}'), ("generate", "sharded", "hi"), "has no valid 'weight_map'"),
+    "an index that is no JSON": (write("sharded/model.safetensors.index.json", "{"), ("generate", "sharded", "hi"), "is not valid JSON"),
+    "a shard that lacks a tensor": (
+        lambda here: shutil.copy(here / SHARD, here / "sharded/model-00001-of-00004.safetensors"),
+        ("generate", "sharded", "hi"),
+        "model-00001-of-00004.safetensors lacks",
+    ),
+    # checkpoints: config.json
+    "config.json is no JSON": (write("plain/config.json", '{"a": '), ("generate", "plain", "hi"), "config.json is not valid JSON: .*line 1 column"),
+    "config.json is a list": (write("plain/config.json", "[]"), ("generate", "plain", "hi"), "config.json holds list; expected an object"),
+    "config.json without model_type": (config(model_type=None), ENCODED, "has model_type None; expected a model's name"),
+    "unknown model_type": (config(model_type="lama"), ENCODED, "config.json cannot be read as a model"),
+    "a bad value in config.json": (config(hidden_size="wide"), ENCODED, "config.json cannot be read as a model"),
+    "sizes that do not fit": (config(num_attention_heads=3, head_dim=None), ENCODED, "config.json|shape"),
+    "another model's config.json": (config(vocab_size=300), ENCODED, "has shape|cannot be loaded"),
+    "more layers than weights": (config(num_hidden_layers=3), ENCODED, r"is missing|lacks"),
+    # checkpoints: encoded weights
+    "a newer format": (config(quantization_config__format=2), ENCODED, "quantization_config has format 2; expected at most 1; upgrade"),
+    "no format": (config(quantization_config__format=None), ENCODED, "quantization_config.format is None"),
+    "no codecs": (config(quantization_config__codecs=None), ENCODED, "quantization_config.codecs is None"),
+    "codecs of another kind": (config(quantization_config__codecs=["fp8"]), ENCODED, "quantization_config.codecs is"),
+    "an unknown codec id": (config(quantization_config__modules={"a": "x"}), ENCODED, r"names the codecs \['x'\]"),
+    "modules of another model": (config(quantization_config__modules={"a": "fp8"}), ENCODED, "matches no linear module"),
+    "a codec with bad options": (config(quantization_config__codecs__fp8__bits=5), ENCODED, "is not valid"),
+    "a codec nobody provides": (config(quantization_config__codecs__fp8__type="fp3"), ENCODED, "pip install arctic-plugins-fp3"),
+    "a missing scale": (lambda here: retensor(here / "encoded", lambda t: t.pop(f"{KEY}_scale")), ENCODED, f"{KEY}_scale is missing"),
+    "missing codes": (lambda here: retensor(here / "encoded", lambda t: t.pop(KEY)), ENCODED, f"{KEY} is missing"),
+    "a missing plain tensor": (lambda here: retensor(here / "encoded", lambda t: t.pop("model.norm.weight")), ENCODED, "lacks 1 weights"),
+    "codes of another shape": (
+        lambda here: retensor(here / "encoded", lambda t: t.update({KEY: t[KEY][:-1].clone()})),
+        ENCODED,
+        rf"{KEY} is U8 \(175, 1, 64\); expected U8 \(176, 1, 64\)",
+    ),
+    "a scale of another dtype": (
+        lambda here: retensor(here / "encoded", lambda t: t.update({f"{KEY}_scale": t[f"{KEY}_scale"].half()})),
+        ENCODED,
+        f"{KEY}_scale is F16",
+    ),
+    "a plain tensor of another shape": (
+        lambda here: retensor(here / "encoded", lambda t: t.update({"model.norm.weight": torch.ones(63)})),
+        ENCODED,
+        r"model.norm.weight has shape \(63,\); expected \(64,\)",
+    ),
+    "a plain model's tensor of another shape": (
+        plain_tensors(lambda t: t.update({"model.norm.weight": torch.ones(63)})),
+        ("generate", "plain", "hi"),
+        "cannot be loaded",
+    ),
+    "NaN to encode": (plain_tensors(lambda t: t[KEY].fill_(float("nan"))), ("quantize", "plain", "out"), f"{KEY}: the weight holds NaN"),
+    # checkpoints: what made them
+    "a newer arctic_plugins.json": (
+        lambda here: rewrite(here / f"encoded/{FILE_NAME}", format=2),
+        ENCODED,
+        "has format 2; expected at most 1; upgrade",
+    ),
+    "a bad arctic_plugins.json": (write(f"encoded/{FILE_NAME}", "{"), ENCODED, "arctic_plugins.json is not valid JSON"),
+    "a plugin that is not installed": (
+        lambda here: rewrite(here / f"encoded/{FILE_NAME}", stack={"nf3": {}}, plugins={"nf3": "someones-nf3==2.1"}),
+        ENCODED,
+        "made with the plugin nf3, not installed here; pip install someones-nf3==2.1",
+    ),
+    "an adapter whose save was cut off": (
+        lambda here: (here / f"adapter/{FILE_NAME}").unlink(),
+        ("merge", "adapter", "out"),
+        "has no arctic_plugins.json",
+    ),
+    "an adapter without weights": (lambda here: (here / "adapter/adapter_model.safetensors").unlink(), ("merge", "adapter", "out"), "is missing"),
+    "an adapter whose base is gone": (lambda here: (here / "plain").rename(here / "moved"), ("merge", "adapter", "out"), "no directory 'plain'"),
+    "what is no adapter": (None, ("merge", "plain", "out"), "has no adapter_config.json; expected a LoRA adapter"),
+    "what is encoded already": (None, ("quantize", "encoded", "out"), "encoded is encoded already; expected a plain checkpoint"),
+    "an output that exists": (None, ("quantize", "plain", "encoded"), "encoded exists and is not empty"),
+    "plugins that encode nothing": (None, ("quantize", "plain", "out", "--plugins", "lora"), "encodes nothing"),
+    "nothing to serve": (None, ("serve", "./nowhere"), "has no config.json"),
+    "a damaged checkpoint to serve": (
+        lambda here: truncate(here / "encoded/model.safetensors", 9),
+        ("serve", "encoded"),
+        "has 9 bytes; expected the",
+    ),
+    # recipes and data
+    "no recipe": (None, ("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
+    "a recipe that is no YAML": (write("recipe.yaml", "model: [\n"), TRAIN, "recipe.yaml is not valid YAML: .*line"),
+    "a recipe that is a list": (write("recipe.yaml", "- a\n"), TRAIN, "recipe.yaml holds list; expected a mapping"),
+    "a recipe of bytes": (lambda here: (here / "recipe.yaml").write_bytes(b"\xff\x00"), TRAIN, "cannot be read"),
+    "a key twice": (write("recipe.yaml", "model: a\nmodel: b\n"), TRAIN, "the key 'model' stands there twice .*line 2"),
+    "an unknown key": (recipe(modle="x"), TRAIN, "modle is not an option; did you mean 'model'"),
+    "an unknown plugin": (recipe(plugins={"fp9": {}}), TRAIN, "did you mean 'fp8'"),
+    "an unknown option": (recipe(plugins={"fp8": {"bit": 8}}), TRAIN, "plugins.fp8.bit is not an option; did you mean 'bits'"),
+    "a bad option": (recipe(plugins={"fp8": {"bits": 7}}), TRAIN, "plugins.fp8.bits is 7; expected 8"),
+    "an unknown training argument": (recipe(training__learning_rat=1), TRAIN, "did you mean 'learning_rate'"),
+    "a bad training argument": (recipe(training__lr_scheduler_type="zigzag"), TRAIN, "training is not valid: .*zigzag"),
+    "a training argument of another type": (recipe(training__max_steps="many"), TRAIN, "training"),
+    "a negative learning rate": (recipe(training__learning_rate=-1.0), TRAIN, "learning_rate|Invalid"),
+    "no output_dir": (recipe(training={}), TRAIN, "training.output_dir is missing"),
+    "an output_dir in use": (lambda here: shutil.copytree(here / "plain", here / "out"), TRAIN, "out exists and is not empty.*--resume.*--overwrite"),
+    "resume and overwrite": (None, (*TRAIN, "--resume", "--overwrite"), "exclude each other"),
+    "no data": (recipe(data={"path": "nowhere.jsonl"}), TRAIN, "data.path nowhere.jsonl does not exist"),
+    "empty data": (write("data.jsonl", ""), TRAIN, "data.jsonl is empty"),
+    "malformed data": (write("data.jsonl", f"{json.dumps(RECORD)}\n" * 3 + "{\n"), TRAIN, "data.jsonl:4 is not valid JSON"),
+    "data that lack a column": (write("data.jsonl", '{"instruction": "a"}'), TRAIN, "data.jsonl:1 has no 'output'"),
+    "all rows too long": (recipe(data__max_length=3), TRAIN, "no row of data.jsonl has anything left .*raise data.max_length"),
+    "streaming without max_steps": (recipe(data__streaming=True, training__max_steps=None), TRAIN, "training.max_steps is not set"),
+    "nothing to evaluate on": (recipe(training__eval_strategy="epoch"), TRAIN, "nothing to evaluate on"),
+    "a module that is not there": (recipe(plugins={"fp8": {"include": ["**.experts.*"]}}), TRAIN, "matches no linear module"),
+    "modules that vLLM fuses": (recipe(plugins={"fp8": {"exclude": ["**.q_proj"]}}), TRAIN, "different codecs, but vLLM fuses them"),
+    "no command": (None, ("trian", "x"), "did you mean 'train'"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_line_and_nothing_written(here, capsys, monkeypatch, case):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    damage, arguments, message = CASES[case]
+    if damage:
+        damage(here)
+    before = sorted(here.rglob("*"))
+    status, error = run(capsys, *arguments)
+    lines = [line for line in error.splitlines() if line.startswith("arctic: ")]
+    assert status == 2, error
+    assert len(lines) == 1, error
+    assert "Traceback" not in error
+    assert re.search(message, lines[0]), lines[0]
+    assert sorted(here.rglob("*")) == before, "something was left behind"
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) >= 40
+
+
+LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
+
+
+@pytest.mark.parametrize("arguments", [["quantize", "plain", "out"], ["merge", "adapter", "out"], ["train", "recipe.yaml"]], ids=lambda a: a[0])
+def test_a_disk_that_takes_no_more(here, arguments):
+    """A limit on file sizes makes writes fail in the middle, as a full disk does."""
+    code = f"{LIMIT} from arctic_plugins.cli import main; main({arguments!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert "out cannot be written: " in done.stderr.splitlines()[-1] or "final cannot be written: " in done.stderr.splitlines()[-1], done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(here.rglob("*.unfinished"))
+    assert not list((here / "out").rglob(FILE_NAME)), "something incomplete is marked as complete"
+
+
+def test_a_hub_id_offline_is_told_at_once(tmp_path):
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    for arguments in (["generate", "someone/model", "hi"], ["generate", "oneword", "hi"], ["merge", "someone/adapter", "out"]):
+        command = [sys.executable, "-m", "arctic_plugins.cli", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=tmp_path)
+        last = done.stderr.splitlines()[-1]
+        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+        assert f"there is no directory '{arguments[1]}' here" in last
+        assert "http://127.0.0.1:9 cannot be reached" in last
+
+
+def logits(checkpoint):
+    model, tokenizer = load_checkpoint(checkpoint)
+    with torch.no_grad():
+        return torch.cat([model(torch.arange(10, 40)[None]).logits[0], torch.tensor(tokenizer("Hello, you!")["input_ids"])[:, None].expand(-1, 272)])
+
+
+@pytest.mark.parametrize("name", ["encoded", "adapter"])
+def test_no_flipped_or_cut_byte_of_a_checkpoint_gives_another_model(here, name):
+    """Every file of the checkpoint, at random places: an error of the user's kind, or the very same model."""
+    expected, choose = logits(here / name), random.Random(0)
+    shutil.copytree(here / name, here / "sound")
+    unrecorded = json.loads((here / "sound" / FILE_NAME).read_text())["files"].keys()
+    files = sorted(path for path in (here / name).iterdir() if path.name in unrecorded or path.name == FILE_NAME)
+    errors = 0
+    for turn in range(60):
+        victim = files[turn % len(files)]
+        sound = victim.read_bytes()
+        at = choose.randrange(len(sound))
+        broken = sound[:at] if turn % 3 == 0 else sound[:at] + bytes([sound[at] ^ (1 << choose.randrange(8))]) + sound[at + 1 :]
+        victim.write_bytes(broken)
+        try:
+            assert torch.equal(logits(here / name), expected), f"{victim.name} broken at {at} gives another model"
+        except UserError as error:
+            assert "\n" not in str(error)
+            errors += 1
+        victim.write_bytes(sound)
+    assert errors > 40
+
+
+def test_no_cut_of_a_plain_checkpoint_gives_another_model(here):
+    """Other people's checkpoints have no digests; lengths and headers are checked all the same."""
+    expected, choose = logits(here / "plain"), random.Random(1)
+    for turn in range(20):
+        victim = here / "plain" / ("model.safetensors", "config.json")[turn % 2]
+        sound = victim.read_bytes()
+        victim.write_bytes(sound[: choose.randrange(len(sound) - 1)])
+        with pytest.raises(UserError):
+            logits(here / "plain")
+        victim.write_bytes(sound)
+    assert torch.equal(logits(here / "plain"), expected)
+
+
+def test_no_damaged_recipe_gives_a_traceback(here, capsys):
+    choose, sound = random.Random(2), (here / "recipe.yaml").read_bytes()
+    statuses = set()
+    for turn in range(120):
+        at = choose.randrange(len(sound))
+        flipped = sound[:at] + bytes([sound[at] ^ (1 << choose.randrange(8))]) + sound[at + 1 :]
+        (here / "recipe.yaml").write_bytes(sound[:at] if turn % 3 == 0 else flipped)
+        status, error = run(capsys, "train", "recipe.yaml", "--dry-run")
+        assert status in (0, 2), (status, error, (here / "recipe.yaml").read_bytes())
+        assert "Traceback" not in error
+        statuses.add(status)
+        assert Path("plain").is_dir()
+    assert statuses == {0, 2}
