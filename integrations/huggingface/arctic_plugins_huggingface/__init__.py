@@ -9,14 +9,15 @@ if TYPE_CHECKING:
     from arctic_plugins_huggingface.loading import freeze, load_model
     from arctic_plugins_huggingface.quantizer import register
     from arctic_plugins_huggingface.saving import merge_adapter, save_checkpoint
-    from arctic_plugins_huggingface.training import ArcticTrainingArguments, attach
+    from arctic_plugins_huggingface.training import ArcticTrainingArguments, attach, last_checkpoint
 
-__all__ = ["ArcticTrainingArguments", "attach", "freeze", "load_model", "merge_adapter", "register", "save_checkpoint"]
+__all__ = ["ArcticTrainingArguments", "attach", "freeze", "last_checkpoint", "load_model", "merge_adapter", "register", "save_checkpoint"]
 
 _HOME = {
     "ArcticTrainingArguments": "training",
     "attach": "training",
     "freeze": "loading",
+    "last_checkpoint": "training",
     "load_model": "loading",
     "merge_adapter": "saving",
     "register": "quantizer",
