@@ -1,21 +1,31 @@
-"""Run in a process of its own: starts the real vLLM engine and prints the greedy tokens as JSON.
+"""Run in a process of its own: starts the real vLLM engine, once for each model, and prints the greedy tokens as JSON.
 
-``python engine.py '{"llm": {LLM arguments}, "prompts": [[ids]], "tokens": n, "adapter": path or null}'``
+``python engine.py '{"llm": {LLM arguments}, "models": [paths], "prompts": [[ids]], "tokens": n, "adapter": path or null}'``
 """
 
+import gc
 import json
 import sys
 
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    llm = LLM(**job["llm"])
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
-    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True)
-    result = {"base": [list(output.outputs[0].token_ids) for output in llm.generate(prompts, sampling)]}
-    if job.get("adapter"):
-        outputs = llm.generate(prompts, sampling, lora_request=LoRARequest("adapter", 1, job["adapter"]))
-        result["adapter"] = [list(output.outputs[0].token_ids) for output in outputs]
-    print("\nRESULT " + json.dumps(result))
+    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0)
+    for model in job["models"]:
+        llm = LLM(model=model, **job["llm"])
+        outputs = [output.outputs[0] for output in llm.generate(prompts, sampling)]
+        result = {
+            "base": [list(output.token_ids) for output in outputs],
+            "logprobs": [[entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)] for output in outputs],
+        }
+        if job.get("adapter"):
+            outputs = llm.generate(prompts, sampling, lora_request=LoRARequest("adapter", 1, job["adapter"]))
+            result["adapter"] = [list(output.outputs[0].token_ids) for output in outputs]
+        print("\nRESULT " + json.dumps(result), flush=True)
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()

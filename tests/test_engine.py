@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from arctic_plugins import Stack
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import tiny_llama
+from arctic_plugins.testing import LLAMA_LIKE, tiny_llama, tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -29,9 +29,11 @@ PROMPTS = [list(range(10, 30)), list(range(40, 47)), [9]]
 TOKENS = 24
 
 
-def run(llm, *, site=None, cache, adapter=None, **environment):
+def run(llm, *, site=None, cache, adapter=None, models=(), **environment):
     # vLLM's dtype "auto" would make bfloat16 of a float32 checkpoint (vllm/config/model.py, 0.32.0)
-    job = {"llm": {"max_model_len": 256, "dtype": "float32", **llm}, "prompts": PROMPTS, "tokens": TOKENS, "adapter": adapter}
+    models = [str(model) for model in models] or [llm["model"]]
+    arguments = {key: value for key, value in llm.items() if key != "model"}
+    job = {"llm": {"max_model_len": 256, "dtype": "float32", **arguments}, "models": models, "prompts": PROMPTS, "tokens": TOKENS, "adapter": adapter}
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -41,25 +43,33 @@ def run(llm, *, site=None, cache, adapter=None, **environment):
         **environment,
     }
     command = [sys.executable, str(Path(__file__).with_name("engine.py")), json.dumps(job)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=400, env={**os.environ, **settings})
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=580, env={**os.environ, **settings})
+
+
+def results(result):
+    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, result.stdout[-2000:] + result.stderr[-4000:]
+    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
 
 
 def tokens(result):
-    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, result.stdout[-2000:] + result.stderr[-4000:]
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    return results(result)[-1]
 
 
 @torch.no_grad()
-def reference(model):
-    """Greedy tokens by the definition: the whole sequence through the model for every token."""
+def reference(model, logprobs=None):
+    """Greedy tokens by the definition: the whole sequence through the model for every token. Their log-probabilities go to ``logprobs``."""
     model.eval()
     answers = []
     for prompt in PROMPTS:
-        ids = list(prompt)
+        ids, values = list(prompt), []
         for _ in range(TOKENS):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            distribution = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
+            ids.append(int(distribution.argmax()))
+            values.append(distribution.max().item())
         answers.append(ids[len(prompt) :])
+        if logprobs is not None:
+            logprobs.append(values)
     return answers
 
 
@@ -141,3 +151,19 @@ def test_arctic_serve_answers_over_http_with_the_adapter_and_with_its_base(group
         tokens = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :].tolist()
         assert answers[name] == tokens
     assert answers["adapter"] != answers[str(grouped)]
+
+
+@pytest.mark.slow
+def test_every_relative_of_llama_serves_what_was_trained(tmp_path, cache):
+    """Ten architectures: quantized, adapted, merged, served with no option. See arctic_plugins/testing/models.py for what each adds."""
+    merged = []
+    for name, (model_type, config) in LLAMA_LIKE.items():
+        checkpoint = tiny_model(tmp_path / name, model_type, **config)
+        adapter = trained(checkpoint, {"fp8": {"group_size": 64}}, tmp_path / f"{name}-adapter")
+        merged.append(merge_adapter(adapter, tmp_path / f"{name}-merged"))
+    served = results(run({"enforce_eager": True, "max_num_seqs": 4}, models=merged, cache=cache))
+    assert len(served) == len(LLAMA_LIKE)
+    for name, checkpoint, answer in zip(LLAMA_LIKE, merged, served, strict=True):
+        logprobs = []
+        assert answer["base"] == reference(load_model(checkpoint)[0], logprobs), name
+        torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(logprobs), rtol=1e-3, atol=1e-3, msg=name)

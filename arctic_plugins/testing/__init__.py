@@ -1,9 +1,9 @@
 """For plugin authors: checks that a part keeps the contract, and small real models to try it on.
 
-``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec` needs torch, :func:`tiny_llama` transformers.
+``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec` needs torch, :func:`tiny_model` transformers.
 """
 
 from arctic_plugins.testing.codecs import check_codec
-from arctic_plugins.testing.models import tiny_llama
+from arctic_plugins.testing.models import LLAMA_LIKE, tiny_llama, tiny_model
 
-__all__ = ["check_codec", "tiny_llama"]
+__all__ = ["LLAMA_LIKE", "check_codec", "tiny_llama", "tiny_model"]

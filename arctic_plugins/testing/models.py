@@ -1,30 +1,50 @@
-"""A Llama small enough to train, save and serve in a test, with a tokenizer that it makes itself."""
+"""Models small enough to train, save and serve in a test, with a tokenizer made here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-__all__ = ["tiny_llama"]
+__all__ = ["LLAMA_LIKE", "tiny_llama", "tiny_model"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+LLAMA_LIKE: dict[str, tuple[str, dict[str, Any]]] = {
+    "smollm2": ("llama", {"tie_word_embeddings": True}),
+    "llama": ("llama", {"attention_bias": True, "mlp_bias": True, "intermediate_size": 168}),
+    "mistral": ("mistral", {"sliding_window": 16, "num_key_value_heads": 1}),
+    "qwen2": ("qwen2", {"hidden_size": 128, "intermediate_size": 200, "tie_word_embeddings": True}),  # biases of q, k, v only
+    "qwen3": ("qwen3", {"hidden_size": 80}),  # norms of q and k; heads wider than the hidden size
+    "phi": ("phi", {"partial_rotary_factor": 0.5, "hidden_size": 128, "head_dim": 32}),  # biases everywhere, in the head too; layer norms
+    "phi3": ("phi3", {"hidden_size": 128, "sliding_window": 16}),  # q, k, v and gate, up fused on disk
+    "gemma": ("gemma", {"hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 1}),  # tied, norms plus one, scaled embeddings
+    "gemma2": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 32}),  # every other layer slides; soft caps
+    "gemma3": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention"]}),
+}
+"""Relatives of Llama, each for what it adds: name -> (model_type, config) for :func:`tiny_model`."""
 
-def tiny_llama(directory: str | Path, *, dtype: str = "float32", seed: int = 0, **config: Any) -> Path:
-    """Write a random Llama and a byte-level tokenizer with a chat template into ``directory``.
+
+def tiny_llama(directory: str | Path, **options: Any) -> Path:
+    """:func:`tiny_model` of the type ``llama``."""
+    return tiny_model(directory, "llama", **options)
+
+
+def tiny_model(directory: str | Path, model_type: str, *, dtype: str = "float32", seed: int = 0, **config: Any) -> Path:
+    """Write a random causal language model and a byte-level tokenizer with a chat template into ``directory``.
 
     Args:
         directory: where to.
+        model_type: as in ``config.json``; of any dense decoder that names its sizes as Llama does.
         dtype: of the weights on disk.
         seed: of the random weights; the same seed gives the same bytes.
-        **config: fields of ``LlamaConfig`` that differ from the defaults here.
+        **config: fields of the model's config that differ from the defaults here.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     special = ["<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -55,7 +75,7 @@ def tiny_llama(directory: str | Path, *, dtype: str = "float32", seed: int = 0, 
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**{**defaults, **config})).to(getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**defaults, **config}), dtype=getattr(torch, dtype))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return Path(directory)
