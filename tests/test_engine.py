@@ -165,5 +165,6 @@ def test_every_relative_of_llama_serves_what_was_trained(tmp_path, cache):
     assert len(served) == len(LLAMA_LIKE)
     for name, checkpoint, answer in zip(LLAMA_LIKE, merged, served, strict=True):
         logprobs = []
-        assert answer["base"] == reference(load_model(checkpoint)[0], logprobs), name
-        torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(logprobs), rtol=1e-3, atol=1e-3, msg=name)
+        model, _ = load_model(checkpoint, attn_implementation="eager")  # transformers' sdpa leaves Gemma 2's soft caps out; vLLM does not
+        assert answer["base"] == reference(model, logprobs), name
+        torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(logprobs), rtol=1e-4, atol=1e-4)

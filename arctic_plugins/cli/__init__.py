@@ -75,9 +75,9 @@ def main(args: list[str] | None = None) -> None:
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]  # wherever it stands
     try:
-        arctic.main(arguments, prog_name="arctic", standalone_mode=False)
+        status = arctic.main(arguments, prog_name="arctic", standalone_mode=False)  # a command's `context.exit(status)` comes back as the result
         sys.stdout.flush()
-        status = 0
+        status = status if isinstance(status, int) else 0
     except click.exceptions.Exit as error:
         status = error.exit_code
     except click.ClickException as error:

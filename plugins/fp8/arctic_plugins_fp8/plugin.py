@@ -7,6 +7,7 @@ from typing import Any
 
 from arctic_plugins import Claim, LinearSpec, Plugin, Registry, hookimpl
 from arctic_plugins.claims import matches
+from arctic_plugins.diagnosis import Finding
 from arctic_plugins.errors import ClaimError
 from arctic_plugins_fp8.config import FP8Config
 
@@ -19,7 +20,6 @@ class FP8(Plugin):
     name = "fp8"
     config = FP8Config
     slots = frozenset({"weight_codec"})
-    hosts = {"transformers": ">=5.16.1,<5.20", "vllm": ">=0.32,<0.33"}
 
     options: FP8Config
 
@@ -37,6 +37,11 @@ class FP8(Plugin):
                 raise ClaimError(f"plugins.fp8.include '{pattern}' matches no linear module of this model", fix=f"the model has {_examples(modules)}")
         codec = FP8Codec(bits=self.options.bits, group_size=self.options.group_size)
         return [Claim("weight_codec", name, codec) for name, spec in modules.items() if self._wants(name, spec)]
+
+    @classmethod
+    @hookimpl
+    def diagnose(cls) -> Iterable[Finding]:
+        return [Finding("ok", "kernels", "reference kernels in torch, on every device")]
 
     def _wants(self, name: str, spec: LinearSpec) -> bool:
         if not any(matches(pattern, name) for pattern in self.options.include) or any(matches(pattern, name) for pattern in self.options.exclude):

@@ -24,7 +24,6 @@ class LoRA(Plugin):
     config = LoraOptions
     slots = frozenset({"adapter"})
     after = frozenset({"weight_codec", "placement"})
-    hosts = {"transformers": ">=5.16.1,<5.20", "vllm": ">=0.32,<0.33"}
 
     options: LoraOptions
 

@@ -1,0 +1,46 @@
+"""``arctic doctor``: whether what is installed works here, and what to do where it does not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+__all__ = ["doctor"]
+
+
+@click.command(short_help="Check the installation, this machine and every plugin.")
+@click.argument("recipe", required=False, type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def doctor(context: click.Context, recipe: str | None, as_json: bool) -> None:
+    """Check Python, hosts, compilers, distributions and plugins, each plugin in a process of its own, and registration where vLLM's workers run.
+
+    With RECIPE, also say which plugins it enables and whether they make a stack. Exit status 1 if anything is broken.
+
+    \b
+    Example:
+      arctic doctor recipe.yaml
+    """
+    from arctic_plugins.diagnosis import diagnose
+
+    findings = diagnose(recipe)
+    broken = sum(found.status == "error" for found in findings)
+    if as_json:
+        click.echo(json.dumps([asdict(found) for found in findings], indent=2))
+    else:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
+        for column in table.columns:
+            column.overflow = "fold"
+        marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
+        for found in findings:
+            table.add_row(marks[found.status], escape(found.subject), escape(found.text), escape(found.fix))
+        console = Console()
+        console.print(table)
+        console.print("nothing is broken" if not broken else f"{broken} broken")
+    context.exit(1 if broken else 0)

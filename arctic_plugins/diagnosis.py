@@ -1,0 +1,286 @@
+"""What ``arctic doctor`` looks at: this machine, what is installed, and whether it works where it will run.
+
+Nothing of a plugin is imported here: each is loaded in a process of its own, which may raise, exit, crash or hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from importlib.metadata import Distribution, distributions, entry_points
+from pathlib import Path
+from typing import Literal
+
+from arctic_plugins.discovery import identity, installed_plugins, load_plugin, new_plugin_manager, process_registry
+from arctic_plugins.errors import ArcticError, HostVersionError
+from arctic_plugins.plugin import PROJECT
+from arctic_plugins.resolver import HOST_DISTRIBUTIONS, check_hosts, host_range, host_version
+from arctic_plugins.stack import Stack, read_yaml
+
+__all__ = ["Finding", "diagnose"]
+
+Status = Literal["ok", "warning", "error"]
+_GROUPS = (PROJECT, "arctic_plugins.commands", "vllm.general_plugins")
+_TIMEOUT = 180.0
+"""Seconds for a child process: the first import of torch or vLLM on a cold disk takes most of a minute."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    status: Status
+    """``error``: something enabled or installed does not work. ``warning``: something may be slower or is not available. ``ok``: as it should be."""
+    subject: str
+    text: str
+    """What was found, and what was expected."""
+    fix: str = ""
+
+
+def diagnose(recipe: str | Path | None = None) -> list[Finding]:
+    """Look at everything; ``recipe`` says which plugins are enabled, and its stack is resolved."""
+    slow: list[Callable[[], list[Finding]]] = [
+        lambda: _in_child("torch", "torch"),
+        lambda: _in_child("commands", "commands"),
+        lambda: _in_child("vllm worker", "worker"),
+    ]
+    enabled, findings = _recipe(recipe)
+    named = list(_plugins(slow, findings))
+    findings = [*_machine(), *_compilers(), *_distributions(), *_hosts(), *findings]
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        results = [future.result() for future in [pool.submit(check) for check in slow]]
+    machine, commands, worker, *plugins = results
+    for name, result in zip(named, plugins, strict=True):
+        note = "" if enabled is None else f" ({'enabled' if name in enabled else 'not enabled'})"
+        findings += [Finding(found.status, found.subject, found.text + note, found.fix) for found in result]
+    return [*machine, *findings, *commands, *worker]
+
+
+def _recipe(recipe: str | Path | None) -> tuple[set[str] | None, list[Finding]]:
+    if recipe is None:
+        return None, []
+    try:
+        plugins = read_yaml(recipe).get("plugins") or {}
+    except ArcticError as error:
+        return set(), [Finding("error", "recipe", str(error))]
+    enabled = {str(name) for name in plugins} if isinstance(plugins, dict) else set()
+    missing = sorted(enabled - installed_plugins().keys())
+    return enabled, [
+        *(Finding("error", f"plugin {name}", "enabled, but not installed", f"pip install arctic-plugins-{name}, or remove it") for name in missing),
+        *([] if missing else _in_child("recipe", "recipe", str(recipe))),
+    ]
+
+
+def _plugins(slow: list[Callable[[], list[Finding]]], findings: list[Finding]) -> Iterator[str]:
+    for name, providers in installed_plugins().items():
+        if len(providers) > 1:
+            owners = " and ".join(sorted(f"{provider.distribution} {provider.version}" for provider in providers))
+            findings.append(Finding("error", f"plugin {name}", f"provided by {owners}; expected one of them", "uninstall one of the two"))
+            continue
+        slow.append(lambda name=name: _in_child(f"plugin {name}", "plugin", name))  # type: ignore[misc]
+        yield name
+
+
+def _machine() -> Iterator[Finding]:
+    yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
+    flags: set[str] = set()
+    model = platform.processor() or platform.machine()
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        fields = dict(line.partition(":")[::2] for line in cpuinfo.read_text(errors="replace").split("\n\n")[0].splitlines() if ":" in line)
+        named = {key.strip(): value.strip() for key, value in fields.items()}
+        model, flags = named.get("model name", model), set(named.get("flags", named.get("Features", "")).split())
+    wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "sve", "bf16")
+    yield Finding(
+        "ok", "cpu", f"{model}, {os.cpu_count()} cores, {' '.join(flag for flag in wanted if flag in flags) or 'no vector flags known here'}"
+    )
+
+
+def _compilers() -> Iterator[Finding]:
+    compiler = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
+    if compiler is None:
+        yield Finding("warning", "c++ compiler", "none found; torch.compile and vLLM's compiled mode need one", "install g++")
+    else:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=30)
+        yield Finding("ok", "c++ compiler", (done.stdout or done.stderr).partition("\n")[0] or compiler)
+    nvcc = shutil.which("nvcc")
+    yield Finding("ok", "cuda compiler", nvcc or "no nvcc, and nothing of this project needs it")
+
+
+def _distributions() -> Iterator[Finding]:
+    ours: dict[str, str] = {}
+    seen: Counter[str] = Counter()
+    for found in distributions():
+        if not _has_metadata(found):
+            name = getattr(found, "_path", found)
+            yield Finding("warning", "metadata", f"{name} has no name or version", "remove the directory, or install its distribution again")
+            continue
+        name, version = identity(found)
+        if name.startswith("arctic-plugins") or any(point.group in _GROUPS for point in found.entry_points):
+            seen[name] += 1
+            if name.startswith("arctic-plugins"):
+                ours.setdefault(name, version)
+    for name, count in seen.items():
+        if count > 1:
+            yield Finding(
+                "error", "metadata", f"{name} is installed {count} times; expected once", f"pip uninstall {name}, {count} times, then install it"
+            )
+    if len(set(ours.values())) > 1:
+        listed = ", ".join(f"{name} {version}" for name, version in sorted(ours.items()))
+        yield Finding("error", "versions", f"{listed}; expected one version, they are released together", "upgrade all of them")
+    elif ours:
+        yield Finding("ok", "versions", f"{', '.join(sorted(ours))}: {next(iter(ours.values()))}")
+    for group in _GROUPS[1:]:
+        owners: dict[str, list[str]] = {}
+        for point in entry_points(group=group):
+            owners.setdefault(point.name, []).append(identity(point.dist)[0] if point.dist else "unknown")
+        for name, several in owners.items():
+            if len(set(several)) > 1:
+                text = f"'{name}' in {group} is provided by {' and '.join(sorted(set(several)))}"
+                yield Finding("error", "duplicate names", f"{text}; expected one of them", "uninstall one")
+
+
+def _has_metadata(found: Distribution) -> bool:
+    try:
+        return bool(found.metadata["Name"] and found.version)
+    except Exception:  # importlib.metadata raises whatever the parser does
+        return False
+
+
+def _hosts() -> Iterator[Finding]:
+    for host in HOST_DISTRIBUTIONS:
+        declared, found = host_range(host), host_version(host)
+        if declared is None:
+            yield Finding("ok", host, f"{' '.join(found) if found else 'not installed'}; no integration of it is installed")
+        elif found is None:
+            yield Finding("warning", host, f"not installed; {declared[0]} needs {host}{declared[1]}", f"pip install '{host}{declared[1]}'")
+        else:
+            try:
+                check_hosts((), host)
+                yield Finding("ok", host, f"{' '.join(found)}, in {declared[1]}")
+            except HostVersionError as error:
+                yield Finding("error", host, str(error))
+
+
+def _in_child(subject: str, *arguments: str) -> list[Finding]:
+    """Run one of the checks below in a fresh interpreter, as vLLM's workers are; what it prints cannot be taken for its findings."""
+    with tempfile.TemporaryDirectory() as directory:
+        answer = Path(directory) / "findings.json"
+        command = [sys.executable, "-m", "arctic_plugins.diagnosis", str(answer), *arguments]
+        try:
+            done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return [Finding("error", subject, f"did not load within {_TIMEOUT:.0f} s", "repair or uninstall what hangs on import")]
+        if not answer.is_file():
+            last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
+            how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
+            return [Finding("error", subject, f"its process ended with {how}{': ' + last[0] if last else ''}", "repair or uninstall it")]
+        return [Finding(**found) for found in json.loads(answer.read_text(encoding="utf-8"))]
+
+
+# What follows runs in child processes only.
+
+
+def _check_plugin(name: str) -> Iterator[Finding]:
+    subject = f"plugin {name}"
+    plugin = load_plugin(name)
+    provider = installed_plugins()[name][0]
+    slots = ", ".join(sorted(plugin.slots)) or "no slot"
+    yield Finding("ok", subject, f"{provider.distribution} {provider.version}, fills {slots}")
+    for host in plugin.hosts:
+        if host_version(host) is not None:
+            try:
+                check_hosts((plugin,), host)
+            except HostVersionError as error:
+                yield Finding("error", subject, str(error))
+    manager = new_plugin_manager(only=("diagnose",))
+    manager.register(plugin, name)
+    for findings in manager.hook.diagnose():
+        yield from (Finding(found.status, f"{subject}: {found.subject}", found.text, found.fix) for found in findings)
+
+
+def _check_recipe(path: str) -> Iterator[Finding]:
+    stack = Stack.from_file(path)
+    yield Finding("ok", "recipe", f"its stack resolves, in this order: {', '.join(plugin.name for plugin in stack) or 'no plugin'}")
+
+
+def _check_torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except ImportError as error:
+        yield Finding("warning", "torch", f"cannot be imported: {error}", "install torch; encoding, training and serving need it")
+        return
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, computes on {device}")
+
+
+def _check_commands() -> Iterator[Finding]:
+    names = []
+    for point in entry_points(group="arctic_plugins.commands"):
+        try:
+            point.load()
+            names.append(point.name)
+        except (Exception, SystemExit) as error:  # an import can fail with anything, and it is all reported
+            owner = identity(point.dist)[0] if point.dist else "unknown"
+            text = f"'{point.name}' of {owner} cannot be imported: {type(error).__name__}: {error}"
+            yield Finding("error", "command", text, f"install {owner} again, or uninstall it")
+    yield Finding("ok", "commands", ", ".join(sorted(names)))
+
+
+def _check_worker() -> Iterator[Finding]:
+    """Load vLLM's general plugins as its workers do, and see whether ours arrived."""
+    subject = "vllm worker"
+    if host_version("vllm") is None or not any(point.name == PROJECT for point in entry_points(group="vllm.general_plugins")):
+        yield Finding("ok", subject, "skipped: vLLM or arctic-plugins-vllm is not installed")
+        return
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()  # vllm/plugins/__init__.py, 0.32.0: swallows what an entry point raises
+    try:
+        get_quantization_config("arctic")
+    except ValueError as error:
+        fix = "see the lines that vLLM logs when it starts; is VLLM_PLUGINS set without arctic_plugins?"
+        yield Finding("error", subject, f"the quantization method 'arctic' is not registered: {error}", fix)
+        return
+    registry = process_registry()
+    for name, failure in registry.failures.items():
+        yield Finding("error", subject, f"plugin '{name}' is not there: {failure}")
+    for codec in registry.codec_types():
+        try:
+            registry.load_codec(codec)
+        except Exception as error:  # an import can fail with anything, and it is all reported
+            yield Finding("error", subject, f"codec '{codec}' cannot be imported: {type(error).__name__}: {error}")
+    yield Finding("ok", subject, f"the method 'arctic' is registered, with the codecs {', '.join(registry.codec_types()) or 'of no plugin'}")
+
+
+_CHECKS: dict[str, Callable[..., Iterable[Finding]]] = {
+    "plugin": _check_plugin,
+    "recipe": _check_recipe,
+    "torch": _check_torch,
+    "commands": _check_commands,
+    "worker": _check_worker,
+}
+
+
+def _main(answer: str, check: str, *arguments: str) -> None:
+    findings: list[Finding] = []
+    try:
+        findings.extend(_CHECKS[check](*arguments))
+    except ArcticError as error:
+        findings.append(Finding("error", " ".join([check, *arguments]), str(error)))
+    except (Exception, SystemExit) as error:  # whatever it is, it is the finding
+        findings.append(Finding("error", " ".join([check, *arguments]), f"{type(error).__name__}: {error}", "repair or uninstall it"))
+    Path(answer).write_text(json.dumps([asdict(found) for found in findings]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

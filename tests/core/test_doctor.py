@@ -1,0 +1,157 @@
+"""`arctic doctor` survives every way in which a plugin can be broken, and says what it is."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from arctic_plugins import diagnosis
+from arctic_plugins.diagnosis import Finding, diagnose
+from arctic_plugins.resolver import host_version
+
+PLUGIN = "from arctic_plugins import Plugin, hookimpl\nfrom arctic_plugins.diagnosis import Finding\n"
+
+
+def broken(body, head=""):
+    return f"{PLUGIN}{head}\nclass plugin(Plugin):\n    name = 'odd'\n{body}"
+
+
+@pytest.fixture
+def doctor(install_plugin, monkeypatch):
+    """A function that installs sources as plugins and gives the findings of those subjects, without the slow checks that have no part in it."""
+
+    def run(*sources, recipe=None, keep=("plugin", "recipe")):
+        sites = []
+        for number, source in enumerate(sources):
+            sites.append(str(install_plugin("odd", source, distribution=f"odd-{number}", module=f"odd_{number}")))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sites, os.environ.get("PYTHONPATH", "")]))
+        child = diagnosis._in_child
+        monkeypatch.setattr(diagnosis, "_in_child", lambda subject, *args: child(subject, *args) if args[0] in keep else [])
+        return diagnose(recipe)
+
+    return run
+
+
+def about(findings, subject):
+    return [found for found in findings if found.subject.startswith(subject)]
+
+
+WAYS = {
+    "raises on import": ("raise RuntimeError('no luck')", "RuntimeError: no luck"),
+    "exits on import": ("raise SystemExit(0)", "SystemExit: 0"),
+    "ends the process": ("import os; os._exit(3)", "its process ended with exit status 3"),
+    "crashes": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "its process ended with signal 11"),
+    "is no plugin": ("plugin = 3", "is not a plugin"),
+    "has another name": (broken("    name = 'even'\n"), "calls itself 'even'"),
+    "knows a hook that is none": (broken("    @hookimpl\n    def clam(self): ...\n"), "unknown hook"),
+    "fails in diagnose": (broken("    @classmethod\n    @hookimpl\n    def diagnose(cls): return 1 / 0\n"), "ZeroDivisionError"),
+    "yields nonsense": (broken("    @classmethod\n    @hookimpl\n    def diagnose(cls): return [3]\n"), "AttributeError"),
+    "wants another host": (broken("    hosts = {'transformers': '<2'}\n"), "plugin 'odd' does not work with transformers"),
+    "declares a bad range": (broken("    hosts = {'transformers': 'two'}\n"), "declares an invalid range"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_never_dies_of_a_broken_plugin(doctor, way):
+    source, message = WAYS[way]
+    findings = doctor(source)
+    wrong = [found for found in about(findings, "plugin odd") if found.status == "error"]
+    assert wrong, findings
+    assert message in wrong[0].text
+    assert about(findings, "plugin fp8")[0].status == "ok"
+    assert about(findings, "python")
+
+
+def test_a_plugin_that_hangs_is_given_up(doctor, monkeypatch):
+    monkeypatch.setattr(diagnosis, "_TIMEOUT", 6.0)
+    started = time.monotonic()
+    findings = doctor("import time; time.sleep(600)")
+    assert "did not load within 6 s" in about(findings, "plugin odd")[0].text
+    assert time.monotonic() - started < 120
+
+
+def test_what_a_plugin_prints_is_not_taken_for_its_findings(doctor):
+    body = "    @classmethod\n    @hookimpl\n    def diagnose(cls): yield Finding('warning', 'compiler', 'none', 'install one')\n"
+    findings = about(doctor(broken(body, head="print('[]'); print('{\"status\": 1}')")), "plugin odd")
+    assert [(found.status, found.subject, found.fix) for found in findings] == [
+        ("ok", "plugin odd", ""),
+        ("warning", "plugin odd: compiler", "install one"),
+    ]
+
+
+def test_two_providers_of_one_name(doctor):
+    findings = about(doctor(broken(""), broken("")), "plugin odd")
+    assert [found.status for found in findings] == ["error"]
+    assert "provided by odd-0 1.0 and odd-1 1.0" in findings[0].text
+
+
+def test_stale_and_broken_metadata(install_plugin, monkeypatch):
+    site = install_plugin("gone", "", module="gone_module")
+    (site / "gone_module.py").unlink()
+    (site / "half-1.0.dist-info").mkdir()
+    again = site / "arctic_plugins_fp8-0.0.9.dist-info"
+    again.mkdir()
+    (again / "METADATA").write_text("Metadata-Version: 2.1\nName: arctic-plugins-fp8\nVersion: 0.0.9\n")
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    child = diagnosis._in_child
+    monkeypatch.setattr(diagnosis, "_in_child", lambda subject, *args: child(subject, *args) if args[0] == "plugin" else [])
+    findings = diagnose()
+    assert "No module named 'gone_module'" in about(findings, "plugin gone")[0].text
+    texts = [found.text for found in about(findings, "metadata")]
+    assert any("half-1.0.dist-info has no name or version" in text for text in texts)
+    assert any("arctic-plugins-fp8 is installed 2 times" in text for text in texts)
+    assert about(findings, "versions")[0].status == "error"
+
+
+def test_a_recipe_says_what_is_enabled(doctor, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("plugins: {fp8: {}}")
+    findings = doctor(recipe=recipe)
+    assert about(findings, "plugin fp8")[0].text.endswith("(enabled)")
+    assert about(findings, "plugin lora")[0].text.endswith("(not enabled)")
+    assert about(findings, "recipe")[0].text == "its stack resolves, in this order: fp8"
+    for text, message in (
+        ("plugins: {nf3: {}}", "enabled, but not installed"),
+        ("plugins: {fp8: {bits: 3}}", "plugins.fp8.bits is 3"),
+        ("plugins: [", "is not valid YAML"),
+        ("plugins: 3", "plugins"),
+    ):
+        recipe.write_text(text)
+        wrong = [found for found in doctor(recipe=recipe) if found.status == "error"]
+        assert any(message in found.text for found in wrong), (text, wrong)
+
+
+def test_a_host_out_of_range_or_absent(monkeypatch):
+    monkeypatch.setattr(diagnosis, "_in_child", lambda *args: [])
+    monkeypatch.setattr(diagnosis, "host_version", lambda host: None)
+    assert [found.status for found in about(diagnose(), "transformers")] == ["warning"]
+    monkeypatch.undo()
+    monkeypatch.setattr(diagnosis, "_in_child", lambda *args: [])
+    monkeypatch.setattr("arctic_plugins.resolver.host_version", lambda host: (host, "4.57.0"))
+    wrong = about(diagnose(), "transformers")[0]
+    assert wrong.status == "error"
+    assert "arctic-plugins-huggingface does not work with transformers 4.57.0; expected transformers<5.20,>=5.16.1" in wrong.text
+
+
+def arctic_doctor(*arguments, **environment):
+    command = [sys.executable, "-m", "arctic_plugins.cli", "doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env={**os.environ, **environment})
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(host_version("vllm") is None, reason="vLLM is not installed")
+def test_the_whole_of_it_as_json_with_the_real_vllm(install_plugin):
+    site = install_plugin("crash", "import os; os._exit(3)")
+    done = arctic_doctor("--json", PYTHONPATH=str(site))
+    findings = [Finding(**found) for found in json.loads(done.stdout)]
+    assert done.returncode == 1
+    assert [found.subject for found in findings if found.status == "error"] == ["plugin crash", "vllm worker"], done.stdout
+    assert "exit status 3" in about(findings, "vllm worker")[0].text, "such a plugin ends vLLM's workers too, and that is said"
+    sound = arctic_doctor()
+    assert sound.returncode == 0, sound.stdout
+    assert "the method 'arctic' is registered" in " ".join(sound.stdout.split())
+    hidden = arctic_doctor("--json", VLLM_PLUGINS="")
+    assert "is not registered" in about([Finding(**found) for found in json.loads(hidden.stdout)], "vllm worker")[0].text

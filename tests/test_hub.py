@@ -1,0 +1,168 @@
+"""Hub ids where a directory could stand, and push_to_hub as in transformers, against a stub of the hub on this machine."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from arctic_plugins_huggingface import load_model, save_checkpoint
+from safetensors.torch import load_file
+
+from arctic_plugins import Stack
+from arctic_plugins.provenance import FILE_NAME
+
+FP8 = Stack.from_dict({"fp8": {}})
+PLUGINS = {"fp8": {}, "lora": {"r": 4}}
+
+
+@pytest.fixture
+def hub(tmp_path):
+    specification = importlib.util.spec_from_file_location("hub_stub", Path(__file__).with_name("hub.py"))
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    with module.Hub(tmp_path / "hub") as hub:
+        yield hub
+    assert not hub.unknown, "the stub was asked for what it does not know"
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Run Python source, or the command line, in a process that sees the stub as the hub."""
+
+    def start(*command):
+        start = ["-c", dedent(command[0])] if len(command) == 1 else ["-m", "arctic_plugins.cli", *map(str, command)]
+        environment = hub.environment(tmp_path / "home")
+        return subprocess.run([sys.executable, *start], capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=tmp_path)
+
+    return start
+
+
+def ok(done):
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(10, 40)[None]).logits
+
+
+def test_an_encoded_model_is_pushed_and_read_back_bitwise(hub, run, tiny_checkpoint):
+    ok(
+        run(f"""
+            from arctic_plugins import Stack
+            from arctic_plugins_huggingface import load_model
+            model, tokenizer = load_model({str(tiny_checkpoint)!r}, Stack.from_dict({{"fp8": {{}}}}))
+            model.push_to_hub("someone/encoded")
+            tokenizer.push_to_hub("someone/encoded")
+        """)
+    )
+    assert hub.files("someone/encoded") >= {"config.json", "model.safetensors", "tokenizer.json"}
+    again, _ = load_model(hub.repository("someone/encoded"))
+    assert torch.equal(logits(again), logits(load_model(tiny_checkpoint, FP8)[0]))
+    out = ok(
+        run("""
+            import torch
+            from arctic_plugins_huggingface import load_model, register
+            from transformers import AutoModelForCausalLM
+            model, _ = load_model("someone/encoded", revision="main")
+            register()
+            stock = AutoModelForCausalLM.from_pretrained("someone/encoded")
+            ids = torch.arange(10, 40)[None]
+            with torch.no_grad():
+                assert torch.equal(model(ids).logits, stock(ids).logits)
+                print("SUM", model(ids).logits.sum().item())
+        """)
+    )
+    assert float(out.split("SUM")[1]) == logits(again).sum().item()
+
+
+def test_train_push_merge_and_generate_with_hub_ids_alone(hub, run, tiny_checkpoint, tmp_path):
+    hub.put("someone/base", tiny_checkpoint)
+    records = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(16)]
+    data = tmp_path / "dataset"
+    data.mkdir()
+    (data / "train.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    (data / "test.jsonl").write_text("\n".join(json.dumps(record) for record in records[:4]))
+    hub.put("someone/numbers", data, "datasets")
+    training = {"output_dir": "out", "max_steps": 2, "use_cpu": True, "bf16": False, "save_steps": 1}
+    recipe = {
+        "model": "someone/base",
+        "plugins": PLUGINS,
+        "data": {"path": "someone/numbers", "eval_split": "test"},
+        "training": {**training, "push_to_hub": True, "hub_model_id": "someone/adapter"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert "eval loss" in ok(run("train", "recipe.yaml"))
+    assert hub.files("someone/adapter") >= {"adapter_config.json", "adapter_model.safetensors", FILE_NAME, "tokenizer.json"}
+    assert json.loads((hub.repository("someone/adapter") / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/base"
+    local = load_file(tmp_path / "out" / "final" / "adapter_model.safetensors")
+    pushed = load_file(hub.repository("someone/adapter") / "adapter_model.safetensors")
+    assert all(torch.equal(pushed[name], tensor) for name, tensor in local.items())
+    generated = ok(run("generate", "someone/adapter", "hi", "--max-new-tokens", "8"))
+    ok(run("merge", "someone/adapter", "merged"))
+    merged, _ = load_model(tmp_path / "merged")
+    assert merged.config.quantization_config.codecs.codecs
+    assert ok(run("generate", "out/final", "hi", "--max-new-tokens", "8")) == generated
+    ok(run("quantize", "someone/base", "encoded"))
+    assert torch.equal(logits(load_model(tmp_path / "encoded")[0]), logits(load_model(tiny_checkpoint, FP8)[0]))
+
+
+def test_the_ordinary_trainer_pushes_its_adapter(hub, run, tiny_checkpoint):
+    ok(
+        run(f"""
+            from transformers import Trainer
+            from arctic_plugins import Stack
+            from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model
+            args = ArcticTrainingArguments(output_dir="out", max_steps=2, save_steps=1, use_cpu=True, report_to="none", push_to_hub=True,
+                                           hub_model_id="someone/trained", hub_strategy="checkpoint", plugins={PLUGINS!r})
+            stack = Stack.from_dict(args.plugins)
+            model, tokenizer = load_model({str(tiny_checkpoint)!r}, stack)
+            rows = [{{"input_ids": list(range(10, 30)), "labels": list(range(10, 30))}}] * 8
+            trainer = attach(Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer), stack)
+            trainer.train()
+            trainer.push_to_hub()
+        """)
+    )
+    assert hub.files("someone/trained") >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
+def test_what_the_hub_does_not_have_is_one_line(hub, run, tiny_checkpoint, tmp_path):
+    hub.put("someone/base", tiny_checkpoint)
+    for arguments, message in (
+        (("generate", "someone/absent", "hi"), "someone/absent is no directory here and cannot be had from the hub"),
+        (("merge", "someone/base", "out"), "someone/base has no adapter_config.json"),
+    ):
+        done = run(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+    recipe = {"model": "someone/base", "data": {"path": "someone/nothing"}, "training": {"output_dir": "out", "use_cpu": True}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    done = run("train", "recipe.yaml")
+    assert done.returncode == 2, done.stderr
+    assert "data.path someone/nothing is no file here and cannot be loaded as a dataset" in done.stderr.splitlines()[-1]
+
+
+def test_a_model_in_the_cache_is_used_when_the_hub_is_gone(hub, run, tiny_checkpoint, tmp_path):
+    hub.put("someone/base", tiny_checkpoint)
+    answer = ok(run("generate", "someone/base", "hi", "--max-new-tokens", "4"))
+    environment = {**hub.environment(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    command = [sys.executable, "-m", "arctic_plugins.cli", "generate", "someone/base", "hi", "--max-new-tokens", "4"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, answer), done.stderr
+    assert "someone/base comes from the cache: http://127.0.0.1:9 cannot be reached" in done.stderr
+
+
+def test_a_plugin_that_made_a_checkpoint_of_the_hub_is_named(hub, run, tiny_checkpoint, tmp_path):
+    checkpoint = save_checkpoint(*load_model(tiny_checkpoint, FP8), tmp_path / "encoded", FP8)
+    content = json.loads((checkpoint / FILE_NAME).read_text())
+    (checkpoint / FILE_NAME).write_text(json.dumps({**content, "stack": {"nf3": {}}, "plugins": {"nf3": "someones-nf3==2.1"}}))
+    hub.put("someone/encoded", checkpoint)
+    done = run("generate", "someone/encoded", "hi")
+    assert done.returncode == 2
+    assert "made with the plugin nf3, not installed here; pip install someones-nf3==2.1" in done.stderr
