@@ -8,7 +8,7 @@ from pathlib import Path
 import pluggy
 import pytest
 import yaml
-from arctic_plugins_huggingface.recipe import Recipe
+from arctic_plugins_huggingface.recipe import DataConfig, Recipe
 from arctic_plugins_huggingface.sft import training_arguments
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -19,13 +19,13 @@ from arctic_plugins.discovery import installed_plugins, load_plugin, new_plugin_
 from arctic_plugins.resolver import host_range
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/training.md"))
 DISTRIBUTIONS = [ROOT / "pyproject.toml", *sorted(ROOT.glob("integrations/*/pyproject.toml")), *sorted(ROOT.glob("plugins/*/pyproject.toml"))]
 PROJECTS = [tomllib.loads(path.read_text())["project"] for path in DISTRIBUTIONS]
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [block for text in (README, GUIDE) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
 @pytest.mark.parametrize("recipe", [*blocks("yaml"), *(path.read_text() for path in sorted((ROOT / "examples").glob("*.yaml")))])
@@ -58,6 +58,13 @@ def test_every_hook_is_documented_and_used():
         assert len(getattr(hookspecs, name).__doc__) > 60
         assert f'"{name}"' in stack or f"hook.{name}(" in stack
     assert isinstance(new_plugin_manager(), pluggy.PluginManager)
+
+
+def test_options_of_data_are_in_the_guide():
+    for name, field in DataConfig.model_fields.items():
+        assert f"`{name}`" in GUIDE, name
+        default = {"False": "false", "None": "none", "{}": "none"}.get(str(field.get_default(call_default_factory=True)))
+        assert default is None or re.search(rf"`{name}`.*\| {default} \|", GUIDE) or name in ("name",)
 
 
 def test_options_of_plugins_are_in_their_readme():

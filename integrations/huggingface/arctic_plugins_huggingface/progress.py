@@ -59,6 +59,8 @@ class TrainingProgress(TrainerCallback):
         logs = logs or {}
         self._loss = logs.get("loss", self._loss)
         shown = {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
+        if self._bar is not None:
+            self._bar.update(self._task, description=self._figures(state))
         if not state.is_world_process_zero or self._bar is not None or not shown:
             return
         left = (state.max_steps - state.global_step) * (time.perf_counter() - self._start) / max(1, state.global_step - self._first_step)
@@ -92,6 +94,8 @@ def show_summary(result: TrainingResult, console: Console) -> None:
     losses = [entry["loss"] for entry in result.history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
     table = Table(show_header=False, title="summary")
+    table.add_column()
+    table.add_column(overflow="fold")
     rows = {
         "steps": f"{result.steps:,} in {result.seconds:,.0f} s",
         "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged",
