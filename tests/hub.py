@@ -65,6 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        if path == "/":
+            return self.answer({})
         if path == "/api/whoami-v2":
             return self.answer({"name": OWNER, "type": "user", "auth": {"type": "access_token", "accessToken": {"role": "write"}}})
         if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|commits|refs)(?:/([^/]+))?.*)?", path):

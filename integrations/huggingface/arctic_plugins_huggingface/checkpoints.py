@@ -18,7 +18,7 @@ from arctic_plugins.errors import CheckpointError
 from arctic_plugins.frozen import Codec
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
 
-__all__ = ["adapter_directory", "check_checkpoint", "check_encoded", "hub_arguments", "reason"]
+__all__ = ["adapter_directory", "check_checkpoint", "check_encoded", "hub_arguments", "hub_trouble", "reason"]
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def check_checkpoint(checkpoint: str | Path, **kwargs: Any) -> dict[str, Any]:
     return kwargs
 
 
-def check_encoded(directory: Path, shapes: Mapping[str, tuple[int, int]], codecs: Mapping[str, Codec]) -> None:
+def check_encoded(directory: Path, shapes: Mapping[str, tuple[int, int]], codecs: Mapping[str, Codec], variant: str | None = None) -> None:
     """Compare the headers of an encoded checkpoint's files with what its codecs make of weights of these shapes.
 
     The loader does not: it casts what has another dtype.
@@ -81,11 +81,9 @@ def check_encoded(directory: Path, shapes: Mapping[str, tuple[int, int]], codecs
     Raises:
         CheckpointError: a tensor is missing or has another shape or dtype; names it.
     """
-    index = directory / "model.safetensors.index.json"
-    files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     headers: dict[str, tuple[tuple[int, ...], str]] = {}
-    for name in files:
-        with safe_open(directory / name, "pt") as file:
+    for path in _weight_files(directory, variant):
+        with safe_open(path, "pt") as file:
             headers.update({key: (tuple((part := file.get_slice(key)).get_shape()), part.get_dtype()) for key in file.keys()})  # noqa: SIM118
     for module, codec in codecs.items():
         for suffix, spec in codec.layout(shapes[module]).items():
@@ -135,6 +133,17 @@ def reason(error: BaseException) -> str:
     return text if isinstance(error, (OSError, ValueError, RuntimeError)) and text else f"{type(error).__name__}: {text or 'no message'}"
 
 
+def hub_trouble() -> str | None:
+    """Why the hub cannot be asked, or None if it can; one attempt, where the libraries retry for half a minute."""
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not asked (HF_HUB_OFFLINE)"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception as error:  # whichever HTTP library the hub's client uses
+        return f"{constants.ENDPOINT} cannot be reached ({reason(error)})"
+    return None
+
+
 def _is_directory(checkpoint: str | Path) -> bool:
     """True for a local directory, False for what may be a hub id; CheckpointError for anything else."""
     if Path(checkpoint).is_dir():
@@ -148,24 +157,18 @@ def _is_directory(checkpoint: str | Path) -> bool:
 
 def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Ask the hub once, where transformers would retry for half a minute; fall back to the cache."""
-    if kwargs.get("local_files_only") or constants.HF_HUB_OFFLINE:
-        trouble = "and the hub is not asked (offline)"
-    else:
-        try:
-            get_session().head(f"{constants.ENDPOINT}/api/models/{repository}", timeout=10)
-        except Exception as error:  # whichever HTTP library the hub's client uses
-            trouble = f"and {constants.ENDPOINT} cannot be reached ({reason(error)})"
-        else:
-            return kwargs
+    trouble = "the hub is not asked (local_files_only)" if kwargs.get("local_files_only") else hub_trouble()
+    if trouble is None:
+        return kwargs
     local = {**kwargs, "local_files_only": True}
     for name in ("config.json", ADAPTER):
         if cached_file(
             repository, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub_arguments(local)
         ):
-            logger.warning("%s comes from the cache: %s", repository, trouble.removeprefix("and "))
+            logger.warning("%s comes from the cache: %s", repository, trouble)
             return local
     raise CheckpointError(
-        f"there is no directory '{repository}' here, no model of that name in the hub's cache, {trouble}",
+        f"there is no directory '{repository}' here, no model of that name in the hub's cache, and {trouble}",
         expected="a checkpoint directory or a hub id",
         fix="correct the path, or connect and download it first: hf download " + repository,
     )
@@ -191,12 +194,12 @@ def _check_unchanged(directory: Path) -> None:
             check_files(directory)
 
 
-def _check_weights(directory: Path, variant: str | None) -> None:
+def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
+    """File of a checkpoint -> the tensors that its index, if any, says it holds."""
     infix = f".{variant}" if variant else ""
     whole, index = directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"
     if whole.is_file():
-        _open(whole)
-        return
+        return {whole: set()}
     if not index.is_file():
         pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern) if path.name != "training_args.bin")
         fix = (
@@ -208,12 +211,17 @@ def _check_weights(directory: Path, variant: str | None) -> None:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no valid 'weight_map'", expected="an object of tensor -> file", fix="make the checkpoint again")
-    for name in sorted(set(weight_map.values())):
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{index} names {name}, which is absent", fix="copy the missing shard, or make the checkpoint again")
-        missing = {tensor for tensor, shard in weight_map.items() if shard == name} - _open(directory / name)
-        if missing:
-            raise CheckpointError(f"{directory / name} lacks {min(missing)}, which {index.name} says it holds", fix="make the checkpoint again")
+    return {directory / name: {tensor for tensor, shard in weight_map.items() if shard == name} for name in sorted(set(weight_map.values()))}
+
+
+def _check_weights(directory: Path, variant: str | None) -> None:
+    for path, tensors in _weight_files(directory, variant).items():
+        if not path.is_file():
+            raise CheckpointError(
+                f"{directory}'s index names {path.name}, which is absent", fix="copy the missing shard, or make the checkpoint again"
+            )
+        if missing := tensors - _open(path):
+            raise CheckpointError(f"{path} lacks {min(missing)}, which the index says it holds", fix="make the checkpoint again")
 
 
 def _open(path: Path) -> set[str]:

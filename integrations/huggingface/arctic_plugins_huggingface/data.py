@@ -17,13 +17,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DownloadConfig, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import maybe_convert_to_chatml
 
 from arctic_plugins.errors import DataError, suggest
-from arctic_plugins_huggingface.checkpoints import reason
-from arctic_plugins_huggingface.recipe import DataConfig
+from arctic_plugins_huggingface.checkpoints import hub_trouble, reason
+from arctic_plugins_huggingface.recipe import FILE_KINDS, DataConfig
 
 __all__ = ["DataCounts", "TrainingData", "alpaca_messages", "chat", "check_source", "load_data"]
 
@@ -31,6 +30,7 @@ Record = dict[str, Any]
 Messages = list[dict[str, str]]
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 _BATCH = 1000
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 
 
 @dataclass
@@ -77,7 +77,7 @@ def chat(question: str, system: str | None = None) -> Messages:
 def check_source(config: DataConfig) -> None:
     """Raise DataError if a data file is absent; cheap, so that it can be said first."""
     for key, path in (("path", config.path), ("eval_path", config.eval_path)):
-        if path is not None and not Path(path).is_file() and (Path(path).suffix or Path(path).is_absolute() or Path(path).exists()):
+        if path is not None and not Path(path).is_file() and (Path(path).suffix in FILE_KINDS or Path(path).is_absolute() or Path(path).exists()):
             found = "is a directory" if Path(path).is_dir() else "does not exist"
             raise DataError(f"data.{key} {path} {found}", expected="a JSON, JSONL, CSV, TSV or Parquet file", fix=f"correct data.{key}")
 
@@ -100,6 +100,12 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: i
             f"data.format is '{config.format}', and the model's tokenizer has no chat template",
             expected="a chat model",
             fix="set tokenizer.chat_template and save it, or use the format prompt_completion",
+        )
+    if config.loss == "completion" and config.format != "text" and not tokenizer.is_fast:
+        raise DataError(
+            f"the model's tokenizer ({type(tokenizer).__name__}) does not tell which characters a token stands for",
+            expected="one that does, for data.loss 'completion'",
+            fix="set data.loss to 'all'",
         )
     counts, evaluation, eval_counts = DataCounts(), None, None
     if config.eval_path is not None or config.eval_split is not None:
@@ -229,11 +235,13 @@ def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:
+    trouble = hub_trouble()
+    options = {} if trouble is None else {"download_config": DownloadConfig(local_files_only=True)}
     try:
-        dataset = load_dataset(config.path, config.name, split=config.split, streaming=config.streaming)
+        dataset = load_dataset(config.path, config.name, split=config.split, streaming=config.streaming, **options)
     except Exception as error:  # datasets raises its own, the hub's, httpx's and the builder's
         raise DataError(
-            f"data.path {config.path} is no file here and cannot be loaded as a dataset: {reason(error)}",
+            f"data.path {config.path} is no file here and cannot be loaded as a dataset: {trouble or reason(error)}",
             expected="a file, or the id of a dataset that can be reached",
             fix="correct data.path, data.name or data.split",
         ) from error
@@ -272,11 +280,17 @@ def _alpaca(record: Record, where: str, config: DataConfig) -> Record:
 
 def _chat(record: Record, where: str, config: DataConfig) -> Record:
     if "messages" not in record and isinstance(record.get("conversations"), list):
-        record = maybe_convert_to_chatml(record)
+        record = {"messages": [_from_sharegpt(message) for message in record["conversations"]]}
     messages = _messages(record.get("messages"), "messages", where, config)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where} has no message of the role 'assistant'", expected="something to learn", fix="correct or remove the record")
     return {"messages": messages}
+
+
+def _from_sharegpt(message: Any) -> Any:
+    if not isinstance(message, Mapping) or "from" not in message:
+        return message
+    return {"role": _SHAREGPT_ROLES.get(str(message["from"]), message["from"]), "content": message.get("value")}
 
 
 def _prompt_completion(record: Record, where: str, config: DataConfig) -> Record:
@@ -308,7 +322,7 @@ def _tokenized(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, conf
         text = row["prompt"] + row["completion"]
         spans = [(len(row["prompt"]), len(text))]
     everything = config.loss == "all" or "text" in row
-    encoded = tokenizer(text, add_special_tokens=not chats, return_offsets_mapping=not everything)
+    encoded = tokenizer(text, add_special_tokens=not chats, return_offsets_mapping=not everything, verbose=False)
     ids = list(encoded["input_ids"])
     if everything:
         labels = list(ids)

@@ -53,7 +53,7 @@ def load_model(
     stack.hf_configure_model(config)
     for warning in stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"):
         logger.warning(warning)
-    quantization = _quantization(config, stack, Path(checkpoint) / kwargs.get("subfolder", ""))
+    quantization = _quantization(config, stack, Path(checkpoint) / kwargs.get("subfolder", ""), kwargs.get("variant"))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint, config=config, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
@@ -136,7 +136,7 @@ def linear_modules(model: nn.Module) -> dict[str, LinearSpec]:
     }
 
 
-def _quantization(config: PreTrainedConfig, stack: Stack, directory: Path) -> ArcticQuantizationConfig | None:
+def _quantization(config: PreTrainedConfig, stack: Stack, directory: Path, variant: str | None) -> ArcticQuantizationConfig | None:
     """What the stack claims of this model; for an encoded checkpoint, nothing but the check that it claims the same."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not is_encoded(config):
@@ -146,7 +146,7 @@ def _quantization(config: PreTrainedConfig, stack: Stack, directory: Path) -> Ar
     modules, claimed, codecs = claims(config, stack)
     if quantization is not None:
         if directory.is_dir():
-            check_encoded(directory, {name: spec.shape for name, spec in modules.items()}, codecs)
+            check_encoded(directory, {name: spec.shape for name, spec in modules.items()}, codecs, variant)
         # The host builds its quantizer from this dict; an argument of from_pretrained it would only compare.
         stored = ModuleCodecs.from_owners(codecs, modules).to_config()
         config.quantization_config = {**stored, "placements": _placements(claimed, codecs)}

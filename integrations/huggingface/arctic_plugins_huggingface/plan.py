@@ -113,7 +113,7 @@ def make_plan(run: Run) -> Plan:
         trainable_parameters=sum(parameter.numel() for parameter in trainable.values()),
         steps=_steps(run, rows),
         rows=rows,
-        data=str(run.data.counts),
+        data=str(run.data.counts) if rows else "read while training",
         bytes=sizes,
     )
 

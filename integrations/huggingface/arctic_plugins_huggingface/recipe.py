@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from arctic_plugins.plugin import config_error
 from arctic_plugins.stack import read_yaml
 
-__all__ = ["DataConfig", "Recipe"]
+__all__ = ["FILE_KINDS", "DataConfig", "Recipe"]
 
+FILE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
+"""Names that end so are files, and never ids of datasets."""
 Format = Literal["alpaca", "messages", "prompt_completion", "text"]
 
 
@@ -95,4 +97,4 @@ class Recipe(BaseModel):
 
 
 def _may_be_an_id(path: str) -> bool:
-    return len(Path(path).parts) <= 2 and not Path(path).suffix and not path.startswith((".", "/"))
+    return len(Path(path).parts) <= 2 and Path(path).suffix not in FILE_KINDS and not path.startswith((".", "/"))

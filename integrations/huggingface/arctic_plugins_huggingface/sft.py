@@ -155,8 +155,7 @@ def train(
     if resume and (output / "final" / FILE_NAME).is_file():
         check_files(output / "final")
         return None
-    if not resume and not overwrite:
-        _check_output(output)
+    _check_output(output, new=not resume and not overwrite)
     run = prepare(recipe)
     start = _resume_from(run, output, console) if resume else None
     set_seed(run.arguments.seed)  # adapters are drawn at random
@@ -268,12 +267,22 @@ def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _check_output(output: Path) -> None:
-    if _is_main_process() and output.exists() and (not output.is_dir() or any(output.iterdir())):
+def _check_output(output: Path, *, new: bool) -> None:
+    """Raise ConfigError unless ``output`` can be written to and, if ``new``, is absent or empty."""
+    if not _is_main_process():
+        return
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"training.output_dir {output} is a file", expected="a directory", fix="name another")
+    if new and output.exists() and any(output.iterdir()):
         raise ConfigError(
             f"training.output_dir {output} exists and is not empty",
             expected="a new directory",
             fix="--resume continues the run that began there, --overwrite removes its checkpoints, or name another",
+        )
+    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ConfigError(
+            f"training.output_dir {output} cannot be written: {existing} does not allow it", fix="name another, or change its permissions"
         )
 
 

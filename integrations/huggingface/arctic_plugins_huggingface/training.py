@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,10 +14,9 @@ from typing import Any, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.provenance import check_files, write_provenance
+from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
 
 __all__ = ["ArcticTrainingArguments", "GracefulStop", "attach", "last_checkpoint"]
@@ -55,7 +55,14 @@ class _CommitCallback(TrainerCallback):
             torch.distributed.barrier()  # every process writes its own random state
         if state.is_world_process_zero and directory.is_dir():
             write_provenance(directory, self.stack)
-            rotate_checkpoints(str(output), save_total_limit=self.limit, best_model_checkpoint=state.best_model_checkpoint)
+            self._remove_older(output, {directory, Path(state.best_model_checkpoint or directory)})
+
+    def _remove_older(self, output: Path, keep: set[Path]) -> None:
+        """As the Trainer's ``rotate_checkpoints``, but an incomplete checkpoint of a higher step neither counts nor is taken for the newest."""
+        complete = [path for _, path in _by_step(output) if (path / FILE_NAME).is_file()]
+        for path in complete[: max(0, len(complete) - self.limit)] if self.limit else []:
+            if path not in keep:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
@@ -75,9 +82,8 @@ def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
 
     A save that was cut off has no ``arctic_plugins.json``; one that was damaged since does not agree with it.
     """
-    steps = {int(path.name.rpartition("-")[2]): path for path in Path(output_dir).glob("checkpoint-*") if path.name.rpartition("-")[2].isdecimal()}
     ignored: list[str] = []
-    for _, path in sorted(steps.items(), reverse=True):
+    for _, path in reversed(_by_step(Path(output_dir))):
         try:
             check_files(path)
         except CheckpointError as error:
@@ -85,6 +91,11 @@ def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
         else:
             return path, ignored
     return None, ignored
+
+
+def _by_step(output: Path) -> list[tuple[int, Path]]:
+    named = [(path.name.rpartition("-")[2], path) for path in output.glob("checkpoint-*")]
+    return sorted((int(step), path) for step, path in named if step.isdecimal())
 
 
 class GracefulStop(TrainerCallback):

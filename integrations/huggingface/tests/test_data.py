@@ -87,7 +87,7 @@ def test_formats_and_what_the_loss_is_about(tokenizer, tmp_path, name):
 
 
 def test_chats_in_other_spellings(tokenizer, tmp_path):
-    sharegpt = {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]}
+    sharegpt = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     row = load(tokenizer, write(tmp_path / "a.jsonl", [sharegpt]), format="messages").train[0]
     assert spoken(tokenizer, row) == ("<|user|>a<|end|><|assistant|>b<|end|>", "b<|end|>")
     chat = {"prompt": CHAT[:3], "completion": CHAT[3:]}
@@ -176,6 +176,7 @@ def test_options_that_contradict_each_other():
         ("a.jsonl", '{"messages": []}', {"format": "messages"}, r"messages=\[\]; expected a list of messages"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', {"format": "messages"}, r"messages\[0\].*expected a message with 'role' and 'content'"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', {"format": "messages"}, "no message of the role 'assistant'"),
+        ("a.jsonl", '{"conversations": [3, {"from": [1]}]}', {"format": "messages"}, r"messages\[0\]=3"),
         ("a.jsonl", '{"prompt": "a"}', {"format": "prompt_completion"}, "has no 'completion'"),
         ("a.jsonl", '{"prompt": "%s", "completion": "a"}' % ("x" * 99), {"format": "prompt_completion", "max_length": 9}, "raise data.max_length"),
         ("a.jsonl", "[" * 99999, {}, "is not valid JSON"),

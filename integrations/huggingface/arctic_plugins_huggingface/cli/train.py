@@ -29,12 +29,14 @@ def train(recipe: str, resume: bool, overwrite: bool, dry_run: bool, as_json: bo
     if as_json and not dry_run:
         raise ConfigError("--json is for --dry-run", fix="add --dry-run, or leave --json out")
     parsed = Recipe.from_file(recipe)
+    import os
+
     from rich.console import Console
 
     from arctic_plugins_huggingface.cli import quiet_hosts
 
     quiet_hosts()
-    console = Console()
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # one of several processes speaks
     if dry_run:
         import json
 
