@@ -235,6 +235,12 @@ CASES = {
     "a bad training argument": (recipe(training__lr_scheduler_type="zigzag"), TRAIN, "training is not valid: .*zigzag"),
     "a training argument of another type": (recipe(training__max_steps="many"), TRAIN, "training"),
     "a negative learning rate": (recipe(training__learning_rate=-1.0), TRAIN, "learning_rate|Invalid"),
+    "a tracker that is not installed": (recipe(training__report_to=["comet_ml"]), TRAIN, "report_to names comet_ml, not installed here; pip install"),
+    "arguments that only the trainer checks": (
+        recipe(training__eval_strategy="steps", training__load_best_model_at_end=True, training__save_strategy="epoch", data__eval_size=1),
+        TRAIN,
+        "training is not valid",
+    ),
     "no output_dir": (recipe(training={}), TRAIN, "training.output_dir is missing"),
     "an output_dir in use": (lambda here: shutil.copytree(here / "plain", here / "out"), TRAIN, "out exists and is not empty.*--resume.*--overwrite"),
     "an output_dir that is a file": (recipe(training__output_dir="data.jsonl"), TRAIN, "data.jsonl is a file; expected a directory"),

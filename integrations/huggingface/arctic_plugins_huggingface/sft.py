@@ -16,12 +16,13 @@ from huggingface_hub import upload_folder
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins.errors import CheckpointError, ConfigError, Interrupted, suggest
 from arctic_plugins.provenance import FILE_NAME, check_files, read_provenance
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints import check_checkpoint
+from arctic_plugins_huggingface.checkpoints import check_checkpoint, reason
 from arctic_plugins_huggingface.data import DataCounts, TrainingData, check_source, load_data
 from arctic_plugins_huggingface.loading import load_model, load_tokenizer, only_hub
 from arctic_plugins_huggingface.progress import TrainingProgress
@@ -166,14 +167,17 @@ def train(
         for path in [*output.glob("checkpoint-*"), output / "final"]:
             shutil.rmtree(path, ignore_errors=True)
     stop, progress = GracefulStop(), TrainingProgress(console)
-    trainer = _SFTTrainer(
-        model=model,
-        args=run.arguments,
-        train_dataset=run.data.train,
-        eval_dataset=run.data.eval,
-        processing_class=tokenizer,
-        callbacks=[*(callbacks or []), stop, progress],
-    )
+    try:
+        trainer = _SFTTrainer(
+            model=model,
+            args=run.arguments,
+            train_dataset=run.data.train,
+            eval_dataset=run.data.eval,
+            processing_class=tokenizer,
+            callbacks=[*(callbacks or []), stop, progress],
+        )
+    except (ValueError, ImportError) as error:  # combinations of arguments that only the trainers check
+        raise ConfigError(f"training is not valid: {reason(error)}", fix="correct the argument it names") from error
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     attach(trainer, run.stack)
@@ -234,14 +238,17 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
         "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it trains in bfloat16 without a GPU
         "include_num_input_tokens_seen": "non_padding",
-        "eval_strategy": ("steps" if given.get("max_steps", 0) > 0 else "epoch") if evaluates else "no",
+        "eval_strategy": ("steps" if "eval_steps" in given else "epoch") if evaluates else "no",
         "packing_strategy": "bfd_split" if data.format == "text" else "bfd",
     }
     ours = {"max_length": data.max_length, "packing": data.packing, "eval_packing": False}
     try:
-        return SFTConfig(**{**defaults, **ours, **given})
+        arguments = SFTConfig(**{**defaults, **ours, **given})
     except (ValueError, TypeError) as error:
         raise ConfigError(f"training is not valid: {error}", fix="correct the value it names") from error
+    if absent := sorted({*arguments.report_to} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):
+        raise ConfigError(f"training.report_to names {', '.join(absent)}, not installed here", fix=f"pip install {' '.join(absent)}, or leave it out")
+    return arguments
 
 
 _HINTS = get_type_hints(SFTConfig)
