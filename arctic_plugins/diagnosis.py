@@ -15,35 +15,21 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import Distribution, distributions, entry_points
 from pathlib import Path
-from typing import Literal
 
 from arctic_plugins.discovery import identity, installed_plugins, load_plugin, new_plugin_manager, process_registry
 from arctic_plugins.errors import ArcticError, HostVersionError
-from arctic_plugins.plugin import PROJECT
+from arctic_plugins.plugin import PROJECT, Finding
 from arctic_plugins.resolver import HOST_DISTRIBUTIONS, check_hosts, host_range, host_version
 from arctic_plugins.stack import Stack, read_yaml
 
-__all__ = ["Finding", "diagnose"]
+__all__ = ["diagnose"]
 
-Status = Literal["ok", "warning", "error"]
 _GROUPS = (PROJECT, "arctic_plugins.commands", "vllm.general_plugins")
 _TIMEOUT = 180.0
 """Seconds for a child process: the first import of torch or vLLM on a cold disk takes most of a minute."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was looked at."""
-
-    status: Status
-    """``error``: something enabled or installed does not work. ``warning``: something may be slower or is not available. ``ok``: as it should be."""
-    subject: str
-    text: str
-    """What was found, and what was expected."""
-    fix: str = ""
 
 
 def diagnose(recipe: str | Path | None = None) -> list[Finding]:

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from arctic_plugins.plugin import PROJECT
+from arctic_plugins.plugin import PROJECT, Finding
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from arctic_plugins.claims import Claim, LinearSpec
-    from arctic_plugins.diagnosis import Finding
     from arctic_plugins.registry import Registry
     from arctic_plugins.stack import Stack
 

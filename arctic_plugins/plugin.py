@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import pluggy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from arctic_plugins.errors import ConfigError, suggest
 
-__all__ = ["MODEL_SLOTS", "MODULE_SLOTS", "PROJECT", "Plugin", "PluginConfig", "hookimpl"]
+__all__ = ["MODEL_SLOTS", "MODULE_SLOTS", "PROJECT", "Finding", "Plugin", "PluginConfig", "hookimpl"]
 
 PROJECT = "arctic_plugins"
 """The pluggy project name, and the entry-point group in which distributions list their plugins."""
@@ -68,6 +69,18 @@ class Plugin:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.options!r})"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that ``arctic doctor`` looked at."""
+
+    status: Literal["ok", "warning", "error"]
+    """``error``: something enabled or installed does not work. ``warning``: something may be slower or is not available. ``ok``: as it should be."""
+    subject: str
+    text: str
+    """What was found, and what was expected."""
+    fix: str = ""
 
 
 def config_error(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:

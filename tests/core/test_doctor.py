@@ -8,11 +8,11 @@ import time
 
 import pytest
 
-from arctic_plugins import diagnosis
-from arctic_plugins.diagnosis import Finding, diagnose
+from arctic_plugins import Finding, diagnosis
+from arctic_plugins.diagnosis import diagnose
 from arctic_plugins.resolver import host_version
 
-PLUGIN = "from arctic_plugins import Plugin, hookimpl\nfrom arctic_plugins.diagnosis import Finding\n"
+PLUGIN = "from arctic_plugins import Finding, Plugin, hookimpl\n"
 
 
 def broken(body, head=""):

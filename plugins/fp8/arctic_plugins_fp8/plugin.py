@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from arctic_plugins import Claim, LinearSpec, Plugin, Registry, hookimpl
+from arctic_plugins import Claim, Finding, LinearSpec, Plugin, Registry, hookimpl
 from arctic_plugins.claims import matches
-from arctic_plugins.diagnosis import Finding
 from arctic_plugins.errors import ClaimError
 from arctic_plugins_fp8.config import FP8Config
 

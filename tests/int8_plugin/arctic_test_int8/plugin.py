@@ -1,6 +1,6 @@
 """A codec, a placement on disk and every hook, by somebody who knows only the contract."""
 
-from arctic_plugins import Claim, Plugin, PluginConfig, UserError, hookimpl
+from arctic_plugins import Claim, Finding, Plugin, PluginConfig, UserError, hookimpl
 
 
 class Int8Config(PluginConfig):
@@ -21,6 +21,11 @@ class Int8(Plugin):
     @hookimpl
     def register(cls, registry):
         registry.codec("test-int8", "arctic_test_int8.codec:Int8Codec")
+
+    @classmethod
+    @hookimpl
+    def diagnose(cls):
+        return [Finding("ok", "spool", "any directory will do")]
 
     @hookimpl
     def validate(self, stack, model_config, hardware):
