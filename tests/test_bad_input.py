@@ -229,6 +229,7 @@ CASES = {
     "a key twice": (write("recipe.yaml", "model: a\nmodel: b\n"), TRAIN, "the key 'model' stands there twice .*line 2"),
     "an unknown key": (recipe(modle="x"), TRAIN, "modle is not an option; did you mean 'model'"),
     "an unknown plugin": (recipe(plugins={"fp9": {}}), TRAIN, "did you mean 'fp8'"),
+    "nothing to train": (recipe(plugins={"fp8": {}}), TRAIN, r"freeze the weights \(fp8\) and none adds what could be trained; .*lora"),
     "an unknown option": (recipe(plugins={"fp8": {"bit": 8}}), TRAIN, "plugins.fp8.bit is not an option; did you mean 'bits'"),
     "a bad option": (recipe(plugins={"fp8": {"bits": 7}}), TRAIN, "plugins.fp8.bits is 7; expected 8"),
     "an unknown training argument": (recipe(training__learning_rat=1), TRAIN, "did you mean 'learning_rate'"),
@@ -253,8 +254,8 @@ CASES = {
     "all rows too long": (recipe(data__max_length=3), TRAIN, "no row of data.jsonl has anything left .*raise data.max_length"),
     "streaming without max_steps": (recipe(data__streaming=True, training__max_steps=None), TRAIN, "training.max_steps is not set"),
     "nothing to evaluate on": (recipe(training__eval_strategy="epoch"), TRAIN, "nothing to evaluate on"),
-    "a module that is not there": (recipe(plugins={"fp8": {"include": ["**.experts.*"]}}), TRAIN, "matches no linear module"),
-    "modules that vLLM fuses": (recipe(plugins={"fp8": {"exclude": ["**.q_proj"]}}), TRAIN, "different codecs, but vLLM fuses them"),
+    "a module that is not there": (recipe(plugins={"fp8": {"include": ["**.experts.*"]}, "lora": {}}), TRAIN, "matches no linear module"),
+    "modules that vLLM fuses": (recipe(plugins={"fp8": {"exclude": ["**.q_proj"]}, "lora": {}}), TRAIN, "different codecs, but vLLM fuses them"),
     "no command": (None, ("trian", "x"), "did you mean 'train'"),
 }
 

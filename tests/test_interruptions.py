@@ -197,6 +197,18 @@ def test_what_cannot_be_resumed(recipe, tmp_path):
         train(Recipe.from_file(path), resume=True)
 
 
+@pytest.mark.parametrize("training", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"])
+def test_killed_while_saving_the_end_it_only_saves_the_end(recipe, tmp_path, training):
+    path = recipe("run", **training)
+    train(Recipe.from_file(path))
+    expected, before = (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes(), losses(tmp_path / "run")
+    (tmp_path / "run" / "final").rename(tmp_path / "run" / "final.unfinished")
+    train(Recipe.from_file(path), resume=True)
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes() == expected
+    assert losses(tmp_path / "run") == before
+    assert not (tmp_path / "run" / "final.unfinished").exists()
+
+
 def test_nothing_to_resume_starts_from_the_beginning(recipe, tmp_path):
     console = Console(record=True, width=400)
     train(Recipe.from_file(recipe("run", max_steps=1)), resume=True, console=console)

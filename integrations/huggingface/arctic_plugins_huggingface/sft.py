@@ -15,7 +15,7 @@ from datasets import disable_progress_bars
 from huggingface_hub import upload_folder
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
@@ -107,6 +107,9 @@ def prepare(recipe: Recipe) -> Run:
     stack = Stack.from_dict(recipe.plugins)
     arguments = training_arguments(recipe)
     stack.hf_training_arguments(arguments)
+    if (codecs := stack.only("weight_codec")) and not stack.only("adapter"):
+        names = ", ".join(plugin.name for plugin in codecs)
+        raise ConfigError(f"plugins freeze the weights ({names}) and none adds what could be trained", expected="an adapter", fix="add 'lora: {}'")
     check_source(recipe.data)
     load = check_checkpoint(recipe.model, **recipe.load)
     tokenizer = load_tokenizer(recipe.model, **only_hub(load))
@@ -187,7 +190,7 @@ def train(
     with writing(output, fix="free space, then 'arctic train RECIPE --resume' continues from the newest complete checkpoint"):
         try:
             with stop.listening():
-                trainer.train(resume_from_checkpoint=None if start is None else str(start))
+                _run(trainer, start)
         finally:
             progress.close()
         seconds = time.perf_counter() - started
@@ -214,6 +217,17 @@ def train(
         model=model,
         tokenizer=tokenizer,
     )
+
+
+def _run(trainer: Trainer, start: Path | None) -> None:
+    """``trainer.train``, which does one step too many where none is left to do (transformers 5.19.0, ``max_steps``)."""
+    if start is not None:
+        state = TrainerState.load_from_json(str(start / "trainer_state.json"))
+        if 0 < trainer.args.max_steps <= state.global_step:
+            trainer._load_from_checkpoint(str(start))
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=None if start is None else str(start))
 
 
 def training_arguments(recipe: Recipe) -> SFTConfig:
