@@ -35,6 +35,14 @@ def begun(path):
     return int(path.read_text()) if path.exists() else 0
 
 
+def wait(path, step=1):
+    deadline = time.monotonic() + 120
+    while begun(path) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    return begun(path)
+
+
 def train(recipe, started):
     run = sft.train
     sft.train = lambda parsed, **options: run(parsed, callbacks=[Started(started)], **options)
@@ -51,15 +59,20 @@ if __name__ == "__main__":
     recipe, output, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     torch.set_num_threads(1)
     choose, started = random.Random(0), output.with_suffix(".started")
-    for _ in range(kills):
+    for turn in range(kills):
         before = begun(started)
         started.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             train(recipe, started)
-        while not begun(started):
-            time.sleep(0.002)
-        time.sleep(choose.uniform(0, 0.4))
+        first, since, steps = wait(started), time.monotonic(), choose.randint(1, 3)
+        step = wait(started, first + steps)
+        pace = (time.monotonic() - since) / steps
+        if turn % 2:  # into a save
+            while not (output / f"checkpoint-{step}").is_dir():
+                time.sleep(0.001)
+            pace /= 4
+        time.sleep(choose.uniform(0, pace))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found, ignored = last_checkpoint(output)

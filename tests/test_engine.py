@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from arctic_plugins_huggingface.saving import load_checkpoint
 from safetensors.torch import load_file, save_file
 
 from arctic_plugins import Stack
+from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.resolver import host_version
 from arctic_plugins.testing import LLAMA_LIKE, tiny_llama, tiny_model
 
@@ -126,6 +128,10 @@ def test_a_missing_scale_stops_the_engine_with_its_name(grouped, tmp_path, cache
     tensors = load_file(grouped / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
+    recorded = run({"model": str(damaged), "enforce_eager": True}, cache=cache)
+    assert recorded.returncode != 0
+    assert re.search(r"CheckpointError: .*damaged/model\.safetensors has \d+ bytes; expected the \d+ that were saved", recorded.stderr)
+    (damaged / FILE_NAME).unlink()  # as if it had been so when it was saved
     result = run({"model": str(damaged), "enforce_eager": True}, cache=cache)
     assert result.returncode != 0
     assert "model.layers.1.mlp.gate_up_proj.weight_scale is missing from the checkpoint (1 of 2 parts" in result.stderr

@@ -130,11 +130,12 @@ def test_killed_twenty_times_at_random_it_loses_at_most_the_step_in_progress(rec
     for kill in kills:
         assert kill["committed"] >= kill["begun"] - 1, kills
     last = kills[-1]["committed"]
-    assert last > 20, "it got on between the kills"
+    assert last >= 20, "it got on between the kills"
     assert any(kill["ignored"] for kill in kills), "no kill fell into a save"
     train(Recipe.from_file(recipe("killed", max_steps=last + 2, lr_scheduler_type="constant")), resume=True)
     train(Recipe.from_file(recipe("whole", max_steps=last + 2, lr_scheduler_type="constant", save_steps=last + 2)))
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    # An evaluation between two saves is not made up for; every training step is.
+    assert [row for row in losses(tmp_path / "killed") if row[1]] == [row for row in losses(tmp_path / "whole") if row[1]]
 
 
 def test_what_was_not_committed_is_passed_over_and_named(recipe, tmp_path):
