@@ -1,5 +1,6 @@
 """Fixtures of the tests that cross rooms."""
 
+import json
 import os
 import subprocess
 import sys
@@ -25,3 +26,35 @@ def int8_plugin(tmp_path_factory):
     yield site
     sys.path.remove(str(site))
     process_registry.cache_clear()
+
+
+@pytest.fixture
+def train_relative(tmp_path):
+    """A function that takes a name of ``LLAMA_LIKE`` through a recipe: a tiny random model of that kind, encoded, trained over, merged.
+
+    Gives (plain checkpoint, the training's result, merged checkpoint).
+    """
+    from arctic_plugins_huggingface import merge_adapter
+    from arctic_plugins_huggingface.recipe import Recipe
+    from arctic_plugins_huggingface.sft import train
+
+    from arctic_plugins.testing import LLAMA_LIKE, tiny_model
+
+    def run(name):
+        directory = tmp_path / name
+        model_type, config = LLAMA_LIKE[name]
+        checkpoint = tiny_model(directory / "plain", model_type, **config)
+        records = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(16)]
+        (directory / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+        training = {"output_dir": str(directory / "out"), "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "bf16": False}
+        recipe = {
+            "model": str(checkpoint),
+            "plugins": {"fp8": {"group_size": 64}, "lora": {"r": 4}},
+            "data": {"path": "data.jsonl", "max_length": 64, "packing": True},
+            "training": training,
+        }
+        (directory / "recipe.yaml").write_text(json.dumps(recipe))
+        result = train(Recipe.from_file(directory / "recipe.yaml"))
+        return checkpoint, result, merge_adapter(result.directory, directory / "merged")
+
+    return run

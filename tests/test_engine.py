@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import LLAMA_LIKE, tiny_llama, tiny_model
+from arctic_plugins.testing import LLAMA_LIKE, tiny_llama
 
 pytestmark = [
     pytest.mark.vllm,
@@ -160,13 +160,9 @@ def test_arctic_serve_answers_over_http_with_the_adapter_and_with_its_base(group
 
 
 @pytest.mark.slow
-def test_every_relative_of_llama_serves_what_was_trained(tmp_path, cache):
-    """Ten architectures: quantized, adapted, merged, served with no option. See arctic_plugins/testing/models.py for what each adds."""
-    merged = []
-    for name, (model_type, config) in LLAMA_LIKE.items():
-        checkpoint = tiny_model(tmp_path / name, model_type, **config)
-        adapter = trained(checkpoint, {"fp8": {"group_size": 64}}, tmp_path / f"{name}-adapter")
-        merged.append(merge_adapter(adapter, tmp_path / f"{name}-merged"))
+def test_every_relative_of_llama_serves_what_was_trained(train_relative, cache):
+    """Ten architectures: quantized, trained, merged, served with no option. See arctic_plugins/testing/models.py for what each adds."""
+    merged = [train_relative(name)[2] for name in LLAMA_LIKE]
     served = results(run({"enforce_eager": True, "max_num_seqs": 4}, models=merged, cache=cache))
     assert len(served) == len(LLAMA_LIKE)
     for name, checkpoint, answer in zip(LLAMA_LIKE, merged, served, strict=True):
