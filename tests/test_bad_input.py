@@ -228,6 +228,8 @@ CASES = {
     "a recipe of bytes": (lambda here: (here / "recipe.yaml").write_bytes(b"\xff\x00"), TRAIN, "cannot be read"),
     "a key twice": (write("recipe.yaml", "model: a\nmodel: b\n"), TRAIN, "the key 'model' stands there twice .*line 2"),
     "an unknown key": (recipe(modle="x"), TRAIN, "modle is not an option; did you mean 'model'"),
+    "a section of another kind": (recipe(plugins=["fp8"]), TRAIN, "recipe.yaml.plugins is .*; expected a valid dictionary"),
+    "no data section": (write("recipe.yaml", "model: plain\nplugins:\ndata:\n"), TRAIN, "recipe.yaml.data is missing"),
     "an unknown plugin": (recipe(plugins={"fp9": {}}), TRAIN, "did you mean 'fp8'"),
     "nothing to train": (recipe(plugins={"fp8": {}}), TRAIN, r"freeze the weights \(fp8\) and none adds what could be trained; .*lora"),
     "an unknown option": (recipe(plugins={"fp8": {"bit": 8}}), TRAIN, "plugins.fp8.bit is not an option; did you mean 'bits'"),

@@ -79,6 +79,12 @@ class Recipe(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict)
     """``TrainingArguments``, verbatim (and the fields that TRL's ``SFTConfig`` adds to them)."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections(cls, data: Any) -> Any:
+        """A section with nothing under it, which YAML reads as null, is as if it were not there."""
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
         """Read a recipe. Relative paths of data are taken from its directory.
