@@ -34,13 +34,15 @@ def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | 
     Raises:
         HostVersionError: vLLM is not installed, or outside a plugin's range.
         CheckpointError: no checkpoint there, or one whose codec nobody here provides.
-        ConfigError: an adapter over encoded weights without an encoded base, or ``base`` for what is no adapter.
+        ConfigError: an adapter over encoded weights without a base that is encoded alike, or ``base`` for what is no adapter.
     """
     path = Path(os.path.abspath(checkpoint))  # so that "." has the name that an adapter is served under
     stack = Stack.from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
     stack.check_host("vllm")
     arguments: dict[str, Any] = {"model": checkpoint, **stack.vllm_engine_args(path)}
     is_adapter = (path / "adapter_config.json").is_file()
+    if is_adapter and (path / FILE_NAME).is_file():
+        check_files(path)
     if is_adapter and "lora_modules" not in arguments:
         raise CheckpointError(
             f"{checkpoint} is an adapter without {FILE_NAME}", expected="one that 'arctic train' wrote", fix="use vLLM's --lora-modules"
@@ -57,6 +59,14 @@ def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | 
             f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
             fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or 'arctic merge {checkpoint} OUT'",
         )
+    wanted = stack.only("weight_codec").to_dict()
+    if is_adapter and wanted and (model / FILE_NAME).is_file():
+        found = read_provenance(model).stack
+        if any(found.get(name) != encoding for name, encoding in wanted.items()):
+            raise ConfigError(
+                f"{checkpoint} was trained over weights encoded by {wanted}, and {model} was made with {found}",
+                fix="encode the base with the plugins of the adapter's arctic_plugins.json",
+            )
     environment = {}
     if _runs_on_cpu():
         if is_encoded and "--no-enforce-eager" not in options:

@@ -92,6 +92,19 @@ def test_what_cannot_be_served_is_said_before_the_server_starts(tmp_path, config
         server_command(str(directory))
 
 
+def test_a_base_that_is_encoded_otherwise_is_not_served_under_the_adapter(base, tmp_path):
+    adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {"group_size": 64}, "lora": {"r": 4}})
+    with pytest.raises(ConfigError, match="was trained over weights encoded by .*'group_size': 64.*, and .* was made with .*'group_size': 'channel'"):
+        server_command(str(adapter), base=str(base))
+
+
+def test_a_damaged_adapter_is_not_served(base, tmp_path):
+    adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json (has 1 bytes|is not valid JSON)"):
+        server_command(str(adapter))
+
+
 def test_base_is_for_adapters(base):
     with pytest.raises(ConfigError, match="--base is for adapters"):
         server_command(str(base), base=str(base))

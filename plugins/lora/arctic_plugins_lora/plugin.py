@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from arctic_plugins import Plugin, hookimpl
 from arctic_plugins.errors import CheckpointError
+from arctic_plugins.provenance import read_json
 from arctic_plugins_lora.config import LoraOptions
 
 __all__ = ["LoRA"]
@@ -44,7 +44,9 @@ class LoRA(Plugin):
         adapter = checkpoint / "adapter_config.json"
         if not adapter.is_file():
             return None
-        config = json.loads(adapter.read_text(encoding="utf-8"))
+        config = read_json(adapter)
+        if type(config.get("r")) is not int:
+            raise CheckpointError(f"{adapter} has r {config.get('r')!r}", expected="a rank", fix="save the adapter again")
         if not config.get("base_model_name_or_path"):
             raise CheckpointError(f"{adapter} names no base model", fix="set its base_model_name_or_path")
         if config["r"] > MAX_LORA_RANKS[-1]:
