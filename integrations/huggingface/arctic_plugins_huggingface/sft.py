@@ -166,6 +166,9 @@ def train(
         return None
     _check_output(output, new=not resume and not overwrite)
     run = prepare(recipe)
+    if not recipe.data.streaming:
+        held_out = f"; {len(run.data.eval):,} rows to evaluate on" if run.data.eval is not None else ""
+        console.print(f"data: {run.data.counts}{held_out}", highlight=False)
     start = _resume_from(run, output, console) if resume else None
     set_seed(run.arguments.seed)  # adapters are drawn at random
     model, tokenizer = loaded or load_model(recipe.model, run.stack, **recipe.load)

@@ -100,6 +100,7 @@ def test_lines_without_a_terminal_and_a_summary(recipe, capsys, monkeypatch):
         main(["train", str(recipe(max_steps=4, logging_steps=2, data={"max_length": 16, "eval_size": 4}, eval_steps=2))])
     out = capsys.readouterr().out
     assert ended.value.code == 0, out
+    assert re.search(r"^data: 37 rows, [\d,]+ tokens; \d+ of them truncated, .*; 4 rows to evaluate on$", out, re.MULTILINE)
     assert re.search(r"step 2/4 · loss \d+\.\d{4} · [\d,]+ tokens/s · \d+\.\d\d GB · \d+ s left", out)
     assert re.search(r"step 4/4 · eval loss \d+\.\d{4}", out)
     summary = out.partition("summary")[2]
