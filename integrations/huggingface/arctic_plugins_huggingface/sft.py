@@ -116,7 +116,7 @@ def prepare(recipe: Recipe) -> Run:
         names = ", ".join(plugin.name for plugin in codecs)
         raise ConfigError(f"plugins freeze the weights ({names}) and none adds what could be trained", expected="an adapter", fix="add 'lora: {}'")
     check_source(recipe.data)
-    load = check_checkpoint(recipe.model, **recipe.load)
+    load = check_checkpoint(recipe.model, contents=False, **recipe.load)  # load_model compares contents, right before it reads them
     tokenizer = load_tokenizer(recipe.model, **only_hub(load))
     disable_progress_bars()
     data = load_data(recipe.data, tokenizer, seed=arguments.seed, keep_end=arguments.truncation_mode == "keep_end")

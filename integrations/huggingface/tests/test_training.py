@@ -145,6 +145,17 @@ def test_a_recipe_trains_merges_and_answers(tiny_checkpoint, tmp_path):
     assert len(answers) == 2
 
 
+def test_an_encoded_base_is_read_through_once_before_it_is_loaded(tiny_checkpoint, tmp_path, monkeypatch):
+    import arctic_plugins_huggingface.checkpoints as checkpoints
+    from arctic_plugins_huggingface import save_checkpoint
+
+    stack = Stack.from_dict({"fp8": {}})
+    encoded, checked = save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path / "encoded", stack), []
+    monkeypatch.setattr(checkpoints, "check_files", checked.append)
+    train(Recipe.from_file(write_recipe(tmp_path, encoded, plugins={"lora": {"r": 4}}, training__max_steps=1)))
+    assert checked == [encoded]
+
+
 def test_batched_answers_equal_single_ones(tiny_checkpoint):
     model, tokenizer = load_model(tiny_checkpoint)
     questions = ["short", "a rather longer question than the first one", "x"]
