@@ -13,6 +13,7 @@ from torch import Tensor
 
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import CheckpointError, CodecError
+from arctic_plugins.frozen.scratch import take_scratch
 
 __all__ = ["Buffers", "Codec", "TensorSpec", "check_buffers", "codec_from_dict", "codec_to_dict"]
 
@@ -43,7 +44,8 @@ class Codec(ABC):
     without the plugin stops with a shape error instead of taking bytes for numbers.
 
     To add a codec: implement :meth:`layout`, :meth:`encode` and :meth:`decode`, register the class under :attr:`type` in the plugin's ``register``
-    hook, and claim modules with an instance of it. :meth:`linear` can be overridden with something fused.
+    hook, and claim modules with an instance of it. :meth:`linear` and :meth:`grad_input` can be
+    overridden with something fused, which should be a torch operator, so that compilers take it as it is.
     """
 
     type: ClassVar[str]
@@ -61,9 +63,13 @@ class Codec(ABC):
     def decode(self, buffers: Buffers, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
         """Decode to ``shape`` and ``dtype``, into the contiguous ``out`` when it is given."""
 
-    def linear(self, x_MK: Tensor, buffers: Buffers, shape: tuple[int, int], *, scratch: Tensor | None = None) -> Tensor:
-        """``x_MK @ decode(buffers).T`` in the dtype of ``x_MK``; ``scratch`` (of ``shape`` and that dtype) may be overwritten."""
-        return torch.nn.functional.linear(x_MK, self.decode(buffers, shape, x_MK.dtype, out=scratch))
+    def linear(self, x: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
+        """``x [..., K] @ decode(buffers).T`` in the dtype of ``x``."""
+        return torch.nn.functional.linear(x, self.decode(buffers, shape, x.dtype, out=take_scratch(shape, x.dtype, x.device)))
+
+    def grad_input(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
+        """``grad [..., N] @ decode(buffers)`` in the dtype of ``grad``: the gradient of :meth:`linear` for ``x``."""
+        return grad @ self.decode(buffers, shape, grad.dtype, out=take_scratch(shape, grad.dtype, grad.device))
 
     @property
     def k_border(self) -> int:

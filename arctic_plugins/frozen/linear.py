@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from arctic_plugins.errors import CodecError
 from arctic_plugins.frozen.codec import Buffers, Codec, check_buffers
 from arctic_plugins.frozen.placement import Handle, Placement
-from arctic_plugins.frozen.scratch import take_scratch
 
 __all__ = ["FrozenLinear"]
 
@@ -143,12 +142,11 @@ class FrozenLinear(nn.Linear):
 
     def _matmul(self, x_MK: Tensor) -> Tensor:
         with self.lease() as buffers:
-            return self.codec.linear(x_MK, buffers, self.shape, scratch=take_scratch(self.shape, x_MK.dtype, x_MK.device))
+            return self.codec.linear(x_MK, buffers, self.shape)
 
     def _matmul_backward(self, grad_MN: Tensor) -> Tensor:
         with self.lease() as buffers:
-            scratch = take_scratch(self.shape, grad_MN.dtype, grad_MN.device)
-            return grad_MN @ self.codec.decode(buffers, self.shape, grad_MN.dtype, out=scratch)
+            return self.codec.grad_input(grad_MN, buffers, self.shape)
 
     def _own_buffers(self) -> dict[str, Tensor]:
         return {suffix: getattr(self, f"weight{suffix}").data for suffix in self.codec.layout(self.shape)}

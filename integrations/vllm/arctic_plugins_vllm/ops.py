@@ -1,7 +1,7 @@
 """A codec's linear as one operator that a compiler does not look into.
 
-vLLM compiles models by default. On CPU, what Inductor of torch 2.13 made of the fp8 codec took about three times as long as the codec's own blocks.
-On other devices nothing was measured, and the codec is traced.
+vLLM compiles models by default. On CPU, what Inductor of torch 2.13 made of fp8 in plain torch took about three times as long as the codec's own
+blocks. On other devices nothing was measured, and the codec is traced. A codec with a linear of its own is left to it: that is an operator already.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from arctic_plugins.frozen import Codec, codec_from_dict, codec_to_dict
-from arctic_plugins.frozen.scratch import take_scratch
 
 __all__ = ["codec_linear", "codec_text"]
 
@@ -31,15 +30,15 @@ def _codec(text: str) -> Codec:
 
 def codec_linear(x: Tensor, buffers: dict[str, Tensor], codec: Codec, text: str, shape: tuple[int, int]) -> Tensor:
     """``x [..., K] @ decode(buffers).T`` in the dtype of ``x``; ``text`` is the :func:`codec_text` of ``codec``."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu":
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and type(codec).linear is Codec.linear:
         y: Tensor = torch.ops.arctic_plugins.codec_linear(x, list(buffers.values()), list(buffers), text, list(shape))
         return y
-    return codec.linear(x, buffers, shape, scratch=take_scratch(shape, x.dtype, x.device))
+    return codec.linear(x, buffers, shape)
 
 
 def _linear(x: Tensor, buffers: list[Tensor], suffixes: list[str], text: str, shape: list[int]) -> Tensor:
     named, size = dict(zip(suffixes, buffers, strict=True)), (shape[0], shape[1])
-    return _codec(text).linear(x, named, size, scratch=take_scratch(size, x.dtype, x.device))
+    return _codec(text).linear(x, named, size)
 
 
 def _fake(x: Tensor, *args: Any) -> Tensor:

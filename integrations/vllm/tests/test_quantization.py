@@ -11,6 +11,7 @@ from arctic_plugins_vllm.quantization import ArcticConfig, EncodedLinearMethod
 from torch import nn
 
 from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
+from arctic_plugins.frozen import Codec
 
 CONFIG = {
     "quant_method": "arctic",
@@ -107,9 +108,18 @@ def test_a_layer_can_be_loaded_again():
         layer.method.process_weights_after_loading(layer)
 
 
-def test_compiled_it_is_one_operator_that_gives_the_same():
+class PlainCodec(FP8Codec):
+    """A codec without a linear of its own."""
+
+    linear = Codec.linear
+
+
+@pytest.mark.parametrize(
+    ("codec", "operator"), [(FP8Codec(group_size=32), "arctic_fp8.linear"), (PlainCodec(group_size=32), "arctic_plugins.codec_linear")]
+)
+def test_compiled_it_is_one_operator_that_gives_the_same(codec, operator):
     weight, x = torch.randn(8, 80), torch.randn(3, 80)
-    layer = Layer(codec := FP8Codec(group_size=32), 8, 80)
+    layer = Layer(codec, 8, 80)
     for suffix, buffer in codec.encode(weight).items():
         getattr(layer, f"weight{suffix}").data.copy_(buffer)
     found = []
@@ -120,8 +130,8 @@ def test_compiled_it_is_one_operator_that_gives_the_same():
 
     compiled = torch.compile(lambda x: layer.method.apply(layer, x), backend=backend, fullgraph=True)
     with torch.no_grad():
-        assert torch.equal(compiled(x), layer.method.apply(layer, x))
-    assert found == ["arctic_plugins.codec_linear"]
+        torch.testing.assert_close(compiled(x), layer.method.apply(layer, x))
+    assert found == [operator]
 
 
 def test_patterns_follow_the_names_that_vllm_gives():

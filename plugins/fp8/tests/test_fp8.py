@@ -1,8 +1,8 @@
-"""FP8 against the format's definition, on every code and on awkward weights."""
+"""The formats against their definitions, on every code and on awkward weights, and the plugin's claims."""
 
 import pytest
 import torch
-from arctic_plugins_fp8.codec import BLOCK, FP8Codec
+from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_fp8.config import FP8Config
 from arctic_plugins_fp8.plugin import FP8
 
@@ -11,44 +11,68 @@ from arctic_plugins.errors import CheckpointError, ClaimError, CodecError
 from arctic_plugins.frozen import codec_from_dict, codec_to_dict
 from arctic_plugins.testing import check_codec
 
-CODECS = [FP8Codec(), FP8Codec(group_size=32), FP8Codec(group_size=100), FP8Codec(group_size=128)]
+CODECS = [
+    *(FP8Codec(group_size=group) for group in ("channel", 32, 100, 128)),
+    *(FP8Codec(bits=6, group_size=group) for group in ("channel", 32, 100, 128)),
+    *(FP8Codec(bits=12, group_size=group) for group in ("channel", 32, 46, 512)),
+]
+TOLERANCE = {8: 0.03, 6: 0.06, 12: 0.002}
+FORMATS = {8: (4, 3, 448.0), 6: (3, 2, 28.0), 12: (4, 7, 510.0)}  # bits of exponent and mantissa, largest value that is written
 
 
-def e4m3(code):
-    """The value of a code by the definition of OCP e4m3, in Python's arithmetic."""
-    sign, exponent, mantissa = -1 if code & 0x80 else 1, (code >> 3) & 0xF, code & 7
-    return sign * (2.0 ** (exponent - 7) * (1 + mantissa / 8) if exponent else 2.0**-6 * mantissa / 8)
+def value(code, bits):
+    """The value of a code by the definition of a small float, in Python's arithmetic."""
+    exponent_bits, mantissa_bits, _ = FORMATS[bits]
+    bias, steps = 2 ** (exponent_bits - 1) - 1, 2**mantissa_bits
+    exponent, mantissa = code // steps % 2**exponent_bits, code % steps
+    magnitude = 2.0 ** (exponent - bias) * (1 + mantissa / steps) if exponent else 2.0 ** (1 - bias) * (mantissa / steps)
+    return -magnitude if code >= 2 ** (bits - 1) else magnitude
 
 
-FINITE = [code for code in range(256) if code & 0x7F != 0x7F]
+def pack(codes, bits):
+    """Codes to bytes, least significant bits first, in Python's integers."""
+    whole = sum(code << (bits * at) for at, code in enumerate(codes))
+    return list(whole.to_bytes(len(codes) * bits // 8, "little"))
+
+
+def unpack(data, bits):
+    whole = int.from_bytes(bytes(data), "little")
+    return [whole >> (bits * at) & (2**bits - 1) for at in range(len(data) * 8 // bits)]
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_keeps_the_contract(codec):
-    check_codec(codec, tolerance=0.03)
+    check_codec(codec, tolerance=TOLERANCE[codec.bits])
 
 
+@pytest.mark.parametrize("bits", [8, 6, 12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 0.37, 2.0**-100, 100.0])
-def test_every_code_decodes_to_its_value(dtype, scale):
-    codes = torch.tensor(FINITE, dtype=torch.uint8).view(1, 1, -1)
-    expected = (torch.tensor([e4m3(code) for code in FINITE], dtype=torch.float32) * torch.tensor(scale)).to(dtype)
-    decoded = FP8Codec().decode({"": codes, "_scale": torch.full((1, 1), scale)}, (1, len(FINITE)), dtype)
+def test_every_code_decodes_to_its_value(bits, dtype, scale):
+    codes = list(range(2**bits))
+    expected = (torch.tensor([value(code, bits) for code in codes], dtype=torch.float32) * torch.tensor(scale)).to(dtype)
+    packed = torch.tensor(pack(codes, bits), dtype=torch.uint8).view(1, 1, -1)
+    decoded = FP8Codec(bits=bits).decode({"": packed, "_scale": torch.full((1, 1), scale)}, (1, len(codes)), dtype)
     assert torch.equal(decoded[0], expected)
 
 
-def test_rounds_to_the_nearest_and_ties_to_even():
-    values = torch.tensor([e4m3(code) for code in FINITE if code < 0x80])
+@pytest.mark.parametrize("bits", [8, 6, 12])
+def test_rounds_to_the_nearest_and_ties_to_even(bits):
+    top = FORMATS[bits][2]
+    values = torch.tensor([number for code in range(2 ** (bits - 1)) if (number := value(code, bits)) <= top])
     middle = (values[1:] + values[:-1]) / 2
     weight = torch.cat(
-        [torch.tensor([448.0]), values, middle, torch.nextafter(middle, torch.tensor(0.0)), torch.nextafter(middle, torch.tensor(999.0))]
+        [torch.tensor([top]), values, middle, torch.nextafter(middle, torch.tensor(0.0)), torch.nextafter(middle, torch.tensor(999.0))]
     )
-    codes = FP8Codec().encode(weight[None])[""].flatten()[1:]  # the first value makes the scale 1
-    n = len(values)
-    assert codes[:n].tolist() == list(range(n))
-    assert codes[n : 2 * n - 1].tolist() == [low + low % 2 for low in range(n - 1)]
-    assert codes[2 * n - 1 : 3 * n - 2].tolist() == list(range(n - 1))
-    assert codes[3 * n - 2 :].tolist() == list(range(1, n))
+    weight = torch.cat([weight, -weight, torch.zeros(-2 * len(weight) % 4)])
+    codes = unpack(FP8Codec(bits=bits).encode(weight[None])[""].flatten().tolist(), bits)  # the first value makes the scale 1
+    n, half = len(values), 4 * len(values) - 2
+    for sign, found in ((0, codes[1:half]), (2 ** (bits - 1), codes[half + 1 : 2 * half])):
+        found = [code - sign for code in found]
+        assert found[:n] == list(range(n))
+        assert found[n : 2 * n - 1] == [low + low % 2 for low in range(n - 1)]
+        assert found[2 * n - 1 : 3 * n - 2] == list(range(n - 1))
+        assert found[3 * n - 2 :] == list(range(1, n))
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -56,8 +80,9 @@ def test_error_is_at_most_half_a_step(codec):
     weight = torch.randn(16, 200) * torch.logspace(-6, 1, 16)[:, None]
     buffers = codec.encode(weight)
     group = codec.group_size if isinstance(codec.group_size, int) else 200
+    exponent_bits, mantissa_bits, _ = FORMATS[codec.bits]
     scale = buffers["_scale"].repeat_interleave(group, 1)[:, :200]
-    step = torch.clamp(2.0 ** torch.floor(torch.log2((weight / scale).abs())), min=2.0**-6) / 8
+    step = torch.clamp(2.0 ** torch.floor(torch.log2((weight / scale).abs())), min=2.0 ** (2 - 2 ** (exponent_bits - 1))) / 2**mantissa_bits
     error = (codec.decode(buffers, (16, 200), torch.float32) - weight).abs()
     assert (error <= step / 2 * scale * (1 + 1e-5)).all()
 
@@ -72,7 +97,7 @@ def test_zeros_subnormals_non_contiguous_and_large_weights():
     assert (decoded[1] - weight[1]).abs().max() < 1e-38 * 0.07
     transposed = torch.randn(300, 50).T
     assert all(torch.equal(a, b) for a, b in zip(codec.encode(transposed).values(), codec.encode(transposed.contiguous()).values(), strict=True))
-    big = torch.randn(BLOCK // 1000 + 3, 2000)  # several blocks, the last one cut off
+    big = torch.randn(600, 2000)  # more than the kernels take at a time, the last part cut off
     halves = [codec.encode(part) for part in big.split(len(big) // 2 + 1)]
     assert torch.equal(codec.encode(big)[""], torch.cat([half[""] for half in halves]))
 
@@ -85,7 +110,10 @@ def test_what_cannot_be_represented_is_refused(bad):
         FP8Codec().encode(weight)
 
 
-@pytest.mark.parametrize("options", [{"bits": 6}, {"group_size": 8}, {"group_size": 1024}, {"group_size": "row"}])
+@pytest.mark.parametrize(
+    "options",
+    [{"bits": 4}, {"bits": 6, "group_size": 50}, {"bits": 12, "group_size": 33}, {"group_size": 8}, {"group_size": 1024}, {"group_size": "row"}],
+)
 def test_bad_configurations_are_refused(options):
     with pytest.raises(CodecError):
         FP8Codec(**options)
@@ -101,6 +129,8 @@ def test_configuration_goes_to_a_checkpoint_and_back(codec):
 def test_bytes_are_half_of_bf16_and_a_little():
     assert FP8Codec().nbytes((1536, 576)) == 1536 * 576 + 1536 * 4
     assert FP8Codec(group_size=64).nbytes((1536, 576)) == 1536 * 576 + 1536 * 9 * 4
+    assert FP8Codec(bits=6, group_size=64).nbytes((1536, 576)) == 1536 * 576 * 6 // 8 + 1536 * 9 * 4
+    assert FP8Codec(bits=12).nbytes((1536, 576)) == 1536 * 576 * 12 // 8 + 1536 * 4
 
 
 MODULES = {"model.layers.0.mlp.up_proj": LinearSpec(8, 4), "model.layers.0.mlp.gate": LinearSpec(8, 4), "lm_head": LinearSpec(8, 4, tied=True)}

@@ -1,0 +1,105 @@
+"""Builds the CPU kernels on first use, once per machine: ``csrc`` with the C++ compiler that is there, against the headers of the installed torch."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+__all__ = ["BuildError", "is_supported", "library", "obstacle"]
+
+logger = logging.getLogger(__name__)
+
+SOURCES = Path(__file__).parent / "csrc"
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+INSTRUCTION_SETS = {
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
+"""One object file each. ops.cpp, compiled for any x86-64, chooses at run time, so that a shared home directory serves different machines."""
+TORCH = "-DTORCH_TARGET_VERSION=0x020A000000000000"
+"""The oldest torch whose stable ABI has what ops.cpp uses: 2.10."""
+
+
+class BuildError(Exception):
+    """The kernels could not be built; says why in a line."""
+
+
+@cache
+def obstacle() -> str:
+    """Why the kernels cannot be built or run here, or ""."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"the compiled kernels are for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
+    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
+    if missing := {"avx512f", "avx512bw", "avx512vl", "avx512dq"} - set(flags):
+        return f"the processor lacks {', '.join(sorted(missing))}"
+    if _compiler() is None:
+        return "no C++ compiler: install g++ or clang++, or set CXX"
+    return ""
+
+
+def is_supported() -> bool:
+    """Whether :func:`library` can be expected to work."""
+    return not obstacle()
+
+
+def library() -> Path:
+    """The shared library with the kernels, built now if it never was for these sources, this compiler and this torch.
+
+    Raises:
+        BuildError: the compiler failed; its output is kept beside where the library would be.
+    """
+    import torch
+
+    compiler = _compiler()
+    if compiler is None:
+        raise BuildError(obstacle())
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
+    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())] + [repr((FLAGS, INSTRUCTION_SETS, TORCH, version, torch.__version__)).encode()]
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = cache_home / "arctic_plugins" / "kernels" / f"fp8-{key}.so"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f"fp8-{key}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system when the process ends, however it ends
+        if not path.exists():
+            logger.info("building the CPU kernels of fp8, once")
+            _build(compiler, Path(torch.__file__).parent, path)
+    return path
+
+
+def _build(compiler: str, torch_home: Path, path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        out = Path(name)
+        commands = [
+            [compiler, *FLAGS, "-w", *flags, f"-DISA={isa}", "-c", str(SOURCES / "kernels.cpp"), "-o", str(out / f"{isa}.o")]
+            for isa, flags in INSTRUCTION_SETS.items()
+        ]
+        commands.append([compiler, *FLAGS, "-w", TORCH, f"-I{torch_home / 'include'}", "-c", str(SOURCES / "ops.cpp"), "-o", str(out / "ops.o")])
+        objects = [command[-1] for command in commands]
+        commands.append([compiler, "-shared", "-o", str(out / "fp8.so"), *objects, f"-L{torch_home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"])
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                log = path.with_suffix(".log")
+                log.write_text(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+                raise BuildError(f"{Path(compiler).name} exited with {done.returncode}, see {log}")
+        os.replace(out / "fp8.so", path)
+
+
+@cache
+def _compiler() -> str | None:
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((found for name in candidates if (found := shutil.which(name))), None)

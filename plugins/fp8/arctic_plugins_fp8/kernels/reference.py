@@ -1,0 +1,119 @@
+"""The kernels in plain torch, for every device; what the others are checked against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from arctic_plugins.frozen.scratch import take_scratch
+from arctic_plugins_fp8.formats import FORMATS, Format
+
+__all__ = ["decode", "encode", "grad_input", "linear"]
+
+BLOCK = 1 << 19
+"""Elements that are encoded or decoded at a time: temporaries stay in the cache and peak memory near the result's."""
+
+
+def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, largest: float) -> bool:
+    """See :func:`arctic_plugins_fp8.kernels.encode`."""
+    form, in_features = FORMATS[bits], weight_NK.shape[1]
+    rows, groups, size = codes.shape
+    group = size * 8 // bits
+    for block in _blocks(rows, groups * group):
+        w_nGg = torch.nn.functional.pad(weight_NK[block].float(), (0, groups * group - in_features)).unflatten(-1, (groups, group))
+        top_nG = w_nGg.abs().amax(-1)
+        if not bool((top_nG <= largest).all()):  # false for NaN too
+            return False
+        scale_nG = torch.where(top_nG == 0, 1.0, top_nG / form.max).clamp_min(torch.finfo(torch.float32).tiny)
+        codes[block] = _pack(_round(w_nGg * (1.0 / scale_nG)[..., None], form), bits)
+        scale_NG[block] = scale_nG
+    return True
+
+
+def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:
+    """See :func:`arctic_plugins_fp8.kernels.decode`."""
+    (rows, groups, size), (_, in_features) = codes.shape, out_NK.shape
+    group = size * 8 // bits
+    padded = groups * group != in_features
+    for block in _blocks(rows, groups * group):
+        values, factor = _values(codes[block], bits, out_NK.dtype)
+        scale_nG1 = (scale_NG[block] * factor)[..., None]
+        if padded:
+            out_NK[block] = (values * scale_nG1).to(out_NK.dtype).flatten(1)[:, :in_features]
+        else:
+            torch.mul(values, scale_nG1, out=out_NK[block].view(-1, groups, group))
+
+
+def linear(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
+    """See :func:`arctic_plugins_fp8.kernels.linear`."""
+    return x_MK @ _scratch(x_MK, codes, scale_NG, bits, x_MK.shape[1]).T
+
+
+def grad_input(grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:
+    """See :func:`arctic_plugins_fp8.kernels.grad_input`."""
+    return grad_MN @ _scratch(grad_MN, codes, scale_NG, bits, in_features)
+
+
+def _scratch(like: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:
+    shape = (codes.shape[0], in_features)
+    weight_NK = take_scratch(shape, like.dtype, like.device)
+    assert weight_NK is not None, "operators are not traced"
+    torch.ops.arctic_fp8.decode(codes, scale_NG, bits, weight_NK)
+    return weight_NK
+
+
+def _blocks(rows: int, row_size: int) -> Iterator[slice]:
+    step = max(1, BLOCK // row_size)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _round(values: Tensor, form: Format) -> Tensor:
+    """float32 to codes (int32): to nearest even, saturating."""
+    bits = values.view(torch.int32)
+    magnitude, shift = bits & 0x7FFFFFFF, 23 - form.mantissa
+    normal = ((magnitude + ((1 << (shift - 1)) - 1) + ((magnitude >> shift) & 1)) >> shift) - ((127 - form.bias) << form.mantissa)
+    # Adding a constant whose last mantissa bit is worth one subnormal step leaves the rounded number of steps in the low bits of the sum.
+    offset = torch.tensor((127 + 23 + 1 - form.bias - form.mantissa) << 23, dtype=torch.int32, device=values.device)
+    steps = (magnitude.view(torch.float32) + offset.view(torch.float32)).view(torch.int32) - offset
+    code = torch.where(magnitude < (127 + 1 - form.bias) << 23, steps, normal).clamp_max(form.top)
+    return code | ((bits >> 31) & 1) << (form.bits - 1)
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes ``[..., g]`` to bytes ``[..., g * bits / 8]``, least significant bits first."""
+    if bits == 8:
+        return codes.to(torch.uint8)
+    unit = FORMATS[bits].unit  # so many codes fill three bytes
+    shifts = torch.arange(unit, device=codes.device, dtype=torch.int32) * bits
+    words = (codes.unflatten(-1, (-1, unit)) << shifts).sum(-1, dtype=torch.int32)
+    return torch.stack([words & 0xFF, (words >> 8) & 0xFF, words >> 16], -1).to(torch.uint8).flatten(-2)
+
+
+def _unpack(packed: Tensor, bits: int) -> Tensor:
+    three = packed.unflatten(-1, (-1, 3)).int()
+    words = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16
+    shifts = torch.arange(FORMATS[bits].unit, device=packed.device, dtype=torch.int32) * bits
+    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def _values(packed: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """What the codes stand for, divided by the factor that is returned too, exactly.
+
+    For 8 bits the bits do the work, which is several times faster than a table: moving the 7 bits of exponent and mantissa into their places of a
+    bfloat16 gives the value divided by 2**120 (the difference of the biases, 127 - 7), subnormals included.
+    """
+    if bits == 8:
+        moved = (
+            packed.view(torch.int8).to(torch.int16).bitwise_left_shift_(4).bitwise_and_(-0x7810)
+        )  # 0x87F0: sign, 4 low exponent, 3 high mantissa bits
+        values = moved.view(torch.bfloat16)
+        return (values, 2.0**120) if dtype == torch.bfloat16 else (values.float() * 2.0**120, 1.0)
+    return _table(bits, packed.device)[_unpack(packed, bits)], 1.0
+
+
+@cache
+def _table(bits: int, device: torch.device) -> Tensor:
+    return torch.tensor(FORMATS[bits].values(), dtype=torch.float32, device=device)

@@ -1,0 +1,182 @@
+"""Every set of kernels that this machine can run, against the reference in torch."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from arctic_plugins_fp8 import kernels
+from arctic_plugins_fp8.codec import FP8Codec
+from arctic_plugins_fp8.kernels import build, reference
+
+SHAPES = [(64, 128), (37, 77), (33, 1000), (100, 515), (5, 33), (1, 1), (48, 96), (1100, 64)]
+CODECS = [FP8Codec(bits=bits, group_size=group) for bits, group in itertools.product((8, 6, 12), ("channel", 32, 100, 128, 512))]
+NAMES = [name for name in ("avx512", "avx512_bf16", "amx") if kernels.use(name)]
+kernels.use()
+
+
+@pytest.fixture(params=NAMES or [pytest.param("none", marks=pytest.mark.skip(reason=build.obstacle() or "the kernels could not be built"))])
+def compiled(request):
+    assert kernels.use(request.param) == request.param
+    yield request.param
+    kernels.use()
+
+
+def empty(codec, shape):
+    return [torch.empty(spec.shape, dtype=spec.dtype) for spec in codec.layout(shape).values()]
+
+
+def encoded(codec, shape, seed=0):
+    buffers = codec.encode(torch.randn(shape, generator=torch.Generator().manual_seed(seed)))
+    return buffers[""], buffers["_scale"]
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_encoding_is_bitwise_the_references(compiled, codec):
+    for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16, torch.float16)):
+        weight = (torch.randn(shape) * torch.logspace(-3, 2, shape[0])[:, None]).to(dtype)
+        weight[0, ::3] = 0
+        expected, found = empty(codec, shape), empty(codec, shape)
+        assert reference.encode(weight, *expected, codec.bits, 57344.0)
+        assert kernels.encode(weight, *found, codec.bits, 57344.0)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), (shape, dtype)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_decoding_is_bitwise_the_references(compiled, codec):
+    for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16, torch.float16)):
+        codes, scale = encoded(codec, shape)
+        codes.random_()  # also those that are never written
+        expected, found = torch.empty(shape, dtype=dtype), torch.full(shape, float("nan"), dtype=dtype)
+        reference.decode(codes, scale, codec.bits, expected)
+        kernels.decode(codes, scale, codec.bits, found)
+        assert torch.equal(expected, found), (shape, dtype)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e6])
+def test_what_cannot_be_represented_is_told(compiled, bad):
+    for at in (0, 17, 76):
+        weight = torch.randn(37, 77)
+        weight[36, at] = bad
+        assert not kernels.encode(weight, *empty(FP8Codec(), (37, 77)), 8, 57344.0)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_products_agree_with_float64(compiled, codec):
+    for shape, rows, dtype in itertools.product(SHAPES, (1, 2, 7, 16, 33, 130, 300), (torch.bfloat16, torch.float32)):
+        codes, scale = encoded(codec, shape)
+        weight = torch.empty(shape)
+        reference.decode(codes, scale, codec.bits, weight)
+        x, grad = torch.randn(rows, shape[1]).to(dtype), torch.randn(rows, shape[0]).to(dtype)
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        for found, exact in (
+            (kernels.linear(x, codes, scale, codec.bits), x.double() @ weight.double().T),
+            (kernels.grad_input(grad, codes, scale, codec.bits, shape[1]), grad.double() @ weight.double()),
+        ):
+            assert found.dtype == dtype
+            assert (found - exact).norm() <= tolerance * exact.norm(), (shape, rows, dtype)
+
+
+@pytest.mark.parametrize("bits", [8, 6, 12])
+@pytest.mark.parametrize("rows", [1, 2, 40])
+def test_subnormal_codes_and_zeros_count(compiled, bits, rows):
+    """Units that take subnormal numbers for zero must not: every code alone, times one."""
+    codes = torch.zeros(2**bits, 1, 4 * bits // 8, dtype=torch.uint8)
+    for code in range(2**bits):
+        codes[code, 0] = torch.tensor(list(code.to_bytes(4 * bits // 8, "little")), dtype=torch.uint8)
+    scale = torch.full((2**bits, 1), 3.0)
+    weight = torch.empty(2**bits, 4)
+    reference.decode(codes, scale, bits, weight)
+    x = torch.ones(rows, 4, dtype=torch.bfloat16)
+    assert torch.equal(kernels.linear(x, codes, scale, bits), (weight.sum(1).bfloat16()).expand(rows, -1))
+
+
+def test_non_contiguous_inputs(compiled):
+    codec = FP8Codec(group_size=32)
+    whole = codec.encode(torch.randn(3, 40, 96))
+    expert = {name: buffer[1] for name, buffer in whole.items()}
+    weight = codec.decode(expert, (40, 96), torch.float32)
+    x = torch.randn(2, 96, 5).bfloat16().transpose(1, 2)
+    exact = x.double() @ weight.double().T
+    assert (codec.linear(x, expert, (40, 96)) - exact).norm() <= 1e-2 * exact.norm()
+    every_other = {name: buffer[::2] for name, buffer in expert.items()}
+    assert torch.equal(codec.decode(every_other, (20, 96), torch.float32), weight[::2])
+    assert torch.equal(codec.encode(weight.T)[""], codec.encode(weight.T.contiguous())[""])
+
+
+def test_operators_pass_torchs_own_checks():
+    """Schema, fake tensors, autograd registration and AOT dispatch (torch.library.opcheck)."""
+    codes, scale = encoded(FP8Codec(), (24, 40))
+    x = torch.randn(3, 40, requires_grad=True)
+    operators = torch.ops.arctic_fp8
+    torch.library.opcheck(operators.linear, (x, codes, scale, 8))
+    torch.library.opcheck(operators.grad_input, (torch.randn(3, 24), codes, scale, 8, 40))
+    torch.library.opcheck(operators.decode, (codes, scale, 8, torch.empty(24, 40)))
+
+
+def test_gradients_are_those_of_the_decoded_weight():
+    codec = FP8Codec(bits=12)
+    buffers = codec.encode(torch.randn(24, 40))
+    weight = codec.decode(buffers, (24, 40), torch.float32)
+    x = torch.randn(2, 3, 40, requires_grad=True)
+    again = x.detach().clone().requires_grad_()
+    codec.linear(x, buffers, (24, 40)).square().sum().backward()
+    (again @ weight.T).square().sum().backward()
+    torch.testing.assert_close(x.grad, again.grad)
+
+
+def test_a_compiled_function_has_no_breaks():
+    codec = FP8Codec(group_size=32)
+    buffers = codec.encode(torch.randn(24, 96))
+
+    def function(x):
+        return torch.relu(codec.linear(x, buffers, (24, 96))) + codec.decode(buffers, (24, 96), torch.float32).sum()
+
+    x = torch.randn(5, 96, requires_grad=True)
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(compiled(x), function(x))
+    compiled(x).sum().backward()
+    expected = torch.autograd.grad(function(y := x.detach().clone().requires_grad_()).sum(), y)[0]
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("environment", [{"ARCTIC_FP8_KERNELS": "reference"}, {"CXX": "/does/not/exist"}])
+def test_without_compiled_kernels_everything_works(environment, tmp_path):
+    code = (
+        "import torch; from arctic_plugins_fp8 import kernels; from arctic_plugins_fp8.codec import FP8Codec;"
+        "w = torch.randn(24, 40); b = FP8Codec().encode(w); y = FP8Codec().linear(torch.eye(40), b, (24, 40));"
+        "assert ((y.T - w).norm() / w.norm()) < 0.03; print(kernels.describe())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(False, 'CPU: reference in torch" in done.stdout
+
+
+@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
+def test_a_compiler_that_fails_leaves_the_reference_and_its_output(tmp_path):
+    compiler = tmp_path / "broken"
+    compiler.write_text("#!/bin/sh\necho version 1; [ $1 = --version ] || { echo no space left >&2; exit 3; }\n")
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"],
+        env={**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0
+    assert "broken exited with 3" in done.stderr
+    assert "no space left" in next((tmp_path / "arctic_plugins" / "kernels").glob("*.log")).read_text()
+
+
+@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
+def test_processes_that_start_together_build_once(tmp_path):
+    command = [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert all("(True, " in process.communicate(timeout=300)[0] for process in started)
+    assert len(list((tmp_path / "arctic_plugins" / "kernels").glob("*.so"))) == 1
