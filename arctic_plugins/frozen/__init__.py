@@ -1,8 +1,19 @@
 """Frozen base weights: encoded bytes (a codec's) somewhere (a placement's), in a linear layer that trains what is added to it."""
 
-from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict
+from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict, describe_codec
 from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.placement import Handle, Placement
 
-__all__ = ["METHOD", "Codec", "FrozenLinear", "Handle", "ModuleCodecs", "Placement", "TensorSpec", "codec_from_dict", "codec_to_dict"]
+__all__ = [
+    "METHOD",
+    "Codec",
+    "FrozenLinear",
+    "Handle",
+    "ModuleCodecs",
+    "Placement",
+    "TensorSpec",
+    "codec_from_dict",
+    "codec_to_dict",
+    "describe_codec",
+]

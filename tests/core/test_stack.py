@@ -33,7 +33,7 @@ def test_unknown_plugin_suggests_the_nearest_name():
     ("options", "message"),
     [
         ({"bit": 8}, r"plugins\.fp8\.bit is not an option; did you mean 'bits'"),
-        ({"bits": 7}, r"plugins\.fp8\.bits is 7; expected 8"),
+        ({"bits": 7}, r"plugins\.fp8\.bits is 7; expected 6, 8 or 12"),
         ({"group_size": 3}, r"plugins\.fp8\.group_size.* is 3"),
         ({"include": 5}, r"plugins\.fp8\.include is 5; expected a valid tuple"),
         (3, r"plugins\.fp8 is 3; expected a mapping"),

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from arctic_plugins.claims import Claims, LinearSpec
+from arctic_plugins.claims import Claims, LinearSpec, compress_names
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError
-from arctic_plugins.frozen import METHOD, Codec, FrozenLinear, ModuleCodecs, Placement
+from arctic_plugins.frozen import METHOD, Codec, FrozenLinear, ModuleCodecs, Placement, describe_codec
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
@@ -68,7 +68,18 @@ def load_model(
         raise CheckpointError(
             f"{checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one", fix="the checkpoint is incomplete: make it again"
         )
+    for line in encoding_report(model):
+        logger.info("%s", line)
     return stack.hf_transform_model(model), tokenizer
+
+
+def encoding_report(model: nn.Module) -> list[str]:
+    """A line for every linear module and how it is encoded; layers that are encoded alike share one."""
+    modules = {name: module for name in linear_modules(model) if isinstance(module := model.get_submodule(name), nn.Linear)}
+    kinds = {
+        name: describe_codec(module.codec) if isinstance(module, FrozenLinear) else f"plain {module.weight.dtype}" for name, module in modules.items()
+    }
+    return [f"{pattern}: {kind}" for pattern, kind in compress_names(kinds, modules).items()]
 
 
 def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:

@@ -16,7 +16,7 @@ from torch import nn
 from trl import pack_dataset
 
 from arctic_plugins.claims import compress_names, matches
-from arctic_plugins.frozen import Codec, FrozenLinear, codec_to_dict
+from arctic_plugins.frozen import Codec, FrozenLinear, describe_codec
 from arctic_plugins_huggingface.loading import claims, load_config, only_hub, skeleton
 from arctic_plugins_huggingface.sft import Run
 
@@ -92,7 +92,7 @@ def make_plan(run: Run) -> Plan:
     def describe(name: str) -> tuple[tuple[int, int], str | None, str | None, int]:
         codec: Codec | None = codecs.get(name)
         placement = " then ".join(type(value).__name__ for value in placements.get(name, ()))
-        return specs[name].shape, None if codec is None else _described(codec), placement or None, added.get(name, 0)
+        return specs[name].shape, None if codec is None else describe_codec(codec), placement or None, added.get(name, 0)
 
     kinds: dict[Any, str] = {}
     owners = {name: kinds.setdefault(describe(name), str(len(kinds))) for name in specs}
@@ -122,11 +122,6 @@ def _weight(module: nn.Module) -> int:
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     return weight.numel() * weight.element_size()
-
-
-def _described(codec: Codec) -> str:
-    fields = codec_to_dict(codec)
-    return f"{fields.pop('type')} ({', '.join(f'{key} {value}' for key, value in fields.items())})"
 
 
 def _trainer_rows(run: Run) -> int:

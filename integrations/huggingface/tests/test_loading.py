@@ -288,3 +288,22 @@ def test_a_pickled_checkpoint_is_not_read(tiny_checkpoint, tmp_path):
     torch.save(load_file(tiny_checkpoint / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="has no model.safetensors; expected weights in safetensors; convert pytorch_model.bin, a pickle"):
         load_model(tmp_path / "pickled")
+
+
+def test_loading_reports_the_format_of_every_module(tiny_checkpoint, tmp_path, caplog):
+    stack = Stack.from_dict({"fp8": {"formats": {"**.mlp.*": {"bits": 6}, "**.self_attn.*": {"bits": 12, "group_size": 32}}}})
+    expected = {
+        "lm_head: plain torch.float32",
+        *(f"model.layers.*.mlp.{part}_proj: fp8 (bits 6, group_size 128)" for part in ("gate", "up", "down")),
+        *(f"model.layers.*.self_attn.{part}_proj: fp8 (bits 12, group_size 32)" for part in "qkvo"),
+    }
+    with caplog.at_level("INFO", "arctic_plugins_huggingface"):
+        model, tokenizer = load_model(tiny_checkpoint, stack)
+    assert {record.getMessage() for record in caplog.records} == expected
+    save_checkpoint(model, tokenizer, tmp_path / "mixed", stack)
+    caplog.clear()
+    with caplog.at_level("INFO", "arctic_plugins_huggingface"):
+        again, _ = load_model(tmp_path / "mixed")
+    assert {record.getMessage() for record in caplog.records} == expected
+    x = torch.arange(8)[None]
+    assert torch.equal(again(x).logits, model(x).logits)

@@ -2,22 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from arctic_plugins.plugin import PluginConfig
 
-__all__ = ["FP8Config"]
+__all__ = ["FP8Config", "FP8Format"]
+
+UNITS = {6: 4, 8: 1, 12: 2}
+"""So many weights fill whole bytes (:mod:`arctic_plugins_fp8.formats`, which this light module does not import for them)."""
 
 
-class FP8Config(PluginConfig):
+class FP8Format(PluginConfig):
+    """How weights are encoded."""
+
+    bits: Literal[6, 8, 12] = 8
+    """Bits of a weight: 8 is e4m3, 6 is e3m2, 12 is e4m7."""
+    group_size: Literal["channel"] | Annotated[int, Field(ge=32, le=512)] = "channel"
+    """Weights that share a scale: one output channel, or this many along the input dimension. Left out: ``channel``, and 128 for 6 bits."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_group_size(cls, options: Any) -> Any:
+        if isinstance(options, Mapping) and options.get("bits") == 6:
+            return {"group_size": 128, **options}
+        return options
+
+    @model_validator(mode="after")
+    def _check_group_size(self) -> FP8Format:
+        unit = UNITS[self.bits]
+        if self.group_size != "channel" and self.group_size % unit:
+            raise ValueError(f"group_size {self.group_size} does not fill whole bytes with {self.bits} bits; expected a multiple of {unit}")
+        return self
+
+
+class FP8Config(FP8Format):
     """What stands under ``fp8:`` in a recipe."""
 
-    bits: Literal[8] = 8
-    """Bits of a weight; 8 is e4m3."""
-    group_size: Literal["channel"] | Annotated[int, Field(ge=32, le=512)] = "channel"
-    """Weights that share a scale: one output channel, or this many along the input dimension."""
+    formats: Mapping[str, FP8Format] = {}
+    """Modules that are encoded otherwise: patterns as in ``include`` to formats. Two different formats for one module are an error."""
     include: tuple[str, ...] = ("**",)
     """Modules to encode, as dotted names with ``*`` (within a component) and ``**`` (across components)."""
     exclude: tuple[str, ...] = ("lm_head", "**.lm_head", "**.router", "**.gate", "score")

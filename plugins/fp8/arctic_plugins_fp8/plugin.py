@@ -8,7 +8,7 @@ from typing import Any
 from arctic_plugins import Claim, Finding, LinearSpec, Plugin, Registry, hookimpl
 from arctic_plugins.claims import matches
 from arctic_plugins.errors import ClaimError
-from arctic_plugins_fp8.config import FP8Config
+from arctic_plugins_fp8.config import FP8Config, FP8Format
 
 __all__ = ["FP8"]
 
@@ -34,13 +34,28 @@ class FP8(Plugin):
         for pattern in self.options.include:
             if not any(matches(pattern, name) for name in modules):
                 raise ClaimError(f"plugins.fp8.include '{pattern}' matches no linear module of this model", fix=f"the model has {_examples(modules)}")
-        codec = FP8Codec(bits=self.options.bits, group_size=self.options.group_size)
-        return [Claim("weight_codec", name, codec) for name, spec in modules.items() if self._wants(name, spec)]
+        wanted = [name for name, spec in modules.items() if self._wants(name, spec)]
+        for pattern in self.options.formats:
+            if not any(matches(pattern, name) for name in wanted):
+                raise ClaimError(f"plugins.fp8.formats '{pattern}' matches no module that is encoded", fix="correct it, or 'include' and 'exclude'")
+        formats = {name: self._format(name) for name in wanted}
+        return [Claim("weight_codec", name, FP8Codec(bits=form.bits, group_size=form.group_size)) for name, form in formats.items()]
 
     @classmethod
     @hookimpl
     def diagnose(cls) -> Iterable[Finding]:
-        return [Finding("ok", "kernels", "reference kernels in torch, on every device")]
+        from arctic_plugins_fp8 import kernels
+
+        compiled, sentence = kernels.describe()
+        return [Finding("ok" if compiled else "warning", "kernels", f"{sentence}; other devices: reference in torch")]
+
+    def _format(self, name: str) -> FP8Format:
+        found = {pattern: form for pattern, form in self.options.formats.items() if matches(pattern, name)}
+        if any(form != next(iter(found.values())) for form in found.values()):
+            raise ClaimError(
+                f"plugins.fp8.formats {' and '.join(map(repr, found))} both match {name}", expected="one format", fix="narrow one of them"
+            )
+        return next(iter(found.values()), self.options)
 
     def _wants(self, name: str, spec: LinearSpec) -> bool:
         if not any(matches(pattern, name) for pattern in self.options.include) or any(matches(pattern, name) for pattern in self.options.exclude):

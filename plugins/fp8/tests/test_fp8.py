@@ -145,6 +145,35 @@ def test_claims_every_linear_but_heads_and_routers():
     assert claimed(include=["**.gate"], exclude=[]) == ["model.layers.0.mlp.gate"]
 
 
+def test_formats_by_pattern():
+    modules = {f"model.layers.{layer}.{part}_proj": LinearSpec(8, 4) for layer in range(2) for part in ("mlp.up", "mlp.down", "self_attn.o")}
+    options = {
+        "bits": 12,
+        "formats": {"**.mlp.*": {"bits": 6}, "**.0.**.down_proj": {"bits": 6, "group_size": 128}, "**.1.self_attn.*": {"group_size": 64}},
+    }
+    claims = {claim.module: claim.value for claim in FP8(FP8Config(**options)).claim(model_config=None, modules=modules)}
+    assert claims == {
+        **{f"model.layers.{layer}.mlp.{part}_proj": FP8Codec(bits=6, group_size=128) for layer in range(2) for part in ("up", "down")},
+        "model.layers.0.self_attn.o_proj": FP8Codec(bits=12),
+        "model.layers.1.self_attn.o_proj": FP8Codec(group_size=64),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"formats": {"**.mpl.*": {"bits": 6}}}, ClaimError, "formats '\\*\\*.mpl.\\*' matches no module that is encoded"),
+        ({"formats": {"lm_head": {"bits": 12}}}, ClaimError, "matches no module that is encoded"),
+        ({"formats": {"**.mlp.*": {"bits": 6}, "**.up_proj": {"bits": 12}}}, ClaimError, "both match model.layers.0.mlp.up_proj"),
+        ({"formats": {"**": {"bit": 6}}}, ValueError, "Extra inputs are not permitted"),
+        ({"bits": 6, "group_size": 50}, ValueError, "expected a multiple of 4"),
+    ],
+)
+def test_bad_formats_are_told(options, error, message):
+    with pytest.raises(error, match=message):
+        claimed(**options)
+
+
 def test_claims_that_cannot_be_met_are_one_line():
     with pytest.raises(ClaimError, match="shared with the embedding.*add it to 'exclude'"):
         claimed(exclude=[])

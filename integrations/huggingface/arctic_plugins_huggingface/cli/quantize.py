@@ -25,7 +25,7 @@ def quantize(model: str, out: str, plugins: str) -> None:
     if not stack.only("weight_codec"):
         raise ConfigError(f"--plugins {plugins} encodes nothing", expected="a plugin that fills 'weight_codec'", fix="--plugins fp8")
     from arctic_plugins_huggingface.cli import quiet_hosts
-    from arctic_plugins_huggingface.loading import is_encoded, load_config, load_model
+    from arctic_plugins_huggingface.loading import encoding_report, is_encoded, load_config, load_model
     from arctic_plugins_huggingface.saving import check_new, save_checkpoint
 
     quiet_hosts()
@@ -33,5 +33,7 @@ def quantize(model: str, out: str, plugins: str) -> None:
     if is_encoded(load_config(model)):
         raise ConfigError(f"{model} is encoded already", expected="a plain checkpoint")
     encoded, tokenizer = load_model(model, stack)
+    for line in encoding_report(encoded):
+        click.echo(line)
     save_checkpoint(encoded, tokenizer, out, stack)
     click.echo(f"saved in {out}: {encoded.get_memory_footprint() / 1e6:.0f} MB of weights")
