@@ -51,7 +51,9 @@ class FrozenLinear(nn.Linear):
         self.version = 0
         """Counts changes of the bytes, so that a backward pass over bytes other than the forward's is noticed."""
         self.compute_dtype = dtype or torch.get_default_dtype()
-        for suffix, spec in codec.layout(self.shape).items():
+        layout = codec.layout(self.shape)
+        self._names = {suffix: f"weight{suffix}" for suffix in layout}
+        for suffix, spec in layout.items():
             empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
             self.register_parameter(f"weight{suffix}", nn.Parameter(empty, requires_grad=False))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=self.compute_dtype, device=device)) if bias else None)
@@ -81,7 +83,7 @@ class FrozenLinear(nn.Linear):
 
     def export(self) -> dict[str, Tensor]:
         """Suffix -> whole encoded buffer, wherever it is, for saving."""
-        return self._own_buffers() if self.handle is None else self.handle.export()
+        return {suffix: buffer.detach() for suffix, buffer in self._own_buffers().items()} if self.handle is None else self.handle.export()
 
     def decode(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``[N, K]`` in newly allocated memory."""
@@ -112,8 +114,8 @@ class FrozenLinear(nn.Linear):
         """
         check_buffers(self.codec, buffers, self.shape, f"{self.name}.weight")
         self.version += 1
-        for suffix in self.codec.layout(self.shape):
-            self._parameters.pop(f"weight{suffix}", None)
+        for name in self._names.values():
+            self._parameters.pop(name, None)
         if self.placement is None:
             for suffix, buffer in buffers.items():
                 self.register_parameter(f"weight{suffix}", nn.Parameter(buffer, requires_grad=False))
@@ -131,16 +133,21 @@ class FrozenLinear(nn.Linear):
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        y_MN: Tensor
         x_MK = input
         if torch.is_autocast_enabled(x_MK.device.type):
             x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
-        if torch.is_grad_enabled() and x_MK.requires_grad:
-            y_MN: Tensor = _FrozenMatmul.apply(x_MK, self)
+        if torch.compiler.is_compiling() and self.handle is None:
+            y_MN = self._matmul(x_MK)  # compilers see the codec's operator, and its gradient
+        elif torch.is_grad_enabled() and x_MK.requires_grad:
+            y_MN = _FrozenMatmul.apply(x_MK, self)
         else:
             y_MN = self._matmul(x_MK)
         return y_MN if self.bias is None else y_MN + self.bias.to(y_MN.dtype)
 
     def _matmul(self, x_MK: Tensor) -> Tensor:
+        if self.handle is None:  # the path of every token that is generated: as short as can be
+            return self.codec.linear(x_MK, self._own_buffers(), (self.out_features, self.in_features))
         with self.lease() as buffers:
             return self.codec.linear(x_MK, buffers, self.shape)
 
@@ -149,12 +156,12 @@ class FrozenLinear(nn.Linear):
             return self.codec.grad_input(grad_MN, buffers, self.shape)
 
     def _own_buffers(self) -> dict[str, Tensor]:
-        return {suffix: getattr(self, f"weight{suffix}").data for suffix in self.codec.layout(self.shape)}
+        parameters = self._parameters
+        return {suffix: parameters[name] for suffix, name in self._names.items()}  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
         """``.to(device)`` moves the encoded buffers; ``.to(dtype)`` leaves them exactly as they are."""
-        names = {f"weight{suffix}" for suffix in self.codec.layout(self.shape)}
-        encoded = set() if self.handle is not None else {id(param) for name, param in self._parameters.items() if name in names}
+        encoded = set() if self.handle is not None else {id(self._parameters[name]) for name in self._names.values()}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             changed = fn(tensor)

@@ -91,14 +91,12 @@ class FP8Codec(Codec):
     def linear(self, x: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
         if x.dtype not in DTYPES:
             return super().linear(x, buffers, shape)
-        x_MK = x.reshape(-1, shape[1]).contiguous()
-        return kernels.linear(x_MK, *_flat(buffers), self.bits).view(*x.shape[:-1], shape[0])
+        return kernels.linear(x, buffers[""], buffers["_scale"], self.bits)
 
     def grad_input(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
         if grad.dtype not in DTYPES:
             return super().grad_input(grad, buffers, shape)
-        grad_MN = grad.reshape(-1, shape[0]).contiguous()
-        return kernels.grad_input(grad_MN, *_flat(buffers), self.bits, shape[1]).view(*grad.shape[:-1], shape[1])
+        return kernels.grad_input(grad, buffers[""], buffers["_scale"], self.bits, shape[1])
 
 
 def _flat(buffers: Buffers) -> tuple[Tensor, Tensor]:

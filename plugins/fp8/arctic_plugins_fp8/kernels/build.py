@@ -14,7 +14,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-__all__ = ["BuildError", "is_supported", "library", "obstacle"]
+__all__ = ["BuildError", "library", "obstacle"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +46,6 @@ def obstacle() -> str:
     if _compiler() is None:
         return "no C++ compiler: install g++ or clang++, or set CXX"
     return ""
-
-
-def is_supported() -> bool:
-    """Whether :func:`library` can be expected to work."""
-    return not obstacle()
 
 
 def library() -> Path:

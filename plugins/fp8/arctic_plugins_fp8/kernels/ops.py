@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from functools import cache
+import threading
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_fp8.kernels import build, reference
 
-__all__ = ["decode", "describe", "encode", "grad_input", "linear", "use"]
+__all__ = ["decode", "describe", "encode", "grad_input", "linear", "load", "use"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ _library.define("encode(Tensor weight, Tensor(a!) codes, Tensor(b!) scale, int b
 _library.define("decode(Tensor codes, Tensor scale, int bits, Tensor(a!) out) -> ()")
 _library.define("linear(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor")
 _library.define("grad_input(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features) -> Tensor")
-for _name in ("encode", "decode", "linear", "grad_input"):
+OPERATORS = ("encode", "decode", "linear", "grad_input")
+for _name in OPERATORS:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 
 
@@ -34,22 +36,22 @@ def _fake_decode(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
 
 
 def _fake_linear(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    return x.new_empty((x.shape[0], codes.shape[0]))
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
 def _fake_grad_input(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int) -> Tensor:
-    return grad.new_empty((grad.shape[0], in_features))
+    return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scale, ctx.bits = inputs
-    ctx.in_features = x.shape[1]
+    ctx.in_features = x.shape[-1]
     ctx.save_for_backward(codes, scale)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     codes, scale = ctx.saved_tensors
-    return grad_input(grad.contiguous(), codes, scale, ctx.bits, ctx.in_features), None, None, None
+    return torch.ops.arctic_fp8.grad_input(grad, codes, scale, ctx.bits, ctx.in_features), None, None, None
 
 
 torch.library.register_fake("arctic_fp8::decode", _fake_decode, lib=_library)
@@ -58,68 +60,68 @@ torch.library.register_fake("arctic_fp8::grad_input", _fake_grad_input, lib=_lib
 torch.library.register_autograd("arctic_fp8::linear", _backward, setup_context=_save, lib=_library)
 
 
+# The compiled CPU kernels are built and loaded when an operator is first called; until then these stand for them.
+_first_calls = torch.library.Library("arctic_fp8", "IMPL", "CPU")
+_lock = threading.Lock()
+
+
+def _first_call(name: str, *args: Any) -> Any:
+    load()
+    return getattr(torch.ops.arctic_fp8, name)(*args)
+
+
+for _name in OPERATORS:
+    _first_calls.impl(_name, partial(_first_call, _name))
+
+
+def load() -> str:
+    """Load the compiled CPU kernels, building them if they never were; returns the instruction set in use, "" for the reference."""
+    with _lock:
+        return _load()
+
+
 @cache
 def _load() -> str:
-    """Load the compiled CPU kernels, building them if this is the first time, and return the instruction set in use; "" when there are none."""
     wanted = os.environ.get(VARIABLE, "")
-    if wanted == "reference" or not build.is_supported():
+    path = None
+    if wanted != "reference" and not build.obstacle():
+        try:
+            path = build.library()
+        except (build.BuildError, OSError) as error:
+            logger.warning("the CPU kernels of fp8 could not be built, slower ones in torch are used: %s", error)
+    _first_calls._destroy()  # there is no public name for it (torch 2.13); what it stood for comes into view
+    if path is None:
         return ""
-    try:
-        torch.ops.load_library(build.library())
-    except (build.BuildError, OSError) as error:
-        logger.warning("the CPU kernels of fp8 could not be built, slower ones in torch are used: %s", error)
-        return ""
+    torch.ops.load_library(path)
     found: str = torch.ops.arctic_fp8.use(wanted)
     if wanted and not found:
         raise ConfigError(f"{VARIABLE}={wanted}", expected="instructions that this processor has", fix="unset it")
     return found
 
 
-def _compiled() -> str:
-    return _load()  # not the cached function itself: compilers would look into that
-
-
-torch.compiler.assume_constant_result(_compiled)  # they call it while they trace
-
-
 def use(instruction_set: str = "") -> str:
     """Choose the CPU kernels by name (``amx``, ``avx512_bf16``, ``avx512``), or the best; returns the name, or "" when it cannot be had."""
-    return torch.ops.arctic_fp8.use(instruction_set) if _compiled() else ""
+    return torch.ops.arctic_fp8.use(instruction_set) if load() else ""
 
 
 def describe() -> tuple[bool, str]:
     """Whether compiled kernels are used on CPU, and a sentence about it."""
-    if found := _compiled():
+    if found := load():
         return True, f"CPU: compiled, {found} instructions"
-    return False, f"CPU: reference in torch ({build.obstacle() or f'{VARIABLE} is set'})"
+    return False, f"CPU: reference in torch ({build.obstacle() or f'{VARIABLE} is set, or the build failed'})"
 
 
-def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, largest: float) -> bool:
-    """Write the codes and scales of ``weight_NK`` (float32, bfloat16 or float16, contiguous).
+encode = torch.ops.arctic_fp8.encode.default
+"""``encode(weight [N, K], codes, scale, bits, largest) -> bool``: write the codes and scales of a contiguous float32, bfloat16 or float16 weight.
 
-    Returns:
-        False when a magnitude is beyond ``largest``, infinite or NaN.
-    """
-    _compiled()
-    return torch.ops.arctic_fp8.encode(weight_NK, codes, scale_NG, bits, largest)
+False when a magnitude is beyond ``largest``, infinite or NaN.
+"""
+decode = torch.ops.arctic_fp8.decode.default
+"""``decode(codes, scale, bits, out [N, K])``: write ``value(code) * scale``, rounded once from float32, to the contiguous ``out``.
 
-
-def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:
-    """Write ``value(code) * scale``, rounded once from float32, to ``out_NK`` (float32, bfloat16 or float16, contiguous).
-
-    What is below 2**-126 may become zero in bfloat16.
-    """
-    _compiled()
-    torch.ops.arctic_fp8.decode(codes, scale_NG, bits, out_NK)
-
-
-def linear(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
-    """``x_MK @ decode(codes).T``, in the dtype of ``x_MK``; sums are float32. Differentiable in ``x_MK``."""
-    _compiled()
-    return torch.ops.arctic_fp8.linear(x_MK, codes, scale_NG, bits)
-
-
-def grad_input(grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:
-    """``grad_MN @ decode(codes)``: the gradient of :func:`linear`."""
-    _compiled()
-    return torch.ops.arctic_fp8.grad_input(grad_MN, codes, scale_NG, bits, in_features)
+What is below 2**-126 may become zero in bfloat16.
+"""
+linear = torch.ops.arctic_fp8.linear.default
+"""``linear(x [..., K], codes, scale, bits) -> [..., N]``: ``x @ decode(codes).T`` in the dtype of ``x``; sums are float32. Differentiable."""
+grad_input = torch.ops.arctic_fp8.grad_input.default
+"""``grad_input(grad [..., N], codes, scale, bits, K) -> [..., K]``: ``grad @ decode(codes)``, the gradient of :func:`linear`."""

@@ -47,14 +47,14 @@ def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:
             torch.mul(values, scale_nG1, out=out_NK[block].view(-1, groups, group))
 
 
-def linear(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
+def linear(x: Tensor, codes: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.linear`."""
-    return x_MK @ _scratch(x_MK, codes, scale_NG, bits, x_MK.shape[1]).T
+    return x @ _scratch(x, codes, scale_NG, bits, x.shape[-1]).T
 
 
-def grad_input(grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:
+def grad_input(grad: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.grad_input`."""
-    return grad_MN @ _scratch(grad_MN, codes, scale_NG, bits, in_features)
+    return grad @ _scratch(grad, codes, scale_NG, bits, in_features)
 
 
 def _scratch(like: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:

@@ -63,6 +63,22 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
+// The tensor, or a contiguous copy: the usual case costs no call of the dispatcher.
+Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+// [..., last] as [rows, last].
+Tensor matrix(const Tensor& tensor) {
+  const int64_t last = tensor.size(tensor.dim() - 1);
+  return tensor.dim() == 2 ? packed(tensor) : torch::stable::view(packed(tensor), {last ? tensor.numel() / last : 0, last});
+}
+
+// A new tensor like `like` but for the size of its last dimension.
+Tensor new_last(const Tensor& like, int64_t size) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = size;
+  return torch::stable::new_empty(like, sizes);
+}
+
 // Codes [rows, groups, bytes] and scale [rows, groups], contiguous, of a weight [rows, K].
 Weight weight_of(const Tensor& codes, const Tensor& scale, int64_t bits, int64_t K) {
   STD_TORCH_CHECK(codes.dim() == 3 && codes.is_contiguous() && codes.scalar_type() == ScalarType::Byte,
@@ -149,15 +165,15 @@ uint16_t* packed_memory(int64_t elements) {
   return static_cast<uint16_t*>(kept.get());
 }
 
-// x [M, K] contiguous -> [M, N].
-Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, int64_t bits) {
+// input [..., K] -> [..., N].
+Tensor linear(const Tensor& input, const Tensor& given_codes, const Tensor& given_scale, int64_t bits) {
+  const Tensor x = matrix(input), codes = packed(given_codes), scale = packed(given_scale);
   const int64_t M = x.size(0), K = x.size(1), N = codes.size(0);
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "arctic_fp8: x must be contiguous [rows, in_features]");
   const Weight w = weight_of(codes, scale, bits, K);
   const Kernels& table = kernels();
   const Dtype dtype = dtype_of(x);
-  Tensor y = torch::stable::new_empty(x, {M, N});
-  if (M == 0) return y;
+  Tensor result = new_last(input, N), y = result.dim() == 2 ? result : torch::stable::view(result, {M, N});
+  if (M == 0) return result;
   if (dtype == Dtype::bf16 && M <= table.largest_m) {
     const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
     auto* to = static_cast<uint16_t*>(y.mutable_data_ptr());
@@ -172,7 +188,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, int64_t
       torch::stable::parallel_for(0, (N + table.rows - 1) / table.rows, grain(table.rows * K), [&](int64_t a, int64_t b) {
         table.linear(w, a * table.rows, std::min(N, b * table.rows), from + m * K, packed + m * ((K + 31) / 32 * 32), std::min(panel, M - m), to + m * N, N);
       });
-    return y;
+    return result;
   }
   for (int64_t n = 0; n < N; n += kTile) {
     const int64_t here = std::min(kTile, N - n);
@@ -180,24 +196,25 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, int64_t
     decode_into(w, n, n + here, 0, K, dtype, tile.mutable_data_ptr(), K);
     matmul_into(part, x, torch::stable::transpose(tile, 0, 1));
   }
-  return y;
+  return result;
 }
 
-// grad [M, N] contiguous -> [M, K].
-Tensor grad_input(const Tensor& grad, const Tensor& codes, const Tensor& scale, int64_t bits, int64_t K) {
+// given [..., N] -> [..., K].
+Tensor grad_input(const Tensor& given, const Tensor& given_codes, const Tensor& given_scale, int64_t bits, int64_t K) {
+  const Tensor grad = matrix(given), codes = packed(given_codes), scale = packed(given_scale);
   const int64_t M = grad.size(0), N = grad.size(1);
   const Weight w = weight_of(codes, scale, bits, K);
-  STD_TORCH_CHECK(grad.dim() == 2 && N == w.rows, "arctic_fp8: grad must be [rows, out_features]");
+  STD_TORCH_CHECK(N == w.rows, "arctic_fp8: grad must be [..., out_features]");
   const Dtype dtype = dtype_of(grad);
   const int64_t columns = w.groups > 1 ? std::max<int64_t>(1, kTile / w.group) * w.group : kTile;
-  Tensor result = torch::stable::new_empty(grad, {M, K});
+  Tensor whole = new_last(given, K), result = whole.dim() == 2 ? whole : torch::stable::view(whole, {M, K});
   for (int64_t k = 0; k < K; k += columns) {
     const int64_t here = std::min(columns, K - k);
     Tensor tile = scratch(grad, N, here), part = torch::stable::narrow(result, 1, k, here);
     decode_into(w, 0, N, k, k + here, dtype, tile.mutable_data_ptr(), here);
     matmul_into(part, grad, tile);
   }
-  return result;
+  return whole;
 }
 
 }  // namespace
