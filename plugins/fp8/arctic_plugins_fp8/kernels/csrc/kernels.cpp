@@ -76,6 +76,12 @@ template <int BITS> inline __m512i load_codes(const uint8_t* p, int64_t n = kChu
   }
 }
 
+// 6-bit codes to bfloat16 bits by the table of magnitudes.
+inline __m512i look_up6(__m512i codes, __m512i table) {
+  const __m512i magnitude = _mm512_permutexvar_epi16(codes, table);  // looks at the low 5 bits of an index
+  return _mm512_or_si512(magnitude, _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x20)), 10));
+}
+
 // Codes to bfloat16 bits.
 template <int BITS> inline __m512i to_values(__m512i codes) {
   if constexpr (BITS == 8) {
@@ -83,8 +89,7 @@ template <int BITS> inline __m512i to_values(__m512i codes) {
     const __mmask32 subnormal = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(0x78));
     return _mm512_add_epi16(moved, _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(0x3C00), subnormal, codes, load(tables.subnormal8)));
   } else if constexpr (BITS == 6) {
-    const __m512i magnitude = _mm512_permutexvar_epi16(codes, load(tables.value6));  // looks at the low 5 bits of an index
-    return _mm512_or_si512(magnitude, _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x20)), 10));
+    return look_up6(codes, load(tables.value6));
   } else {
     const __m512i magnitude = _mm512_and_si512(codes, _mm512_set1_epi16(0x7FF));
     const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x800)), 4);
@@ -287,6 +292,11 @@ uint16_t* buffer(int64_t elements) {
 
 inline int64_t padded(int64_t K) { return (K + kChunk - 1) / kChunk * kChunk; }
 
+// bfloat16 bits times a scale, rounded.
+inline __m512i scaled(__m512i values, __m512 scale) {
+  return narrow(_mm512_mul_ps(widen(_mm512_castsi512_si256(values)), scale), _mm512_mul_ps(widen(_mm512_extracti64x4_epi64(values, 1)), scale));
+}
+
 // Decode rows [n0, n1), columns [k0, k1) to bfloat16, zeros after K: 32 columns from k are at out[(n - n0) * row_stride + (k - k0) / 32 * chunk_stride].
 // With one scale per row the values are left unscaled; otherwise they are multiplied and rounded, as decode() does, and k0 is at a group's border.
 // `row` has room for one decoded row. What is `ahead` bytes further in memory is fetched into the cache.
@@ -295,15 +305,25 @@ void values(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, uin
             uint16_t* row) {
   for (int64_t n = n0; n < n1; n++, out += row_stride) {
     uint16_t* to = out;
-    if (w.groups > 1) {
+    const uint8_t* codes = w.codes + n * w.row_bytes() + k0 * BITS / 8;  // groups follow each other without gaps
+    if (w.groups > 1 && w.group % kChunk) {
       decode_as<BITS, Dtype::bf16>(w, n, n + 1, k0, std::min(k1, w.K), row, 0);
       for (int64_t k = k0; k < k1; k += kChunk, to += chunk_stride)
         _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(lanes(std::max<int64_t>(0, w.K - k)), row + k - k0));
-    } else {
-      const uint8_t* codes = w.codes + n * w.row_bytes() + k0 * BITS / 8;
-      for (int64_t k = k0; k < k1; k += kChunk, codes += kChunk * BITS / 8, to += chunk_stride) {
+      continue;
+    }
+    const float* scales = w.scale + n * w.groups;
+    for (int64_t k = k0; k < k1;) {
+      const int64_t group = w.groups > 1 ? k / w.group : 0, end = w.groups > 1 ? std::min(k1, (group + 1) * w.group) : k1;
+      const __m512 scale = _mm512_set1_ps(w.groups > 1 ? scales[group] : 1.0f);
+      const __m512i table = scaled(load(tables.value6), scale);  // for 6 bits: multiplying 32 magnitudes is less than multiplying a group
+      for (; k < end; k += kChunk, codes += kChunk * BITS / 8, to += chunk_stride) {
         _mm_prefetch(reinterpret_cast<const char*>(codes) + ahead, _MM_HINT_T0);
-        _mm512_storeu_si512(to, to_values<BITS>(load_codes<BITS>(codes, std::clamp<int64_t>(w.group - k, 0, kChunk))));
+        const __m512i found = load_codes<BITS>(codes, std::clamp<int64_t>(w.groups * w.group - k, 0, kChunk));
+        __m512i value;
+        if constexpr (BITS == 6) value = look_up6(found, table);
+        else value = w.groups > 1 ? scaled(to_values<BITS>(found), scale) : to_values<BITS>(found);
+        _mm512_storeu_si512(to, value);
       }
     }
   }

@@ -1,0 +1,222 @@
+"""Whole models: fp8 against bfloat16 and the weight-only formats of other libraries.
+
+    python benchmarks/fp8_model.py vllm                                   # tokens/s of vLLM, a random Llama of 1.1B parameters
+    python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt    # of a real model
+    python benchmarks/fp8_model.py lora MODEL alpaca.json                 # loss and seconds of LoRA steps
+
+vllm: engines run one after the other, each twice in turns, in processes of their own; a number is the better of its two runs. Decoding is what 64 more
+tokens take after the first; prefill is the time to the first token of 1,024. perplexity: windows of 1,024 tokens, bfloat16 arithmetic. lora: r=16 on every
+linear module, bfloat16 arithmetic, the same batches of 4 x 256 tokens for both models, which take turns step by step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BITS = {"fp12": {"bits": 12}, "fp8": {}, "fp8 g128": {"group_size": 128}, "fp6 g128": {"bits": 6}, "fp6 g32": {"bits": 6, "group_size": 32}}
+
+
+def run_vllm(_: argparse.Namespace) -> None:
+    """Compare engines."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as name:
+        plain, encoded = Path(name, "bf16"), Path(name, "fp8")
+        config = LlamaConfig(
+            vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+        )
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(plain)
+        _encode(plain, encoded)
+        engines = {"bf16": (plain, False), "bf16 eager": (plain, True), "fp8": (encoded, False), "fp8 eager": (encoded, True)}
+        best: dict[str, dict[str, float]] = {}
+        for _round in range(2):
+            for engine, (path, eager) in engines.items():
+                for key, seconds in _engine(path, eager).items():
+                    times = best.setdefault(engine, {})
+                    times[key] = min(seconds, times.get(key, math.inf))
+        print("| engine | batch 1, tokens/s | batch 8, tokens/s | first token of 1,024, s |\n|---|---|---|---|")
+        for engine, times in best.items():
+            one, eight, first = times["1"] / 64, times["8"] / 64, times["prefill"]
+            reference = best["bf16"]
+            ratios = [reference[key] / times[key] for key in ("1", "8", "prefill")]
+            print(f"| {engine} | {1 / one:.1f} ({ratios[0]:.2f}x) | {8 / eight:.1f} ({ratios[1]:.2f}x) | {first:.2f} ({ratios[2]:.2f}x) |")
+
+
+def _encode(plain: Path, encoded: Path) -> None:
+    from arctic_plugins_huggingface import register
+    from arctic_plugins_huggingface.loading import freeze
+    from transformers import AutoModelForCausalLM
+
+    from arctic_plugins import Stack
+
+    register()
+    freeze(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), Stack.from_dict({"fp8": {}})).save_pretrained(encoded)
+
+
+def _engine(path: Path, eager: bool) -> dict[str, float]:
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    command = [sys.executable, __file__, "engine", str(path), *(["--eager"] if eager else [])]
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_engine(arguments: argparse.Namespace) -> None:
+    """Time one engine, in this process."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        arguments.model, skip_tokenizer_init=True, enforce_eager=arguments.eager, max_model_len=2048, max_num_seqs=8, enable_prefix_caching=False
+    )
+
+    def seconds(prompts: int, length: int, tokens: int) -> float:
+        drawn = torch.randint(3, 31000, (prompts, length)).tolist()
+        options = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        start = time.perf_counter()
+        llm.generate([{"prompt_token_ids": ids} for ids in drawn], options, use_tqdm=False)
+        return time.perf_counter() - start
+
+    seconds(8, 32, 4)
+    result = {str(batch): statistics.median(seconds(batch, 32, 65) - seconds(batch, 32, 1) for _ in range(3)) for batch in (1, 8)}
+    result["prefill"] = statistics.median(seconds(1, 1024, 1) for _ in range(3))
+    print(json.dumps(result))
+
+
+def run_perplexity(arguments: argparse.Namespace) -> None:
+    """Compare formats."""
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(arguments.model)(Path(arguments.data).read_text(), return_tensors="pt").input_ids[0]
+    windows = tokens[: len(tokens) // 1024 * 1024].view(-1, 1024)[: arguments.windows]
+    print(f"{len(windows)} windows of 1,024 tokens\n\n| format | perplexity | over bf16 | MB of linear weights |\n|---|---|---|---|", flush=True)
+    plain = 0.0
+    for name, load in _formats(arguments.model):
+        model, size = load()
+        with torch.inference_mode():
+            losses = [model(input_ids=window[None], labels=window[None]).loss.double() for window in windows]
+        perplexity = math.exp(torch.stack(losses).mean())
+        plain = plain or perplexity
+        print(f"| {name} | {perplexity:.3f} | {perplexity / plain - 1:+.2%} | {size / 1e6:.1f} |", flush=True)
+
+
+def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int]]]]:
+    from arctic_plugins_huggingface import load_model
+    from arctic_plugins_huggingface.loading import linear_modules
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from arctic_plugins import Stack
+
+    def ours(options: dict[str, Any] | None) -> tuple[Any, int]:
+        model, _ = load_model(checkpoint, None if options is None else Stack.from_dict({"fp8": options}), dtype=torch.bfloat16)
+        modules = [model.get_submodule(name) for name in linear_modules(model) if name != "lm_head"]
+        return model, sum(parameter.nbytes for module in modules for name, parameter in module.named_parameters() if name != "bias")
+
+    def bnb(**options: Any) -> tuple[Any, int]:
+        config = BitsAndBytesConfig(llm_int8_skip_modules=["lm_head"], **options)
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=config, device_map="cpu")
+        return model, _bytes(model)
+
+    def torchao(config: Any) -> tuple[Any, int]:
+        from torchao.quantization import quantize_
+
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
+        quantize_(model, config, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head")
+        return model, 0
+
+    yield "bf16", lambda: ours(None)
+    for name, options in BITS.items():
+        yield name, lambda options=options: ours(options)
+    try:
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        yield "torchao float8", lambda: torchao(Float8WeightOnlyConfig())
+        yield "torchao int8", lambda: torchao(Int8WeightOnlyConfig())
+    except ImportError as error:
+        print(f"left out: {error}")
+    try:
+        import bitsandbytes  # noqa: F401
+
+        yield "bnb int8", lambda: bnb(load_in_8bit=True)
+        yield "bnb nf4", lambda: bnb(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    except ImportError as error:
+        print(f"left out: {error}")
+
+
+def _bytes(model: torch.nn.Module) -> int:
+    return sum(parameter.nbytes for name, parameter in model.named_parameters() if "_proj.weight" in name)
+
+
+def run_lora(arguments: argparse.Namespace) -> None:
+    """Train both, step by step."""
+    from arctic_plugins_huggingface import load_model
+    from transformers import AutoTokenizer
+
+    from arctic_plugins import Stack
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    records = json.loads(Path(arguments.data).read_text())
+    texts = [f"{record['instruction']}\n{record.get('input', '')}\n{record['output']}{tokenizer.eos_token}" for record in records]
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    stacks = {"bf16": {"lora": {"r": 16}}, "fp8": {"fp8": {}, "lora": {"r": 16}}}
+    models, optimizers = {}, {}
+    for name, plugins in stacks.items():
+        torch.manual_seed(0)
+        models[name] = load_model(arguments.model, Stack.from_dict(plugins), dtype=torch.bfloat16)[0].train()
+        optimizers[name] = torch.optim.AdamW([p for p in models[name].parameters() if p.requires_grad], lr=2e-4)
+    losses: dict[str, list[float]] = {name: [] for name in stacks}
+    times: dict[str, list[float]] = {name: [] for name in stacks}
+    for step in range(arguments.steps):
+        chosen = [texts[(4 * step + at) % len(texts)] for at in range(4)]
+        batch = tokenizer(chosen, return_tensors="pt", padding="max_length", truncation=True, max_length=256)
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        for name, model in models.items():
+            torch.manual_seed(step)
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(**batch, labels=labels).loss
+            loss.backward()
+            optimizers[name].step()
+            optimizers[name].zero_grad()
+            times[name].append(time.perf_counter() - start)
+            losses[name].append(loss.item())
+    mean = {name: statistics.mean(values) for name, values in losses.items()}
+    median = {name: statistics.median(values[1:]) for name, values in times.items()}
+    print(f"| base | mean loss of {arguments.steps} steps | s/step (median) |\n|---|---|---|")
+    for name in stacks:
+        print(f"| {name} | {mean[name]:.4f} ({mean[name] / mean['bf16'] - 1:+.2%}) | {median[name]:.3f} ({median[name] / median['bf16']:.2f}x) |")
+
+
+def main() -> None:
+    """Run one of the comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    commands.add_parser("vllm").set_defaults(run=run_vllm)
+    engine = commands.add_parser("engine", help=argparse.SUPPRESS)
+    engine.add_argument("model")
+    engine.add_argument("--eager", action="store_true")
+    engine.set_defaults(run=run_engine)
+    for name, run in (("perplexity", run_perplexity), ("lora", run_lora)):
+        command = commands.add_parser(name)
+        command.add_argument("model")
+        command.add_argument("data")
+        command.set_defaults(run=run)
+    commands.choices["perplexity"].add_argument("--windows", type=int, help="only the first so many")
+    commands.choices["lora"].add_argument("--steps", type=int, default=24)
+    arguments = parser.parse_args()
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()
