@@ -4,9 +4,9 @@
     python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt    # of a real model
     python benchmarks/fp8_model.py lora MODEL alpaca.json                 # loss and seconds of LoRA steps
 
-vllm: engines run one after the other, each twice in turns, in processes of their own; a number is the better of its two runs. Decoding is what 64 more
-tokens take after the first; prefill is the time to the first token of 1,024. perplexity: windows of 1,024 tokens, bfloat16 arithmetic. lora: r=16 on every
-linear module, bfloat16 arithmetic, the same batches of 4 x 256 tokens for both models, which take turns step by step.
+vllm: engines run one after the other, each twice in turns, in processes of their own; a number is the better of its two runs. Decoding is
+what 64 more tokens take after the first; prefill is the time to the first token of 1,024. perplexity: windows of 1,024 tokens, bfloat16
+arithmetic. lora: r=16 on every linear module, bfloat16 arithmetic, the same batches of 4 x 256 tokens for both models, which take turns.
 """
 
 from __future__ import annotations

@@ -180,3 +180,46 @@ def test_processes_that_start_together_build_once(tmp_path):
     started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert all("(True, " in process.communicate(timeout=300)[0] for process in started)
     assert len(list((tmp_path / "arctic_plugins" / "kernels").glob("*.so"))) == 1
+
+
+def test_triton_in_its_interpreter_is_bitwise_the_reference():
+    """No GPU is needed: Triton interprets the kernel on CPU tensors. It reads the variable when it is imported, hence the process."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["180"]
+
+
+INTERPRETED = """
+import itertools, torch
+from arctic_plugins_fp8.codec import FP8Codec
+from arctic_plugins_fp8.kernels import gpu, reference
+checked = 0
+for bits, group, shape, dtype in itertools.product(
+    (8, 6, 12), ("channel", 32, 100, 128), ((5, 33), (3, 1100), (2, 128), (1, 1), (4, 515)), (torch.float32, torch.bfloat16, torch.float16)
+):
+    codec = FP8Codec(bits=bits, group_size=group)
+    codes, scale = codec.encode(torch.randn(shape)).values()
+    codes.random_()
+    expected, found = torch.empty(shape, dtype=dtype), torch.full(shape, float("nan"), dtype=dtype)
+    reference.decode(codes, scale, bits, expected)
+    gpu.decode(codes, scale, bits, found)
+    assert torch.equal(expected, found), (codec, shape, dtype, (expected != found).sum())
+    checked += 1
+print(checked)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_on_a_gpu_it_is_the_references(codec):
+    for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16, torch.float16)):
+        codes, scale = encoded(codec, shape)
+        codes.random_()
+        expected, found = torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype, device="cuda")
+        reference.decode(codes, scale, codec.bits, expected)
+        kernels.decode(codes.cuda(), scale.cuda(), codec.bits, found)
+        assert torch.equal(expected, found.cpu()), (shape, dtype)

@@ -1,7 +1,7 @@
 """Kernels of the ``fp8`` codec, as torch operators: ``torch.ops.arctic_fp8.{encode, decode, linear, grad_input}``.
 
-The dispatcher of torch is the table of kernels: CPU has the compiled ones (``csrc``); every other device, and CPU where they cannot be had, the
-reference in torch (``reference``). All take an encoded weight as ``codes uint8 [N, G, g * bits / 8]`` and
+The dispatcher of torch is the table of kernels: CPU has the compiled ones (``csrc``), CUDA decoding in Triton (``gpu``); what is missing, and every
+other device, has the reference in torch (``reference``). All take an encoded weight as ``codes uint8 [N, G, g * bits / 8]`` and
 ``scale float32 [N, G]``.
 """
 

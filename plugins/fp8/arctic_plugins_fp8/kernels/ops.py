@@ -60,6 +60,17 @@ torch.library.register_fake("arctic_fp8::grad_input", _fake_grad_input, lib=_lib
 torch.library.register_autograd("arctic_fp8::linear", _backward, setup_context=_save, lib=_library)
 
 
+def _decode_cuda(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
+    try:
+        from arctic_plugins_fp8.kernels import gpu
+    except ImportError:  # torch's CUDA builds for Linux bring Triton, others need not
+        reference.decode(codes, scale, bits, out)
+    else:
+        gpu.decode(codes, scale, bits, out)
+
+
+_library.impl("decode", _decode_cuda, "CUDA")
+
 # The compiled CPU kernels are built and loaded when an operator is first called; until then these stand for them.
 _first_calls = torch.library.Library("arctic_fp8", "IMPL", "CPU")
 _lock = threading.Lock()
