@@ -1,4 +1,4 @@
-"""What installed plugins add to a process: codec types by name, looked up lazily."""
+"""What installed plugins add to a process: codec types and export formats by name, looked up lazily."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Registry:
     failures: dict[str, Exception] = field(default_factory=dict)
     """Installed plugins that could not be loaded -> why. Raised only when something that is missing is asked for."""
     _codecs: dict[str, str] = field(default_factory=dict)
+    _exporters: dict[str, str] = field(default_factory=dict)
 
     def codec(self, type_name: str, target: str) -> None:
         """Add a codec type.
@@ -29,9 +30,15 @@ class Registry:
         Raises:
             PluginError: the name is taken by another target; the message names both.
         """
-        taken = self._codecs.setdefault(type_name, target)
-        if taken != target:
-            raise PluginError(f"codec type '{type_name}' is registered by {taken} and by {target}", fix="uninstall one of the two")
+        _add("codec type", self._codecs, type_name, target)
+
+    def exporter(self, format_name: str, target: str) -> None:
+        """Add a format of ``arctic export``: ``target`` is ``"module:attribute"`` of a :class:`~arctic_plugins.frozen.exporting.Exporter` class.
+
+        Raises:
+            PluginError: the name is taken by another target; the message names both.
+        """
+        _add("export format", self._exporters, format_name, target)
 
     def codec_types(self) -> list[str]:
         return sorted(self._codecs)
@@ -42,13 +49,28 @@ class Registry:
         Raises:
             PluginNotFoundError: nobody registered it; says which plugin would, or which installed plugin failed to load.
         """
-        try:
-            module, _, attribute = self._codecs[type_name].partition(":")
-        except KeyError:
+        if type_name not in self._codecs:
             broken = "; ".join(str(error) for error in self.failures.values())
             raise PluginNotFoundError(
                 f"the checkpoint's codec type '{type_name}' is provided by no installed plugin",
                 fix=broken
                 or f"install the plugin that provides it (first-party: pip install arctic-plugins-{type_name}); {suggest(type_name, self._codecs)}",
-            ) from None
-        return getattr(importlib.import_module(module), attribute)
+            )
+        return _load(self._codecs[type_name])
+
+    def load_exporter(self, format_name: str) -> Any:
+        """Import and return the exporter class registered as ``format_name``; raises PluginNotFoundError when nobody registered it."""
+        if format_name not in self._exporters:
+            raise PluginNotFoundError(f"no installed plugin exports to '{format_name}'", fix=suggest(format_name, self._exporters))
+        return _load(self._exporters[format_name])
+
+
+def _add(kind: str, table: dict[str, str], name: str, target: str) -> None:
+    taken = table.setdefault(name, target)
+    if taken != target:
+        raise PluginError(f"{kind} '{name}' is registered by {taken} and by {target}", fix="uninstall one of the two")
+
+
+def _load(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -26,6 +26,8 @@ class FP8(Plugin):
     @hookimpl
     def register(cls, registry: Registry) -> None:
         registry.codec("fp8", "arctic_plugins_fp8.codec:FP8Codec")
+        registry.exporter("compressed-tensors", "arctic_plugins_fp8.export:CompressedTensors")
+        registry.exporter("fp8-block", "arctic_plugins_fp8.export:FP8Block")
 
     @hookimpl
     def claim(self, model_config: Any, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:

@@ -1,5 +1,7 @@
 """Decoding on GPUs, in Triton; products are the library's, over the decoded weight. Never ran on a GPU: checked in Triton's interpreter."""
 
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
 from __future__ import annotations
 
 import torch

@@ -1,0 +1,85 @@
+"""FP8 weights in formats that stock transformers and vLLM read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arctic_plugins.errors import CodecError
+from arctic_plugins.frozen import Codec
+from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins.frozen.exporting import Exporter
+from arctic_plugins_fp8.codec import FP8Codec
+
+__all__ = ["CompressedTensors", "FP8Block"]
+
+BLOCK = 128
+E4M3_MAX = 448.0
+
+
+class CompressedTensors(Exporter):
+    """``float-quantized`` of compressed-tensors (0.17, ``compressed_tensors/compressors``), one scale per channel: exactly the bytes of ``bits: 8``.
+
+    ``weight float8_e4m3fn [N, K]``, ``weight_scale float32 [N, 1]``. Weights only: activations stay as they are, as they do here.
+    """
+
+    def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
+        for name, codec in codecs.items():
+            if not isinstance(codec, FP8Codec) or codec != FP8Codec():
+                raise CodecError(
+                    f"{name} is encoded as {codec}",
+                    expected="fp8 with bits 8 and group_size 'channel', which compressed-tensors holds exactly",
+                    fix="quantize with these, or export as fp8-block",
+                )
+        weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "float-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": list(plain),
+        }
+
+    def tensors(self, codec: Codec, buffers: Buffers, shape: tuple[int, int]) -> dict[str, Tensor]:
+        codes = buffers[""].reshape(shape)
+        if bool((codes & 0x7F == 0x7F).any()):
+            raise CodecError("the weight holds 480, whose code other libraries read as NaN", fix="quantize the original checkpoint again")
+        return {"weight": codes.contiguous().view(torch.float8_e4m3fn), "weight_scale": buffers["_scale"].reshape(-1, 1).contiguous()}
+
+
+class FP8Block(Exporter):
+    """The ``fp8`` format of DeepSeek-V3: one scale for 128 x 128 weights (transformers' ``finegrained_fp8.py``, vLLM's ``fp8.py``).
+
+    ``weight float8_e4m3fn [N, K]``, ``weight_scale_inv float32 [N / 128, K / 128]``, a weight being their product. From any codec: weights are
+    decoded and encoded again, which costs a rounding. Hosts that compute in this format quantize activations too. Sizes above 128 that are no
+    multiples of it are refused: transformers 5.19 (``Fp8Dequantize``) divides the weight's size by the grid's to get that of a block.
+    """
+
+    def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
+        return {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [BLOCK, BLOCK],
+            "modules_to_not_convert": list(plain),
+        }
+
+    def tensors(self, codec: Codec, buffers: Buffers, shape: tuple[int, int]) -> dict[str, Tensor]:
+        rows, columns = shape
+        if any(size > BLOCK and size % BLOCK for size in shape):
+            raise CodecError(
+                f"the weight is {rows} x {columns}",
+                expected=f"sizes that are multiples of {BLOCK}",
+                fix="exclude the module from fp8, or export another way",
+            )
+        blocks = -(-rows // BLOCK), -(-columns // BLOCK)
+        weight = codec.decode(buffers, shape, torch.float32)
+        padded = torch.nn.functional.pad(weight, (0, blocks[1] * BLOCK - columns, 0, blocks[0] * BLOCK - rows))
+        parts = padded.view(blocks[0], BLOCK, blocks[1], BLOCK)
+        top = parts.abs().amax((1, 3))
+        scale = torch.where(top == 0, 1.0, top / E4M3_MAX)
+        encoded = (parts / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        whole = encoded.view(torch.uint8).reshape(padded.shape)[:rows, :columns].contiguous()
+        return {"weight": whole.view(torch.float8_e4m3fn), "weight_scale_inv": scale}

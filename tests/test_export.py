@@ -1,0 +1,112 @@
+"""Exported checkpoints are read by stock transformers in a process where this project is not imported."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from arctic_plugins_fp8.codec import FP8Codec
+from arctic_plugins_fp8.export import CompressedTensors
+from arctic_plugins_huggingface import load_model, save_checkpoint
+from arctic_plugins_huggingface.exporting import export_checkpoint
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+from arctic_plugins import Stack
+from arctic_plugins.errors import CheckpointError, CodecError, ConfigError, PluginNotFoundError
+from arctic_plugins.frozen import FrozenLinear
+from arctic_plugins.testing import tiny_llama
+
+STOCK = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+logits = model(torch.arange(24)[None]).logits
+assert not any(name.startswith("arctic") for name in sys.modules), "the project was imported"
+torch.save(logits, sys.argv[2])
+"""
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_checkpoint, tmp_path_factory):
+    stack, path = Stack.from_dict({"fp8": {}}), tmp_path_factory.mktemp("export") / "encoded"
+    model, tokenizer = load_model(tiny_checkpoint, stack)
+    save_checkpoint(model, tokenizer, path, stack)
+    return path
+
+
+def stock_logits(path, tmp_path):
+    done = subprocess.run([sys.executable, "-c", STOCK, str(path), str(tmp_path / "logits.pt")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return torch.load(tmp_path / "logits.pt")
+
+
+def test_stock_transformers_reads_compressed_tensors(encoded, tmp_path):
+    exported = export_checkpoint(encoded, tmp_path / "out", "compressed-tensors")
+    model, _ = load_model(encoded, dtype=torch.float32)
+    torch.testing.assert_close(stock_logits(exported, tmp_path), model(torch.arange(24)[None]).logits, rtol=1e-4, atol=1e-4)
+    assert not (exported / "arctic_plugins.json").exists()
+    assert (exported / "tokenizer_config.json").is_file()
+
+
+def test_stock_transformers_reads_fp8_block(tmp_path):
+    source = tiny_llama(tmp_path / "plain", hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
+    stack = Stack.from_dict({"fp8": {"formats": {"**.mlp.*": {"bits": 12}}}})
+    model, tokenizer = load_model(source, stack)
+    save_checkpoint(model, tokenizer, tmp_path / "encoded", stack)
+    exported = export_checkpoint(tmp_path / "encoded", tmp_path / "out", "fp8-block")
+    plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    with safe_open(exported / "model.safetensors", "pt") as file:
+        for name, module in model.named_modules():
+            if isinstance(module, FrozenLinear):
+                weight, scale = file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.weight_scale_inv")
+                blocks = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: weight.shape[0], : weight.shape[1]]
+                product, own = weight.float() * blocks, module.decode()
+                assert (product - own).norm() <= 0.04 * own.norm()
+                plain.get_submodule(name).weight.data = product
+    torch.testing.assert_close(stock_logits(exported, tmp_path), plain(torch.arange(24)[None]).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_compressed_tensors_has_exactly_the_bytes(encoded, tmp_path):
+    exported = export_checkpoint(encoded, tmp_path / "out", "compressed-tensors")
+    model, _ = load_model(encoded)
+    with safe_open(exported / "model.safetensors", "pt") as file:
+        for name, module in model.named_modules():
+            if isinstance(module, FrozenLinear):
+                weight, scale = file.get_tensor(f"{name}.weight"), file.get_tensor(f"{name}.weight_scale")
+                assert weight.dtype == torch.float8_e4m3fn
+                assert torch.equal(weight.float() * scale, module.decode())
+    config = json.loads((exported / "config.json").read_text())["quantization_config"]
+    assert config["ignore"] == ["lm_head"]
+
+
+def test_shards_stay_shards(encoded, tiny_checkpoint, tmp_path):
+    stack = Stack.from_dict({"fp8": {}})
+    model, _ = load_model(tiny_checkpoint, stack)
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="40KB")
+    exported = export_checkpoint(tmp_path / "sharded", tmp_path / "out", "compressed-tensors")
+    index = json.loads((exported / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(index.values()) == {path.name for path in exported.glob("*.safetensors")}
+    assert len(set(index.values())) > 2
+    whole = export_checkpoint(encoded, tmp_path / "whole", "compressed-tensors")
+    assert torch.equal(stock_logits(exported, tmp_path), stock_logits(whole, tmp_path))
+
+
+def test_what_cannot_be_exported_is_told(encoded, tiny_checkpoint, tmp_path):
+    stack = Stack.from_dict({"fp8": {"formats": {"**.mlp.*": {"bits": 6}}}})
+    model, tokenizer = load_model(tiny_checkpoint, stack)
+    save_checkpoint(model, tokenizer, tmp_path / "mixed", stack)
+    with pytest.raises(CodecError, match="mlp.* is encoded as FP8Codec.bits=6.*export as fp8-block"):
+        export_checkpoint(tmp_path / "mixed", tmp_path / "out", "compressed-tensors")
+    with pytest.raises(CodecError, match="model.layers.0.mlp.down_proj: the weight is 64 x 176; expected sizes that are multiples of 128"):
+        export_checkpoint(encoded, tmp_path / "out", "fp8-block")
+    with pytest.raises(PluginNotFoundError, match="no installed plugin exports to 'fp8-blok'.*did you mean 'fp8-block'"):
+        export_checkpoint(encoded, tmp_path / "out", "fp8-blok")
+    with pytest.raises(CheckpointError, match="is not encoded"):
+        export_checkpoint(tiny_checkpoint, tmp_path / "out", "fp8-block")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        export_checkpoint(encoded, tmp_path / "mixed", "fp8-block")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CodecError, match="holds 480"):
+        CompressedTensors().tensors(FP8Codec(), {"": torch.full((4, 1, 8), 255, dtype=torch.uint8), "_scale": torch.ones(4, 1)}, (4, 8))
