@@ -1,4 +1,4 @@
-"""What installed plugins add to a process: codec types and export formats by name, looked up lazily."""
+"""What installed plugins add to a process: codec types, and formats to export to and convert from, by name, looked up lazily."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Registry:
     """Installed plugins that could not be loaded -> why. Raised only when something that is missing is asked for."""
     _codecs: dict[str, str] = field(default_factory=dict)
     _exporters: dict[str, str] = field(default_factory=dict)
+    _converters: dict[str, str] = field(default_factory=dict)
 
     def codec(self, type_name: str, target: str) -> None:
         """Add a codec type.
@@ -39,6 +40,14 @@ class Registry:
             PluginError: the name is taken by another target; the message names both.
         """
         _add("export format", self._exporters, format_name, target)
+
+    def converter(self, format_name: str, target: str) -> None:
+        """Add a format of ``arctic convert``: ``target`` is ``"module:attribute"`` of a :class:`~arctic_plugins.frozen.exporting.Converter` class.
+
+        Raises:
+            PluginError: the name is taken by another target; the message names both.
+        """
+        _add("convertible format", self._converters, format_name, target)
 
     def codec_types(self) -> list[str]:
         return sorted(self._codecs)
@@ -63,6 +72,12 @@ class Registry:
         if format_name not in self._exporters:
             raise PluginNotFoundError(f"no installed plugin exports to '{format_name}'", fix=suggest(format_name, self._exporters))
         return _load(self._exporters[format_name])
+
+    def load_converter(self, format_name: str) -> Any:
+        """Import and return the converter class registered as ``format_name``; raises PluginNotFoundError when nobody registered it."""
+        if format_name not in self._converters:
+            raise PluginNotFoundError(f"no installed plugin converts from '{format_name}'", fix=suggest(format_name, self._converters))
+        return _load(self._converters[format_name])
 
 
 def _add(kind: str, table: dict[str, str], name: str, target: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_fp8.export import CompressedTensors
 from arctic_plugins_huggingface import load_model, save_checkpoint
-from arctic_plugins_huggingface.exporting import export_checkpoint
+from arctic_plugins_huggingface.exporting import convert_checkpoint, export_checkpoint
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -110,3 +110,34 @@ def test_what_cannot_be_exported_is_told(encoded, tiny_checkpoint, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(CodecError, match="holds 480"):
         CompressedTensors().tensors(FP8Codec(), {"": torch.full((4, 1, 8), 255, dtype=torch.uint8), "_scale": torch.ones(4, 1)}, (4, 8))
+
+
+@pytest.mark.parametrize("bits", [8, 6])
+def test_deepspeedfp_there_and_back(tmp_path, bits):
+    source = tiny_llama(tmp_path / "plain", hidden_size=512, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2, head_dim=128)
+    stack = Stack.from_dict({"fp8": {"bits": bits, "group_size": 512, "exclude": ["lm_head", "**.k_proj", "**.q_proj", "**.v_proj"]}})
+    model, tokenizer = load_model(source, stack)
+    save_checkpoint(model, tokenizer, tmp_path / "encoded", stack)
+    exported = export_checkpoint(tmp_path / "encoded", tmp_path / "exported", "deepspeedfp")
+    assert json.loads((exported / "config.json").read_text())["quantization_config"] == {
+        "quant_method": "deepspeedfp",
+        "bits": bits,
+        "group_size": 512,
+    }
+    report = convert_checkpoint(exported, tmp_path / "converted", "deepspeedfp")
+    assert f"model.layers.*.mlp.up_proj: fp8 (bits {bits}, group_size 512)" in report
+    assert not any("q_proj" in line for line in report)
+    found, _ = load_model(tmp_path / "converted")
+    x = torch.arange(24)[None]
+    expected = model(x).logits
+    assert (found(x).logits - expected).norm() <= {8: 1e-3, 6: 0.05}[bits] * expected.norm()  # zero is not a DeepSpeedFP number
+
+
+def test_what_cannot_be_converted_is_told(encoded, tiny_checkpoint, tmp_path):
+    with pytest.raises(CheckpointError, match="does not say how it is quantized"):
+        convert_checkpoint(tiny_checkpoint, tmp_path / "out", "deepspeedfp")
+    with pytest.raises(CheckpointError, match="is encoded by this project already"):
+        convert_checkpoint(encoded, tmp_path / "out", "deepspeedfp")
+    with pytest.raises(PluginNotFoundError, match="no installed plugin converts from 'deepspeed'"):
+        convert_checkpoint(encoded, tmp_path / "out", "deepspeed")
+    assert not (tmp_path / "out").exists()

@@ -1,16 +1,17 @@
-"""Exporters: encoded weights in the formats of other libraries, for people who cannot install this one where they serve."""
+"""Encoded weights in the formats of other libraries: exporters write them, for those who cannot install this one; converters read them."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from arctic_plugins.frozen.codec import Buffers, Codec
 
-__all__ = ["Exporter"]
+__all__ = ["Converter", "Exporter"]
 
 
 class Exporter(ABC):
@@ -35,3 +36,26 @@ class Exporter(ABC):
         Raises:
             CodecError: the format cannot hold these values.
         """
+
+
+class Converter(ABC):
+    """Subclass for each format that ``arctic convert`` reads, and register the class under the format's name with ``registry.converter``.
+
+    Args:
+        checkpoint: the directory.
+        config: its ``config.json``.
+
+    Raises:
+        CheckpointError: the checkpoint does not say what the format needs to know.
+    """
+
+    @abstractmethod
+    def __init__(self, checkpoint: Path, config: Mapping[str, Any]) -> None: ...
+
+    @abstractmethod
+    def codec(self, shape: tuple[int, ...]) -> Codec:
+        """The codec that a weight of ``shape`` becomes. Raises CodecError when none can hold it."""
+
+    @abstractmethod
+    def buffers(self, weight: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """The buffers of :meth:`codec` for the stored ``weight``. Raises CodecError when it is not what the format says."""

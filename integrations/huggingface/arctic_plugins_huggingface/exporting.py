@@ -1,28 +1,31 @@
-"""``arctic export``: an encoded checkpoint in another library's format, written file by file."""
+"""``arctic export`` and ``arctic convert``: encoded checkpoints to and from other libraries' formats, rewritten file by file."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from arctic_plugins.claims import compress_names
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import CheckpointError, CodecError
-from arctic_plugins.frozen import METHOD, ModuleCodecs
+from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs, describe_codec
 from arctic_plugins.frozen.codec import check_buffers
-from arctic_plugins.frozen.exporting import Exporter
-from arctic_plugins.provenance import FILE_NAME, read_json
+from arctic_plugins.frozen.exporting import Converter, Exporter
+from arctic_plugins.provenance import FILE_NAME, read_json, write_provenance
+from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint
 from arctic_plugins_huggingface.loading import linear_modules, load_config, skeleton
 from arctic_plugins_huggingface.saving import staged
 
-__all__ = ["export_checkpoint"]
+__all__ = ["convert_checkpoint", "export_checkpoint"]
 
 INDEX = "model.safetensors.index.json"
 
@@ -40,46 +43,147 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name
     """
     source = Path(checkpoint)
     exporter: Exporter = process_registry().load_exporter(format_name)()
-    if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source} has no config.json", expected="the directory of an encoded checkpoint", fix="correct the path")
-    config = read_json(source / "config.json")
+    config = _config(source)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise CheckpointError(f"{source} is not encoded", expected="a checkpoint that 'arctic quantize' or 'arctic merge' wrote", fix="quantize it")
     check_checkpoint(source)
-    codecs = ModuleCodecs.from_config(quantization)
-    loaded = load_config(source)
-    loaded.quantization_config = None
-    shapes = {name: spec.shape for name, spec in linear_modules(skeleton(loaded, "auto")).items()}
+    codecs, shapes = ModuleCodecs.from_config(quantization), _shapes(source)
     encoded = {name: codec for name in shapes if (codec := codecs.codec_of(name)) is not None}
     config["quantization_config"] = exporter.quantization_config(encoded, [name for name in shapes if name not in encoded])
-    with staged(directory) as draft, ExitStack() as stack:
-        files = {path.name: stack.enter_context(safe_open(path, "pt")) for path in sorted(source.glob("*.safetensors"))}
+
+    def tensors(name: str, read: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
+        buffers = {suffix: read(f"weight{suffix}") for suffix in encoded[name].layout(shapes[name])}
+        check_buffers(encoded[name], buffers, shapes[name], f"{name}.weight")
+        return exporter.tensors(encoded[name], buffers, shapes[name])
+
+    with staged(directory) as draft:
+        _rewrite(source, draft, config, encoded, tensors)
+    return Path(directory)
+
+
+def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_name: str) -> list[str]:
+    """Write ``checkpoint`` (a directory), in a format that a plugin registered as ``format_name``, as an encoded checkpoint.
+
+    Modules whose stored weight is floating point stay plain. Memory is bounded by the largest safetensors file.
+
+    Returns:
+        A line for every module (layers that are encoded alike share one) and its codec.
+
+    Raises:
+        PluginNotFoundError: nobody converts from ``format_name``.
+        CheckpointError: ``checkpoint`` is damaged, or does not say what the format needs to know.
+        CodecError: a weight is not what the format says, or no codec can hold it; names the module. Nothing is left behind.
+        ConfigError: ``directory`` exists and is not empty.
+    """
+    source = Path(checkpoint)
+    converter_class: type[Converter] = process_registry().load_converter(format_name)
+    config = _config(source)
+    if config.get("quantization_config", {}).get("quant_method") == METHOD:
+        raise CheckpointError(f"{source} is encoded by this project already", fix="use it as it is")
+    converter = converter_class(source, config)
+    shapes, stored = _shapes(source), _dtypes(source)
+    encoded: dict[str, Codec] = {}
+    for name, shape in shapes.items():
+        if stored.get(f"{name}.weight") in ("U8", "I8"):
+            with _named(name):
+                encoded[name] = converter.codec(shape)
+    if not encoded:
+        raise CheckpointError(
+            f"{source} has no linear weight stored as bytes", expected=f"a checkpoint in the format {format_name}", fix="quantize it"
+        )
+    codecs = ModuleCodecs.from_owners(encoded, shapes)
+    config["quantization_config"] = codecs.to_config()
+
+    def tensors(name: str, read: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
+        buffers = converter.buffers(read("weight"), shapes[name])
+        check_buffers(encoded[name], buffers, shapes[name], f"{name}.weight")
+        return {f"weight{suffix}": buffer for suffix, buffer in buffers.items()}
+
+    with staged(directory) as draft:
+        _rewrite(source, draft, config, encoded, tensors)
+        for name in ("quant_config.json", "quantize_config.json"):
+            (draft / name).unlink(missing_ok=True)
+        write_provenance(draft, Stack())
+    return [
+        f"{pattern}: {kind}" for pattern, kind in compress_names({name: describe_codec(codec) for name, codec in encoded.items()}, shapes).items()
+    ]
+
+
+def _config(source: Path) -> dict[str, Any]:
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"{source} has no config.json", expected="the directory of a checkpoint", fix="correct the path")
+    return read_json(source / "config.json")
+
+
+def _shapes(source: Path) -> dict[str, tuple[int, int]]:
+    config = load_config(source)
+    config.quantization_config = None
+    return {name: spec.shape for name, spec in linear_modules(skeleton(config, "auto")).items()}
+
+
+def _files(source: Path, stack: ExitStack) -> dict[str, Any]:
+    files = {}
+    for path in sorted(source.glob("*.safetensors")):
+        try:
+            files[path.name] = stack.enter_context(safe_open(path, "pt"))
+        except Exception as error:  # safetensors raises an exception class of its own
+            raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
+    if not files:
+        raise CheckpointError(f"{source} has no safetensors files", fix="convert the checkpoint to safetensors")
+    return files
+
+
+def _dtypes(source: Path) -> dict[str, str]:
+    with ExitStack() as stack:
+        return {key: file.get_slice(key).get_dtype() for file in _files(source, stack).values() for key in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Put the module's name before a CodecError's text."""
+    try:
+        yield
+    except CodecError as error:
+        raise CodecError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
+
+
+def _rewrite(
+    source: Path,
+    draft: Path,
+    config: Mapping[str, Any],
+    encoded: Mapping[str, Codec],
+    tensors: Callable[[str, Callable[[str], Tensor]], Mapping[str, Tensor]],
+) -> None:
+    """Write every file of ``source`` into ``draft``: ``tensors(module, read)`` in place of what encoded modules have, all else as it is."""
+    with ExitStack() as stack:
+        files = _files(source, stack)
         where = {key: file for file in files.values() for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
 
-        def converted(key: str) -> Iterator[tuple[str, Tensor]]:
+        def rewritten(key: str) -> Iterator[tuple[str, Tensor]]:
             name, _, suffix = key.rpartition(".weight")
-            if not name or name not in encoded:
+            if name not in encoded:
                 yield key, where[key].get_tensor(key)
             elif not suffix:  # the module's other buffers come with its codes
-                buffers = {s: where[f"{name}.weight{s}"].get_tensor(f"{name}.weight{s}") for s in encoded[name].layout(shapes[name])}
-                check_buffers(encoded[name], buffers, shapes[name], f"{name}.weight")
-                try:
-                    yield from ((f"{name}.{part}", tensor) for part, tensor in exporter.tensors(encoded[name], buffers, shapes[name]).items())
-                except CodecError as error:
-                    raise CodecError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
+                with _named(name):
+                    yield from ((f"{name}.{part}", tensor) for part, tensor in tensors(name, lambda part: _read(where, f"{name}.{part}")).items())
 
         weight_map: dict[str, str] = {}
         total = 0
         for file_name, file in files.items():
-            tensors = {new: tensor for key in file.keys() for new, tensor in converted(key)}  # noqa: SIM118
-            save_file(tensors, draft / file_name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file_name)
-            total += sum(tensor.nbytes for tensor in tensors.values())
+            here = {new: tensor for key in file.keys() for new, tensor in rewritten(key)}  # noqa: SIM118
+            save_file(here, draft / file_name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(here, file_name)
+            total += sum(tensor.nbytes for tensor in here.values())
         if (source / INDEX).is_file():
             (draft / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-        for path in source.iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, FILE_NAME, "config.json"):
-                shutil.copy(path, draft / path.name)
-        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return Path(directory)
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, FILE_NAME, "config.json"):
+            shutil.copy(path, draft / path.name)
+    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _read(where: Mapping[str, Any], key: str) -> Tensor:
+    if key not in where:
+        raise CheckpointError(f"{key} is missing from the checkpoint", fix="the checkpoint is incomplete: make it again")
+    return where[key].get_tensor(key)

@@ -28,6 +28,8 @@ class FP8(Plugin):
         registry.codec("fp8", "arctic_plugins_fp8.codec:FP8Codec")
         registry.exporter("compressed-tensors", "arctic_plugins_fp8.export:CompressedTensors")
         registry.exporter("fp8-block", "arctic_plugins_fp8.export:FP8Block")
+        registry.exporter("deepspeedfp", "arctic_plugins_fp8.deepspeedfp:DeepSpeedFPExporter")
+        registry.converter("deepspeedfp", "arctic_plugins_fp8.deepspeedfp:DeepSpeedFPConverter")
 
     @hookimpl
     def claim(self, model_config: Any, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from arctic_plugins.frozen.scratch import take_scratch
-from arctic_plugins_fp8.formats import FORMATS, Format
+from arctic_plugins_fp8.formats import FORMATS
 
-__all__ = ["decode", "encode", "grad_input", "linear"]
+__all__ = ["decode", "encode", "grad_input", "linear", "pack", "quantize", "unpack"]
 
 BLOCK = 1 << 19
 """Elements that are encoded or decoded at a time: temporaries stay in the cache and peak memory near the result's."""
@@ -19,7 +19,7 @@ BLOCK = 1 << 19
 
 def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, largest: float) -> bool:
     """See :func:`arctic_plugins_fp8.kernels.encode`."""
-    form, in_features = FORMATS[bits], weight_NK.shape[1]
+    in_features = weight_NK.shape[1]
     rows, groups, size = codes.shape
     group = size * 8 // bits
     for block in _blocks(rows, groups * group):
@@ -27,8 +27,8 @@ def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, larges
         top_nG = w_nGg.abs().amax(-1)
         if not bool((top_nG <= largest).all()):  # false for NaN too
             return False
-        scale_nG = torch.where(top_nG == 0, 1.0, top_nG / form.max).clamp_min(torch.finfo(torch.float32).tiny)
-        codes[block] = _pack(_round(w_nGg * (1.0 / scale_nG)[..., None], form), bits)
+        scale_nG = torch.where(top_nG == 0, 1.0, top_nG / FORMATS[bits].max).clamp_min(torch.finfo(torch.float32).tiny)
+        codes[block] = pack(quantize(w_nGg * (1.0 / scale_nG)[..., None], bits), bits)
         scale_NG[block] = scale_nG
     return True
 
@@ -70,19 +70,19 @@ def _blocks(rows: int, row_size: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _round(values: Tensor, form: Format) -> Tensor:
-    """float32 to codes (int32): to nearest even, saturating."""
-    bits = values.view(torch.int32)
-    magnitude, shift = bits & 0x7FFFFFFF, 23 - form.mantissa
+def quantize(values: Tensor, bits: int, *, top: int | None = None) -> Tensor:
+    """float32 to codes (int32): to nearest even, saturating at the code ``top`` (the format's)."""
+    form, raw = FORMATS[bits], values.view(torch.int32)
+    magnitude, shift = raw & 0x7FFFFFFF, 23 - form.mantissa
     normal = ((magnitude + ((1 << (shift - 1)) - 1) + ((magnitude >> shift) & 1)) >> shift) - ((127 - form.bias) << form.mantissa)
     # Adding a constant whose last mantissa bit is worth one subnormal step leaves the rounded number of steps in the low bits of the sum.
     offset = torch.tensor((127 + 23 + 1 - form.bias - form.mantissa) << 23, dtype=torch.int32, device=values.device)
     steps = (magnitude.view(torch.float32) + offset.view(torch.float32)).view(torch.int32) - offset
-    code = torch.where(magnitude < (127 + 1 - form.bias) << 23, steps, normal).clamp_max(form.top)
-    return code | ((bits >> 31) & 1) << (form.bits - 1)
+    code = torch.where(magnitude < (127 + 1 - form.bias) << 23, steps, normal).clamp_max(form.top if top is None else top)
+    return code | ((raw >> 31) & 1) << (bits - 1)
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
+def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes ``[..., g]`` to bytes ``[..., g * bits / 8]``, least significant bits first."""
     if bits == 8:
         return codes.to(torch.uint8)
@@ -92,7 +92,10 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
     return torch.stack([words & 0xFF, (words >> 8) & 0xFF, words >> 16], -1).to(torch.uint8).flatten(-2)
 
 
-def _unpack(packed: Tensor, bits: int) -> Tensor:
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The reverse of :func:`pack`; int32."""
+    if bits == 8:
+        return packed.int()
     three = packed.unflatten(-1, (-1, 3)).int()
     words = three[..., 0] | three[..., 1] << 8 | three[..., 2] << 16
     shifts = torch.arange(FORMATS[bits].unit, device=packed.device, dtype=torch.int32) * bits
@@ -111,7 +114,7 @@ def _values(packed: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, floa
         )  # 0x87F0: sign, 4 low exponent, 3 high mantissa bits
         values = moved.view(torch.bfloat16)
         return (values, 2.0**120) if dtype == torch.bfloat16 else (values.float() * 2.0**120, 1.0)
-    return _table(bits, packed.device)[_unpack(packed, bits)], 1.0
+    return _table(bits, packed.device)[unpack(packed, bits)], 1.0
 
 
 @cache
