@@ -179,7 +179,7 @@ def plot(results: dict[str, dict[str, object]], path: Path) -> None:
     """Speed over bf16 by rows of x, one panel per shape."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6 * len(results), 4))
+    figure = Figure(figsize=(6 * len(results) + 1.5, 4))
     axes = figure.subplots(1, len(results), sharey=True, squeeze=False)
     for axis, (title, result) in zip(axes[0], results.items(), strict=True):
         table = result["milliseconds"]
@@ -189,7 +189,7 @@ def plot(results: dict[str, dict[str, object]], path: Path) -> None:
         axis.set(title=title, xlabel="rows of x (M)", xscale="log", yscale="log", xticks=rows, xticklabels=rows)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("speed over bf16 nn.Linear")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 

@@ -127,6 +127,18 @@ def test_gradients_are_those_of_the_decoded_weight():
     torch.testing.assert_close(x.grad, again.grad)
 
 
+def test_scratch_of_inference_serves_training():
+    codec, rows = FP8Codec(), 70  # float32 and many rows: decoded into memory that is kept
+    buffers = codec.encode(torch.randn(24, 40))
+    with torch.inference_mode():
+        expected = codec.linear(torch.ones(rows, 40), buffers, (24, 40))
+    x = torch.ones(rows, 40, requires_grad=True)
+    y = codec.linear(x, buffers, (24, 40))
+    y.sum().backward()
+    assert torch.equal(y, expected)
+    torch.testing.assert_close(x.grad, codec.decode(buffers, (24, 40), torch.float32).sum(0).expand(rows, -1))
+
+
 def test_a_compiled_function_has_no_breaks():
     codec = FP8Codec(group_size=32)
     buffers = codec.encode(torch.randn(24, 96))
