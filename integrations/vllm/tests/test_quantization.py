@@ -115,7 +115,7 @@ class PlainCodec(FP8Codec):
 
 
 @pytest.mark.parametrize(
-    ("codec", "operator"), [(FP8Codec(group_size=32), "arctic_fp8.linear"), (PlainCodec(group_size=32), "arctic_plugins.codec_linear")]
+    ("codec", "operator"), [(FP8Codec(group_size=32), "arctic_fp8.linear.default"), (PlainCodec(group_size=32), "arctic_plugins.codec_linear")]
 )
 def test_compiled_it_is_one_operator_that_gives_the_same(codec, operator):
     weight, x = torch.randn(8, 80), torch.randn(3, 80)

@@ -186,6 +186,26 @@ def test_a_compiler_that_fails_leaves_the_reference_and_its_output(tmp_path):
 
 
 @pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
+def test_a_library_that_cannot_be_loaded_leaves_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library().write_bytes(b"not a library")
+    done = subprocess.run(
+        [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "could not be built or loaded" in done.stderr
+
+
+@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
+@pytest.mark.parametrize(("name", "message"), [("sse2", "ARCTIC_FP8_KERNELS=sse2; expected instructions that this processor has")])
+def test_unknown_instructions_are_told(name, message):
+    code = "from arctic_plugins_fp8 import kernels; kernels.describe()"
+    environment = {**os.environ, "ARCTIC_FP8_KERNELS": name}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert message in done.stderr
+
+
+@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
 def test_processes_that_start_together_build_once(tmp_path):
     command = [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}

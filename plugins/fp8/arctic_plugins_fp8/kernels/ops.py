@@ -94,16 +94,14 @@ def load() -> str:
 @cache
 def _load() -> str:
     wanted = os.environ.get(VARIABLE, "")
-    path = None
-    if wanted != "reference" and not build.obstacle():
-        try:
-            path = build.library()
-        except (build.BuildError, OSError) as error:
-            logger.warning("the CPU kernels of fp8 could not be built, slower ones in torch are used: %s", error)
     _first_calls._destroy()  # there is no public name for it (torch 2.13); what it stood for comes into view
-    if path is None:
+    if wanted == "reference" or build.obstacle():
         return ""
-    torch.ops.load_library(path)
+    try:
+        torch.ops.load_library(build.library())
+    except (build.BuildError, OSError) as error:
+        logger.warning("the CPU kernels of fp8 could not be built or loaded, slower ones in torch are used: %s", error)
+        return ""
     found: str = torch.ops.arctic_fp8.use(wanted)
     if wanted and not found:
         raise ConfigError(f"{VARIABLE}={wanted}", expected="instructions that this processor has", fix="unset it")
