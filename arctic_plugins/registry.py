@@ -69,21 +69,23 @@ class Registry:
 
     def load_exporter(self, format_name: str) -> Any:
         """Import and return the exporter class registered as ``format_name``; raises PluginNotFoundError when nobody registered it."""
-        if format_name not in self._exporters:
-            raise PluginNotFoundError(f"no installed plugin exports to '{format_name}'", fix=suggest(format_name, self._exporters))
-        return _load(self._exporters[format_name])
+        return _load_format(self._exporters, format_name, "exports to")
 
     def load_converter(self, format_name: str) -> Any:
         """Import and return the converter class registered as ``format_name``; raises PluginNotFoundError when nobody registered it."""
-        if format_name not in self._converters:
-            raise PluginNotFoundError(f"no installed plugin converts from '{format_name}'", fix=suggest(format_name, self._converters))
-        return _load(self._converters[format_name])
+        return _load_format(self._converters, format_name, "converts from")
 
 
 def _add(kind: str, table: dict[str, str], name: str, target: str) -> None:
     taken = table.setdefault(name, target)
     if taken != target:
         raise PluginError(f"{kind} '{name}' is registered by {taken} and by {target}", fix="uninstall one of the two")
+
+
+def _load_format(table: dict[str, str], name: str, does: str) -> Any:
+    if name not in table:
+        raise PluginNotFoundError(f"no installed plugin {does} '{name}'", fix=suggest(name, table))
+    return _load(table[name])
 
 
 def _load(target: str) -> Any:

@@ -28,11 +28,18 @@ torch.save(logits, sys.argv[2])
 """
 
 
+def encode(source, path, options):
+    """Save ``source``, encoded by fp8 with ``options``, in ``path``; returns the model."""
+    stack = Stack.from_dict({"fp8": options})
+    model, tokenizer = load_model(source, stack)
+    save_checkpoint(model, tokenizer, path, stack)
+    return model
+
+
 @pytest.fixture(scope="module")
 def encoded(tiny_checkpoint, tmp_path_factory):
-    stack, path = Stack.from_dict({"fp8": {}}), tmp_path_factory.mktemp("export") / "encoded"
-    model, tokenizer = load_model(tiny_checkpoint, stack)
-    save_checkpoint(model, tokenizer, path, stack)
+    path = tmp_path_factory.mktemp("export") / "encoded"
+    encode(tiny_checkpoint, path, {})
     return path
 
 
@@ -52,9 +59,7 @@ def test_stock_transformers_reads_compressed_tensors(encoded, tmp_path):
 
 def test_stock_transformers_reads_fp8_block(tmp_path):
     source = tiny_llama(tmp_path / "plain", hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
-    stack = Stack.from_dict({"fp8": {"formats": {"**.mlp.*": {"bits": 12}}}})
-    model, tokenizer = load_model(source, stack)
-    save_checkpoint(model, tokenizer, tmp_path / "encoded", stack)
+    model = encode(source, tmp_path / "encoded", {"formats": {"**.mlp.*": {"bits": 12}}})
     exported = export_checkpoint(tmp_path / "encoded", tmp_path / "out", "fp8-block")
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     with safe_open(exported / "model.safetensors", "pt") as file:
@@ -94,9 +99,7 @@ def test_shards_stay_shards(encoded, tiny_checkpoint, tmp_path):
 
 
 def test_what_cannot_be_exported_is_told(encoded, tiny_checkpoint, tmp_path):
-    stack = Stack.from_dict({"fp8": {"formats": {"**.mlp.*": {"bits": 6}}}})
-    model, tokenizer = load_model(tiny_checkpoint, stack)
-    save_checkpoint(model, tokenizer, tmp_path / "mixed", stack)
+    encode(tiny_checkpoint, tmp_path / "mixed", {"formats": {"**.mlp.*": {"bits": 6}}})
     with pytest.raises(CodecError, match="mlp.* is encoded as FP8Codec.bits=6.*export as fp8-block"):
         export_checkpoint(tmp_path / "mixed", tmp_path / "out", "compressed-tensors")
     with pytest.raises(CodecError, match="model.layers.0.mlp.down_proj: the weight is 64 x 176; expected sizes that are multiples of 128"):
@@ -115,9 +118,7 @@ def test_what_cannot_be_exported_is_told(encoded, tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("bits", [8, 6])
 def test_deepspeedfp_there_and_back(tmp_path, bits):
     source = tiny_llama(tmp_path / "plain", hidden_size=512, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2, head_dim=128)
-    stack = Stack.from_dict({"fp8": {"bits": bits, "group_size": 512, "exclude": ["lm_head", "**.k_proj", "**.q_proj", "**.v_proj"]}})
-    model, tokenizer = load_model(source, stack)
-    save_checkpoint(model, tokenizer, tmp_path / "encoded", stack)
+    model = encode(source, tmp_path / "encoded", {"bits": bits, "group_size": 512, "exclude": ["lm_head", "**.k_proj", "**.q_proj", "**.v_proj"]})
     exported = export_checkpoint(tmp_path / "encoded", tmp_path / "exported", "deepspeedfp")
     assert json.loads((exported / "config.json").read_text())["quantization_config"] == {
         "quant_method": "deepspeedfp",

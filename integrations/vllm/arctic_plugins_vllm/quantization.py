@@ -114,7 +114,9 @@ class EncodedLinearMethod(LinearMethodBase):
         shape = (sum(output_partition_sizes), input_size_per_partition)
         on_disk, parts = self.codec.layout((1, input_size)), len(output_partition_sizes)
         layer.arctic_shape, layer.arctic_parts, layer.arctic_seen = shape, parts, {}
-        for suffix, spec in self.codec.layout(shape).items():
+        layout = self.codec.layout(shape)
+        layer.arctic_names = {suffix: f"weight{suffix}" for suffix in layout}
+        for suffix, spec in layout.items():
             param = nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype), requires_grad=False)
             layer.register_parameter(f"weight{suffix}", param)
             name = f"{self.prefix}.weight{suffix}"
@@ -135,9 +137,8 @@ class EncodedLinearMethod(LinearMethodBase):
             seen.clear()
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        shape = layer.arctic_shape
-        buffers = {suffix: getattr(layer, f"weight{suffix}") for suffix in self.codec.layout(shape)}
-        y = codec_linear(x, buffers, self.codec, self.text, shape)
+        buffers = {suffix: getattr(layer, name) for suffix, name in layer.arctic_names.items()}
+        y = codec_linear(x, buffers, self.codec, self.text, layer.arctic_shape)
         return y if bias is None else y + bias
 
 

@@ -17,7 +17,7 @@ from arctic_plugins_fp8.formats import FORMATS
 
 __all__ = ["LARGEST_WEIGHT", "FP8Codec"]
 
-LARGEST_WEIGHT = 2.0**7 * 448.0
+LARGEST_WEIGHT = 2.0**7 * FORMATS[8].max
 """Beyond this, the reference's scale times 2**120 leaves float32 (:func:`arctic_plugins_fp8.kernels.reference._values`)."""
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 

@@ -8,11 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from arctic_plugins.plugin import PluginConfig
+from arctic_plugins_fp8.formats import FORMATS
 
 __all__ = ["FP8Config", "FP8Format"]
-
-UNITS = {6: 4, 8: 1, 12: 2}
-"""So many weights fill whole bytes (:mod:`arctic_plugins_fp8.formats`, which this light module does not import for them)."""
 
 
 class FP8Format(PluginConfig):
@@ -32,7 +30,7 @@ class FP8Format(PluginConfig):
 
     @model_validator(mode="after")
     def _check_group_size(self) -> FP8Format:
-        unit = UNITS[self.bits]
+        unit = FORMATS[self.bits].unit
         if self.group_size != "channel" and self.group_size % unit:
             raise ValueError(f"group_size {self.group_size} does not fill whole bytes with {self.bits} bits; expected a multiple of {unit}")
         return self

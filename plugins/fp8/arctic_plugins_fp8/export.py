@@ -13,11 +13,12 @@ from arctic_plugins.frozen import Codec
 from arctic_plugins.frozen.codec import Buffers
 from arctic_plugins.frozen.exporting import Exporter
 from arctic_plugins_fp8.codec import FP8Codec
+from arctic_plugins_fp8.formats import FORMATS
 
 __all__ = ["CompressedTensors", "FP8Block"]
 
 BLOCK = 128
-E4M3_MAX = 448.0
+E4M3_MAX = FORMATS[8].max
 
 
 class CompressedTensors(Exporter):
