@@ -20,17 +20,24 @@ FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear module as hosts describe it before weights exist: ``y_MN = x_MK @ weight_NK.T + bias_N``."""
+    """A linear module as hosts describe it before weights exist: ``y_MN = x_MK @ weight_NK.T + bias_N``.
+
+    The fused weights of a mixture's experts count as modules too, under the parameter's name (``model.layers.0.mlp.experts.down_proj``).
+    """
 
     out_features: int
     in_features: int
     bias: bool = False
     tied: bool = False
     """Whether the weight is shared with another module (an ``lm_head`` tied to the embedding)."""
+    experts: int | None = None
+    """How many matrices the weight of a mixture holds, one for each expert."""
 
     @property
-    def shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
+    def shape(self) -> tuple[int, ...]:
+        """``(N, K)``, or ``(experts, N, K)``."""
+        matrix = self.out_features, self.in_features
+        return matrix if self.experts is None else (self.experts, *matrix)
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearS
 
     Raises:
         ClaimError: an unknown slot, a pattern that matches no module, an exclusive slot claimed twice (names module and both plugins), or
-            modules that a host fuses with different codecs.
+            modules that a host fuses with different codecs, or experts of which only one weight is claimed.
     """
     taken: dict[str, dict[str, list[tuple[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for plugin, claim in claims:
@@ -111,6 +118,12 @@ def _check_fused(codecs: Mapping[str, tuple[Any, ...]], modules: Mapping[str, Li
                     f"{' and '.join(together)} have different codecs, but vLLM fuses them into one module",
                     expected="one codec for all of them, or none",
                     fix="include or exclude them together",
+                )
+        if modules[name].experts is not None:
+            together = [other for other, spec in modules.items() if spec.experts is not None and other.rpartition(".")[0] == parent]
+            if len({other in codecs for other in together}) > 1:
+                raise ClaimError(
+                    f"only one of {' and '.join(together)} is encoded", expected="both weights of the experts, or none", fix="exclude them together"
                 )
 
 

@@ -113,14 +113,14 @@ def run_perplexity(arguments: argparse.Namespace) -> None:
 
 def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int]]]]:
     from arctic_plugins_huggingface import load_model
-    from arctic_plugins_huggingface.loading import linear_modules
+    from arctic_plugins_huggingface.modules import weight_specs
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from arctic_plugins import Stack
 
     def ours(options: dict[str, Any] | None) -> tuple[Any, int]:
         model, _ = load_model(checkpoint, None if options is None else Stack.from_dict({"fp8": options}), dtype=torch.bfloat16)
-        modules = [model.get_submodule(name) for name in linear_modules(model) if name != "lm_head"]
+        modules = [model.get_submodule(name) for name in weight_specs(model) if name != "lm_head"]
         return model, sum(parameter.nbytes for module in modules for name, parameter in module.named_parameters() if name != "bias")
 
     def bnb(**options: Any) -> tuple[Any, int]:

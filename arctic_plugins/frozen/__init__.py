@@ -1,14 +1,19 @@
-"""Frozen base weights: encoded bytes (a codec's) somewhere (a placement's), in a linear layer that trains what is added to it."""
+"""Frozen base weights: encoded bytes (a codec's) somewhere (a placement's), in layers that train what is added to them."""
 
 from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict, describe_codec
 from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
+from arctic_plugins.frozen.experts import FrozenExperts
 from arctic_plugins.frozen.linear import FrozenLinear
+from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
 from arctic_plugins.frozen.placement import Handle, Placement
 
 __all__ = [
     "METHOD",
     "Codec",
+    "FrozenExperts",
     "FrozenLinear",
+    "FrozenModule",
+    "FrozenWeight",
     "Handle",
     "ModuleCodecs",
     "Placement",

@@ -38,4 +38,5 @@ class Placement(ABC):
 
     @abstractmethod
     def hold(self, name: str, buffers: Buffers) -> Handle:
-        """Take ``buffers`` of the module called ``name``; what the placement does not keep is freed when the caller lets go of it."""
+        """Take ``buffers`` of the weight called ``name`` (the parameter's dotted name); what the placement does not keep is freed when the caller
+        lets go of it."""

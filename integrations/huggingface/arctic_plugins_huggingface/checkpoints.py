@@ -78,8 +78,8 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
     return kwargs
 
 
-def check_encoded(directory: Path, shapes: Mapping[str, tuple[int, int]], codecs: Mapping[str, Codec], variant: str | None = None) -> None:
-    """Compare the headers of an encoded checkpoint's files with what its codecs make of weights of these shapes.
+def check_encoded(directory: Path, encoded: Mapping[str, tuple[Codec, tuple[int, int]]], variant: str | None = None) -> None:
+    """Compare the headers of a checkpoint's files with ``encoded``: module -> its codec and the weight's (N, K).
 
     The loader does not: it casts what has another dtype.
 
@@ -90,8 +90,8 @@ def check_encoded(directory: Path, shapes: Mapping[str, tuple[int, int]], codecs
     for path in _weight_files(directory, variant):
         with safe_open(path, "pt") as file:
             headers.update({key: (tuple((part := file.get_slice(key)).get_shape()), part.get_dtype()) for key in file.keys()})  # noqa: SIM118
-    for module, codec in codecs.items():
-        for suffix, spec in codec.layout(shapes[module]).items():
+    for module, (codec, weight) in encoded.items():
+        for suffix, spec in codec.layout(weight).items():
             name = f"{module}.weight{suffix}"
             if name not in headers:
                 raise CheckpointError(f"{name} is missing from {directory}", fix="the checkpoint is incomplete: make it again")

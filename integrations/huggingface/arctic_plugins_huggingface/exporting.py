@@ -22,7 +22,8 @@ from arctic_plugins.frozen.exporting import Converter, Exporter
 from arctic_plugins.provenance import FILE_NAME, read_json, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint
-from arctic_plugins_huggingface.loading import linear_modules, load_config, skeleton
+from arctic_plugins_huggingface.loading import load_config, skeleton
+from arctic_plugins_huggingface.modules import stored_names, stored_shapes, weight_specs
 from arctic_plugins_huggingface.saving import staged
 
 __all__ = ["convert_checkpoint", "export_checkpoint"]
@@ -119,7 +120,9 @@ def _config(source: Path) -> dict[str, Any]:
 def _shapes(source: Path) -> dict[str, tuple[int, int]]:
     config = load_config(source)
     config.quantization_config = None
-    return {name: spec.shape for name, spec in linear_modules(skeleton(config, "auto")).items()}
+    model = skeleton(config, "auto")
+    specs = weight_specs(model)
+    return stored_shapes(specs, stored_names(model, specs))
 
 
 def _files(source: Path, stack: ExitStack) -> dict[str, Any]:

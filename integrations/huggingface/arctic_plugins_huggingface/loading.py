@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError
-from arctic_plugins.frozen import METHOD, Codec, FrozenLinear, ModuleCodecs, Placement, describe_codec
+from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement, describe_codec
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
+from arctic_plugins_huggingface.modules import (
+    expert_conversions,
+    freeze_modules,
+    frozen_weights,
+    plain_experts,
+    split_weight,
+    stored_codecs,
+    stored_names,
+    stored_shapes,
+    weight_conversions,
+    weight_specs,
+)
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
 
 __all__ = ["claims", "freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "only_hub", "skeleton"]
@@ -74,12 +87,15 @@ def load_model(
 
 
 def encoding_report(model: nn.Module) -> list[str]:
-    """A line for every linear module and how it is encoded; layers that are encoded alike share one."""
-    modules = {name: module for name in linear_modules(model) if isinstance(module := model.get_submodule(name), nn.Linear)}
-    kinds = {
-        name: describe_codec(module.codec) if isinstance(module, FrozenLinear) else f"plain {module.weight.dtype}" for name, module in modules.items()
-    }
-    return [f"{pattern}: {kind}" for pattern, kind in compress_names(kinds, modules).items()]
+    """A line for every weight and how it is encoded; layers that are encoded alike share one."""
+    kinds: dict[str, str] = {}
+    for name, spec in weight_specs(model).items():
+        path, leaf = split_weight(name, spec)
+        module = model.get_submodule(path)
+        frozen = module.frozen.get(leaf) if isinstance(module, FrozenModule) else None
+        kinds[name] = f"plain {getattr(module, leaf).dtype}" if frozen is None else describe_codec(frozen.codec)
+    kinds |= {name: f"plain, {why}" for name, why in plain_experts(model).items()}
+    return [f"{pattern}: {kind}" for pattern, kind in compress_names(kinds, kinds).items()]
 
 
 def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
@@ -120,31 +136,21 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
         CodecError: a weight holds NaN or Inf; names it.
     """
     register()
-    modules = linear_modules(model)
-    quantization = _as_quantization(stack.claim(model.config, modules), modules)
+    specs = weight_specs(model)
+    quantization = _as_quantization(stack.claim(model.config, specs), stored_names(model, specs))
     if quantization is None:
         return model
     quantizer = ArcticQuantizer(quantization)
-    quantizer.codecs = {name: codec for name in modules if (codec := quantization.codecs.codec_of(name))}
-    for name in quantizer.codecs:
-        linear = model.get_submodule(name)
-        frozen = quantizer.freeze(linear, name)
-        frozen.encode(linear.weight)
-        model.set_submodule(name, frozen)
+    quantizer.codecs = stored_codecs(quantization.codecs, stored_names(model, specs))
+    plain_conversions = weight_conversions(model)
+    freeze_modules(model, quantizer.codecs, quantization.placements, until_encoded=True)
+    for module, leaf in frozen_weights(model).values():
+        module.encode(module.get_parameter(leaf), leaf)
     # What from_pretrained would have left behind: save_pretrained, the Trainer and PEFT look for these.
+    model._weight_conversions = expert_conversions(plain_conversions)
     model.config.quantization_config = quantization
     model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
     return model
-
-
-def linear_modules(model: nn.Module) -> dict[str, LinearSpec]:
-    """Dotted name -> shape of every linear module that a plugin may claim, on the meta device or loaded."""
-    tied = {name.removesuffix(".weight") for name in (getattr(model, "all_tied_weights_keys", None) or {})}
-    return {
-        name: LinearSpec(module.out_features, module.in_features, module.bias is not None, name in tied)
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, FrozenLinear)
-    }
 
 
 def _quantization(config: PreTrainedConfig, stack: Stack, directory: Path, variant: str | None) -> ArcticQuantizationConfig | None:
@@ -154,21 +160,26 @@ def _quantization(config: PreTrainedConfig, stack: Stack, directory: Path, varia
         if stack.only("weight_codec"):
             raise ClaimError("the checkpoint is quantized by another method", expected="a plain checkpoint", fix="leave the codec plugin out")
         return None
-    modules, claimed, codecs = claims(config, stack)
+    claimed = claims(config, stack)
     if quantization is not None:
         if directory.is_dir():
-            check_encoded(directory, {name: spec.shape for name, spec in modules.items()}, codecs, variant)
+            check_encoded(directory, claimed.on_disk(), variant)
         # The host builds its quantizer from this dict; an argument of from_pretrained it would only compare.
-        stored = ModuleCodecs.from_owners(codecs, modules).to_config()
-        config.quantization_config = {**stored, "placements": _placements(claimed, codecs)}
+        stored = ModuleCodecs.from_owners(*_owners(claimed.codecs, claimed.stored)).to_config()
+        config.quantization_config = {**stored, "placements": _placements(claimed.claims, claimed.codecs)}
         return None
-    return _as_quantization(claimed, modules)
+    return _as_quantization(claimed.claims, claimed.stored)
 
 
-def _as_quantization(claims: Claims, modules: Mapping[str, LinearSpec]) -> ArcticQuantizationConfig | None:
+def _as_quantization(claims: Claims, stored: Mapping[str, tuple[str, ...]]) -> ArcticQuantizationConfig | None:
     codecs = claims.exclusive("weight_codec")
     placements = _placements(claims, codecs)
-    return ArcticQuantizationConfig.from_owners(codecs, modules, placements) if codecs else None
+    return ArcticQuantizationConfig.from_owners(*_owners(codecs, stored), placements) if codecs else None
+
+
+def _owners(codecs: Mapping[str, Codec], stored: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, Codec], list[str]]:
+    """A checkpoint's module name -> codec, and the names of all of its modules."""
+    return {part: codec for name, codec in codecs.items() for part in stored[name]}, [part for parts in stored.values() for part in parts]
 
 
 def _placements(claims: Claims, codecs: Mapping[str, Codec]) -> dict[str, Placement]:
@@ -180,29 +191,49 @@ def _placements(claims: Claims, codecs: Mapping[str, Codec]) -> dict[str, Placem
     return {name: chain[0] for name, chain in placements.items()}
 
 
-def claims(config: PreTrainedConfig, stack: Stack) -> tuple[dict[str, LinearSpec], Claims, dict[str, Codec]]:
-    """What ``stack`` claims of the model of ``config``, and module name -> codec: the claimed ones, or those of an encoded checkpoint.
+@dataclass(frozen=True)
+class Claimed:
+    """What a stack claims of a model. Names are those of :func:`~arctic_plugins_huggingface.modules.weight_specs`."""
+
+    specs: dict[str, LinearSpec]
+    """Every weight that can be claimed."""
+    claims: Claims
+    codecs: dict[str, Codec]
+    """The claimed ones, or those of an encoded checkpoint."""
+    stored: dict[str, tuple[str, ...]]
+    """Name -> the modules that hold it in a checkpoint."""
+
+    def on_disk(self) -> dict[str, tuple[Codec, tuple[int, int]]]:
+        """Every encoded module of a checkpoint -> its codec and the weight's (N, K)."""
+        shapes = {name: stored_shapes({name: self.specs[name]}, self.stored) for name in self.codecs}
+        return {part: (self.codecs[name], shape) for name, parts in shapes.items() for part, shape in parts.items()}
+
+
+def claims(config: PreTrainedConfig, stack: Stack) -> Claimed:
+    """What ``stack`` claims of the model of ``config``.
 
     Raises:
         ClaimError: plugins clash, or the stack would encode otherwise what the checkpoint has encoded already.
     """
-    modules = linear_modules(skeleton(config))
-    claimed = stack.claim(config, modules)
+    model = skeleton(config)
+    specs = weight_specs(model)
+    stored = stored_names(model, specs)
+    claimed = stack.claim(config, specs)
     codecs = claimed.exclusive("weight_codec")
     if not is_encoded(config):
-        return modules, claimed, codecs
+        return Claimed(specs, claimed, codecs, stored)
     quantization = config.quantization_config
     existing = ModuleCodecs.from_config(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
-    stored = {name: codec for name in modules if (codec := existing.codec_of(name))}
-    if codecs and codecs != stored:
-        name = next(name for name in modules if codecs.get(name) != stored.get(name))
+    found = stored_codecs(existing, stored)
+    if codecs and codecs != found:
+        name = next(name for name in specs if codecs.get(name) != found.get(name))
         raise ClaimError(
-            f"the checkpoint has {stored.get(name) or 'a plain weight'} at {name}, but the stack wants {codecs.get(name) or 'a plain weight'}",
+            f"the checkpoint has {found.get(name) or 'a plain weight'} at {name}, but the stack wants {codecs.get(name) or 'a plain weight'}",
             fix="start from the plain checkpoint, or give the codec plugin the options with which this one was made",
         )
-    if existing.modules and not stored:
+    if existing.modules and not found:
         raise CheckpointError("quantization_config.modules matches no linear module of this model", fix="config.json is of another model")
-    return modules, claimed, stored
+    return Claimed(specs, claimed, found, stored)
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -> PreTrainedModel:

@@ -12,12 +12,12 @@ import torch
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
-from torch import nn
 from trl import pack_dataset
 
 from arctic_plugins.claims import compress_names, matches
-from arctic_plugins.frozen import Codec, FrozenLinear, describe_codec
+from arctic_plugins.frozen import Codec, describe_codec
 from arctic_plugins_huggingface.loading import claims, load_config, only_hub, skeleton
+from arctic_plugins_huggingface.modules import freeze_modules, split_weight
 from arctic_plugins_huggingface.sft import Run
 
 __all__ = ["ModulePlan", "Plan", "make_plan", "show_plan"]
@@ -25,12 +25,12 @@ __all__ = ["ModulePlan", "Plan", "make_plan", "show_plan"]
 
 @dataclass(frozen=True)
 class ModulePlan:
-    """Linear modules of which the same is true."""
+    """Weights of which the same is true."""
 
     pattern: str
     count: int
-    shape: tuple[int, int]
-    """``(N, K)`` of one."""
+    shape: tuple[int, ...]
+    """``(N, K)`` of one, or ``(experts, N, K)``."""
     codec: str | None
     placement: str | None
     adapter_parameters: int
@@ -71,17 +71,17 @@ def make_plan(run: Run) -> Plan:
     config = load_config(run.recipe.model, **only_hub(run.recipe.load))
     stack.hf_configure_model(config)
     list(stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"))
-    specs, claimed, codecs = claims(config, stack)
-    placements = claimed.by_slot.get("placement", {})
+    claimed = claims(config, stack)
+    specs, codecs = claimed.specs, claimed.codecs
+    placements = claimed.claims.by_slot.get("placement", {})
     dtype = run.recipe.load.get("dtype", "auto")
     config.quantization_config = None
     model = skeleton(config, getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
     base = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    plain = {name: _weight(model.get_submodule(name)) for name in specs}
-    for name, codec in codecs.items():
-        model.set_submodule(name, FrozenLinear.from_linear(model.get_submodule(name), codec, device="meta", name=name))
-        base += codec.nbytes(specs[name].shape) - plain[name]
+    plain = {name: model.get_parameter(".".join(split_weight(name, spec))).nbytes for name, spec in specs.items()}
+    freeze_modules(model, codecs, {}, device="meta")
+    base += sum(codec.nbytes(specs[name].shape) - plain[name] for name, codec in codecs.items())
     transformed = stack.hf_transform_model(model)
     trainable = {name: parameter for name, parameter in transformed.named_parameters() if parameter.requires_grad}
     added: dict[str, int] = defaultdict(int)
@@ -89,7 +89,7 @@ def make_plan(run: Run) -> Plan:
         if owner := next((module for module in specs if f".{module}." in f".{name}" and not f".{name}".endswith(f".{module}.weight")), None):
             added[owner] += parameter.numel()
 
-    def describe(name: str) -> tuple[tuple[int, int], str | None, str | None, int]:
+    def describe(name: str) -> tuple[tuple[int, ...], str | None, str | None, int]:
         codec: Codec | None = codecs.get(name)
         placement = " then ".join(type(value).__name__ for value in placements.get(name, ()))
         return specs[name].shape, None if codec is None else describe_codec(codec), placement or None, added.get(name, 0)
@@ -116,12 +116,6 @@ def make_plan(run: Run) -> Plan:
         data=str(run.data.counts) if rows else "read while training",
         bytes=sizes,
     )
-
-
-def _weight(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.numel() * weight.element_size()
 
 
 def _trainer_rows(run: Run) -> int:

@@ -6,18 +6,27 @@ detail of transformers' loader that this file relies on was read in 5.19.0 (``tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
-from arctic_plugins.frozen import METHOD, Codec, FrozenLinear, ModuleCodecs, Placement
+from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement
+from arctic_plugins_huggingface.modules import (
+    expert_conversions,
+    freeze_modules,
+    frozen_weights,
+    stored_codecs,
+    stored_names,
+    thaw_modules,
+    weight_specs,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,7 +40,8 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
     """``quantization_config`` of a checkpoint with encoded weights; see :class:`arctic_plugins.frozen.ModuleCodecs`, also for the errors raised.
 
     Args:
-        placements: module name -> where its bytes go; objects of this process, which :meth:`to_dict` leaves out.
+        placements: name of :func:`~arctic_plugins_huggingface.modules.weight_specs` -> where its bytes go; objects of this process, which
+            :meth:`to_dict` leaves out.
         **config: what stands in ``config.json``.
     """
 
@@ -46,7 +56,7 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
     def from_owners(
         cls, owners: Mapping[str, Codec], modules: Iterable[str], placements: Mapping[str, Placement] | None = None
     ) -> ArcticQuantizationConfig:
-        """From module name -> codec; ``modules`` are the names of all linear modules."""
+        """From a checkpoint's module name -> codec; ``modules`` are the names of all."""
         return cls(placements, **ModuleCodecs.from_owners(owners, modules).to_config())
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,6 +73,7 @@ class ArcticQuantizer(HfQuantizer):
     def __init__(self, quantization_config: ArcticQuantizationConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.codecs: dict[str, Codec] = {}
+        self.frozen: dict[str, tuple[FrozenModule, str]] = {}
         self.shapes: dict[str, torch.Size] = {}
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
@@ -74,65 +85,69 @@ class ArcticQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Decide who gets a codec. Modules of an encoded checkpoint become frozen now, so that the loader sees their parameters; those of a plain
-        one become frozen when their weight arrives, because the loader casts a tensor to the dtype of the parameter it is for."""
-        linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-        self.codecs = {name: codec for name in linears if (codec := self.quantization_config.codecs.codec_of(name))}
+        """Put frozen modules in place: for an encoded checkpoint with its parameters; for a plain one with the plain weights, because the loader
+        casts a tensor to the dtype of the parameter it is for."""
+        specs = weight_specs(model)
+        self.codecs = stored_codecs(self.quantization_config.codecs, stored_names(model, specs))
         if self.quantization_config.codecs.modules and not self.codecs:
             raise CheckpointError("quantization_config.modules matches no linear module of this model", fix=_OTHER_MODEL)
-        self.shapes = {name: param.shape for name, param in model.named_parameters() if name.removesuffix(".weight") not in self.codecs}
-        if self.pre_quantized:
-            for name in self.codecs:
-                frozen = self.freeze(linears[name], name, device="meta")
-                frozen._is_hf_initialized = True  # type: ignore[assignment]  # or the loader would draw missing bytes at random, which cannot be done
-                model.set_submodule(name, frozen)
+        freeze_modules(model, self.codecs, self.quantization_config.placements, device="meta", until_encoded=not self.pre_quantized)
+        self.frozen = frozen_weights(model)
+        encoded = {f"{name.rpartition('.')[0]}.{parameter}" for name, parameters in self._parameters() for parameter in parameters}
+        self.shapes = {name: param.shape for name, param in model.named_parameters() if name not in encoded}
+        for module, _ in self.frozen.values():
+            module._is_hf_initialized = True  # type: ignore[assignment]  # or the loader would draw missing bytes at random, which cannot be done
 
-    def freeze(self, linear: nn.Linear, name: str, *, device: torch.device | str | None = None) -> FrozenLinear:
-        """The empty frozen layer that takes the place of ``linear``."""
-        placement = self.quantization_config.placements.get(name)
-        return FrozenLinear.from_linear(linear, self.codecs[name], device=device, name=name, placement=placement)
+    def _parameters(self) -> Iterator[tuple[str, list[str]]]:
+        """Every encoded weight and the names, in its module, of the parameters with its buffers."""
+        for name, (module, leaf) in self.frozen.items():
+            yield name, list((module.frozen[leaf].parameters or {"": leaf}).values())
+
+    def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
+        return expert_conversions(weight_conversions)
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        module, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and module in self.codecs and not self.pre_quantized
+        return param_name in self.frozen and not self.pre_quantized
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Encode(self)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        for name in self.codecs:
-            module = model.get_submodule(name)
-            missing = [leaf for leaf, param in module.named_parameters(recurse=False) if not getattr(param, "_is_hf_initialized", False)]
-            if missing or not isinstance(module, FrozenLinear):
-                raise CheckpointError(f"{name}.{(missing or ['weight'])[0]} is missing", fix="the checkpoint is incomplete: make it again")
+        for name, parameters in self._parameters():
+            module, leaf = self.frozen[name]
+            resident = [parameter for parameter in parameters if parameter in module._parameters]
+            missing = [parameter for parameter in resident if not getattr(module._parameters[parameter], "_is_hf_initialized", False)]
+            if missing or (module.frozen[leaf].parameters is None and module.frozen[leaf].handle is None):
+                raise CheckpointError(
+                    f"{name.rpartition('.')[0]}.{(missing or [leaf])[0]} is missing", fix="the checkpoint is incomplete: make it again"
+                )
             if self.pre_quantized:  # encoded while loading, the others are held already; hold() compares shapes, which the loader does not
-                module.hold(module.export())
+                module.hold(module.export(leaf), leaf)
         for name, param in model.named_parameters():
             if param.shape != self.shapes.get(name, param.shape):
                 raise CheckpointError(f"{name} has shape {tuple(param.shape)}", expected=f"{tuple(self.shapes[name])}", fix=_OTHER_MODEL)
+        self.frozen = {}  # the quantizer stays with the model, and modules may be replaced
         return model
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        module, _, leaf = param_name.rpartition(".")
-        if leaf == "weight" and (codec := self.codecs.get(module)) is not None and not self.pre_quantized:
-            return codec.nbytes(tuple(param.shape)) / param.numel()
+        if not self.pre_quantized and (found := self.frozen.get(param_name)) is not None:
+            weight = found[0].frozen[found[1]]
+            return weight.codec.nbytes(weight.shape) / param.numel()
         return param.element_size()
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
-        placed = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear) and module.handle is not None}
+        placed = {name: (module, leaf) for name, (module, leaf) in frozen_weights(model).items() if module.frozen[leaf].handle is not None}
         if not placed:
             return None, {}
         state = model.state_dict()
-        for name, module in placed.items():
-            state.update({f"{name}.weight{suffix}": buffer for suffix, buffer in module.export().items()})
+        for name, (module, leaf) in placed.items():
+            state.update({f"{name}{suffix}": buffer for suffix, buffer in module.export(leaf).items()})
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, FrozenLinear):
-                model.set_submodule(name, module.to_linear(dtype))
+        thaw_modules(model, dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -148,26 +163,22 @@ class ArcticQuantizer(HfQuantizer):
 
 
 class _Encode(ConversionOps):
-    """Loader step: one weight in the model's dtype comes in, its module becomes frozen, and the loader is told that it is done."""
+    """Loader step: one weight in the model's dtype comes in, its frozen module takes it, and the loader is told that it is done."""
 
     def __init__(self, quantizer: ArcticQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, model: PreTrainedModel, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
         (value,) = input_dict.values()
-        weight = value[0] if isinstance(value, list) else value
-        name = full_layer_name.removesuffix(".weight")
-        frozen = self.quantizer.freeze(model.get_submodule(name), name, device=weight.device)
+        module, leaf = self.quantizer.frozen[full_layer_name]
         try:
-            frozen.encode(weight)
+            module.encode(value[0] if isinstance(value, list) else value, leaf)
         except ArcticError as error:
             self.quantizer.quantization_config.failure = self.quantizer.quantization_config.failure or error
             raise
-        for param_name, param in frozen.named_parameters(recurse=False):
-            if param_name.startswith("weight"):
-                param._is_hf_initialized = True  # type: ignore[attr-defined]  # or the loader would draw it at random
-        model.set_submodule(name, frozen)
-        return {full_layer_name: frozen.weight}
+        for parameter in {leaf, *(module.frozen[leaf].parameters or {}).values()} & module._parameters.keys():
+            module._parameters[parameter]._is_hf_initialized = True  # type: ignore[union-attr]  # or the loader would draw it at random
+        return {full_layer_name: module._parameters[leaf]}  # type: ignore[dict-item]
 
 
 def register() -> None:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor
+from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
@@ -9,12 +17,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.utils import set_weight_attrs
 
 __all__ = [
+    "FusedMoEMethodBase",
     "LinearBase",
     "LinearMethodBase",
     "QuantizationConfig",
     "QuantizeMethodBase",
+    "RoutedExperts",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
+    "activate_experts",
+    "expert_activation",
     "is_registered",
     "register_quantization_config",
     "set_weight_attrs",
@@ -24,3 +36,19 @@ __all__ = [
 def is_registered(method: str) -> bool:
     """Whether a quantization method of that name is known, in-tree or registered."""
     return method in QUANTIZATION_METHODS
+
+
+def expert_activation(layer: Any) -> dict[str, Any]:
+    """What :func:`activate_experts` needs to know of ``layer`` (a RoutedExperts): JSON types, as ``unquantized_fused_moe_method.py`` has them."""
+    gate = FusedMoEQuantConfig.make(gemm1_alpha=layer.swiglu_alpha, gemm1_beta=layer.swiglu_beta, gemm1_clamp_limit=layer.swiglu_limit)
+    return {"activation": layer.activation.value, **asdict(ApplyMoEActivationConfig.from_configs(layer.moe_config, gate))}
+
+
+def activate_experts(activation: Mapping[str, Any], rows: Tensor) -> Tensor:
+    """Activation and gate of a mixture's experts: ``[M, 2I]`` (``[M, I]`` without a gate) to ``[M, I]``."""
+    options = dict(activation)
+    kind = MoEActivation.from_str(options.pop("activation"))
+    result = rows.new_empty(rows.shape[0], rows.shape[1] // (2 if kind.is_gated else 1))
+    if len(rows):
+        apply_moe_activation(kind, result, rows.contiguous(), activation_config=ApplyMoEActivationConfig(**options))
+    return result

@@ -1,4 +1,4 @@
-"""A codec's linear as one operator that a compiler does not look into.
+"""A codec's linear, and the experts of a mixture, as one operator each that a compiler does not look into.
 
 vLLM compiles models by default. On CPU, what Inductor of torch 2.13 made of fp8 in plain torch took about three times as long as the codec's own
 blocks. On other devices nothing was measured, and the codec is traced. A codec with a linear of its own is left to it: that is an operator already.
@@ -7,15 +7,19 @@ blocks. On other devices nothing was measured, and the codec is traced. A codec 
 from __future__ import annotations
 
 import json
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arctic_plugins.frozen import Codec, codec_from_dict, codec_to_dict
+from arctic_plugins.frozen.experts import mix_experts
+from arctic_plugins.frozen.module import by_expert
+from arctic_plugins_vllm.compat import activate_experts
 
-__all__ = ["codec_linear", "codec_text"]
+__all__ = ["codec_experts", "codec_linear", "codec_text"]
 
 
 def codec_text(codec: Codec) -> str:
@@ -45,7 +49,76 @@ def _fake(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], args[-1][0]))
 
 
+def codec_experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: dict[str, Tensor],
+    down: dict[str, Tensor],
+    texts: tuple[str, str],
+    shapes: tuple[tuple[int, int, int], tuple[int, int, int]],
+    activation: str,
+) -> Tensor:
+    """:func:`arctic_plugins.frozen.experts.mix_experts` of encoded weights, as one operator: which expert gets how many tokens depends on data.
+
+    Args:
+        x, index, weights: as there.
+        up, down: buffers of the two weights.
+        texts: :func:`codec_text` of their codecs.
+        shapes: of the weights, ``(E, 2I, K)`` and ``(E, K, I)``.
+        activation: JSON of :func:`arctic_plugins_vllm.compat.expert_activation`.
+    """
+    operator = torch.ops.arctic_plugins.codec_experts
+    y: Tensor = operator(
+        x,
+        index,
+        weights,
+        list(up.values()),
+        list(up),
+        list(shapes[0]),
+        texts[0],
+        list(down.values()),
+        list(down),
+        list(shapes[1]),
+        texts[1],
+        activation,
+    )
+    return y
+
+
+def _experts(
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    up: list[Tensor],
+    up_suffixes: list[str],
+    up_shape: list[int],
+    up_text: str,
+    down: list[Tensor],
+    down_suffixes: list[str],
+    down_shape: list[int],
+    down_text: str,
+    activation: str,
+) -> Tensor:
+    def product(buffers: list[Tensor], suffixes: list[str], shape: list[int], text: str) -> Callable[[Tensor, Sequence[int]], Tensor]:
+        named = dict(zip(suffixes, buffers, strict=True))
+        return lambda rows, counts: by_expert(_codec(text).linear, rows, named, tuple(shape), counts, shape[1])
+
+    up_product, down_product = product(up, up_suffixes, up_shape, up_text), product(down, down_suffixes, down_shape, down_text)
+    return mix_experts(x, index, weights, up_shape[0], up_product, partial(activate_experts, json.loads(activation)), down_product)
+
+
+def _experts_fake(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
 _library = torch.library.Library("arctic_plugins", "FRAGMENT")
 _library.define("codec_linear(Tensor x, Tensor[] buffers, str[] suffixes, str text, int[] shape) -> Tensor")
 _library.impl("codec_linear", _linear, "CPU")
 torch.library.register_fake("arctic_plugins::codec_linear", _fake, lib=_library)
+_library.define(
+    "codec_experts(Tensor x, Tensor index, Tensor weights, Tensor[] up, str[] up_suffixes, int[] up_shape, str up_text, "
+    "Tensor[] down, str[] down_suffixes, int[] down_shape, str down_text, str activation) -> Tensor"
+)
+_library.impl("codec_experts", _experts, "CompositeExplicitAutograd")
+torch.library.register_fake("arctic_plugins::codec_experts", _experts_fake, lib=_library)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, distribution
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
-from arctic_plugins.frozen import FrozenLinear
+from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.demo.execution import accuracy, is_correct
 from arctic_plugins_huggingface.demo.model import smollm2
@@ -147,8 +148,8 @@ def run_demo(
 
 def base_bytes(model: PreTrainedModel) -> tuple[int, int]:
     """(encoded, bf16) bytes of the weights that have a codec."""
-    layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
-    return sum(layer.codec.nbytes(layer.shape) for layer in layers), sum(2 * layer.in_features * layer.out_features for layer in layers)
+    weights = [weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values()]
+    return sum(weight.codec.nbytes(weight.shape) for weight in weights), sum(2 * prod(weight.shape) for weight in weights)
 
 
 def evaluate(

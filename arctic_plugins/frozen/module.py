@@ -1,0 +1,221 @@
+"""What layers over encoded weights have in common: bytes that are parameters or somewhere else, and products that never save them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from arctic_plugins.errors import CodecError
+from arctic_plugins.frozen.codec import Buffers, Codec, check_buffers
+from arctic_plugins.frozen.placement import Handle, Placement
+
+__all__ = ["FrozenModule", "FrozenWeight", "by_expert"]
+
+
+@dataclass(eq=False)
+class FrozenWeight:
+    """One encoded weight of a module, without its bytes."""
+
+    shape: tuple[int, ...]
+    """``(N, K)``, or ``(E, N, K)`` for one matrix per expert."""
+    codec: Codec
+    name: str
+    """The parameter's dotted name in the model, for errors and for the placement."""
+    placement: Placement | None = None
+    """Where bytes go when they come; None keeps them resident."""
+    handle: Handle | None = None
+    """Owns the bytes once a placement has taken them."""
+    version: int = 0
+    """Counts changes of the bytes, so that a backward pass over bytes other than the forward's is noticed."""
+    parameters: dict[str, str] | None = None
+    """Suffix -> name of the module's parameter with that buffer; None until there are bytes."""
+
+
+class FrozenModule(nn.Module):
+    """A module with encoded weights, each under the name (``leaf``) that the plain weight would have.
+
+    Resident bytes are parameters named leaf + suffix, which never require gradients and keep their dtype under ``.to(dtype)``. With a placement,
+    its :class:`Handle` owns the bytes and the parameter ``leaf`` is an empty one of the compute dtype. Subclasses call :meth:`add_weight`.
+    """
+
+    compute_dtype: torch.dtype
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        nn.Module.__init__(self)  # nn.Linear's own, further up, would allocate the weight that is never there
+        self.compute_dtype = dtype or torch.get_default_dtype()
+        self.frozen: dict[str, FrozenWeight] = {}
+
+    def add_weight(
+        self, leaf: str, weight: FrozenWeight, *, device: torch.device | str | None = None, until_encoded: nn.Parameter | None = None
+    ) -> None:
+        """Add an encoded weight.
+
+        Args:
+            leaf: its name in this module.
+            weight: what it is.
+            device: where to allocate its empty buffers; ``"meta"`` while a host is building the model.
+            until_encoded: instead of buffers, the plain parameter that :meth:`encode` will replace. Hosts cast what they load to its dtype.
+
+        Raises:
+            CodecError: the codec does not encode weights of this shape.
+        """
+        self.frozen[leaf] = weight
+        layout = weight.codec.layout(weight.shape)
+        if until_encoded is not None:
+            self.register_parameter(leaf, until_encoded)
+        else:
+            self._set_resident(leaf, {suffix: torch.empty(spec.shape, dtype=spec.dtype, device=device) for suffix, spec in layout.items()})
+
+    @contextmanager
+    def lease(self, leaf: str = "weight") -> Iterator[Buffers]:
+        """Borrow the encoded buffers on the compute device."""
+        weight = self.frozen[leaf]
+        if weight.handle is None:
+            yield self._resident(weight)
+        else:
+            with weight.handle.lease() as buffers:
+                yield buffers
+
+    def export(self, leaf: str = "weight") -> dict[str, Tensor]:
+        """Suffix -> whole encoded buffer, wherever it is, for saving."""
+        weight = self.frozen[leaf]
+        if weight.handle is not None:
+            return weight.handle.export()
+        return {suffix: buffer.detach() for suffix, buffer in self._resident(weight).items()}
+
+    def decode(self, dtype: torch.dtype = torch.float32, leaf: str = "weight") -> Tensor:
+        """The weight in newly allocated memory."""
+        with self.lease(leaf) as buffers:
+            return self.frozen[leaf].codec.decode(buffers, self.frozen[leaf].shape, dtype)
+
+    def encode(self, plain: Tensor, leaf: str = "weight") -> None:
+        """Replace the bytes by the encoding of ``plain``.
+
+        Raises:
+            CodecError: wrong shape, NaN or Inf; names the tensor.
+        """
+        weight = self.frozen[leaf]
+        if tuple(plain.shape) != weight.shape:
+            raise CodecError(f"{weight.name} has shape {tuple(plain.shape)}", expected=f"{weight.shape}", fix="the weights do not fit the model")
+        try:
+            buffers = weight.codec.encode(plain)
+        except CodecError as error:
+            raise CodecError(f"{weight.name}: {error.found}", expected=error.expected, fix=error.fix) from error
+        self.hold(buffers, leaf)
+
+    def hold(self, buffers: Buffers, leaf: str = "weight") -> None:
+        """Take encoded ``buffers`` over: as parameters, or into the placement.
+
+        Raises:
+            CheckpointError: they are not what the codec makes of a weight of this shape.
+        """
+        weight = self.frozen[leaf]
+        check_buffers(weight.codec, buffers, weight.shape, weight.name)
+        weight.version += 1
+        for name in (weight.parameters or {"": leaf}).values():
+            self._parameters.pop(name, None)
+        if weight.placement is None:
+            self._set_resident(leaf, buffers)
+        else:
+            device = next(iter(buffers.values())).device
+            weight.handle = weight.placement.hold(weight.name, buffers)
+            self.register_parameter(leaf, nn.Parameter(torch.empty(0, dtype=self.compute_dtype, device=device), requires_grad=False))
+
+    def multiply(self, x_MK: Tensor, leaf: str = "weight", counts: Sequence[int] | None = None) -> Tensor:
+        """``x_MK @ decode(bytes).T``, in the dtype of ``x_MK``; gradients flow through it, never into the bytes.
+
+        Args:
+            x_MK: ``[..., K]``; for a weight of experts ``[M, K]``, sorted by expert.
+            leaf: which weight.
+            counts: for a weight of experts, how many of the rows each has; only those of experts with rows are decoded.
+        """
+        if torch.is_grad_enabled() and x_MK.requires_grad and not (torch.compiler.is_compiling() and self.frozen[leaf].handle is None):
+            y_MN: Tensor = _FrozenMatmul.apply(x_MK, self, leaf, counts)
+            return y_MN
+        return self._product(x_MK, leaf, counts)  # also while compiling: compilers see the codec's operator, and its gradient
+
+    def _product(self, x_MK: Tensor, leaf: str, counts: Sequence[int] | None) -> Tensor:
+        weight = self.frozen[leaf]
+        if counts is None and weight.handle is None:  # the path of every token that is generated: as short as can be
+            return weight.codec.linear(x_MK, self._resident(weight), weight.shape)  # type: ignore[arg-type]
+        with self.lease(leaf) as buffers:
+            return by_expert(weight.codec.linear, x_MK, buffers, weight.shape, counts, weight.shape[-2])
+
+    def _gradient(self, grad_MN: Tensor, leaf: str, counts: Sequence[int] | None) -> Tensor:
+        weight = self.frozen[leaf]
+        with self.lease(leaf) as buffers:
+            return by_expert(weight.codec.grad_input, grad_MN, buffers, weight.shape, counts, weight.shape[-1])
+
+    def _resident(self, weight: FrozenWeight) -> dict[str, Tensor]:
+        parameters = self._parameters
+        return {suffix: parameters[name] for suffix, name in weight.parameters.items()}  # type: ignore[union-attr, misc]
+
+    def _set_resident(self, leaf: str, buffers: Buffers) -> None:
+        self.frozen[leaf].parameters = {suffix: f"{leaf}{suffix}" for suffix in buffers}
+        for suffix, buffer in buffers.items():
+            self.register_parameter(f"{leaf}{suffix}", nn.Parameter(buffer, requires_grad=False))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """``.to(device)`` moves the encoded buffers; ``.to(dtype)`` leaves them exactly as they are."""
+        resident = [weight for weight in self.frozen.values() if weight.handle is None and weight.parameters is not None]
+        encoded = {id(buffer) for weight in resident for buffer in self._resident(weight).values()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            changed = fn(tensor)
+            return tensor.to(changed.device) if id(tensor) in encoded and changed.dtype != tensor.dtype else changed
+
+        super()._apply(keep_dtype, recurse)
+        return self
+
+    def reset_parameters(self) -> None:
+        """Nothing: there is no weight to draw at random (hosts call this for layers they think uninitialised)."""
+
+
+def by_expert(
+    product: Callable[[Tensor, Buffers, tuple[int, int]], Tensor],
+    x_MK: Tensor,
+    buffers: Buffers,
+    shape: tuple[int, ...],
+    counts: Sequence[int] | None,
+    width: int,
+) -> Tensor:
+    """``product`` (:meth:`Codec.linear` or :meth:`Codec.grad_input`) of every expert's rows with the expert's own buffers.
+
+    Args:
+        product: see above.
+        x_MK: rows sorted by expert.
+        buffers: of a weight of ``shape``, by the row law sliced by expert.
+        shape: ``(E, N, K)``; ``(N, K)`` when there are no experts.
+        counts: rows of each expert; None when there are no experts. Experts without rows are not touched.
+        width: columns of the result.
+    """
+    matrix = (shape[-2], shape[-1])
+    if counts is None:
+        return product(x_MK, buffers, matrix)
+    results, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            own = {suffix: buffer[expert] for suffix, buffer in buffers.items()}
+            results.append(product(x_MK[start : start + count], own, matrix))
+            start += count
+    return torch.cat(results) if results else x_MK.new_empty(0, width)
+
+
+class _FrozenMatmul(torch.autograd.Function):
+    """Saves neither decoded nor fetched weights: backward leases and decodes again."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MK: Tensor, module: FrozenModule, leaf: str, counts: Sequence[int] | None) -> Tensor:
+        ctx.module, ctx.leaf, ctx.counts, ctx.version = module, leaf, counts, module.frozen[leaf].version
+        return module._product(x_MK, leaf, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.version != ctx.module.frozen[ctx.leaf].version:
+            raise RuntimeError("a frozen weight was changed between forward and backward (an adapter was merged?): run forward again")
+        return ctx.module._gradient(grads[0], ctx.leaf, ctx.counts), None, None, None
