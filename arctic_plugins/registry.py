@@ -67,6 +67,9 @@ class Registry:
             )
         return _load(self._codecs[type_name])
 
+    def converter_names(self) -> list[str]:
+        return sorted(self._converters)
+
     def load_exporter(self, format_name: str) -> Any:
         """Import and return the exporter class registered as ``format_name``; raises PluginNotFoundError when nobody registered it."""
         return _load_format(self._exporters, format_name, "exports to")

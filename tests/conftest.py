@@ -30,7 +30,7 @@ def int8_plugin(tmp_path_factory):
 
 @pytest.fixture
 def train_relative(tmp_path):
-    """A function that takes a name of ``LLAMA_LIKE`` through a recipe: a tiny random model of that kind, encoded, trained over, merged.
+    """A function that takes a name of ``LLAMA_LIKE`` or ``MIXTURES`` through a recipe: a tiny random model of that kind, encoded, trained, merged.
 
     Gives (plain checkpoint, the training's result, merged checkpoint).
     """
@@ -38,11 +38,11 @@ def train_relative(tmp_path):
     from arctic_plugins_huggingface.recipe import Recipe
     from arctic_plugins_huggingface.sft import train
 
-    from arctic_plugins.testing import LLAMA_LIKE, tiny_model
+    from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, tiny_model
 
     def run(name):
         directory = tmp_path / name
-        model_type, config = LLAMA_LIKE[name]
+        model_type, config = (LLAMA_LIKE | MIXTURES)[name]
         checkpoint = tiny_model(directory / "plain", model_type, **config)
         records = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(16)]
         (directory / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))

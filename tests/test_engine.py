@@ -12,14 +12,17 @@ import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
 from arctic_plugins_huggingface.demo.serving import Server
+from arctic_plugins_huggingface.exporting import convert_checkpoint, export_checkpoint
 from arctic_plugins_huggingface.generation import chat_prompt
 from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_vllm.serving import on_the_fly
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import LLAMA_LIKE, tiny_llama
+from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, tiny_llama, tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -137,12 +140,91 @@ def test_a_missing_scale_stops_the_engine_with_its_name(grouped, tmp_path, cache
     assert "model.layers.1.mlp.gate_up_proj.weight_scale is missing from the checkpoint (1 of 2 parts" in result.stderr
 
 
-def test_tensor_parallel_on_two_processes(tiny_checkpoint, tmp_path, cache):
+def same_as_transformers(result, models, **plugins):
+    """Greedy tokens of every model, and their log-probabilities, are those of transformers."""
+    served = results(result)
+    assert len(served) == len(models)
+    for checkpoint, answer in zip(models, served, strict=True):
+        logprobs = []
+        model, _ = load_model(checkpoint, Stack.from_dict(plugins))
+        assert answer["base"] == reference(model, logprobs), checkpoint
+        torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(logprobs), rtol=1e-4, atol=1e-4)
+
+
+SPLIT = {"bits": 8, "formats": {"**.experts.gate_up_proj": {"bits": 6, "group_size": 64}, "**.experts.down_proj": {"bits": 12, "group_size": 32}}}
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """name -> (plain, encoded): every mixture, with its experts' two weights in formats of their own."""
+    directory, stack = tmp_path_factory.mktemp("mixtures"), Stack.from_dict({"fp8": SPLIT})
+    made = {}
+    for name, (model_type, config) in MIXTURES.items():
+        plain = tiny_model(directory / name, model_type, **{**config, "intermediate_size": 192, "moe_intermediate_size": 64})
+        made[name] = plain, save_checkpoint(*load_model(plain, stack), directory / f"{name}-encoded", stack)
+    return made
+
+
+def test_mixtures_of_experts(mixtures, cache):
+    models = [encoded for _, encoded in mixtures.values()]
+    same_as_transformers(run({"enforce_eager": True}, models=models, cache=cache), models)
+
+
+def test_a_mixture_encoded_on_the_fly_and_compiled(mixtures, cache):
+    plain, _ = mixtures["mixtral"]
+    overrides = on_the_fly(str(plain), Stack.from_dict({"fp8": SPLIT}))
+    same_as_transformers(run({"model": str(plain), "hf_overrides": overrides}, cache=cache), [plain], fp8=SPLIT)
+
+
+TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": True}
+TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+def test_tensor_parallel_on_two_processes(tiny_checkpoint, mixtures, tmp_path, cache):
+    """Each has half of every layer, and half of every expert."""
     stack = Stack.from_dict({"fp8": {"include": ["**.self_attn.*"], "group_size": 64}})
-    checkpoint = save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path / "out", stack)
-    two = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": True}
-    options = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    assert tokens(run({"model": str(checkpoint), **two}, cache=cache, **options))["base"] == reference(load_model(checkpoint)[0])
+    models = [save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path / "out", stack), mixtures["mixtral"][1]]
+    same_as_transformers(run(TWO, models=models, cache=cache, **TWO_PROCESSES), models)
+
+
+def test_experts_on_two_processes(mixtures, cache):
+    """Expert parallel: each has half of the experts."""
+    plain, _ = mixtures["mixtral"]
+    overrides = on_the_fly(str(plain), Stack.from_dict({"fp8": SPLIT}))
+    options = {"model": str(plain), "hf_overrides": overrides, "enable_expert_parallel": True, **TWO}
+    same_as_transformers(run(options, cache=cache, **TWO_PROCESSES), [plain], fp8=SPLIT)
+
+
+def test_deepspeedfp_is_read_as_it_is_converted(tmp_path, cache):
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 128, "num_hidden_layers": 1}
+    stack, exported, converted = Stack.from_dict({"fp8": {"group_size": 512}}), [], []
+    for model_type, config in (("llama", {}), MIXTURES["mixtral"]):
+        directory = tmp_path / model_type
+        save_checkpoint(*load_model(tiny_model(directory / "plain", model_type, **{**config, **sizes}), stack), directory / "encoded", stack)
+        exported.append(export_checkpoint(directory / "encoded", directory / "exported", "deepspeedfp"))
+        convert_checkpoint(exported[-1], directory / "converted", "deepspeedfp")
+        converted.append(directory / "converted")
+    same_as_transformers(run({"enforce_eager": True}, models=exported, cache=cache), converted)
+
+
+def test_stock_vllm_reads_fp8_blocks(tmp_path, cache):
+    """Without this project: no plugin is loaded. vLLM computes fp8 in bfloat16 only, hence the tolerance."""
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
+    stack, exported = Stack.from_dict({"fp8": {}}), []
+    for model_type, config in (("llama", {}), MIXTURES["mixtral"]):
+        directory = tmp_path / model_type
+        plain = tiny_model(directory / "plain", model_type, **{**config, **sizes, "initializer_range": 0.05})
+        save_checkpoint(*load_model(plain, stack), directory / "encoded", stack)
+        exported.append(export_checkpoint(directory / "encoded", directory / "exported", "fp8-block"))
+    result = run({"enforce_eager": True, "dtype": "bfloat16"}, models=exported, cache=cache, VLLM_PLUGINS="none")
+    for checkpoint, answer in zip(exported, results(result), strict=True):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint).float()
+        for prompt, ids, logprobs in zip(PROMPTS, answer["base"], answer["logprobs"], strict=True):
+            with torch.no_grad():
+                distribution = model(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+            expected = distribution[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
+            assert expected.median() > -4  # of 272 tokens: these are not anybody's tokens
+            assert (torch.tensor(logprobs) - expected).abs().median() < 0.1
 
 
 def test_arctic_serve_answers_over_http_with_the_adapter_and_with_its_base(grouped, tmp_path, cache, monkeypatch):

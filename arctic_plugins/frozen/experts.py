@@ -41,7 +41,7 @@ def mix_experts(
     rows = down(act(up(x_MK[order // top], counts)), counts)
     rows = rows * weights_MT.reshape(-1)[order].unsqueeze(-1)
     by_token = rows.new_zeros(tokens * top, rows.shape[-1]).index_put((order,), rows)
-    return by_token.view(tokens, top, -1).sum(1).to(x_MK.dtype)
+    return by_token.view(tokens, top, rows.shape[-1]).sum(1).to(x_MK.dtype)
 
 
 class FrozenExperts(FrozenModule):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -41,20 +40,28 @@ class Exporter(ABC):
 class Converter(ABC):
     """Subclass for each format that ``arctic convert`` reads, and register the class under the format's name with ``registry.converter``.
 
+    ``arctic convert`` rewrites checkpoints with it, and vLLM reads them through it under the format's name.
+
     Args:
-        checkpoint: the directory.
-        config: its ``config.json``.
+        config: ``quantization_config`` of the checkpoint's ``config.json``, or what one of :attr:`config_files` holds.
 
     Raises:
-        CheckpointError: the checkpoint does not say what the format needs to know.
+        CheckpointError: that does not say what the format needs to know.
     """
 
+    config_files: ClassVar[tuple[str, ...]] = ()
+    """Names of files beside ``config.json`` that may say how a checkpoint is quantized when that does not."""
+
     @abstractmethod
-    def __init__(self, checkpoint: Path, config: Mapping[str, Any]) -> None: ...
+    def __init__(self, config: Mapping[str, Any]) -> None: ...
 
     @abstractmethod
     def codec(self, shape: tuple[int, ...]) -> Codec:
         """The codec that a weight of ``shape`` becomes. Raises CodecError when none can hold it."""
+
+    @abstractmethod
+    def rows(self, weight: Tensor, in_features: int) -> int:
+        """N of the stored ``weight``, which has ``in_features`` inputs."""
 
     @abstractmethod
     def buffers(self, weight: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:

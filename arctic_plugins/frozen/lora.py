@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,16 +11,18 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils import transformers_weight_conversion
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
+from arctic_plugins.frozen.experts import FrozenExperts
 from arctic_plugins.frozen.linear import FrozenLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FrozenLoraLinear", "load_adapter", "with_frozen_layer"]
+__all__ = ["FrozenLoraLinear", "load_adapter", "only_modules", "with_frozen_layer"]
 
 
 class FrozenLoraLinear(LoraLinear):
@@ -61,6 +65,24 @@ class FrozenLoraLinear(LoraLinear):
         self.merged_adapters.clear()
 
 
+@contextmanager
+def only_modules(model: nn.Module) -> Iterator[None]:
+    """While this lasts, PEFT adapts no fused parameters of a ``model`` with encoded experts.
+
+    PEFT (utils/transformers_weight_conversion.py) takes 'all-linear', and names like ``gate_proj``, in mixtures of experts for the fused
+    parameters that hold what had these names in transformers 4, and wraps them. Bytes cannot be wrapped.
+    """
+    if not any(isinstance(module, FrozenExperts) for module in model.modules()):
+        yield
+        return
+    stock = transformers_weight_conversion.convert_peft_config_for_transformers
+    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        transformers_weight_conversion.convert_peft_config_for_transformers = stock
+
+
 def with_frozen_layer(config: LoraConfig) -> LoraConfig:
     """Make PEFT use :class:`FrozenLoraLinear` where the base layer is frozen. It is not saved with the adapter, so do it on every load."""
     config._register_custom_module({FrozenLinear: FrozenLoraLinear})
@@ -75,7 +97,8 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
     """
     try:
         config = LoraConfig.from_pretrained(str(adapter))
-        adapted = PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)
+        with only_modules(model):
+            adapted = PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)
         with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
             saved = set(file.keys())
     except ArcticError:

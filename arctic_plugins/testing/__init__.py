@@ -4,6 +4,6 @@
 """
 
 from arctic_plugins.testing.codecs import check_codec
-from arctic_plugins.testing.models import LLAMA_LIKE, tiny_llama, tiny_model
+from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, tiny_llama, tiny_model
 
-__all__ = ["LLAMA_LIKE", "check_codec", "tiny_llama", "tiny_model"]
+__all__ = ["LLAMA_LIKE", "MIXTURES", "check_codec", "tiny_llama", "tiny_model"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LLAMA_LIKE", "tiny_llama", "tiny_model"]
+__all__ = ["LLAMA_LIKE", "MIXTURES", "tiny_llama", "tiny_model"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -25,6 +25,17 @@ LLAMA_LIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention"]}),
 }
 """Relatives of Llama, each for what it adds: name -> (model_type, config) for :func:`tiny_model`."""
+
+MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # other names in checkpoints than in the model
+    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 128, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80},
+    ),
+    "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "hidden_size": 128, "intermediate_size": 32}),
+}
+"""Mixtures of experts: name -> (model_type, config) for :func:`tiny_model`."""
 
 
 def tiny_llama(directory: str | Path, **options: Any) -> Path:

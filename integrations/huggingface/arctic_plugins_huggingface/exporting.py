@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
     config = _config(source)
     if config.get("quantization_config", {}).get("quant_method") == METHOD:
         raise CheckpointError(f"{source} is encoded by this project already", fix="use it as it is")
-    converter = converter_class(source, config)
+    converter = converter_class(_quantization(source, config, converter_class.config_files))
     shapes, stored = _shapes(source), _dtypes(source)
     encoded: dict[str, Codec] = {}
     for name, shape in shapes.items():
@@ -103,7 +103,7 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
 
     with staged(directory) as draft:
         _rewrite(source, draft, config, encoded, tensors)
-        for name in ("quant_config.json", "quantize_config.json"):
+        for name in converter_class.config_files:
             (draft / name).unlink(missing_ok=True)
         write_provenance(draft, Stack())
     return [
@@ -115,6 +115,21 @@ def _config(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json", expected="the directory of a checkpoint", fix="correct the path")
     return read_json(source / "config.json")
+
+
+def _quantization(source: Path, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint says of its quantization, in ``config.json`` or in another file."""
+    found = config.get("quantization_config")
+    for name in names:
+        if not isinstance(found, dict) and (source / name).is_file():
+            found = read_json(source / name)
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            f"{source} does not say how it is quantized",
+            expected=f"quantization_config in config.json{''.join(f', or {name}' for name in names)}",
+            fix="add it",
+        )
+    return found
 
 
 def _shapes(source: Path) -> dict[str, tuple[int, int]]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
-from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError
+from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError
 from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement, describe_codec
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
@@ -31,7 +31,7 @@ from arctic_plugins_huggingface.modules import (
 )
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
 
-__all__ = ["claims", "freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "only_hub", "skeleton"]
+__all__ = ["claims", "freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "only_hub", "planned_quantization", "skeleton"]
 
 logger = logging.getLogger(__name__)
 
@@ -169,6 +169,24 @@ def _quantization(config: PreTrainedConfig, stack: Stack, directory: Path, varia
         config.quantization_config = {**stored, "placements": _placements(claimed.claims, claimed.codecs)}
         return None
     return _as_quantization(claimed.claims, claimed.stored)
+
+
+def planned_quantization(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[str, Any]:
+    """The ``quantization_config`` that the plain ``checkpoint`` (directory or hub id) would have when ``stack`` encodes it; reads no weights.
+
+    Raises:
+        ConfigError: no plugin of ``stack`` encodes anything, or the checkpoint is quantized already.
+        ClaimError: see :meth:`arctic_plugins.stack.Stack.claim`.
+    """
+    kwargs = check_checkpoint(checkpoint, **kwargs)
+    config = load_config(checkpoint, **only_hub(kwargs))
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{checkpoint} is quantized already", expected="a plain checkpoint", fix="leave the plugins out")
+    claimed = claims(config, stack.without("placement"))
+    quantization = _as_quantization(claimed.claims, claimed.stored)
+    if quantization is None:
+        raise ConfigError("the plugins encode nothing of this model", expected="a plugin that fills 'weight_codec'", fix="fp8, for instance")
+    return quantization.to_dict()
 
 
 def _as_quantization(claims: Claims, stored: Mapping[str, tuple[str, ...]]) -> ArcticQuantizationConfig | None:

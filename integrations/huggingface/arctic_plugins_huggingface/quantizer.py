@@ -147,7 +147,7 @@ class ArcticQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        thaw_modules(model, dtype)
+        thaw_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # a text once the model has been saved
         return model
 
     def is_serializable(self) -> bool:

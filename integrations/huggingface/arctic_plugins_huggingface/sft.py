@@ -341,7 +341,9 @@ def _check_packing(model: PreTrainedModel) -> None:
     model.eval()
     one, other = (model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, lengths[0] :] for ids in (first, second))
     model.train(training)
-    if not torch.allclose(one, other, rtol=0, atol=1e-6):
+    # In a mixture other tokens share the experts, and products of other sizes round otherwise; rows that see each other differ by much more.
+    tolerance = 0.05 * one.abs().max() if any(hasattr(module, "num_experts") for module in model.modules()) else 1e-6
+    if (one - other).abs().max() > tolerance:
         kind = f"{model.config.model_type}, attention '{model.config._attn_implementation}'"
         raise ConfigError(
             f"data.packing is on, and in this model ({kind}) packed rows see each other",

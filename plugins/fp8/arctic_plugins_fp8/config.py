@@ -43,5 +43,5 @@ class FP8Config(FP8Format):
     """Modules that are encoded otherwise: patterns as in ``include`` to formats. Two different formats for one module are an error."""
     include: tuple[str, ...] = ("**",)
     """Modules to encode, as dotted names with ``*`` (within a component) and ``**`` (across components)."""
-    exclude: tuple[str, ...] = ("lm_head", "**.lm_head", "**.router", "**.gate", "score")
+    exclude: tuple[str, ...] = ("lm_head", "**.lm_head", "**.router", "**.gate", "**.shared_expert_gate", "score")
     """Modules to leave alone, even when included. The default spares output heads and routers."""

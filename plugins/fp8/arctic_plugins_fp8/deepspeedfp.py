@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import gcd, prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.frozen import Codec
 from arctic_plugins.frozen.codec import Buffers
 from arctic_plugins.frozen.exporting import Converter, Exporter
-from arctic_plugins.provenance import read_json
 from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_fp8.formats import FORMATS
 from arctic_plugins_fp8.kernels.reference import pack, quantize, unpack
@@ -43,26 +41,27 @@ def values(bits: int) -> Tensor:
 
 
 class DeepSpeedFPConverter(Converter):
-    """Reads ``bits`` and ``group_size`` from ``quantization_config``, or from ``quant_config.json`` or ``quantize_config.json`` beside it, as vLLM
-    did.
+    """Reads ``bits`` and ``group_size``; the other files are those in which vLLM looked for them.
 
     Groups of the flattened weight become groups of gcd(group_size, K) within rows, which share their scale. Values that our formats have are taken
     over exactly: all that DeepSpeed writes with 8 and 6 bits, and with 12 bits those of magnitude 2**-9 to 510 (times the scale); smaller ones are
     rounded to a multiple of 2**-13.
     """
 
-    def __init__(self, checkpoint: Path, config: Mapping[str, Any]) -> None:
-        found = config.get("quantization_config")
-        for name in ("quant_config.json", "quantize_config.json"):
-            if not isinstance(found, Mapping) and (checkpoint / name).is_file():
-                found = read_json(checkpoint / name)
-        if not isinstance(found, Mapping) or found.get("bits") not in MANTISSA:
+    config_files = ("quant_config.json", "quantize_config.json")
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        bits, group_size = config.get("bits"), config.get("group_size", GROUP)
+        if type(bits) is not int or bits not in MANTISSA or type(group_size) is not int or group_size < 1:
             raise CheckpointError(
-                f"{checkpoint} does not say how it is quantized",
-                expected="'bits' of 8, 6 or 12 in quantization_config or quant_config.json",
-                fix="add them",
+                f"the checkpoint is quantized with bits {bits!r} and group_size {group_size!r}",
+                expected="bits of 8, 6 or 12 in groups",
+                fix="correct them",
             )
-        self.bits, self.group_size = int(found["bits"]), int(found.get("group_size", GROUP))
+        self.bits, self.group_size = bits, group_size
+
+    def rows(self, weight: Tensor, in_features: int) -> int:
+        return weight.shape[0] * self.group_size // in_features
 
     def codec(self, shape: tuple[int, ...]) -> FP8Codec:
         group = gcd(self.group_size, shape[-1])

@@ -31,8 +31,8 @@ def stored(codes, scales, bits, group):
     return torch.tensor(rows, dtype=torch.uint8)
 
 
-def converter(tmp_path, bits, group=512):
-    return DeepSpeedFPConverter(tmp_path, {"quantization_config": {"quant_method": "deepspeedfp", "bits": bits, "group_size": group}})
+def converter(bits, group=512):
+    return DeepSpeedFPConverter({"quant_method": "deepspeedfp", "bits": bits, "group_size": group})
 
 
 def writable(bits):
@@ -44,24 +44,24 @@ def writable(bits):
 
 @pytest.mark.parametrize("bits", [8, 6, 12])
 @pytest.mark.parametrize("shape", [(4, 512), (3, 1024), (16, 96), (8, 320), (2, 4, 768)])
-def test_what_deepspeed_writes_is_read_exactly(tmp_path, bits, shape):
+def test_what_deepspeed_writes_is_read_exactly(bits, shape):
     drawn = random.Random(0)
     count = torch.Size(shape).numel()
     codes = drawn.choices(writable(bits), k=count)
     scales = [drawn.uniform(1e-4, 1e-2) for _ in range(count // 512)]
     expected = torch.tensor([number(code, bits) for code in codes]) * torch.tensor(scales).repeat_interleave(512)
-    found = converter(tmp_path, bits)
+    found = converter(bits)
     codec, buffers = found.codec(shape), found.buffers(stored(codes, scales, bits, 512), shape)
     assert {suffix: spec.shape for suffix, spec in codec.layout(shape).items()} == {suffix: tuple(buffer.shape) for suffix, buffer in buffers.items()}
     assert torch.equal(codec.decode(buffers, shape, torch.float32), expected.view(shape))
 
 
 @pytest.mark.parametrize("bits", [8, 6, 12])
-def test_every_code_is_read_to_the_nearest(tmp_path, bits):
+def test_every_code_is_read_to_the_nearest(bits):
     codes = [code for code in range(2**bits) if abs(number(code, bits)) <= 510] * 512
     codes = codes[: len(codes) // 512 * 512]
     shape = (len(codes) // 512, 512)
-    found = converter(tmp_path, bits)
+    found = converter(bits)
     decoded = found.codec(shape).decode(found.buffers(stored(codes, [1.0] * shape[0], bits, 512), shape), shape, torch.float32).flatten()
     exact = torch.tensor([number(code, bits) for code in codes])
     step = {8: 2.0**-9, 6: 2.0**-4, 12: 2.0**-13}[bits]
@@ -69,12 +69,12 @@ def test_every_code_is_read_to_the_nearest(tmp_path, bits):
 
 
 @pytest.mark.parametrize("bits", [8, 6])
-def test_there_and_back_is_exact_but_for_the_smallest(tmp_path, bits):
+def test_there_and_back_is_exact_but_for_the_smallest(bits):
     codec, shape = FP8Codec(bits=bits, group_size=512), (6, 1024)
     buffers = codec.encode(torch.randn(shape))
     exported = DeepSpeedFPExporter().tensors(codec, buffers, shape)["weight"]
     assert exported.shape == (12, 512 * bits // 8 + 4)
-    again = converter(tmp_path, bits).buffers(exported, shape)
+    again = converter(bits).buffers(exported, shape)
     weight, found = codec.decode(buffers, shape, torch.float32), codec.decode(again, shape, torch.float32)
     smallest = 2.0 ** -(2 ** (EXPONENT[bits] - 1) - 1) * buffers["_scale"].repeat_interleave(512, 1)
     assert torch.equal(found[weight.abs() >= smallest], weight[weight.abs() >= smallest])
@@ -82,17 +82,21 @@ def test_there_and_back_is_exact_but_for_the_smallest(tmp_path, bits):
     assert torch.equal(again["_scale"], buffers["_scale"])
 
 
-def test_what_cannot_be_read_is_told(tmp_path):
-    with pytest.raises(CheckpointError, match="does not say how it is quantized; expected 'bits' of 8, 6 or 12"):
-        DeepSpeedFPConverter(tmp_path, {})
-    (tmp_path / "quant_config.json").write_text('{"bits": 6, "group_size": 256}')
-    assert DeepSpeedFPConverter(tmp_path, {}).codec((4, 256)) == FP8Codec(bits=6, group_size=256)
+@pytest.mark.parametrize("config", [{}, {"bits": 4}, {"bits": [8]}, {"bits": 8, "group_size": "512"}, {"bits": 8, "group_size": 0}])
+def test_configs_that_say_too_little(config):
+    with pytest.raises(CheckpointError, match="quantized with bits .* expected bits of 8, 6 or 12 in groups"):
+        DeepSpeedFPConverter(config)
+
+
+def test_what_cannot_be_read_is_told():
+    assert DeepSpeedFPConverter({"bits": 6, "group_size": 256}).codec((4, 256)) == FP8Codec(bits=6, group_size=256)
+    assert DeepSpeedFPConverter({"bits": 8}).rows(torch.zeros(12, 516), 1024) == 6
     with pytest.raises(CodecError, match="weight of shape .512, 33. in groups of 512 cannot be cut"):
-        converter(tmp_path, 8).codec((512, 33))
+        converter(8).codec((512, 33))
     with pytest.raises(CodecError, match=r"has \(4, 512\) bytes; expected \(4, 516\)"):
-        converter(tmp_path, 8).buffers(torch.zeros(4, 512, dtype=torch.uint8), (4, 512))
+        converter(8).buffers(torch.zeros(4, 512, dtype=torch.uint8), (4, 512))
     with pytest.raises(CodecError, match="scale is NaN or infinite"):
-        converter(tmp_path, 8).buffers(stored([1] * 512, [float("nan")], 8, 512), (1, 512))
+        converter(8).buffers(stored([1] * 512, [float("nan")], 8, 512), (1, 512))
 
 
 @pytest.mark.parametrize("codec", [FP8Codec(), FP8Codec(bits=12, group_size=512)])

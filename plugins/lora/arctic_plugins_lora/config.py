@@ -21,6 +21,6 @@ class LoraOptions(PluginConfig):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an input of the update while training."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Which modules get an update: as in PEFT; ``all-linear`` is every linear module but the output head."""
+    """Which modules get an update: as in PEFT; ``all-linear`` is every linear module but the output head. Not the encoded experts of a mixture."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski, "rsLoRA", 2023)."""

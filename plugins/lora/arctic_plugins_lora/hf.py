@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from arctic_plugins.errors import ConfigError
-from arctic_plugins.frozen.lora import with_frozen_layer
+from arctic_plugins.frozen.lora import only_modules, with_frozen_layer
 from arctic_plugins_lora.config import LoraOptions
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, with_frozen_layer(config))  # type: ignore[return-value]
+        with only_modules(model):
+            return get_peft_model(model, with_frozen_layer(config))  # type: ignore[return-value]
     except ValueError as error:
         if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
             raise

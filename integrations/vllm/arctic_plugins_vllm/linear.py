@@ -1,0 +1,89 @@
+"""Linear layers of vLLM over encoded weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arctic_plugins.frozen import Codec, TensorSpec
+from arctic_plugins_vllm.compat import LinearMethodBase, set_weight_attrs
+from arctic_plugins_vllm.loaders import Reader, check_loaded, check_seen, check_split, read
+from arctic_plugins_vllm.ops import codec_linear, codec_text
+
+__all__ = ["EncodedLinearMethod"]
+
+
+class EncodedLinearMethod(LinearMethodBase):
+    """Parameters as :meth:`Codec.layout` gives them, computation as :meth:`Codec.linear` does it.
+
+    Args:
+        codec: of the weight.
+        prefix: the module's name.
+        reader: makes buffers of what the checkpoint has as weight; None when it has the buffers.
+    """
+
+    def __init__(self, codec: Codec, prefix: str, reader: Reader | None = None) -> None:
+        self.codec, self.prefix, self.reader, self.text = codec, prefix, reader, codec_text(codec)
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Register empty buffers for this rank's ``[sum(output_partition_sizes), input_size_per_partition]``.
+
+        Raises:
+            ConfigError: tensor parallelism would split along K where the codec cannot be split.
+        """
+        check_split(self.codec, self.prefix, input_size_per_partition, input_size)
+        shape = (sum(output_partition_sizes), input_size_per_partition)
+        on_disk, parts = self.codec.layout((1, input_size)), len(output_partition_sizes)
+        layer.arctic_shape, layer.arctic_parts, layer.arctic_seen = shape, parts, {}
+        layout = self.codec.layout(shape)
+        layer.arctic_names = {suffix: f"weight{suffix}" for suffix in layout}
+        for suffix, spec in layout.items():
+            param = nn.Parameter(torch.empty(spec.shape, dtype=spec.dtype), requires_grad=False)
+            layer.register_parameter(f"weight{suffix}", param)
+            name = f"{self.prefix}.weight{suffix}"
+            layer.arctic_seen[name] = set()
+            # Bound to the layer, as vLLM's own loaders are: what it keeps for a reload must not hold the layer (model_loader/reload/sanitize.py).
+            loader = MethodType(_checked_loader(name, on_disk[suffix], parts, extra["weight_loader"].__func__), layer)
+            set_weight_attrs(param, {"output_dim": 0, "input_dim": spec.k_dim, "weight_loader": loader, "arctic_loader": loader})
+        if self.reader is not None:
+            whole = read(self.reader, self.codec, input_size, layer.arctic_names, f"{self.prefix}.weight")
+            layer.weight.weight_loader = MethodType(whole, layer)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Raise CheckpointError if a part of a fused weight, or all of it, never came. Called again after each reload of the layer."""
+        for name, seen in layer.arctic_seen.items():
+            check_seen(name, seen, layer.arctic_parts)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        buffers = {suffix: getattr(layer, name) for suffix, name in layer.arctic_names.items()}
+        y = codec_linear(x, buffers, self.codec, self.text, layer.arctic_shape)
+        return y if bias is None else y + bias
+
+
+def _checked_loader(name: str, spec: TensorSpec, parts: int, host_loader: Callable[..., None]) -> Callable[..., None]:
+    """``host_loader`` (a method of vLLM's layer), which compares what it is given with the codec's layout and remembers it in
+    ``layer.arctic_seen``: vLLM does neither for quantized weights."""
+
+    def arctic_weight_loader(layer: Any, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: Any = None) -> None:
+        check_loaded(name, loaded_weight, spec, rows=False)
+        if loaded_shard_id is None:
+            layer.arctic_seen[name].update(range(parts))  # fused on disk too, or not fused at all
+            host_loader(layer, param, loaded_weight)
+        else:
+            layer.arctic_seen[name].update(loaded_shard_id if isinstance(loaded_shard_id, tuple) else [loaded_shard_id])
+            host_loader(layer, param, loaded_weight, loaded_shard_id)
+
+    return arctic_weight_loader

@@ -1,0 +1,107 @@
+"""Loading encoded weights into vLLM's layers: what the checkpoint holds is compared, counted, and made into buffers where it is something else.
+
+vLLM neither compares shapes and dtypes of quantized weights nor notices that one never came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
+from arctic_plugins.frozen import Codec, TensorSpec
+from arctic_plugins.frozen.exporting import Converter
+
+__all__ = ["Reader", "check_loaded", "check_seen", "check_split", "convert", "encode", "read"]
+
+Reader = Callable[[Tensor, Codec, int], Mapping[str, Tensor]]
+"""``(what the checkpoint holds as a weight, its codec, K) -> buffers``."""
+
+
+def encode(weight: Tensor, codec: Codec, in_features: int) -> Mapping[str, Tensor]:
+    """Reader of plain checkpoints: encode ``weight [N, K]``.
+
+    Raises:
+        CheckpointError: it is not plain.
+        CodecError: it holds NaN or Inf.
+    """
+    if not weight.is_floating_point() or weight.shape[1:] != (in_features,):
+        raise CheckpointError(
+            f"a weight that is to be encoded is {weight.dtype} {tuple(weight.shape)}",
+            expected=f"a floating point dtype and (rows, {in_features})",
+            fix="name a plain checkpoint",
+        )
+    return codec.encode(weight)
+
+
+def convert(converter: Converter) -> Reader:
+    """Reader of checkpoints in another format; weights that are plain in there are encoded."""
+
+    def converted(weight: Tensor, codec: Codec, in_features: int) -> Mapping[str, Tensor]:
+        if weight.is_floating_point():
+            return encode(weight, codec, in_features)
+        return converter.buffers(weight, (converter.rows(weight, in_features), in_features))
+
+    return converted
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (CheckpointError, CodecError) as error:
+        raise type(error)(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
+
+
+def read(reader: Reader, codec: Codec, in_features: int, names: Mapping[str, str], full_name: str) -> Callable[..., Any]:
+    """A weight loader that gives what ``reader`` makes of a weight to the loaders of the buffers.
+
+    Args:
+        reader: see there.
+        codec: of the weight.
+        in_features: K of the whole weight, as checkpoints have it.
+        names: suffix -> the layer's parameter, each with the attribute ``arctic_loader``.
+        full_name: for errors.
+    """
+
+    def arctic_weight_loader(layer: Any, param: nn.Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with _named(full_name):
+            buffers = reader(loaded_weight.to(param.device), codec, in_features)
+        results = [(own := getattr(layer, names[suffix])).arctic_loader(own, buffer, *args, **kwargs) for suffix, buffer in buffers.items()]
+        return results[0]
+
+    return arctic_weight_loader
+
+
+def check_split(codec: Codec, prefix: str, part: int, whole: int) -> None:
+    """Raise ConfigError if a weight with ``whole`` inputs cannot be split every ``part`` of them."""
+    if part != whole and part % codec.k_border:
+        raise ConfigError(
+            f"{prefix} would be split along its inputs every {part}",
+            expected=f"a multiple of the group size {codec.k_border}",
+            fix="lower --tensor-parallel-size, or encode with another group_size ('channel' can be split anywhere)",
+        )
+
+
+def check_seen(name: str, seen: set[Any], parts: int) -> None:
+    """Raise CheckpointError unless all parts of a fused weight came; forget them."""
+    if len(seen) < parts:
+        raise CheckpointError(
+            f"{name} is missing from the checkpoint ({len(seen)} of {parts} parts are there)", fix="the checkpoint is incomplete: make it again"
+        )
+    seen.clear()
+
+
+def check_loaded(name: str, found: Tensor, spec: TensorSpec, *, rows: bool) -> None:
+    """Raise CheckpointError unless a loaded tensor is as ``spec`` says; its first dimension too if ``rows``."""
+    start = 0 if rows else 1
+    if found.dtype != spec.dtype or found.shape[start:] != spec.shape[start:]:
+        first = "" if rows else "rows, "
+        raise CheckpointError(
+            f"{name} is {found.dtype} {tuple(found.shape)} in the checkpoint",
+            expected=f"{spec.dtype} ({first}{', '.join(map(str, spec.shape[start:]))})",
+            fix="the checkpoint does not fit its config.json: make it again",
+        )
