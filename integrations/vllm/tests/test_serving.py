@@ -10,8 +10,12 @@ from arctic_plugins import Stack
 from arctic_plugins.cli import main
 from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
 from arctic_plugins.provenance import write_provenance
+from arctic_plugins.testing import tiny_llama
 
-ENCODED = {"quantization_config": {"quant_method": "arctic", "format": 1, "codecs": {"fp8": {"type": "fp8", "bits": 8}}, "modules": {"*": "fp8"}}}
+ENCODED = {
+    "model_type": "llama",
+    "quantization_config": {"quant_method": "arctic", "format": 1, "codecs": {"fp8": {"type": "fp8", "bits": 8}}, "modules": {"*": "fp8"}},
+}
 
 
 def make(directory, config, *, adapter_of=None, plugins=None):
@@ -137,3 +141,32 @@ def test_the_checkpoint_comes_before_the_options(capsys):
         main(["serve", "--port", "8000", "checkpoint"])
     assert stopped.value.code == 2
     assert "--port stands where CHECKPOINT is expected" in capsys.readouterr().err
+
+
+def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    plain = tiny_llama(tmp_path / "plain")
+    line, _ = flags(str(plain), plugins=Stack.from_dict({"fp8": {"include": ["**.mlp.*"], "group_size": 64}}))
+    start, _, overrides = line.partition(" --hf-overrides ")
+    assert start == f"--model {plain}"
+    assert overrides.endswith("--enforce-eager")
+    found = json.loads(overrides.removesuffix("--enforce-eager"))["quantization_config"]
+    assert found == {
+        "quant_method": "arctic",
+        "format": 1,
+        "on_the_fly": True,
+        "codecs": {"fp8": {"type": "fp8", "bits": 8, "group_size": 64}},
+        "modules": {f"model.layers.*.mlp.{leaf}_proj": "fp8" for leaf in ("gate", "up", "down")},
+    }
+
+
+def test_what_cannot_be_encoded_on_the_fly_is_told(base, tmp_path):
+    plain, fp8 = tiny_llama(tmp_path / "plain"), Stack.from_dict({"fp8": {}})
+    with pytest.raises(ConfigError, match="is quantized already"):
+        server_command(str(base), plugins=fp8)
+    with pytest.raises(ConfigError, match="the plugins encode nothing"):
+        server_command(str(plain), plugins=Stack.from_dict({"lora": {}}))
+    with pytest.raises(ConfigError, match="--plugins and --hf-overrides both"):
+        server_command(str(plain), ["--hf-overrides={}"], plugins=fp8)
+    with pytest.raises(ConfigError, match="--plugins is for models"):
+        server_command(str(make(tmp_path / "adapter", None, adapter_of=base, plugins={"lora": {}})), plugins=fp8)
