@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from arctic_plugins_fp8 import kernels
-from arctic_plugins_fp8.codec import LARGEST_WEIGHT, FP8Codec
+from arctic_plugins_fp8.codec import CANDIDATES, LARGEST_WEIGHT, FP8Codec
 from torch import Tensor, nn
 
 from arctic_plugins.frozen import FrozenLinear
@@ -168,7 +168,7 @@ def encode(made: list[dict[str, nn.Module]], copy: float) -> dict[str, float]:
 
         def run(codec: FP8Codec = codec, buffers: list[dict[str, Tensor]] = buffers) -> None:
             for weight, encoded in zip(weights, buffers, strict=True):
-                kernels.encode(weight, encoded[""], encoded["_scale"], codec.bits, LARGEST_WEIGHT)
+                kernels.encode(weight, encoded[""], encoded["_scale"], codec.bits, LARGEST_WEIGHT, CANDIDATES[codec.scale])
 
         speeds[name] = sum(weight.nbytes + codec.nbytes(tuple(weight.shape)) for weight in weights) / interleaved({name: run}, 2, 3)[name]
     print(f"\nencode: {', '.join(f'{name} {speed / 1e9:.1f} GB/s = {speed / copy:.0%} of copying' for name, speed in speeds.items())}")

@@ -26,7 +26,15 @@ from typing import Any
 
 import torch
 
-BITS = {"fp12": {"bits": 12}, "fp8": {}, "fp8 g128": {"group_size": 128}, "fp6 g128": {"bits": 6}, "fp6 g32": {"bits": 6, "group_size": 32}}
+BITS: dict[str, dict[str, Any]] = {
+    "fp12": {"bits": 12},
+    "fp8": {},
+    "fp8 mse": {"scale": "mse"},
+    "fp8 g128 mse": {"group_size": 128, "scale": "mse"},
+    "fp6 g128 max": {"bits": 6, "scale": "max"},
+    "fp6 g128": {"bits": 6},
+    "fp6 g32": {"bits": 6, "group_size": 32},
+}
 
 
 def run_vllm(_: argparse.Namespace) -> None:

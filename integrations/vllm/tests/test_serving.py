@@ -5,6 +5,7 @@ import json
 import pytest
 from arctic_plugins_vllm import serving
 from arctic_plugins_vllm.serving import server_command
+from safetensors.torch import save_file
 
 from arctic_plugins import Stack
 from arctic_plugins.cli import main
@@ -155,15 +156,17 @@ def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):
         "quant_method": "arctic",
         "format": 1,
         "on_the_fly": True,
-        "codecs": {"fp8": {"type": "fp8", "bits": 8, "group_size": 64}},
+        "codecs": {"fp8": {"type": "fp8", "bits": 8, "group_size": 64, "scale": "max"}},
         "modules": {f"model.layers.*.mlp.{leaf}_proj": "fp8" for leaf in ("gate", "up", "down")},
     }
 
 
 def test_what_cannot_be_encoded_on_the_fly_is_told(base, tmp_path):
     plain, fp8 = tiny_llama(tmp_path / "plain"), Stack.from_dict({"fp8": {}})
+    encoded = make(tmp_path / "encoded", ENCODED)
+    save_file({}, encoded / "model.safetensors")
     with pytest.raises(ConfigError, match="is quantized already"):
-        server_command(str(base), plugins=fp8)
+        server_command(str(encoded), plugins=fp8)
     with pytest.raises(ConfigError, match="the plugins encode nothing"):
         server_command(str(plain), plugins=Stack.from_dict({"lora": {}}))
     with pytest.raises(ConfigError, match="--plugins and --hf-overrides both"):

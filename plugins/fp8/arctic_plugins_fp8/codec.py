@@ -19,6 +19,8 @@ __all__ = ["LARGEST_WEIGHT", "FP8Codec"]
 
 LARGEST_WEIGHT = 2.0**7 * FORMATS[8].max
 """Beyond this, the reference's scale times 2**120 leaves float32 (:func:`arctic_plugins_fp8.kernels.reference._values`)."""
+CANDIDATES = {"max": 1, "mse": 16}
+"""Scales that are tried for each group."""
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
@@ -27,18 +29,25 @@ class FP8Codec(Codec):
     """``codes uint8 [*lead, N, G, g * bits / 8]`` and ``scale float32 [*lead, N, G]``, where G = ceil(K / g).
 
     For ``group_size="channel"`` there is one group, of K (rounded up to codes that fill whole bytes: a multiple of 4 for 6 bits, of 2 for 12). A
-    weight is ``value(code) * scale``; the scale is the group's largest magnitude / the format's largest value (:mod:`arctic_plugins_fp8.formats`),
-    rounding is to nearest even of ``weight * (1 / scale)`` in float32. When g does not divide K the last group is padded with zeros.
+    weight is ``value(code) * scale``; rounding is to nearest even of ``weight * (1 / scale)`` in float32. When g does not divide K the last group is
+    padded with zeros.
+
+    The scale is the group's largest magnitude / the format's largest value (:mod:`arctic_plugins_fp8.formats`), or for ``scale="mse"`` that times
+    one of 1, 1 + 1/16, ..., 1 + 15/16, whichever gives the smallest squared error. A factor of two would move every number to another exponent
+    and change nothing but the smallest; between, the grid falls differently on the group's weights.
     """
 
     type: ClassVar[str] = "fp8"
 
     bits: Literal[6, 8, 12] = 8
     group_size: int | Literal["channel"] = "channel"
+    scale: Literal["max", "mse"] = "max"
 
     def __post_init__(self) -> None:
         if self.bits not in FORMATS:
             raise CodecError(f"fp8 has bits={self.bits!r}", expected="6, 8 or 12", fix="correct bits")
+        if self.scale not in CANDIDATES:
+            raise CodecError(f"fp8 has scale={self.scale!r}", expected="'max' or 'mse'", fix="correct scale")
         if self.group_size != "channel" and not (isinstance(self.group_size, int) and 32 <= self.group_size <= 512):
             raise CodecError(f"fp8 has group_size={self.group_size!r}", expected="'channel' or 32 to 512", fix="correct group_size")
         if self.group_size != "channel" and self.group_size % self._unit:
@@ -71,7 +80,7 @@ class FP8Codec(Codec):
         weight = weight if weight.dtype in DTYPES else weight.float()
         buffers = {name: torch.empty(spec.shape, dtype=spec.dtype, device=weight.device) for name, spec in self.layout(tuple(weight.shape)).items()}
         weight_NK = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1]).contiguous()
-        if not kernels.encode(weight_NK, *_flat(buffers), self.bits, LARGEST_WEIGHT):
+        if not kernels.encode(weight_NK, *_flat(buffers), self.bits, LARGEST_WEIGHT, CANDIDATES[self.scale]):
             raise CodecError(
                 "the weight holds NaN, Inf or a value beyond the range of fp8",
                 expected=f"finite values of magnitude at most {LARGEST_WEIGHT:.0f}",

@@ -20,12 +20,15 @@ class FP8Format(PluginConfig):
     """Bits of a weight: 8 is e4m3, 6 is e3m2, 12 is e4m7."""
     group_size: Literal["channel"] | Annotated[int, Field(ge=32, le=512)] = "channel"
     """Weights that share a scale: one output channel, or this many along the input dimension. Left out: ``channel``, and 128 for 6 bits."""
+    scale: Literal["max", "mse"] = "max"
+    """``max``: the largest magnitude becomes the largest number. ``mse``: of 16 scales the one with the smallest squared error, which takes longer.
+    Left out: ``max``, and ``mse`` for 6 bits."""
 
     @model_validator(mode="before")
     @classmethod
-    def _default_group_size(cls, options: Any) -> Any:
+    def _defaults_of_6_bits(cls, options: Any) -> Any:
         if isinstance(options, Mapping) and options.get("bits") == 6:
-            return {"group_size": 128, **options}
+            return {"group_size": 128, "scale": "mse", **options}
         return options
 
     @model_validator(mode="after")

@@ -29,7 +29,7 @@ class CompressedTensors(Exporter):
 
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
         for name, codec in codecs.items():
-            if not isinstance(codec, FP8Codec) or codec != FP8Codec():
+            if not isinstance(codec, FP8Codec) or (codec.bits, codec.group_size) != (8, "channel"):
                 raise CodecError(
                     f"{name} is encoded as {codec}",
                     expected="fp8 with bits 8 and group_size 'channel', which compressed-tensors holds exactly",

@@ -14,6 +14,8 @@ from arctic_plugins.testing import check_codec
 CODECS = [
     *(FP8Codec(group_size=group) for group in ("channel", 32, 100, 128)),
     *(FP8Codec(bits=6, group_size=group) for group in ("channel", 32, 100, 128)),
+    FP8Codec(bits=6, group_size=32, scale="mse"),
+    FP8Codec(scale="mse"),
     *(FP8Codec(bits=12, group_size=group) for group in ("channel", 32, 46, 512)),
 ]
 TOLERANCE = {8: 0.03, 6: 0.06, 12: 0.002}
@@ -153,7 +155,7 @@ def test_formats_by_pattern():
     }
     claims = {claim.module: claim.value for claim in FP8(FP8Config(**options)).claim(model_config=None, modules=modules)}
     assert claims == {
-        **{f"model.layers.{layer}.mlp.{part}_proj": FP8Codec(bits=6, group_size=128) for layer in range(2) for part in ("up", "down")},
+        **{f"model.layers.{layer}.mlp.{part}_proj": FP8Codec(bits=6, group_size=128, scale="mse") for layer in range(2) for part in ("up", "down")},
         "model.layers.0.self_attn.o_proj": FP8Codec(bits=12),
         "model.layers.1.self_attn.o_proj": FP8Codec(group_size=64),
     }

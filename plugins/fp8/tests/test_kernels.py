@@ -9,6 +9,7 @@ import pytest
 import torch
 from arctic_plugins_fp8 import kernels
 from arctic_plugins_fp8.codec import FP8Codec
+from arctic_plugins_fp8.formats import FORMATS
 from arctic_plugins_fp8.kernels import build, reference
 
 SHAPES = [(64, 128), (37, 77), (33, 1000), (100, 515), (5, 33), (1, 1), (48, 96), (1100, 64)]
@@ -39,9 +40,37 @@ def test_encoding_is_bitwise_the_references(compiled, codec):
         weight = (torch.randn(shape) * torch.logspace(-3, 2, shape[0])[:, None]).to(dtype)
         weight[0, ::3] = 0
         expected, found = empty(codec, shape), empty(codec, shape)
-        assert reference.encode(weight, *expected, codec.bits, 57344.0)
-        assert kernels.encode(weight, *found, codec.bits, 57344.0)
+        assert reference.encode(weight, *expected, codec.bits, 57344.0, 1)
+        assert kernels.encode(weight, *found, codec.bits, 57344.0, 1)
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True)), (shape, dtype)
+
+
+@pytest.mark.parametrize("codec", CODECS[1::5], ids=str)
+def test_the_best_scale_is_the_best_of_the_candidates(compiled, codec):
+    for shape, dtype in itertools.product(SHAPES, (torch.float32, torch.bfloat16, torch.float16)):
+        weight = (torch.randn(shape) * torch.logspace(-3, 2, shape[0])[:, None]).to(dtype)
+        weight[0] = 0
+        codes, scale = empty(codec, shape)
+        errors = []
+        for candidate in range(16):  # by the definition, from the scales of the largest magnitude
+            assert kernels.encode(weight, codes, scale, codec.bits, 57344.0, 1)
+            scale *= 1 + candidate / 16
+            group = codes.shape[-1] * 8 // codec.bits
+            padded = torch.nn.functional.pad(weight.double(), (0, scale.shape[1] * group - shape[1])).unflatten(-1, (-1, group))
+            grid = torch.tensor(FORMATS[codec.bits].values()).double().unique()
+            scaled = padded / scale[..., None]
+            nearest = grid[(torch.bucketize(scaled, (grid[1:] + grid[:-1]) / 2))]
+            errors.append(((nearest - scaled) * scale[..., None]).square().sum(-1))
+        smallest = torch.stack(errors).min(0).values
+        for encode in (reference.encode, kernels.encode):
+            assert encode(weight, codes, scale, codec.bits, 57344.0, 16)
+            found = torch.empty(shape)
+            kernels.decode(codes, scale, codec.bits, found)
+            difference = torch.nn.functional.pad(found.double() - weight.double(), (0, scale.shape[1] * group - shape[1])).unflatten(-1, (-1, group))
+            limit = 1e-3 * smallest + 1e-9 * padded.square().sum(-1)  # what float32 makes of errors that are nearly none
+            assert ((difference.square().sum(-1) - smallest).abs() <= limit).all(), (shape, dtype)
+        if weight.numel() > 1000:
+            assert smallest.sum() < 0.97 * errors[0].sum()
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
@@ -60,7 +89,7 @@ def test_what_cannot_be_represented_is_told(compiled, bad):
     for at in (0, 17, 76):
         weight = torch.randn(37, 77)
         weight[36, at] = bad
-        assert not kernels.encode(weight, *empty(FP8Codec(), (37, 77)), 8, 57344.0)
+        assert not kernels.encode(weight, *empty(FP8Codec(), (37, 77)), 8, 57344.0, 1)
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)

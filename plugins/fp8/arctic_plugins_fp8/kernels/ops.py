@@ -22,7 +22,7 @@ VARIABLE = "ARCTIC_FP8_KERNELS"
 """Environment variable: ``amx``, ``avx512_bf16``, ``avx512`` or ``reference`` instead of the best that the processor has."""
 
 _library = torch.library.Library("arctic_fp8", "FRAGMENT")
-_library.define("encode(Tensor weight, Tensor(a!) codes, Tensor(b!) scale, int bits, float largest) -> bool")
+_library.define("encode(Tensor weight, Tensor(a!) codes, Tensor(b!) scale, int bits, float largest, int candidates) -> bool")
 _library.define("decode(Tensor codes, Tensor scale, int bits, Tensor(a!) out) -> ()")
 _library.define("linear(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor")
 _library.define("grad_input(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features) -> Tensor")
@@ -121,9 +121,11 @@ def describe() -> tuple[bool, str]:
 
 
 encode = torch.ops.arctic_fp8.encode.default
-"""``encode(weight [N, K], codes, scale, bits, largest) -> bool``: write the codes and scales of a contiguous float32, bfloat16 or float16 weight.
+"""``encode(weight [N, K], codes, scale, bits, largest, candidates) -> bool``: write the codes and scales of a contiguous weight (float32, bfloat16
+or float16).
 
-False when a magnitude is beyond ``largest``, infinite or NaN.
+A group's scale is that of ``s * (1 + i / candidates)``, ``0 <= i < candidates``, with the smallest squared error, where ``s`` is its largest
+magnitude over the format's. False when a magnitude is beyond ``largest``, infinite or NaN.
 """
 decode = torch.ops.arctic_fp8.decode.default
 """``decode(codes, scale, bits, out [N, K])``: write ``value(code) * scale``, rounded once from float32, to the contiguous ``out``.

@@ -17,7 +17,7 @@ BLOCK = 1 << 19
 """Elements that are encoded or decoded at a time: temporaries stay in the cache and peak memory near the result's."""
 
 
-def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, largest: float) -> bool:
+def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, largest: float, candidates: int) -> bool:
     """See :func:`arctic_plugins_fp8.kernels.encode`."""
     in_features = weight_NK.shape[1]
     rows, groups, size = codes.shape
@@ -28,9 +28,22 @@ def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, larges
         if not bool((top_nG <= largest).all()):  # false for NaN too
             return False
         scale_nG = torch.where(top_nG == 0, 1.0, top_nG / FORMATS[bits].max).clamp_min(torch.finfo(torch.float32).tiny)
+        if candidates > 1:
+            scale_nG = torch.where(top_nG == 0, 1.0, _best_scale(w_nGg, scale_nG, bits, candidates))
         codes[block] = pack(quantize(w_nGg * (1.0 / scale_nG)[..., None], bits), bits)
         scale_NG[block] = scale_nG
     return True
+
+
+def _best_scale(w_nGg: Tensor, scale_nG: Tensor, bits: int, candidates: int) -> Tensor:
+    """Of ``scale * (1 + i / candidates)``, that with the smallest squared error; the first of several."""
+    values, best, smallest = _table(bits, w_nGg.device), scale_nG, torch.full_like(scale_nG, torch.inf)
+    for at in range(candidates):
+        factor = 1 + at / candidates
+        scaled = w_nGg * (1.0 / (scale_nG * factor))[..., None]
+        error = (values[quantize(scaled, bits)] - scaled).square().sum(-1) * (factor * factor)
+        best, smallest = torch.where(error < smallest, scale_nG * factor, best), torch.minimum(error, smallest)
+    return best
 
 
 def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:

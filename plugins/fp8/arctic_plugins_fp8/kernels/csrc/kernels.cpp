@@ -11,6 +11,7 @@
 #include <array>
 #include <cstdlib>
 #include <cstring>
+#include <limits>
 #include <memory>
 #include <numeric>
 
@@ -238,8 +239,39 @@ template <int BITS> inline void store_codes(uint8_t* to, __m512i codes, int64_t 
   }
 }
 
+// What the code of a magnitude stands for.
+template <int BITS> inline __m512 to_grid(__m512 magnitude) {
+  using F = Format<BITS>;
+  constexpr int shift = 23 - F::mantissa;
+  const __m512i bits = _mm512_castps_si512(magnitude);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, shift), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32((1 << (shift - 1)) - 1));
+  const __m512 normal = _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32(~((1 << shift) - 1))));
+  const __m512 offset = _mm512_castsi512_ps(_mm512_set1_epi32((127 + 23 + 1 - F::bias - F::mantissa) << 23));
+  const __mmask16 subnormal = _mm512_cmplt_epi32_mask(bits, _mm512_set1_epi32((127 + 1 - F::bias) << 23));
+  return _mm512_min_ps(_mm512_mask_sub_ps(normal, subnormal, _mm512_add_ps(magnitude, offset), offset), _mm512_set1_ps(F::max));
+}
+
+// Of step * (1 + i / candidates), the scale with which the codes of weight[from, from + size) have the smallest squared error.
+template <int BITS, Dtype D> float best_step(const void* weight, int64_t from, int64_t size, float step, int candidates) {
+  float best = step, smallest = std::numeric_limits<float>::infinity();
+  for (int i = 0; i < candidates; i++) {
+    const float factor = 1 + static_cast<float>(i) / candidates;
+    const __m512 inverse = _mm512_set1_ps(1.0f / (step * factor));
+    __m512 sum = _mm512_setzero_ps();
+    for (int64_t k = 0; k < size; k += 16) {
+      const __m512 value = _mm512_mul_ps(_mm512_abs_ps(load16<D>(weight, from + k, static_cast<__mmask16>(lanes(size - k)))), inverse);
+      const __m512 error = _mm512_sub_ps(to_grid<BITS>(value), value);
+      sum = _mm512_fmadd_ps(error, error, sum);
+    }
+    const float error = _mm512_reduce_add_ps(sum) * factor * factor;
+    if (error < smallest) smallest = error, best = step * factor;
+  }
+  return best;
+}
+
 template <int BITS, Dtype D>
-bool encode_as(const Weight& w, int64_t row0, int64_t row1, const void* weight, float largest, uint8_t* codes, float* scale) {
+bool encode_as(const Weight& w, int64_t row0, int64_t row1, const void* weight, float largest, int candidates, uint8_t* codes, float* scale) {
   for (int64_t row = row0; row < row1; row++) {
     for (int64_t group = 0; group < w.groups; group++) {
       const int64_t from = row * w.K + group * w.group, size = std::min(w.group, w.K - group * w.group);
@@ -252,7 +284,8 @@ bool encode_as(const Weight& w, int64_t row0, int64_t row1, const void* weight, 
       float magnitude;
       std::memcpy(&magnitude, &bits, 4);
       if (!(magnitude <= largest)) return false;
-      const float step = magnitude == 0 ? 1.0f : std::max(magnitude / Format<BITS>::max, 0x1p-126f);
+      float step = magnitude == 0 ? 1.0f : std::max(magnitude / Format<BITS>::max, 0x1p-126f);
+      if (candidates > 1 && magnitude != 0) step = best_step<BITS, D>(weight, from, size, step, candidates);
       scale[row * w.groups + group] = step;
       const __m512 inverse = _mm512_set1_ps(1.0f / step);
       uint8_t* to = codes + row * w.row_bytes() + group * w.group_bytes();
@@ -265,16 +298,17 @@ bool encode_as(const Weight& w, int64_t row0, int64_t row1, const void* weight, 
   return true;
 }
 
-template <int BITS> bool encode_from(const Weight& w, int64_t r0, int64_t r1, Dtype d, const void* from, float largest, uint8_t* codes, float* scale) {
-  if (d == Dtype::f32) return encode_as<BITS, Dtype::f32>(w, r0, r1, from, largest, codes, scale);
-  if (d == Dtype::bf16) return encode_as<BITS, Dtype::bf16>(w, r0, r1, from, largest, codes, scale);
-  return encode_as<BITS, Dtype::f16>(w, r0, r1, from, largest, codes, scale);
+template <int BITS>
+bool encode_from(const Weight& w, int64_t r0, int64_t r1, Dtype d, const void* from, float largest, int candidates, uint8_t* codes, float* scale) {
+  if (d == Dtype::f32) return encode_as<BITS, Dtype::f32>(w, r0, r1, from, largest, candidates, codes, scale);
+  if (d == Dtype::bf16) return encode_as<BITS, Dtype::bf16>(w, r0, r1, from, largest, candidates, codes, scale);
+  return encode_as<BITS, Dtype::f16>(w, r0, r1, from, largest, candidates, codes, scale);
 }
 
-bool encode(const Weight& w, int64_t r0, int64_t r1, Dtype dtype, const void* from, float largest, uint8_t* codes, float* scale) {
-  if (w.bits == 8) return encode_from<8>(w, r0, r1, dtype, from, largest, codes, scale);
-  if (w.bits == 6) return encode_from<6>(w, r0, r1, dtype, from, largest, codes, scale);
-  return encode_from<12>(w, r0, r1, dtype, from, largest, codes, scale);
+bool encode(const Weight& w, int64_t r0, int64_t r1, Dtype dtype, const void* from, float largest, int candidates, uint8_t* codes, float* scale) {
+  if (w.bits == 8) return encode_from<8>(w, r0, r1, dtype, from, largest, candidates, codes, scale);
+  if (w.bits == 6) return encode_from<6>(w, r0, r1, dtype, from, largest, candidates, codes, scale);
+  return encode_from<12>(w, r0, r1, dtype, from, largest, candidates, codes, scale);
 }
 
 // ---- Products ----------------------------------------------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ struct Kernels {
   const char* name;
   // Rows [row0, row1), columns [k0, k1) to out[(row - row0) * ld + k - k0]; k0 must be a multiple of the group, or of 32 when there is one group.
   void (*decode)(const Weight&, int64_t row0, int64_t row1, int64_t k0, int64_t k1, Dtype, void* out, int64_t ld);
-  // Encode rows [row0, row1) of the contiguous w [rows, K] into codes and scale; false when a value is not finite or beyond `largest`.
-  bool (*encode)(const Weight&, int64_t row0, int64_t row1, Dtype, const void* w, float largest, uint8_t* codes, float* scale);
+  // Encode rows [row0, row1) of the contiguous w [rows, K] into codes and scale; false when a value is not finite or beyond `largest`. So many
+  // `candidates` for each scale are tried; the first is the largest magnitude over the format's.
+  bool (*encode)(const Weight&, int64_t row0, int64_t row1, Dtype, const void* w, float largest, int candidates, uint8_t* codes, float* scale);
   // y[m * N + n] = sum_k x[m * K + k] * w[n, k] for n in [n0, n1), bfloat16. `packed` is what pack() made of x, if there is a pack().
   void (*linear)(const Weight&, int64_t n0, int64_t n1, const uint16_t* x, const uint16_t* packed, int64_t M, uint16_t* y, int64_t N);
   // Rearrange blocks [block0, block1) of 16 rows of x [M, K]; null when the instruction set needs no rearrangement.

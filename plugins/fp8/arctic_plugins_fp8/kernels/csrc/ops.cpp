@@ -110,14 +110,14 @@ void decode(const Tensor& codes, const Tensor& scale, int64_t bits, const Tensor
 }
 
 // weight [rows, K] into codes and scale; false when it holds what is not finite or beyond `largest`.
-bool encode(const Tensor& weight, const Tensor& codes, const Tensor& scale, int64_t bits, double largest) {
+bool encode(const Tensor& weight, const Tensor& codes, const Tensor& scale, int64_t bits, double largest, int64_t candidates) {
   const Weight w = weight_of(codes, scale, bits, weight.size(1));
   STD_TORCH_CHECK(weight.is_contiguous() && weight.size(0) == w.rows, "arctic_fp8: weight must be contiguous [rows, in_features]");
   const Dtype dtype = dtype_of(weight);
   std::atomic<bool> fine{true};
   torch::stable::parallel_for(0, w.rows, grain(w.K), [&](int64_t from, int64_t to) {
-    if (!kernels().encode(w, from, to, dtype, weight.const_data_ptr(), static_cast<float>(largest), codes.mutable_data_ptr<uint8_t>(),
-                          scale.mutable_data_ptr<float>()))
+    if (!kernels().encode(w, from, to, dtype, weight.const_data_ptr(), static_cast<float>(largest), static_cast<int>(candidates),
+                          codes.mutable_data_ptr<uint8_t>(), scale.mutable_data_ptr<float>()))
       fine = false;
   });
   return fine;
