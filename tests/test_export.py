@@ -57,6 +57,18 @@ def test_stock_transformers_reads_compressed_tensors(encoded, tmp_path):
     assert (exported / "tokenizer_config.json").is_file()
 
 
+def test_stock_transformers_rounds_activations_too(tiny_checkpoint, tmp_path):
+    model = encode(tiny_checkpoint, tmp_path / "encoded", {"activations": "fp8"})
+    exported = export_checkpoint(tmp_path / "encoded", tmp_path / "out", "compressed-tensors")
+    expected = model(torch.arange(24)[None]).logits
+    torch.testing.assert_close(stock_logits(exported, tmp_path), expected, rtol=1e-4, atol=1e-4)
+    plain, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}}))
+    assert (plain(torch.arange(24)[None]).logits - expected).norm() > 0.01 * expected.norm()
+    encode(tiny_checkpoint, tmp_path / "some", {"formats": {"**.mlp.*": {"activations": "fp8"}}})
+    with pytest.raises(CodecError, match="only some modules have activations 'fp8'"):
+        export_checkpoint(tmp_path / "some", tmp_path / "other", "compressed-tensors")
+
+
 def test_stock_transformers_reads_fp8_block(tmp_path):
     source = tiny_llama(tmp_path / "plain", hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
     model = encode(source, tmp_path / "encoded", {"formats": {"**.mlp.*": {"bits": 12}}})
@@ -126,7 +138,7 @@ def test_deepspeedfp_there_and_back(tmp_path, bits):
         "group_size": 512,
     }
     report = convert_checkpoint(exported, tmp_path / "converted", "deepspeedfp")
-    assert f"model.layers.*.mlp.up_proj: fp8 (bits {bits}, group_size 512, scale max)" in report
+    assert f"model.layers.*.mlp.up_proj: fp8 (bits {bits}, group_size 512, scale max, activations full)" in report
     assert not any("q_proj" in line for line in report)
     found, _ = load_model(tmp_path / "converted")
     x = torch.arange(24)[None]

@@ -156,7 +156,7 @@ def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):
         "quant_method": "arctic",
         "format": 1,
         "on_the_fly": True,
-        "codecs": {"fp8": {"type": "fp8", "bits": 8, "group_size": 64, "scale": "max"}},
+        "codecs": {"fp8": {"type": "fp8", "bits": 8, "group_size": 64, "scale": "max", "activations": "full"}},
         "modules": {f"model.layers.*.mlp.{leaf}_proj": "fp8" for leaf in ("gate", "up", "down")},
     }
 

@@ -35,6 +35,9 @@ class FP8Codec(Codec):
     The scale is the group's largest magnitude / the format's largest value (:mod:`arctic_plugins_fp8.formats`), or for ``scale="mse"`` that times
     one of 1, 1 + 1/16, ..., 1 + 15/16, whichever gives the smallest squared error. A factor of two would move every number to another exponent
     and change nothing but the smallest; between, the grid falls differently on the group's weights.
+
+    For ``activations="fp8"`` each row of :meth:`linear`'s input is rounded to e4m3 with a scale of its own, and GPUs with FP8 units multiply that;
+    :meth:`grad_input` is that of the unrounded product. Where vLLM splits a weight along K, each process scales its part of the row.
     """
 
     type: ClassVar[str] = "fp8"
@@ -42,12 +45,19 @@ class FP8Codec(Codec):
     bits: Literal[6, 8, 12] = 8
     group_size: int | Literal["channel"] = "channel"
     scale: Literal["max", "mse"] = "max"
+    activations: Literal["full", "fp8"] = "full"
 
     def __post_init__(self) -> None:
         if self.bits not in FORMATS:
             raise CodecError(f"fp8 has bits={self.bits!r}", expected="6, 8 or 12", fix="correct bits")
         if self.scale not in CANDIDATES:
             raise CodecError(f"fp8 has scale={self.scale!r}", expected="'max' or 'mse'", fix="correct scale")
+        if self.activations not in ("full", "fp8") or (self.activations == "fp8" and (self.bits, self.group_size) != (8, "channel")):
+            raise CodecError(
+                f"fp8 has activations={self.activations!r} with bits={self.bits} and group_size={self.group_size!r}",
+                expected="'full', or 'fp8' with bits 8 and group_size 'channel'",
+                fix="correct one of them",
+            )
         if self.group_size != "channel" and not (isinstance(self.group_size, int) and 32 <= self.group_size <= 512):
             raise CodecError(f"fp8 has group_size={self.group_size!r}", expected="'channel' or 32 to 512", fix="correct group_size")
         if self.group_size != "channel" and self.group_size % self._unit:
@@ -100,6 +110,8 @@ class FP8Codec(Codec):
     def linear(self, x: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
         if x.dtype not in DTYPES:
             return super().linear(x, buffers, shape)
+        if self.activations == "fp8":
+            return kernels.linear_fp8(x, buffers[""], buffers["_scale"])
         return kernels.linear(x, buffers[""], buffers["_scale"], self.bits)
 
     def grad_input(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:

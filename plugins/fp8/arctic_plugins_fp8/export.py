@@ -24,7 +24,8 @@ E4M3_MAX = FORMATS[8].max
 class CompressedTensors(Exporter):
     """``float-quantized`` of compressed-tensors (0.17, ``compressed_tensors/compressors``), one scale per channel: exactly the bytes of ``bits: 8``.
 
-    ``weight float8_e4m3fn [N, K]``, ``weight_scale float32 [N, 1]``. Weights only: activations stay as they are, as they do here.
+    ``weight float8_e4m3fn [N, K]``, ``weight_scale float32 [N, 1]``. Activations stay as they are, or with ``activations: fp8`` are rounded per
+    token, as they are here.
     """
 
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
@@ -35,12 +36,18 @@ class CompressedTensors(Exporter):
                     expected="fp8 with bits 8 and group_size 'channel', which compressed-tensors holds exactly",
                     fix="quantize with these, or export as fp8-block",
                 )
-        weights = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False}
+        activations = {codec.activations for codec in codecs.values()}  # type: ignore[attr-defined]
+        if len(activations) > 1:
+            raise CodecError("only some modules have activations 'fp8'", expected="all or none, as compressed-tensors has it", fix="quantize so")
+        number = {"num_bits": 8, "type": "float", "symmetric": True}
+        group: dict[str, Any] = {"targets": ["Linear"], "weights": {**number, "strategy": "channel", "dynamic": False}}
+        if "fp8" in activations:
+            group["input_activations"] = {**number, "strategy": "token", "dynamic": True}
         return {
             "quant_method": "compressed-tensors",
             "format": "float-quantized",
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "config_groups": {"group_0": group},
             "ignore": list(plain),
         }
 

@@ -43,7 +43,7 @@ class FP8(Plugin):
             if not any(matches(pattern, name) for name in wanted):
                 raise ClaimError(f"plugins.fp8.formats '{pattern}' matches no module that is encoded", fix="correct it, or 'include' and 'exclude'")
         formats = {name: self._format(name) for name in wanted}
-        return [Claim("weight_codec", name, FP8Codec(bits=form.bits, group_size=form.group_size, scale=form.scale)) for name, form in formats.items()]
+        return [Claim("weight_codec", name, FP8Codec(**form.model_dump(include=set(FP8Format.model_fields)))) for name, form in formats.items()]
 
     @classmethod
     @hookimpl

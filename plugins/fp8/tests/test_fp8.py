@@ -114,7 +114,18 @@ def test_what_cannot_be_represented_is_refused(bad):
 
 @pytest.mark.parametrize(
     "options",
-    [{"bits": 4}, {"bits": 6, "group_size": 50}, {"bits": 12, "group_size": 33}, {"group_size": 8}, {"group_size": 1024}, {"group_size": "row"}],
+    [
+        {"bits": 4},
+        {"bits": 6, "group_size": 50},
+        {"bits": 12, "group_size": 33},
+        {"group_size": 8},
+        {"group_size": 1024},
+        {"group_size": "row"},
+        {"scale": "min"},
+        {"activations": "int8"},
+        {"activations": "fp8", "bits": 12},
+        {"activations": "fp8", "group_size": 128},
+    ],
 )
 def test_bad_configurations_are_refused(options):
     with pytest.raises(CodecError):
@@ -169,6 +180,7 @@ def test_formats_by_pattern():
         ({"formats": {"**.mlp.*": {"bits": 6}, "**.up_proj": {"bits": 12}}}, ClaimError, "both match model.layers.0.mlp.up_proj"),
         ({"formats": {"**": {"bit": 6}}}, ValueError, "Extra inputs are not permitted"),
         ({"bits": 6, "group_size": 50}, ValueError, "expected a multiple of 4"),
+        ({"bits": 12, "activations": "fp8"}, ValueError, "activations 'fp8' need bits 8"),
     ],
 )
 def test_bad_formats_are_told(options, error, message):

@@ -141,8 +141,32 @@ def test_operators_pass_torchs_own_checks():
     x = torch.randn(3, 40, requires_grad=True)
     operators = torch.ops.arctic_fp8
     torch.library.opcheck(operators.linear, (x, codes, scale, 8))
+    torch.library.opcheck(operators.linear_fp8, (x, codes, scale))
     torch.library.opcheck(operators.grad_input, (torch.randn(3, 24), codes, scale, 8, 40))
     torch.library.opcheck(operators.decode, (codes, scale, 8, torch.empty(24, 40)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_are_rounded_by_row(compiled, dtype):
+    """By the definition, and as the library multiplies FP8 numbers, which is what GPUs do."""
+    codec = FP8Codec(activations="fp8")
+    buffers, weight = codec.encode(plain := torch.randn(48, 96)), codec.decode(codec.encode(plain), (48, 96), torch.float64)
+    x = (torch.randn(5, 96) * torch.logspace(-6, 3, 5)[:, None]).to(dtype)
+    x[2] = 0
+    step = x.double().abs().amax(-1, keepdim=True) / 448
+    rounded = (x.double() / step).nan_to_num().float().to(torch.float8_e4m3fn)
+    expected = rounded.double() * step @ weight.T
+    assert expected[2].norm() == 0
+    found = codec.linear(x, buffers, (48, 96))
+    assert found.dtype == dtype
+    tolerance = {torch.bfloat16: 1e-2, torch.float32: 1e-5}[dtype]
+    assert ((found.double() - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all()
+    library = reference.scaled_product(rounded, step.float(), buffers[""], buffers["_scale"])
+    assert ((library.double() - expected).norm(dim=-1) <= 1e-2 * expected.norm(dim=-1)).all()
+    assert not torch.equal(found, FP8Codec().linear(x, buffers, (48, 96)))
+    x = torch.randn(5, 96, requires_grad=True)
+    codec.linear(x, buffers, (48, 96)).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).float().expand(5, 96), rtol=1e-4, atol=1e-4)
 
 
 def test_gradients_are_those_of_the_decoded_weight():

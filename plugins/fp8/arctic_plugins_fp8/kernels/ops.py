@@ -14,7 +14,7 @@ from torch import Tensor
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_fp8.kernels import build, reference
 
-__all__ = ["decode", "describe", "encode", "grad_input", "linear", "load", "use"]
+__all__ = ["decode", "describe", "encode", "grad_input", "linear", "linear_fp8", "load", "use"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +25,12 @@ _library = torch.library.Library("arctic_fp8", "FRAGMENT")
 _library.define("encode(Tensor weight, Tensor(a!) codes, Tensor(b!) scale, int bits, float largest, int candidates) -> bool")
 _library.define("decode(Tensor codes, Tensor scale, int bits, Tensor(a!) out) -> ()")
 _library.define("linear(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor")
+_library.define("linear_fp8(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 _library.define("grad_input(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features) -> Tensor")
 OPERATORS = ("encode", "decode", "linear", "grad_input")
 for _name in OPERATORS:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+_library.impl("linear_fp8", reference.linear_fp8, "CompositeExplicitAutograd")
 
 
 def _fake_decode(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
@@ -37,6 +39,10 @@ def _fake_decode(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
 
 def _fake_linear(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _fake_linear_fp8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return _fake_linear(x, codes, scale, 8)
 
 
 def _fake_grad_input(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int) -> Tensor:
@@ -54,10 +60,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.arctic_fp8.grad_input(grad, codes, scale, ctx.bits, ctx.in_features), None, None, None
 
 
+def _save_fp8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _save(ctx, (*inputs, 8), output)
+
+
+def _backward_fp8(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _backward(ctx, grad)[:3]
+
+
 torch.library.register_fake("arctic_fp8::decode", _fake_decode, lib=_library)
 torch.library.register_fake("arctic_fp8::linear", _fake_linear, lib=_library)
+torch.library.register_fake("arctic_fp8::linear_fp8", _fake_linear_fp8, lib=_library)
 torch.library.register_fake("arctic_fp8::grad_input", _fake_grad_input, lib=_library)
 torch.library.register_autograd("arctic_fp8::linear", _backward, setup_context=_save, lib=_library)
+torch.library.register_autograd("arctic_fp8::linear_fp8", _backward_fp8, setup_context=_save_fp8, lib=_library)
 
 
 def _decode_cuda(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
@@ -134,5 +150,8 @@ What is below 2**-126 may become zero in bfloat16.
 """
 linear = torch.ops.arctic_fp8.linear.default
 """``linear(x [..., K], codes, scale, bits) -> [..., N]``: ``x @ decode(codes).T`` in the dtype of ``x``; sums are float32. Differentiable."""
+linear_fp8 = torch.ops.arctic_fp8.linear_fp8.default
+"""``linear_fp8(x [..., K], codes [N, 1, K], scale [N, 1]) -> [..., N]``: like :data:`linear` of 8 bits, but each row of ``x`` is rounded to e4m3
+first, scaled so that its largest magnitude is 448. Where the device has FP8 units they multiply. The gradient is that of :data:`linear`."""
 grad_input = torch.ops.arctic_fp8.grad_input.default
 """``grad_input(grad [..., N], codes, scale, bits, K) -> [..., K]``: ``grad @ decode(codes)``, the gradient of :func:`linear`."""

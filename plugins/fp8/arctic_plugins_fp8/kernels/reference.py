@@ -11,7 +11,7 @@ from torch import Tensor
 from arctic_plugins.frozen.scratch import take_scratch
 from arctic_plugins_fp8.formats import FORMATS
 
-__all__ = ["decode", "encode", "grad_input", "linear", "pack", "quantize", "unpack"]
+__all__ = ["decode", "encode", "grad_input", "linear", "linear_fp8", "pack", "quantize", "scaled_product", "unpack"]
 
 BLOCK = 1 << 19
 """Elements that are encoded or decoded at a time: temporaries stay in the cache and peak memory near the result's."""
@@ -63,6 +63,28 @@ def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:
 def linear(x: Tensor, codes: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.linear`."""
     return x @ _scratch(x, codes, scale_NG, bits, x.shape[-1]).T
+
+
+def linear_fp8(x: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:
+    """See :func:`arctic_plugins_fp8.kernels.linear_fp8`."""
+    rows_MK = x.reshape(-1, x.shape[-1]).float()
+    top_M1 = rows_MK.abs().amax(-1, keepdim=True)
+    scale_M1 = torch.where(top_M1 == 0, 1.0, top_M1 / FORMATS[8].max)
+    rounded_MK = (rows_MK / scale_M1).clamp(-FORMATS[8].max, FORMATS[8].max).to(torch.float8_e4m3fn)
+    if _has_fp8_units(x.device) and all(size % 16 == 0 for size in (x.shape[-1], codes.shape[0])):
+        y_MN = scaled_product(rounded_MK, scale_M1, codes, scale_NG)
+        return y_MN.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
+    return torch.ops.arctic_fp8.linear((rounded_MK.float() * scale_M1).to(x.dtype).view(x.shape), codes, scale_NG, 8)  # type: ignore[no-any-return]
+
+
+def scaled_product(x_MK: Tensor, scale_M1: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:
+    """``(x * scale) @ (codes * scale).T`` of e4m3 numbers, in bfloat16, by the library; on GPUs from compute capability 8.9 on in FP8 units."""
+    weight_NK = codes.squeeze(-2).view(torch.float8_e4m3fn)
+    return torch._scaled_mm(x_MK, weight_NK.T, scale_a=scale_M1, scale_b=scale_NG.view(1, -1), out_dtype=torch.bfloat16)
+
+
+def _has_fp8_units(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def grad_input(grad: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:
