@@ -177,7 +177,8 @@ def run_lora(arguments: argparse.Namespace) -> None:
     records = json.loads(Path(arguments.data).read_text())
     texts = [f"{record['instruction']}\n{record.get('input', '')}\n{record['output']}{tokenizer.eos_token}" for record in records]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    stacks = {"bf16": {"lora": {"r": 16}}, "fp8": {"fp8": {}, "lora": {"r": 16}}}
+    lora, groups = {"lora": {"r": 16}}, {"group_size": 128, "scale": "mse"}
+    stacks: dict[str, dict[str, Any]] = {"bf16": lora, "fp8": {"fp8": {}, **lora}, "fp8 g128 mse": {"fp8": groups, **lora}}
     models, optimizers = {}, {}
     for name, plugins in stacks.items():
         torch.manual_seed(0)

@@ -4,7 +4,8 @@
 
 Without an argument it makes a random Llama of about 0.5B parameters. "peak" is the largest anonymous resident memory (RssAnon of
 /proc/self/status, sampled every millisecond) above what the process held before loading, "after" the same when loading is done. Tensors that are
-taken over as they are stay mapped from the checkpoint file: they are not anonymous memory, and count in "weights" only. Linux only.
+taken over as they are stay mapped from the checkpoint file: they are not anonymous memory, and count in "weights" only. Mapped weights are read when
+they are first used: "with first answer" is the time until the logits of one token are there. Linux only.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ def measure(checkpoint: str, plugins: str) -> dict[str, float]:
     with Peak() as peak:
         model, _ = load_model(checkpoint, stack, dtype=torch.bfloat16)
     seconds = time.perf_counter() - started
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([[1]]))
+    answered = time.perf_counter() - started
     tensors = [*model.parameters(), *model.buffers()]
     largest = max(parameter.numel() for parameter in model.parameters()) * 2
     return {
@@ -71,6 +75,7 @@ def measure(checkpoint: str, plugins: str) -> dict[str, float]:
         "peak": (peak.highest - peak.before) / 1e6,
         "largest": largest / 1e6,
         "seconds": seconds,
+        "answered": answered,
     }
 
 
@@ -101,7 +106,8 @@ def main() -> None:
 
         stack = Stack.from_dict({"fp8": {}})
         save_checkpoint(*load_model(checkpoint, stack), folder / "encoded", stack)
-        print("| load | weights MB | after MB | peak MB | peak - after MB | largest tensor in bf16 MB | seconds |\n|---|---|---|---|---|---|---|")
+        columns = ("load", "weights MB", "after MB", "peak MB", "peak - after MB", "largest tensor in bf16 MB", "seconds", "with first answer")
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
         for label, source, plugins in (
             ("plain bf16", checkpoint, "{}"),
             ("fp8 while loading", checkpoint, '{"fp8": {}}'),
@@ -114,7 +120,7 @@ def main() -> None:
             middle = {key: sorted(run[key] for run in runs)[1] for key in runs[0]}
             extra = middle["peak"] - middle["after"]
             sizes = " | ".join(f"{middle[key]:.0f}" for key in ("weights", "after", "peak"))
-            print(f"| {label} | {sizes} | {extra:.0f} | {middle['largest']:.0f} | {middle['seconds']:.1f} |")
+            print(f"| {label} | {sizes} | {extra:.0f} | {middle['largest']:.0f} | {middle['seconds']:.2f} | {middle['answered']:.2f} |")
 
 
 if __name__ == "__main__":

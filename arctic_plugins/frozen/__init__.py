@@ -1,6 +1,6 @@
 """Frozen base weights: encoded bytes (a codec's) somewhere (a placement's), in layers that train what is added to them."""
 
-from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict, describe_codec
+from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict
 from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
 from arctic_plugins.frozen.experts import FrozenExperts
 from arctic_plugins.frozen.linear import FrozenLinear
@@ -20,5 +20,4 @@ __all__ = [
     "TensorSpec",
     "codec_from_dict",
     "codec_to_dict",
-    "describe_codec",
 ]

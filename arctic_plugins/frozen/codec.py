@@ -15,7 +15,7 @@ from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.frozen.scratch import take_scratch
 
-__all__ = ["Buffers", "Codec", "TensorSpec", "check_buffers", "codec_from_dict", "codec_to_dict", "describe_codec"]
+__all__ = ["Buffers", "Codec", "TensorSpec", "check_buffers", "codec_from_dict", "codec_to_dict"]
 
 Buffers = Mapping[str, Tensor]
 """Suffix -> tensor. The suffix is what follows ``weight`` in a parameter's name: ``""`` holds the codes, ``"_scale"`` the scales."""
@@ -76,6 +76,11 @@ class Codec(ABC):
         """The weight may be split along K at multiples of this (tensor parallelism); 1 when anywhere."""
         return 1
 
+    def describe(self) -> str:
+        """``fp8 (bits 8, group_size channel)``, for people."""
+        fields = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(self).items())
+        return f"{self.type} ({fields})" if fields else self.type
+
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of an encoded weight of ``shape``."""
         return sum(spec.nbytes for spec in self.layout(shape).values())
@@ -102,13 +107,6 @@ def check_buffers(codec: Codec, buffers: Buffers, shape: tuple[int, ...], name: 
 def codec_to_dict(codec: Codec) -> dict[str, Any]:
     """``{"type": ..., **fields}``: how a checkpoint's ``quantization_config`` writes a codec."""
     return {"type": codec.type, **dataclasses.asdict(codec)}
-
-
-def describe_codec(codec: Codec) -> str:
-    """``fp8 (bits 8, group_size channel)``, for people."""
-    fields = codec_to_dict(codec)
-    name = fields.pop("type")
-    return f"{name} ({', '.join(f'{key} {value}' for key, value in fields.items())})" if fields else name
 
 
 def codec_from_dict(config: Mapping[str, Any]) -> Codec:

@@ -16,7 +16,7 @@ from torch import Tensor
 from arctic_plugins.claims import compress_names
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import CheckpointError, CodecError
-from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs, describe_codec
+from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs
 from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.frozen.exporting import Converter, Exporter
 from arctic_plugins.provenance import FILE_NAME, read_json, write_provenance
@@ -106,9 +106,7 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
         for name in converter_class.config_files:
             (draft / name).unlink(missing_ok=True)
         write_provenance(draft, Stack())
-    return [
-        f"{pattern}: {kind}" for pattern, kind in compress_names({name: describe_codec(codec) for name, codec in encoded.items()}, shapes).items()
-    ]
+    return [f"{pattern}: {kind}" for pattern, kind in compress_names({name: codec.describe() for name, codec in encoded.items()}, shapes).items()]
 
 
 def _config(source: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError
-from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement, describe_codec
+from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
 from arctic_plugins_huggingface.modules import (
@@ -93,7 +93,7 @@ def encoding_report(model: nn.Module) -> list[str]:
         path, leaf = split_weight(name, spec)
         module = model.get_submodule(path)
         frozen = module.frozen.get(leaf) if isinstance(module, FrozenModule) else None
-        kinds[name] = f"plain {getattr(module, leaf).dtype}" if frozen is None else describe_codec(frozen.codec)
+        kinds[name] = f"plain {getattr(module, leaf).dtype}" if frozen is None else frozen.codec.describe()
     kinds |= {name: f"plain, {why}" for name, why in plain_experts(model).items()}
     return [f"{pattern}: {kind}" for pattern, kind in compress_names(kinds, kinds).items()]
 

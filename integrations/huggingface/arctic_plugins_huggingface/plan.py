@@ -15,7 +15,7 @@ from rich.table import Table
 from trl import pack_dataset
 
 from arctic_plugins.claims import compress_names, matches
-from arctic_plugins.frozen import Codec, describe_codec
+from arctic_plugins.frozen import Codec
 from arctic_plugins_huggingface.loading import claims, load_config, only_hub, skeleton
 from arctic_plugins_huggingface.modules import freeze_modules, split_weight
 from arctic_plugins_huggingface.sft import Run
@@ -92,7 +92,7 @@ def make_plan(run: Run) -> Plan:
     def describe(name: str) -> tuple[tuple[int, ...], str | None, str | None, int]:
         codec: Codec | None = codecs.get(name)
         placement = " then ".join(type(value).__name__ for value in placements.get(name, ()))
-        return specs[name].shape, None if codec is None else describe_codec(codec), placement or None, added.get(name, 0)
+        return specs[name].shape, None if codec is None else codec.describe(), placement or None, added.get(name, 0)
 
     kinds: dict[Any, str] = {}
     owners = {name: kinds.setdefault(describe(name), str(len(kinds))) for name in specs}

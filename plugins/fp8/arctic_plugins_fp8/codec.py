@@ -69,6 +69,11 @@ class FP8Codec(Codec):
     def _unit(self) -> int:
         return FORMATS[self.bits].unit
 
+    def describe(self) -> str:
+        scale = "" if self.scale == "max" else f", scale {self.scale}"
+        activations = "" if self.activations == "full" else f", activations {self.activations}"
+        return f"fp8 (bits {self.bits}, group_size {self.group_size}{scale}{activations})"
+
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         *rows, in_features = shape
         if len(shape) < 2 or not all(shape):
