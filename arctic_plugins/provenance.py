@@ -31,7 +31,7 @@ FORMAT = 1
 _RECORDED = ("arctic-plugins", "arctic-plugins-huggingface", "torch", "transformers", "peft")
 _FREE = (FILE_NAME, "README.md")
 """Files that are nobody's weights, settings or tokenizer: anyone may change them."""
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,10 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
 def _digest(path: Path) -> str:
     """XXH3, 128 bits: as fast as memory, and meant for damage, not for attackers."""
     digest = xxhash.xxh3_128()
+    chunk = memoryview(bytearray(_CHUNK))  # one buffer that stays in the cache: a new one per read takes twice the time
     with path.open("rb", buffering=0) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+        while size := file.readinto(chunk):
+            digest.update(chunk[:size])
     return digest.hexdigest()
 
 
