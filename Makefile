@@ -1,13 +1,15 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-OURS := . integrations/huggingface integrations/vllm plugins/fp8 plugins/lora
+PARTS := integrations/huggingface integrations/vllm plugins/fp8 plugins/lora plugins/offload plugins/shard
+OURS := . $(PARTS)
+PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plugins_*))
 
 .PHONY: install demo test test-slow lint format benchmarks clean
 .DEFAULT_GOAL := test
 
 # `make` installs once; it does so again when a requirement or a distribution's metadata changes.
-$(VENV)/.installed: requirements-cpu.txt constraints.txt pyproject.toml $(addsuffix /pyproject.toml,integrations/huggingface integrations/vllm plugins/fp8 plugins/lora)
+$(VENV)/.installed: requirements-cpu.txt constraints.txt pyproject.toml $(addsuffix /pyproject.toml,$(PARTS))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements-cpu.txt -c constraints.txt
@@ -31,7 +33,7 @@ test-slow: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy arctic_plugins integrations/huggingface/arctic_plugins_huggingface integrations/vllm/arctic_plugins_vllm plugins/fp8/arctic_plugins_fp8 plugins/lora/arctic_plugins_lora
+	$(BIN)/mypy $(PACKAGES)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -100,7 +100,8 @@ def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearS
                     expected="one of them",
                     fix=f"narrow 'include' or 'exclude' of one, or remove '{owners[0][0]}' or '{plugin}'",
                 )
-            owners.append((plugin, claim.value))
+            if (plugin, claim.value) not in owners:
+                owners.append((plugin, claim.value))
     by_slot = {slot: {name: tuple(value for _, value in owners) for name, owners in named.items()} for slot, named in taken.items()}
     _check_fused(by_slot.get("weight_codec", {}), modules)
     return Claims(by_slot)

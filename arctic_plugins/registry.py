@@ -17,7 +17,7 @@ class Registry:
 
     failures: dict[str, Exception] = field(default_factory=dict)
     """Installed plugins that could not be loaded -> why. Raised only when something that is missing is asked for."""
-    _codecs: dict[str, str] = field(default_factory=dict)
+    _codecs: dict[str, str] = field(default_factory=lambda: {"plain": "arctic_plugins.frozen.plain:PlainCodec"})
     _exporters: dict[str, str] = field(default_factory=dict)
     _converters: dict[str, str] = field(default_factory=dict)
 

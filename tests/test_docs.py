@@ -68,7 +68,7 @@ def test_options_of_data_are_in_the_guide():
 
 
 def test_options_of_plugins_are_in_their_readme():
-    for name in ("fp8", "lora"):
+    for name in ("fp8", "lora", "offload", "shard"):
         text = (ROOT / "plugins" / name / "README.md").read_text()
         assert all(f"| `{option}` |" in text for option in load_plugin(name).config.model_fields)
 
@@ -97,7 +97,7 @@ def test_the_support_matrix_says_what_the_metadata_declares():
 
 
 def test_no_range_of_a_host_stands_anywhere_else():
-    for name in ("fp8", "lora"):
+    for name in ("fp8", "lora", "offload", "shard"):
         assert not load_plugin(name).hosts, "it works with whatever the integrations do"
     assert str(host_range("transformers")[1]) == str(requirements()["transformers"])
     assert str(host_range("vllm")[1]) == str(requirements()["vllm"])

@@ -5,7 +5,8 @@ from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
 from arctic_plugins.frozen.experts import FrozenExperts
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
-from arctic_plugins.frozen.placement import Handle, Placement
+from arctic_plugins.frozen.placement import Handle, LeaseOrder, Placement, chain
+from arctic_plugins.frozen.plain import PlainCodec
 
 __all__ = [
     "METHOD",
@@ -15,9 +16,12 @@ __all__ = [
     "FrozenModule",
     "FrozenWeight",
     "Handle",
+    "LeaseOrder",
     "ModuleCodecs",
     "Placement",
+    "PlainCodec",
     "TensorSpec",
+    "chain",
     "codec_from_dict",
     "codec_to_dict",
 ]

@@ -78,7 +78,7 @@ class FrozenModule(nn.Module):
         if weight.handle is None:
             yield self._resident(weight)
         else:
-            with weight.handle.lease() as buffers:
+            with weight.handle.lease(self._parameters[leaf].device) as buffers:  # type: ignore[union-attr]
                 yield buffers
 
     def export(self, leaf: str = "weight") -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError
-from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement
+from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement, PlainCodec, chain
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
 from arctic_plugins_huggingface.modules import (
@@ -66,7 +66,7 @@ def load_model(
     stack.hf_configure_model(config)
     for warning in stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"):
         logger.warning(warning)
-    quantization = _quantization(config, stack, Path(checkpoint) / kwargs.get("subfolder", ""), kwargs.get("variant"))
+    quantization = _quantization(config, stack, dtype, Path(checkpoint) / kwargs.get("subfolder", ""), kwargs.get("variant"))
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint, config=config, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
@@ -94,6 +94,8 @@ def encoding_report(model: nn.Module) -> list[str]:
         module = model.get_submodule(path)
         frozen = module.frozen.get(leaf) if isinstance(module, FrozenModule) else None
         kinds[name] = f"plain {getattr(module, leaf).dtype}" if frozen is None else frozen.codec.describe()
+        if frozen is not None and frozen.placement is not None:
+            kinds[name] += f", {frozen.placement.describe()}"
     kinds |= {name: f"plain, {why}" for name, why in plain_experts(model).items()}
     return [f"{pattern}: {kind}" for pattern, kind in compress_names(kinds, kinds).items()]
 
@@ -137,11 +139,14 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
     """
     register()
     specs = weight_specs(model)
-    quantization = _as_quantization(stack.claim(model.config, specs), stored_names(model, specs))
-    if quantization is None:
+    stored = stored_names(model, specs)
+    claimed = stack.claim(model.config, specs)
+    codecs = claimed.exclusive("weight_codec")
+    if not codecs:
         return model
+    quantization = ArcticQuantizationConfig.from_owners(*_owners(codecs, stored), _place(claimed, codecs, specs)[0])
     quantizer = ArcticQuantizer(quantization)
-    quantizer.codecs = stored_codecs(quantization.codecs, stored_names(model, specs))
+    quantizer.codecs = stored_codecs(quantization.codecs, stored)
     plain_conversions = weight_conversions(model)
     freeze_modules(model, quantizer.codecs, quantization.placements, until_encoded=True)
     for module, leaf in frozen_weights(model).values():
@@ -153,22 +158,26 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
     return model
 
 
-def _quantization(config: PreTrainedConfig, stack: Stack, directory: Path, variant: str | None) -> ArcticQuantizationConfig | None:
+def _quantization(
+    config: PreTrainedConfig, stack: Stack, dtype: torch.dtype | str, directory: Path, variant: str | None
+) -> ArcticQuantizationConfig | None:
     """What the stack claims of this model; for an encoded checkpoint, nothing but the check that it claims the same."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not is_encoded(config):
-        if stack.only("weight_codec"):
-            raise ClaimError("the checkpoint is quantized by another method", expected="a plain checkpoint", fix="leave the codec plugin out")
+        if owners := [*stack.only("weight_codec"), *stack.only("placement")]:
+            raise ClaimError(
+                "the checkpoint is quantized by another method", expected="a plain checkpoint", fix=f"leave the plugin '{owners[0].name}' out"
+            )
         return None
-    claimed = claims(config, stack)
+    claimed = claims(config, stack, dtype)
     if quantization is not None:
         if directory.is_dir():
             check_encoded(directory, claimed.on_disk(), variant)
         # The host builds its quantizer from this dict; an argument of from_pretrained it would only compare.
         stored = ModuleCodecs.from_owners(*_owners(claimed.codecs, claimed.stored)).to_config()
-        config.quantization_config = {**stored, "placements": _placements(claimed.claims, claimed.codecs)}
+        config.quantization_config = {**stored, "placements": claimed.placements}
         return None
-    return _as_quantization(claimed.claims, claimed.stored)
+    return claimed.quantization()
 
 
 def planned_quantization(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[str, Any]:
@@ -182,17 +191,10 @@ def planned_quantization(checkpoint: str | Path, stack: Stack, **kwargs: Any) ->
     config = load_config(checkpoint, **only_hub(kwargs))
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{checkpoint} is quantized already", expected="a plain checkpoint", fix="leave the plugins out")
-    claimed = claims(config, stack.without("placement"))
-    quantization = _as_quantization(claimed.claims, claimed.stored)
+    quantization = claims(config, stack.without("placement")).quantization()
     if quantization is None:
         raise ConfigError("the plugins encode nothing of this model", expected="a plugin that fills 'weight_codec'", fix="fp8, for instance")
     return quantization.to_dict()
-
-
-def _as_quantization(claims: Claims, stored: Mapping[str, tuple[str, ...]]) -> ArcticQuantizationConfig | None:
-    codecs = claims.exclusive("weight_codec")
-    placements = _placements(claims, codecs)
-    return ArcticQuantizationConfig.from_owners(*_owners(codecs, stored), placements) if codecs else None
 
 
 def _owners(codecs: Mapping[str, Codec], stored: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, Codec], list[str]]:
@@ -200,13 +202,27 @@ def _owners(codecs: Mapping[str, Codec], stored: Mapping[str, tuple[str, ...]]) 
     return {part: codec for name, codec in codecs.items() for part in stored[name]}, [part for parts in stored.values() for part in parts]
 
 
-def _placements(claims: Claims, codecs: Mapping[str, Codec]) -> dict[str, Placement]:
-    placements = claims.by_slot.get("placement", {})
-    if plain := sorted(placements.keys() - codecs.keys()):
-        raise ClaimError(f"a placement is claimed for {plain[0]}, whose weight no codec encodes", fix="add a codec plugin, fp8 for instance")
-    if chained := [name for name, chain in placements.items() if len(chain) > 1]:
-        raise ClaimError(f"two placements are claimed for {chained[0]}, which cannot be chained yet", fix="leave one of the two plugins out")
-    return {name: chain[0] for name, chain in placements.items()}
+def _place(claims: Claims, codecs: Mapping[str, Codec], specs: Mapping[str, LinearSpec]) -> tuple[dict[str, Placement], dict[str, int]]:
+    """Let the claimed placements choose among the encoded weights: name -> its (chain of) placement, and name -> bytes on the compute device."""
+    resident = {name: codec.nbytes(specs[name].shape) for name, codec in codecs.items()}
+    claimed = claims.by_slot.get("placement", {})
+    position: dict[Placement, int] = {}  # in the chain: that of the stack, also where a module has only the later ones
+    for placements in claimed.values():
+        for index, placement in enumerate(placements):
+            position[placement] = max(index, position.get(placement, 0))
+    chains: dict[str, list[Placement]] = {}
+    for placement in sorted(position, key=lambda placement: position[placement]):
+        wanted = {name: resident[name] for name in codecs if placement in claimed.get(name, ())}
+        if not wanted:
+            name = next(name for name, placements in claimed.items() if placement in placements)
+            raise ClaimError(
+                f"a placement is claimed for {name} and no other weight that is encoded", expected="encoded weights", fix="correct its patterns"
+            )
+        left = placement.plan(wanted)
+        for name, nbytes in left.items():
+            chains.setdefault(name, []).append(placement)
+            resident[name] = nbytes
+    return {name: chain(placements) for name, placements in chains.items()}, resident
 
 
 @dataclass(frozen=True)
@@ -217,9 +233,17 @@ class Claimed:
     """Every weight that can be claimed."""
     claims: Claims
     codecs: dict[str, Codec]
-    """The claimed ones, or those of an encoded checkpoint."""
+    """The claimed ones, or those of an encoded checkpoint; when nothing is encoded, the plain one of every weight that a placement claims."""
     stored: dict[str, tuple[str, ...]]
     """Name -> the modules that hold it in a checkpoint."""
+    placements: dict[str, Placement]
+    """Of the encoded weights that are not resident."""
+    resident: dict[str, int]
+    """Bytes of every encoded weight on the compute device, in this process."""
+
+    def quantization(self) -> ArcticQuantizationConfig | None:
+        """To load a plain checkpoint with; None when its weights stay as they are."""
+        return ArcticQuantizationConfig.from_owners(*_owners(self.codecs, self.stored), self.placements) if self.codecs else None
 
     def on_disk(self) -> dict[str, tuple[Codec, tuple[int, int]]]:
         """Every encoded module of a checkpoint -> its codec and the weight's (N, K)."""
@@ -227,19 +251,31 @@ class Claimed:
         return {part: (self.codecs[name], shape) for name, parts in shapes.items() for part, shape in parts.items()}
 
 
-def claims(config: PreTrainedConfig, stack: Stack) -> Claimed:
-    """What ``stack`` claims of the model of ``config``.
+def claims(config: PreTrainedConfig, stack: Stack, dtype: torch.dtype | str = "auto") -> Claimed:
+    """What ``stack`` claims of the model of ``config``, loaded in ``dtype``.
 
     Raises:
         ClaimError: plugins clash, or the stack would encode otherwise what the checkpoint has encoded already.
+        UserError: what a placement's plan raises.
     """
-    model = skeleton(config)
+    model = skeleton(config, dtype)
     specs = weight_specs(model)
     stored = stored_names(model, specs)
     claimed = stack.claim(config, specs)
     codecs = claimed.exclusive("weight_codec")
-    if not is_encoded(config):
-        return Claimed(specs, claimed, codecs, stored)
+    if is_encoded(config):
+        codecs = _stored_codecs(config, codecs, specs, stored)
+    elif not codecs:  # placements move plain weights, too; the output head stays, as it does when a codec encodes the rest
+        heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+        plain = PlainCodec(str(model.dtype).removeprefix("torch."))
+        codecs = {name: plain for name in specs if name in claimed.by_slot.get("placement", {}) and not specs[name].tied and name not in heads}
+    return Claimed(specs, claimed, codecs, stored, *_place(claimed, codecs, specs))
+
+
+def _stored_codecs(
+    config: PreTrainedConfig, codecs: Mapping[str, Codec], specs: Mapping[str, LinearSpec], stored: Mapping[str, tuple[str, ...]]
+) -> dict[str, Codec]:
+    """The codecs of an encoded checkpoint, which have to be those that the stack claims, if it claims any."""
     quantization = config.quantization_config
     existing = ModuleCodecs.from_config(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
     found = stored_codecs(existing, stored)
@@ -251,7 +287,7 @@ def claims(config: PreTrainedConfig, stack: Stack) -> Claimed:
         )
     if existing.modules and not found:
         raise CheckpointError("quantization_config.modules matches no linear module of this model", fix="config.json is of another model")
-    return Claimed(specs, claimed, found, stored)
+    return found
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
@@ -260,9 +296,11 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -
     Raises:
         CheckpointError: no causal language model can be built from it.
     """
+    if isinstance(dtype, str):
+        dtype = None if dtype == "auto" else getattr(torch, dtype)
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=config.dtype if dtype in (None, "auto") else dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
     except Exception as error:  # models are code: a bad size can raise anything
         raise CheckpointError(
             f"no causal language model can be built from config.json (model_type {config.model_type}): {reason(error)}", fix="correct config.json"

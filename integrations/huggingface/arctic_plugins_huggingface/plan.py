@@ -37,6 +37,8 @@ class ModulePlan:
     """Trainable parameters that are added to one."""
     nbytes: int
     """Of the weights of all of them, encoded."""
+    resident_nbytes: int
+    """Those of them that stay on the compute device, in one process."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Plan:
     """What the Trainer sees, after cutting and packing; 0 for a stream."""
     data: str
     bytes: dict[str, int]
-    """``base``, ``trainable``, ``gradients`` and, for the AdamW family, ``optimizer``. Activations are not among them."""
+    """On the compute device, in one process: ``base``, ``trainable``, ``gradients`` and, for the AdamW family, ``optimizer``; not activations."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only."""
@@ -71,17 +73,16 @@ def make_plan(run: Run) -> Plan:
     config = load_config(run.recipe.model, **only_hub(run.recipe.load))
     stack.hf_configure_model(config)
     list(stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"))
-    claimed = claims(config, stack)
-    specs, codecs = claimed.specs, claimed.codecs
-    placements = claimed.claims.by_slot.get("placement", {})
     dtype = run.recipe.load.get("dtype", "auto")
+    claimed = claims(config, stack, dtype)
+    specs, codecs = claimed.specs, claimed.codecs
     config.quantization_config = None
-    model = skeleton(config, getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype)
+    model = skeleton(config, dtype)
     base = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     plain = {name: model.get_parameter(".".join(split_weight(name, spec))).nbytes for name, spec in specs.items()}
     freeze_modules(model, codecs, {}, device="meta")
-    base += sum(codec.nbytes(specs[name].shape) - plain[name] for name, codec in codecs.items())
+    base += sum(claimed.resident[name] - plain[name] for name in codecs)
     transformed = stack.hf_transform_model(model)
     trainable = {name: parameter for name, parameter in transformed.named_parameters() if parameter.requires_grad}
     added: dict[str, int] = defaultdict(int)
@@ -91,8 +92,13 @@ def make_plan(run: Run) -> Plan:
 
     def describe(name: str) -> tuple[tuple[int, ...], str | None, str | None, int]:
         codec: Codec | None = codecs.get(name)
-        placement = " then ".join(type(value).__name__ for value in placements.get(name, ()))
-        return specs[name].shape, None if codec is None else codec.describe(), placement or None, added.get(name, 0)
+        placement = claimed.placements.get(name)
+        return (
+            specs[name].shape,
+            None if codec is None else codec.describe(),
+            None if placement is None else placement.describe(),
+            added.get(name, 0),
+        )
 
     kinds: dict[Any, str] = {}
     owners = {name: kinds.setdefault(describe(name), str(len(kinds))) for name in specs}
@@ -100,7 +106,8 @@ def make_plan(run: Run) -> Plan:
     for pattern in compress_names(owners, specs):
         members = [name for name in specs if matches(pattern, name)]
         size = sum(codecs[name].nbytes(specs[name].shape) if name in codecs else plain[name] for name in members)
-        modules.append(ModulePlan(pattern, len(members), *describe(members[0]), size))
+        resident = sum(claimed.resident.get(name, plain[name]) for name in members)
+        modules.append(ModulePlan(pattern, len(members), *describe(members[0]), size, resident))
     trained = sum(parameter.numel() * parameter.element_size() for parameter in trainable.values())
     sizes = {"base": base, "trainable": trained, "gradients": trained}
     if str(run.arguments.optim) in ("adamw_torch", "adamw_torch_fused", "OptimizerNames.ADAMW_TORCH", "OptimizerNames.ADAMW_TORCH_FUSED"):
@@ -145,13 +152,14 @@ def show_plan(plan: Plan, console: Console) -> None:
         settings.add_row(row["plugin"], row["key"], str(row["value"]), row["source"])
     console.print(settings)
     modules = Table(title="linear modules")
-    for column in ("modules", "count", "N x K", "codec", "placement", "adapter", "MB"):
+    for column in ("modules", "count", "N x K", "codec", "placement", "adapter", "MB", "resident MB"):
         modules.add_column(column, overflow="fold")
     for module in plan.modules:
         adapter = f"{module.adapter_parameters:,} each" if module.adapter_parameters else "-"
         where = module.placement or "resident"
         shape = " x ".join(map(str, module.shape))
-        modules.add_row(module.pattern, str(module.count), shape, module.codec or "-", where, adapter, f"{module.nbytes / 1e6:.2f}")
+        megabytes = f"{module.nbytes / 1e6:.2f}", f"{module.resident_nbytes / 1e6:.2f}"
+        modules.add_row(module.pattern, str(module.count), shape, module.codec or "-", where, adapter, *megabytes)
     console.print(modules)
     share = 100 * plan.trainable_parameters / max(1, plan.parameters)
     sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in plan.bytes.items())

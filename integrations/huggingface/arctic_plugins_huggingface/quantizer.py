@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
-from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement
+from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement, PlainCodec
 from arctic_plugins_huggingface.modules import (
     expert_conversions,
     freeze_modules,
@@ -60,7 +60,9 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
         return cls(placements, **ModuleCodecs.from_owners(owners, modules).to_config())
 
     def to_dict(self) -> dict[str, Any]:
-        return self.codecs.to_config()
+        """What a checkpoint says: weights that are only placed, not encoded, are ordinary ones there."""
+        encoded = {pattern: name for pattern, name in self.codecs.modules.items() if not isinstance(self.codecs.codecs[name], PlainCodec)}
+        return ModuleCodecs({name: self.codecs.codecs[name] for name in dict.fromkeys(encoded.values())}, encoded).to_config()
 
 
 class ArcticQuantizer(HfQuantizer):
@@ -75,6 +77,8 @@ class ArcticQuantizer(HfQuantizer):
         self.codecs: dict[str, Codec] = {}
         self.frozen: dict[str, tuple[FrozenModule, str]] = {}
         self.shapes: dict[str, torch.Size] = {}
+        self.exported: dict[str, dict[str, Tensor]] = {}
+        """Parameter name -> whole buffers of weights that are spread over processes, while one of these is saving."""
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
@@ -143,7 +147,8 @@ class ArcticQuantizer(HfQuantizer):
             return None, {}
         state = model.state_dict()
         for name, (module, leaf) in placed.items():
-            state.update({f"{name}{suffix}": buffer for suffix, buffer in module.export(leaf).items()})
+            buffers = self.exported.get(name) or module.export(leaf)
+            state.update({f"{name}{suffix}": buffer for suffix, buffer in buffers.items()})
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

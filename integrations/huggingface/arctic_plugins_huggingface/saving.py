@@ -5,34 +5,93 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.errors import CheckpointError, ConfigError, UserError
+from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.frozen.lora import load_adapter
 from arctic_plugins.provenance import read_json, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory
 from arctic_plugins_huggingface.loading import freeze, is_encoded, load_model, load_tokenizer
+from arctic_plugins_huggingface.modules import frozen_weights
+from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig
 
 __all__ = ["adapter_base", "load_checkpoint", "merge_adapter", "save_checkpoint", "staged", "writing"]
+
+
+SHARD_SIZE = "5GB"
+"""Of a checkpoint's files: what is saved passes through memory in pieces of this size (transformers' own default is ten times that)."""
 
 
 def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, stack: Stack) -> Path:
     """Write ``model`` (safetensors and JSON only), its tokenizer and, last, ``arctic_plugins.json`` into the new ``directory``.
 
+    A model whose weights are spread over processes is saved by all of them together: one weight after the other is gathered, and the first process
+    writes it to a file in ``directory`` from which it is mapped, so that none ever holds the whole. An adapter needs none of that.
+
     Raises:
         ConfigError: ``directory`` exists and is not empty.
     """
-    with staged(directory) as draft:
-        model.save_pretrained(draft)
+    spread = {} if isinstance(model, PeftModel) else {name: found for name, found in frozen_weights(model).items() if _is_spread(*found)}
+    if spread and torch.distributed.get_rank() > 0:
+        for module, leaf in spread.values():
+            module.export(leaf)
+        torch.distributed.barrier()  # until the first process has written it
+        return Path(directory)
+    with staged(directory) as draft, _says_what_is_encoded(model.config):
+        with _gathered(model, spread, draft / "gathered"):
+            model.save_pretrained(draft, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(draft)
         write_provenance(draft, stack)
+    if spread:
+        torch.distributed.barrier()
     return Path(directory)
+
+
+def _is_spread(module: FrozenModule, leaf: str) -> bool:
+    handle = module.frozen[leaf].handle
+    return handle is not None and handle.collective
+
+
+@contextmanager
+def _gathered(model: PreTrainedModel | PeftModel, spread: Mapping[str, tuple[FrozenModule, str]], directory: Path) -> Iterator[None]:
+    """Let the quantizer find the weights that are ``spread`` over processes in files in ``directory``, for the time of the block."""
+    if not spread:
+        yield
+        return
+    directory.mkdir()
+    quantizer = model.hf_quantizer
+    try:
+        for number, (name, (module, leaf)) in enumerate(spread.items()):
+            path = directory / f"{number}.safetensors"
+            save_file({f"weight{suffix}": buffer for suffix, buffer in module.export(leaf).items()}, path)
+            quantizer.exported[name] = {key.removeprefix("weight"): buffer for key, buffer in load_file(path).items()}  # mapped
+        yield
+    finally:
+        quantizer.exported = {}
+        shutil.rmtree(directory)
+
+
+@contextmanager
+def _says_what_is_encoded(config: PreTrainedConfig) -> Iterator[None]:
+    """Without a ``quantization_config`` when nothing is encoded: a placement alone leaves nothing in a checkpoint."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, ArcticQuantizationConfig) or quantization.to_dict()["modules"]:
+        yield
+        return
+    del config.quantization_config
+    try:
+        yield
+    finally:
+        config.quantization_config = quantization
 
 
 def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:

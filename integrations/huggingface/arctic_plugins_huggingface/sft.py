@@ -112,8 +112,8 @@ def prepare(recipe: Recipe) -> Run:
     stack = Stack.from_dict(recipe.plugins)
     arguments = training_arguments(recipe)
     stack.hf_training_arguments(arguments)
-    if (codecs := stack.only("weight_codec")) and not stack.only("adapter"):
-        names = ", ".join(plugin.name for plugin in codecs)
+    if (frozen := [*stack.only("weight_codec"), *stack.only("placement")]) and not stack.only("adapter"):
+        names = ", ".join(dict.fromkeys(plugin.name for plugin in frozen))
         raise ConfigError(f"plugins freeze the weights ({names}) and none adds what could be trained", expected="an adapter", fix="add 'lora: {}'")
     check_source(recipe.data)
     load = check_checkpoint(recipe.model, contents=False, **recipe.load)  # load_model compares contents, right before it reads them

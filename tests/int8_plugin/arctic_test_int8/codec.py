@@ -37,7 +37,7 @@ class SpooledWeight(Handle):
         self.path = path
 
     @contextmanager
-    def lease(self):
+    def lease(self, device):
         yield self.export()  # mapped, not read
 
     def export(self):
@@ -49,7 +49,7 @@ class Spool(Placement):
         self.directory = Path(directory)
         self.directory.mkdir(parents=True, exist_ok=True)
 
-    def hold(self, name, buffers):
+    def hold(self, name, buffers, inner=None):
         path = self.directory / f"{name}.{len(list(self.directory.iterdir()))}.safetensors"  # a merged weight gets a file of its own
         save_file({f"weight{suffix}": buffer for suffix, buffer in buffers.items()}, path)
         return SpooledWeight(path)

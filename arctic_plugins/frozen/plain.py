@@ -1,0 +1,47 @@
+"""The codec that changes nothing: a weight that no codec encodes, for placements to move."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from arctic_plugins.errors import CodecError
+from arctic_plugins.frozen.codec import Buffers, Codec, TensorSpec
+
+__all__ = ["PlainCodec"]
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainCodec(Codec):
+    """The weight as it is, in ``dtype`` (a torch dtype's name). Only in memory: checkpoints hold such a weight under its own name and shape."""
+
+    type: ClassVar[str] = "plain"
+
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise CodecError(f"dtype is {self.dtype!r}", expected="a torch dtype's name")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    def layout(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
+        return {"": TensorSpec(shape, self.torch_dtype, k_dim=len(shape) - 1)}
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        return {"": weight.detach().to(self.torch_dtype).contiguous()}
+
+    def decode(self, buffers: Buffers, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+        return buffers[""].to(dtype, copy=True) if out is None else out.copy_(buffers[""])
+
+    def linear(self, x: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
+        return torch.nn.functional.linear(x, buffers[""].to(x.dtype))
+
+    def grad_input(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
+        return grad @ buffers[""].to(grad.dtype)

@@ -1,0 +1,99 @@
+"""Which weights leave the device, and where to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from arctic_plugins.errors import ClaimError, ConfigError
+from arctic_plugins.frozen import Handle, Placement
+from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins_offload.config import OffloadConfig
+from arctic_plugins_offload.disk import DiskStore
+from arctic_plugins_offload.host import HostStore
+
+__all__ = ["OffloadPlacement", "choose"]
+
+
+class OffloadPlacement(Placement):
+    """Chooses by size, and hands what it chose to a store: host memory or disk.
+
+    Args:
+        options: of the plugin.
+        directory: where the files of ``to: disk`` go.
+    """
+
+    def __init__(self, options: OffloadConfig, directory: Path) -> None:
+        self.options, self.directory = options, directory
+        self.store: HostStore | DiskStore = DiskStore(directory, options.prefetch) if options.to == "disk" else HostStore(options.prefetch)
+
+    def plan(self, nbytes: Mapping[str, int]) -> dict[str, int]:
+        """Choose.
+
+        Raises:
+            ConfigError: the directory cannot be made, or its disk has no room for what would go there.
+        """
+        chosen = choose(nbytes, self.options)
+        if self.options.to == "disk":
+            self._check_room(sum(nbytes[name] for name in chosen))
+        return dict.fromkeys(chosen, 0)
+
+    def hold(self, name: str, buffers: Buffers, inner: Placement | None = None) -> Handle:
+        if inner is not None:
+            raise ClaimError(
+                f"'{inner.describe()}' comes after 'offload', which keeps nothing on the device for it",
+                expected="offload last",
+                fix="let that plugin say 'before = {\"offload\"}'",
+            )
+        return self.store.hold(name, buffers)
+
+    def describe(self) -> str:
+        return f"on {self.options.to}" if self.options.to == "disk" else "in host memory"
+
+    def _check_room(self, needed: int) -> None:
+        existing = next(parent for parent in (self.directory, *self.directory.absolute().parents) if parent.exists())
+        if not existing.is_dir():
+            raise ConfigError(f"plugins.offload.path {self.directory}: {existing} is a file", expected="a directory", fix="name another")
+        free = shutil.disk_usage(existing).free
+        if needed > free:
+            raise ConfigError(
+                f"plugins.offload.path {self.directory} has {free / 1e9:.1f} GB free",
+                expected=f"{needed / 1e9:.1f} GB for the weights that go there",
+                fix="free space, name another path, or offload less",
+            )
+
+
+def choose(nbytes: Mapping[str, int], options: OffloadConfig) -> list[str]:
+    """The names of the weights that leave, in the order of the model.
+
+    By ``ratio``, the bytes that leave come as near to the fraction as whole weights allow; by ``budget``, what stays is at most that.
+    """
+    if isinstance(options.select, tuple):
+        return list(nbytes)
+    total = sum(nbytes.values())
+    ratio = 1.0 if options.ratio is None else options.ratio
+    wanted = total * ratio if options.budget is None else max(0, total - options.budget)
+    order = list(nbytes) if options.select == "in_order" else _largest(nbytes)
+    chosen, size = set(), 0
+    for name in order:
+        missing = wanted - size
+        if missing <= 0 or (options.budget is None and missing < nbytes[name] / 2):
+            break
+        chosen.add(name)
+        size += nbytes[name]
+    return [name for name in nbytes if name in chosen]
+
+
+def _largest(nbytes: Mapping[str, int]) -> list[str]:
+    """From large to small; among equals so that the first n of them are spread over the model, for any n."""
+    groups: dict[int, list[str]] = {}
+    for name, size in nbytes.items():
+        groups.setdefault(size, []).append(name)
+    order = []
+    for size in sorted(groups, reverse=True):
+        names = groups[size]
+        width = max(1, (len(names) - 1).bit_length())
+        # van der Corput's sequence: positions by their bits in reverse
+        order += [names[index] for index in sorted(range(len(names)), key=lambda index: int(f"{index:0{width}b}"[::-1], 2))]
+    return order

@@ -1,0 +1,262 @@
+"""Encoded bytes spread over processes. They are cut without regard to what they mean, so that any codec, shape and number of processes will do."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from hashlib import blake2b
+from queue import SimpleQueue
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arctic_plugins.errors import ArcticError, ConfigError
+from arctic_plugins.frozen import Handle, LeaseOrder, Placement
+from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins_shard.config import ShardConfig
+
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+
+__all__ = ["ShardError", "ShardPlacement", "ShardedWeight"]
+
+ALIGNMENT = 16
+"""Bytes to multiples of which buffers and parts are padded, so that any dtype can be read where it begins."""
+
+
+class ShardError(ArcticError):
+    """The processes of a run are no longer at the same module."""
+
+
+@dataclass
+class _Gathered:
+    """All parts of a weight, one behind the other."""
+
+    flat: Tensor
+    ready: torch.cuda.Event | None = None
+
+
+class ShardPlacement(Placement):
+    """Keeps a part of every weight in this process, and gathers the parts of all when a weight is leased.
+
+    Every gather is preceded by one of the weight's number, so that processes that are at different modules find out instead of waiting for each
+    other. All collectives are issued by one thread, in the order of leases, with what was leased next the last time issued ahead.
+    """
+
+    def __init__(self, options: ShardConfig) -> None:
+        self.options = options
+        self.order = LeaseOrder()
+        self.weights: dict[str, ShardedWeight] = {}
+        self.rank, self.size = 0, 1
+        self._numbers: dict[int, str] = {}
+        self._control: dist.ProcessGroup | None = None
+        self._data: dist.ProcessGroup | None = None
+        self._work: SimpleQueue[tuple[Future[_Gathered], ShardedWeight, torch.device] | None] = SimpleQueue()
+        self._worker: threading.Thread | None = None
+        self._ahead: dict[ShardedWeight, Future[_Gathered]] = {}
+        self._spare: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
+        self._lock = threading.RLock()  # callbacks of futures that are done run at once
+        self._stream: torch.cuda.Stream | None = None
+
+    def plan(self, nbytes: Mapping[str, int]) -> dict[str, int]:
+        """All of them, or none with one process.
+
+        Raises:
+            ConfigError: several processes were started, and they do not know each other yet.
+        """
+        if not dist.is_initialized():
+            if (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+                raise ConfigError(
+                    f"{started} processes were started and torch.distributed is not initialized",
+                    fix="build the TrainingArguments before the model, or call torch.distributed.init_process_group()",
+                )
+            return {}
+        if dist.get_world_size() == 1:
+            return {}
+        self._make_groups(self.options.group_size or dist.get_world_size())
+        return {name: _part(size, self.size) for name, size in nbytes.items()}
+
+    def _make_groups(self, size: int) -> None:
+        world, timeout = dist.get_world_size(), timedelta(seconds=self.options.timeout)
+        if world % size:
+            raise ConfigError(f"plugins.shard.group_size is {size} with {world} processes", expected=f"a divisor of {world}", fix="correct it")
+        for first in range(0, world, size):  # every process takes part in making every group
+            ranks = list(range(first, first + size))
+            control, data = dist.new_group(ranks, timeout, backend="gloo"), dist.new_group(ranks, timeout)
+            if dist.get_rank() in ranks:
+                self._control, self._data = control, data
+        self.rank, self.size = dist.get_rank() % size, size
+
+    def hold(self, name: str, buffers: Buffers, inner: Placement | None = None) -> ShardedWeight:
+        layout, total = {}, 0
+        for suffix, buffer in buffers.items():
+            layout[suffix] = (total, buffer.shape, buffer.dtype)
+            total += -(-buffer.nbytes // ALIGNMENT) * ALIGNMENT
+        length = _part(total, self.size)
+        part = torch.zeros(length, dtype=torch.uint8, device=next(iter(buffers.values())).device)
+        start = self.rank * length
+        for suffix, buffer in buffers.items():
+            offset = layout[suffix][0]
+            first, last = max(start, offset), min(start + length, offset + buffer.nbytes)
+            if first < last:
+                part[first - start : last - start] = _bytes(buffer)[first - offset : last - offset]
+        kept = part if inner is None else inner.hold(name, {"": part})
+        weight = self.weights[name] = ShardedWeight(self, name, layout, kept)
+        self._numbers[weight.number] = name
+        return weight
+
+    def describe(self) -> str:
+        return f"1/{self.size} in each process"
+
+    def gather(self, weight: ShardedWeight, device: torch.device) -> _Gathered:
+        """The parts of ``weight``, ahead of time if it was expected.
+
+        Raises:
+            ShardError: another process is at another module, or came to none in time.
+        """
+        with self._lock:
+            self.order.leased(weight.name)
+            future = self._take(weight, device)
+            upcoming = [other for name in self.order.upcoming(self.options.prefetch) if (other := self.weights.get(name)) is not None]
+            ahead = {other: self._take(other, device) for other in upcoming}
+            for unexpected in self._ahead.values():  # gathered by all processes alike; nobody needs it
+                unexpected.add_done_callback(self._give_back)
+            self._ahead = ahead
+        gathered = future.result()
+        if gathered.ready is not None:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(gathered.ready)
+            gathered.flat.record_stream(stream)
+        return gathered
+
+    def release(self, gathered: _Gathered) -> None:
+        """Keep the memory for the next weight of the size: fresh memory costs page faults. On GPUs the allocator does that."""
+        if gathered.ready is None:
+            with self._lock:
+                self._spare[gathered.flat.numel(), gathered.flat.device].append(gathered.flat)
+
+    def _give_back(self, future: Future[_Gathered]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.release(future.result())
+
+    def _take(self, weight: ShardedWeight, device: torch.device) -> Future[_Gathered]:
+        """The gather that was begun ahead of time, or a new one."""
+        return self._ahead.pop(weight) if weight in self._ahead else self._submit(weight, device)
+
+    def _submit(self, weight: ShardedWeight, device: torch.device) -> Future[_Gathered]:
+        if self._worker is None:
+            # A daemon: a process that failed must end although the gather that it had begun never will.
+            self._worker = threading.Thread(target=self._run, name="arctic-shard", daemon=True)
+            self._worker.start()
+            atexit.register(self._stop)
+        future: Future[_Gathered] = Future()
+        self._work.put((future, weight, device))
+        return future
+
+    def _run(self) -> None:
+        while (task := self._work.get()) is not None:
+            future, weight, device = task
+            try:
+                future.set_result(self._collect(weight, device))
+            except Exception as error:  # raised where the weight is leased
+                future.set_exception(error)
+
+    def _stop(self) -> None:
+        """Let gathers that were begun end: a thread that is in one while Python is shut down would abort the process."""
+        self._work.put(None)
+        assert self._worker is not None
+        self._worker.join(timeout=10)
+
+    @torch.no_grad()
+    def _collect(self, weight: ShardedWeight, device: torch.device) -> _Gathered:
+        self._agree(weight)
+        if device.type == "cuda":
+            self._stream = self._stream or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), weight.part(device) as part:
+            with self._lock:
+                spare = self._spare[part.numel() * self.size, device]
+                flat = spare.pop() if spare else torch.empty(part.numel() * self.size, dtype=torch.uint8, device=device)
+            all_gather(flat, part, group=self._data)
+            return _Gathered(flat, self._stream.record_event() if self._stream is not None else None)
+
+    def _agree(self, weight: ShardedWeight) -> None:
+        mine = torch.tensor([weight.number])
+        everyones = torch.empty(self.size, dtype=torch.int64)
+        try:
+            all_gather(everyones, mine, group=self._control)
+        except RuntimeError as error:
+            raise ShardError(
+                f"this process (rank {dist.get_rank()}) waited for the others to come to {weight.name}: {str(error).splitlines()[0]}",
+                expected="every process to compute with the same modules in the same order",
+                fix="look for what one process skips, or at the error of the process that stopped",
+            ) from error
+        for rank, number in enumerate(everyones.tolist()):
+            if number != weight.number:
+                first = dist.get_rank() - self.rank
+                raise ShardError(
+                    f"rank {dist.get_rank()} is at {weight.name} while rank {first + rank} is at {self._numbers.get(number, 'another model')}",
+                    expected="every process to compute with the same modules in the same order",
+                    fix="look for what one process skips",
+                )
+
+
+class ShardedWeight(Handle):
+    """One weight, of which this process has a part."""
+
+    collective = True
+
+    def __init__(self, placement: ShardPlacement, name: str, layout: dict[str, tuple[int, torch.Size, torch.dtype]], kept: Tensor | Handle) -> None:
+        self.placement, self.name, self.layout, self.kept = placement, name, layout, kept
+        self.number = int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "little")
+        self._gathered: _Gathered | None = None
+        self._leases = 0
+
+    @contextmanager
+    def part(self, device: torch.device) -> Iterator[Tensor]:
+        """This process's bytes, on ``device``."""
+        if isinstance(self.kept, Handle):
+            with self.kept.lease(device) as buffers:
+                yield buffers[""]
+        else:
+            self.kept = self.kept.to(device)
+            yield self.kept
+
+    @contextmanager
+    def lease(self, device: torch.device) -> Iterator[Buffers]:
+        if self._gathered is None:
+            self._gathered = self.placement.gather(self, device)
+        self._leases += 1
+        try:
+            yield self._buffers(self._gathered.flat)
+        finally:
+            self._leases -= 1
+            if not self._leases:
+                self.placement.release(self._gathered)
+                self._gathered = None
+
+    def export(self) -> dict[str, Tensor]:
+        device = self.kept.device if isinstance(self.kept, Tensor) else torch.device("cpu")
+        with self.lease(device) as buffers:
+            return {suffix: buffer.clone() for suffix, buffer in buffers.items()}
+
+    def _buffers(self, flat: Tensor) -> dict[str, Tensor]:
+        found = {}
+        for suffix, (start, shape, dtype) in self.layout.items():
+            found[suffix] = flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        return found
+
+
+def _part(nbytes: int, size: int) -> int:
+    """Bytes in each of ``size`` processes."""
+    return -(-nbytes // (size * ALIGNMENT)) * ALIGNMENT
+
+
+def _bytes(buffer: Tensor) -> Tensor:
+    return buffer.detach().contiguous().reshape(-1).view(torch.uint8)

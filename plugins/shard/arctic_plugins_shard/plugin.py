@@ -1,0 +1,42 @@
+"""The ``shard`` plugin: each process keeps a part of every frozen weight, whichever codec encodes it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from arctic_plugins import Claim, LinearSpec, Plugin, hookimpl
+from arctic_plugins.claims import matches
+from arctic_plugins.errors import ClaimError, ConfigError
+from arctic_plugins_shard.config import ShardConfig
+
+__all__ = ["Shard"]
+
+
+class Shard(Plugin):
+    """Claims ``placement``, before what moves a process's own bytes elsewhere."""
+
+    name = "shard"
+    config = ShardConfig
+    slots = frozenset({"placement"})
+
+    options: ShardConfig
+
+    @hookimpl
+    def validate(self) -> Iterable[str]:
+        size, group = int(os.environ.get("WORLD_SIZE", "1")), self.options.group_size
+        if size == 1:
+            return ["there is one process: nothing is sharded (arctic train --nproc, torchrun or accelerate launch start several)"]
+        if group is not None and size % group:
+            raise ConfigError(f"plugins.shard.group_size is {group} with {size} processes", expected=f"a divisor of {size}", fix="correct it")
+        return []
+
+    @hookimpl
+    def claim(self, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:
+        from arctic_plugins_shard.placement import ShardPlacement
+
+        for pattern in self.options.include:
+            if not any(matches(pattern, name) for name in modules):
+                raise ClaimError(f"plugins.shard.include '{pattern}' matches no linear module of this model", fix="correct it")
+        placement = ShardPlacement(self.options)
+        return [Claim("placement", pattern, placement) for pattern in self.options.include]

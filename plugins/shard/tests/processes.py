@@ -1,0 +1,81 @@
+"""Run by ``torchrun``: ``processes.py TASK CHECKPOINT [...]``."""
+
+import json
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from arctic_plugins_huggingface import load_model, save_checkpoint
+
+from arctic_plugins import Stack
+from arctic_plugins.frozen import FrozenModule
+
+IDS = torch.arange(10, 42)[None]
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def load(checkpoint, plugins):
+    return load_model(checkpoint, Stack.from_dict(plugins))
+
+
+def frozen(model):
+    return [weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values()]
+
+
+def say(what):
+    sys.stdout.write(json.dumps(what) + "\n")  # one write: lines of several processes do not mix
+    sys.stdout.flush()
+
+
+def compare_logits(checkpoint):
+    for base in ({"fp8": {}}, {"fp8": {"bits": 6, "group_size": 32}}, {"fp8": {"bits": 12}}, {}):
+        whole, _ = load(checkpoint, base)
+        model, _ = load(checkpoint, {**base, "shard": {}})
+        equal = all(torch.equal(logits(model), logits(whole)) for _ in range(3))
+        kept = [weight.handle.kept.nbytes for weight in frozen(model)]
+        sizes = [weight.codec.nbytes(weight.shape) for weight in frozen(model)]
+        say({"equal": equal, "kept": sum(kept), "whole": sum(sizes), "weights": 2 * len(sizes)})
+        del model
+    model, _ = load(checkpoint, {"fp8": {}, "shard": {}, "offload": {"to": "disk", "ratio": 0.5}})
+    whole, _ = load(checkpoint, {"fp8": {}})
+    equal = all(torch.equal(logits(model), logits(whole)) for _ in range(3))
+    kept = [weight.handle.kept.nbytes for weight in frozen(model) if isinstance(weight.handle.kept, torch.Tensor)]
+    sizes = [weight.codec.nbytes(weight.shape) for weight in frozen(model)]
+    say({"equal": equal, "kept": 2 * sum(kept) * 0.95, "whole": sum(sizes), "weights": 2 * len(sizes)})
+
+
+def skip(checkpoint):
+    model, _ = load(checkpoint, {"fp8": {}, "shard": {"timeout": 60, "prefetch": 0}})
+    logits(model)
+    if dist.get_rank() == 1:
+        layer = model.model.layers[0].mlp.gate_proj
+        layer.forward = lambda x: x.new_zeros(*x.shape[:-1], layer.out_features)
+    logits(model)
+
+
+def absent(checkpoint):
+    model, _ = load(checkpoint, {"fp8": {}, "shard": {"timeout": 3}})
+    if dist.get_rank() == 0:
+        try:
+            logits(model)
+        except Exception as error:
+            print(error, flush=True)
+    else:
+        time.sleep(8)
+
+
+def save(checkpoint, directory):
+    stack = Stack.from_dict({"fp8": {}, "shard": {}})
+    model, tokenizer = load_model(checkpoint, stack)
+    save_checkpoint(model, tokenizer, directory, stack)
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    task, *arguments = sys.argv[1:]
+    {"logits": compare_logits, "skip": skip, "absent": absent, "save": save}[task](*arguments)
