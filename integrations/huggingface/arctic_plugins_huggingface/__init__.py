@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from arctic_plugins_huggingface.loading import freeze, load_model
+    from arctic_plugins_huggingface.merging import merge_adapter
     from arctic_plugins_huggingface.quantizer import register
-    from arctic_plugins_huggingface.saving import merge_adapter, save_checkpoint
+    from arctic_plugins_huggingface.saving import save_checkpoint
     from arctic_plugins_huggingface.training import ArcticTrainingArguments, attach, last_checkpoint
 
 __all__ = ["ArcticTrainingArguments", "attach", "freeze", "last_checkpoint", "load_model", "merge_adapter", "register", "save_checkpoint"]
@@ -19,7 +20,7 @@ _HOME = {
     "freeze": "loading",
     "last_checkpoint": "training",
     "load_model": "loading",
-    "merge_adapter": "saving",
+    "merge_adapter": "merging",
     "register": "quantizer",
     "save_checkpoint": "saving",
 }

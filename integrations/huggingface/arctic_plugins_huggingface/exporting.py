@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from arctic_plugins.claims import compress_names
 from arctic_plugins.discovery import process_registry
-from arctic_plugins.errors import CheckpointError, CodecError
+from arctic_plugins.errors import CheckpointError
 from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs
 from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.frozen.exporting import Converter, Exporter
-from arctic_plugins.provenance import FILE_NAME, read_json, write_provenance
+from arctic_plugins.provenance import read_json, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint
 from arctic_plugins_huggingface.loading import load_config, skeleton
 from arctic_plugins_huggingface.modules import stored_names, stored_shapes, weight_specs
+from arctic_plugins_huggingface.rewriting import Read, named, open_files, rewrite
 from arctic_plugins_huggingface.saving import staged
 
 __all__ = ["convert_checkpoint", "export_checkpoint"]
-
-INDEX = "model.safetensors.index.json"
 
 
 def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name: str) -> Path:
@@ -53,13 +48,13 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name
     encoded = {name: codec for name in shapes if (codec := codecs.codec_of(name)) is not None}
     config["quantization_config"] = exporter.quantization_config(encoded, [name for name in shapes if name not in encoded])
 
-    def tensors(name: str, read: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
+    def tensors(name: str, read: Read) -> Mapping[str, Tensor]:
         buffers = {suffix: read(f"weight{suffix}") for suffix in encoded[name].layout(shapes[name])}
         check_buffers(encoded[name], buffers, shapes[name], f"{name}.weight")
         return exporter.tensors(encoded[name], buffers, shapes[name])
 
     with staged(directory) as draft:
-        _rewrite(source, draft, config, encoded, tensors)
+        rewrite(source, draft, config, encoded, tensors)
     return Path(directory)
 
 
@@ -87,7 +82,7 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
     encoded: dict[str, Codec] = {}
     for name, shape in shapes.items():
         if stored.get(f"{name}.weight") in ("U8", "I8"):
-            with _named(name):
+            with named(name):
                 encoded[name] = converter.codec(shape)
     if not encoded:
         raise CheckpointError(
@@ -96,13 +91,13 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
     codecs = ModuleCodecs.from_owners(encoded, shapes)
     config["quantization_config"] = codecs.to_config()
 
-    def tensors(name: str, read: Callable[[str], Tensor]) -> Mapping[str, Tensor]:
+    def tensors(name: str, read: Read) -> Mapping[str, Tensor]:
         buffers = converter.buffers(read("weight"), shapes[name])
         check_buffers(encoded[name], buffers, shapes[name], f"{name}.weight")
         return {f"weight{suffix}": buffer for suffix, buffer in buffers.items()}
 
     with staged(directory) as draft:
-        _rewrite(source, draft, config, encoded, tensors)
+        rewrite(source, draft, config, encoded, tensors)
         for name in converter_class.config_files:
             (draft / name).unlink(missing_ok=True)
         write_provenance(draft, Stack())
@@ -138,68 +133,6 @@ def _shapes(source: Path) -> dict[str, tuple[int, int]]:
     return stored_shapes(specs, stored_names(model, specs))
 
 
-def _files(source: Path, stack: ExitStack) -> dict[str, Any]:
-    files = {}
-    for path in sorted(source.glob("*.safetensors")):
-        try:
-            files[path.name] = stack.enter_context(safe_open(path, "pt"))
-        except Exception as error:  # safetensors raises an exception class of its own
-            raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
-    if not files:
-        raise CheckpointError(f"{source} has no safetensors files", fix="convert the checkpoint to safetensors")
-    return files
-
-
 def _dtypes(source: Path) -> dict[str, str]:
     with ExitStack() as stack:
-        return {key: file.get_slice(key).get_dtype() for file in _files(source, stack).values() for key in file.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Put the module's name before a CodecError's text."""
-    try:
-        yield
-    except CodecError as error:
-        raise CodecError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
-
-
-def _rewrite(
-    source: Path,
-    draft: Path,
-    config: Mapping[str, Any],
-    encoded: Mapping[str, Codec],
-    tensors: Callable[[str, Callable[[str], Tensor]], Mapping[str, Tensor]],
-) -> None:
-    """Write every file of ``source`` into ``draft``: ``tensors(module, read)`` in place of what encoded modules have, all else as it is."""
-    with ExitStack() as stack:
-        files = _files(source, stack)
-        where = {key: file for file in files.values() for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
-
-        def rewritten(key: str) -> Iterator[tuple[str, Tensor]]:
-            name, _, suffix = key.rpartition(".weight")
-            if name not in encoded:
-                yield key, where[key].get_tensor(key)
-            elif not suffix:  # the module's other buffers come with its codes
-                with _named(name):
-                    yield from ((f"{name}.{part}", tensor) for part, tensor in tensors(name, lambda part: _read(where, f"{name}.{part}")).items())
-
-        weight_map: dict[str, str] = {}
-        total = 0
-        for file_name, file in files.items():
-            here = {new: tensor for key in file.keys() for new, tensor in rewritten(key)}  # noqa: SIM118
-            save_file(here, draft / file_name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(here, file_name)
-            total += sum(tensor.nbytes for tensor in here.values())
-        if (source / INDEX).is_file():
-            (draft / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, FILE_NAME, "config.json"):
-            shutil.copy(path, draft / path.name)
-    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _read(where: Mapping[str, Any], key: str) -> Tensor:
-    if key not in where:
-        raise CheckpointError(f"{key} is missing from the checkpoint", fix="the checkpoint is incomplete: make it again")
-    return where[key].get_tensor(key)
+        return {key: file.get_slice(key).get_dtype() for file in open_files(source, stack).values() for key in file.keys()}  # noqa: SIM118

@@ -81,9 +81,19 @@ def load_model(
         raise CheckpointError(
             f"{checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one", fix="the checkpoint is incomplete: make it again"
         )
+    if any(module.frozen[leaf].handle is not None for module, leaf in frozen_weights(model).values()):
+        _let_go_of_files(model)
     for line in encoding_report(model):
         logger.info("%s", line)
     return stack.hf_transform_model(model), tokenizer
+
+
+@torch.no_grad()
+def _let_go_of_files(model: nn.Module) -> None:
+    """Copy what is still mapped from the checkpoint: one small tensor keeps all of its file mapped, and what was read of it in memory."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
 
 
 def encoding_report(model: nn.Module) -> list[str]:

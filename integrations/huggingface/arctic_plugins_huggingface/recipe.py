@@ -87,7 +87,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
-        """Read a recipe. Relative paths of data are taken from its directory.
+        """Read a recipe. Relative paths of data, and that of a DeepSpeed configuration that lies beside it, are taken from its directory.
 
         Raises:
             ConfigError: one line with the key, what was found and what was expected.
@@ -99,7 +99,10 @@ class Recipe(BaseModel):
         beside = {key: str(Path(path).parent / value) for key in ("path", "eval_path") if (value := getattr(recipe.data, key)) is not None}
         if not Path(beside["path"]).exists() and _may_be_an_id(recipe.data.path):
             del beside["path"]
-        return recipe.model_copy(update={"data": recipe.data.model_copy(update=beside)})
+        training = dict(recipe.training)
+        if isinstance(deepspeed := training.get("deepspeed"), str) and (Path(path).parent / deepspeed).is_file():
+            training["deepspeed"] = str(Path(path).parent / deepspeed)
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update=beside), "training": training})
 
 
 def _may_be_an_id(path: str) -> bool:

@@ -1,4 +1,4 @@
-"""Saving: checkpoints that describe themselves, that appear whole or not at all, and merged adapters."""
+"""Saving: checkpoints that describe themselves, and that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from arctic_plugins.frozen.lora import load_adapter
 from arctic_plugins.provenance import read_json, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory
-from arctic_plugins_huggingface.loading import freeze, is_encoded, load_model, load_tokenizer
+from arctic_plugins_huggingface.loading import load_model, load_tokenizer
 from arctic_plugins_huggingface.modules import frozen_weights
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig
 
-__all__ = ["adapter_base", "load_checkpoint", "merge_adapter", "save_checkpoint", "staged", "writing"]
+__all__ = ["adapter_base", "load_checkpoint", "own_tokenizer", "save_checkpoint", "staged", "writing"]
 
 
 SHARD_SIZE = "5GB"
@@ -94,31 +94,6 @@ def _says_what_is_encoded(config: PreTrainedConfig) -> Iterator[None]:
         config.quantization_config = quantization
 
 
-def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
-    """Merge a LoRA adapter into its base model and write the result, encoded as the adapter's stack says, as a checkpoint of its own.
-
-    From a plain base the update is added to the weights as they were before encoding, and the sum is encoded: encoding first would round small
-    updates away, since the encoded weights lie on the grid to which the sum is rounded. From an encoded base there is no such weight, and the
-    update is added to the decoded one.
-
-    Raises:
-        CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing.
-        ConfigError: ``directory`` exists and is not empty.
-    """
-    check_new(directory)
-    found = adapter_directory(adapter)
-    if found is None:
-        raise CheckpointError(f"{adapter} has no adapter_config.json", expected="a LoRA adapter that 'arctic train' wrote", fix="name its directory")
-    adapter, stack, base = found, Stack.from_checkpoint(found), adapter_base(found)
-    model, tokenizer = load_model(base, stack.without("weight_codec").without("adapter").without("placement"))
-    tokenizer = _own_tokenizer(adapter) or tokenizer
-    merged = load_adapter(model, adapter).merge_and_unload()
-    codecs = stack.only("weight_codec")
-    if not is_encoded(merged.config):
-        freeze(merged, codecs)
-    return save_checkpoint(merged, tokenizer, directory, codecs)
-
-
 def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what this project saved, or any model: an adapter directory comes back on its base, encoded as in training.
 
@@ -129,10 +104,10 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     if adapter is None:
         return load_model(checkpoint)
     model, tokenizer = load_model(adapter_base(adapter), Stack.from_checkpoint(adapter).without("adapter"))
-    return load_adapter(model, adapter).eval(), _own_tokenizer(adapter) or tokenizer
+    return load_adapter(model, adapter).eval(), own_tokenizer(adapter) or tokenizer
 
 
-def _own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
+def own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
     """The tokenizer that was saved with an adapter: training may have given it another chat template than the base's."""
     return load_tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
 

@@ -266,8 +266,8 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     ours = {"max_length": data.max_length, "packing": data.packing, "eval_packing": False}
     try:
         arguments = SFTConfig(**{**defaults, **ours, **given})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"training is not valid: {error}", fix="correct the value it names") from error
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(f"training is not valid: {reason(error)}", fix="correct the value it names, or install the package") from error
     if absent := sorted({*arguments.report_to} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):
         raise ConfigError(f"training.report_to names {', '.join(absent)}, not installed here", fix=f"pip install {' '.join(absent)}, or leave it out")
     return arguments

@@ -59,6 +59,9 @@ class DiskStore:
         finally:
             path.unlink(missing_ok=True)
         self.weights[name] = weight
+        del buffers
+        if hasattr(_libc, "malloc_trim"):
+            _libc.malloc_trim(0)  # what was freed goes back to the system, of which glibc keeps most: half of a model's size in the end
         return weight
 
     def fetch_upcoming(self) -> None:

@@ -18,7 +18,7 @@ def merge(adapter: str, out: str) -> None:
       arctic merge out/final out-merged
     """
     from arctic_plugins_huggingface.cli import quiet_hosts
-    from arctic_plugins_huggingface.saving import merge_adapter
+    from arctic_plugins_huggingface.merging import merge_adapter
 
     quiet_hosts()
     click.echo(f"saved in {merge_adapter(adapter, out)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 __all__ = ["train"]
@@ -12,8 +14,13 @@ __all__ = ["train"]
 @click.option("--resume", is_flag=True, help="Continue the run in output_dir from its newest complete checkpoint.")
 @click.option("--overwrite", is_flag=True, help="Remove the checkpoints of an earlier run in output_dir first.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show what would be done, and stop. Reads no weights.")
+@click.option("--nproc", type=click.IntRange(min=1), help="Train in so many processes on this machine.")
+@click.option("--hostfile", type=click.Path(), help="Train on the hosts of this file (lines of 'host slots=8'), through DeepSpeed's launcher.")
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
-def train(recipe: str, resume: bool, overwrite: bool, dry_run: bool, as_json: bool) -> None:
+@click.pass_context
+def train(
+    context: click.Context, recipe: str, resume: bool, overwrite: bool, dry_run: bool, nproc: int | None, hostfile: str | None, as_json: bool
+) -> None:
     """Fine-tune the model of RECIPE, a YAML file with the keys model, plugins, load, data and training.
 
     SIGINT (Ctrl-C) and SIGTERM stop it after the step in progress, with a checkpoint; --resume continues from there.
@@ -22,6 +29,7 @@ def train(recipe: str, resume: bool, overwrite: bool, dry_run: bool, as_json: bo
     Example:
       arctic train examples/alpaca.yaml --dry-run
       arctic train examples/alpaca.yaml
+      arctic train examples/alpaca.yaml --nproc 2
     """
     from arctic_plugins.errors import ConfigError
     from arctic_plugins_huggingface.recipe import Recipe
@@ -31,6 +39,20 @@ def train(recipe: str, resume: bool, overwrite: bool, dry_run: bool, as_json: bo
     parsed = Recipe.from_file(recipe)
     import os
 
+    if nproc is not None and hostfile is not None:
+        raise ConfigError("--nproc and --hostfile exclude each other", fix="the hostfile says how many processes each host has")
+    if nproc is None and hostfile is None and parsed.training.get("deepspeed") and "RANK" not in os.environ:
+        nproc = 1  # DeepSpeed wants the environment of a launcher, also for one process
+    if nproc is not None or hostfile is not None:
+        from arctic_plugins_huggingface.launching import launch, launch_on_hosts
+
+        flags = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run, "--json": as_json}
+        arguments = ["train", recipe, *(flag for flag, given in flags.items() if given), *(["--traceback"] if "--traceback" in sys.argv else [])]
+        context.exit(launch(arguments, nproc) if nproc is not None else launch_on_hosts(arguments, str(hostfile)))
+    if "RANK" in os.environ:
+        from arctic_plugins_huggingface.launching import end_with_launcher
+
+        end_with_launcher()
     from rich.console import Console
 
     from arctic_plugins_huggingface.cli import quiet_hosts
@@ -44,6 +66,8 @@ def train(recipe: str, resume: bool, overwrite: bool, dry_run: bool, as_json: bo
         from arctic_plugins_huggingface.sft import prepare
 
         plan = make_plan(prepare(parsed))
+        if os.environ.get("RANK", "0") != "0":
+            return
         if as_json:
             click.echo(json.dumps(plan.to_dict(), indent=2))
         else:
@@ -53,6 +77,8 @@ def train(recipe: str, resume: bool, overwrite: bool, dry_run: bool, as_json: bo
     from arctic_plugins_huggingface.sft import train as run
 
     result = run(parsed, resume=resume, overwrite=overwrite, console=console)
+    if os.environ.get("RANK", "0") != "0":
+        return
     if result is None:
         click.echo(f"{parsed.training['output_dir']}/final is complete: nothing is left to do (to train further, move it away and raise the steps)")
     else:

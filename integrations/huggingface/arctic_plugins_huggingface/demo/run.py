@@ -23,8 +23,9 @@ from arctic_plugins_huggingface.demo.model import smollm2
 from arctic_plugins_huggingface.demo.text_to_sql import Example, generate, write_jsonl
 from arctic_plugins_huggingface.generation import answer, chat_prompt
 from arctic_plugins_huggingface.loading import load_model
+from arctic_plugins_huggingface.merging import merge_adapter
 from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.saving import check_new, load_checkpoint, merge_adapter
+from arctic_plugins_huggingface.saving import check_new, load_checkpoint
 from arctic_plugins_huggingface.sft import train
 
 if TYPE_CHECKING:

@@ -1,0 +1,154 @@
+"""``arctic train --nproc``: several processes of one run, with one progress bar, one log, and the error of the process that failed first.
+
+torch's elastic agent (``torch.distributed.launcher``, read in torch 2.13) starts and ends them; DeepSpeed's launcher does on several hosts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from arctic_plugins.errors import ConfigError
+
+__all__ = ["end_with_launcher", "launch", "launch_on_hosts"]
+
+_LAUNCHER = "ARCTIC_LAUNCHER"
+"""Environment variable with the launcher's process id."""
+_PATIENCE = 300
+"""Seconds that processes have to finish the step in progress and save it, when the run is stopped."""
+_LINES = 40
+"""Of the standard error of a process that failed."""
+
+
+def launch(arguments: Sequence[str], processes: int) -> int:
+    """Run ``arctic`` with ``arguments`` in ``processes`` processes on this machine and wait.
+
+    The first one's output is shown as it comes; that of the others only when one of them fails first.
+
+    Returns:
+        An exit status: 0, that of the process that failed first, or 130 after SIGINT or SIGTERM, which all processes get.
+    """
+    command = ["-m", "arctic_plugins.cli", *arguments]
+    with tempfile.TemporaryDirectory(prefix="arctic-train-") as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id="run",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            start_method="spawn",
+            shutdown_timeout=_PATIENCE,
+            logs_specs=DefaultLogsSpecs(folder, redirects={rank: Std.ALL if rank else Std.ERR for rank in range(processes)}),
+        )
+        os.environ.update(_environment(processes))
+        shown = _Shown(Path(folder))
+        try:
+            elastic_launch(config, sys.executable)(*command)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            shown.stop()
+            if rank:
+                _show_failure(rank, shown.errors(rank))
+            shown.rest()
+            return failure.exitcode if failure.exitcode in (1, 2, 130) else 1
+        except SignalException:
+            shown.stop()
+            shown.rest()
+            return 130
+        shown.stop()
+        shown.rest()
+        return 0
+
+
+def launch_on_hosts(arguments: Sequence[str], hostfile: str) -> int:
+    """Run ``arctic`` with ``arguments`` on the hosts of ``hostfile`` (lines of ``name slots=processes``) through DeepSpeed's launcher, and wait.
+
+    Raises:
+        ConfigError: there is no such file, or DeepSpeed is not installed.
+    """
+    if not Path(hostfile).is_file():
+        raise ConfigError(f"--hostfile {hostfile} does not exist", expected="a file with lines of 'host slots=8'", fix="correct the path")
+    if shutil.which("deepspeed", path=_path()) is None:
+        raise ConfigError("--hostfile needs DeepSpeed's launcher, which is not installed", fix="pip install deepspeed, or use --nproc or torchrun")
+    command = ["-m", "deepspeed.launcher.runner", "--hostfile", hostfile, "--module", "arctic_plugins.cli", *arguments]
+    environment = {**os.environ, **_environment(None)}
+    return subprocess.run([sys.executable, *command], check=False, env=environment).returncode
+
+
+def end_with_launcher() -> None:
+    """In a process that :func:`launch` started: get SIGTERM if the launcher is killed, so that nothing stays behind (Linux)."""
+    if os.environ.get(_LAUNCHER) and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != int(os.environ[_LAUNCHER]):
+            sys.exit(1)  # it was before we said so
+
+
+def _environment(processes: int | None) -> dict[str, str]:
+    found = {"PATH": _path()}
+    if processes is not None:
+        found[_LAUNCHER] = str(os.getpid())
+        found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    if not torch.accelerator.is_available():
+        found["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")  # DeepSpeed, too, wants to be told
+    return found
+
+
+def _path() -> str:
+    """PATH with the interpreter's own programs: DeepSpeed calls ninja, which lies beside it in a virtual environment."""
+    own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    return path if own in path.split(os.pathsep) else f"{own}{os.pathsep}{path}"
+
+
+class _Shown:
+    """Shows the first process's standard error, a moment after it was written: what another one's failure causes in it comes after that."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self._position, self._done = folder, 0, threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+
+    def errors(self, rank: int) -> str:
+        """What the process of that rank wrote to its standard error."""
+        path = next(self.folder.glob(f"*/attempt_0/{rank}/stderr.log"), None)
+        return path.read_text(errors="replace") if path is not None else ""
+
+    def stop(self) -> None:
+        """Show no more for now."""
+        self._done.set()
+        self._thread.join()
+
+    def rest(self) -> None:
+        """Show what is left."""
+        self._show(self.errors(0))
+
+    def _show(self, text: str) -> None:
+        sys.stderr.write(text[self._position :])
+        sys.stderr.flush()
+        self._position = len(text)
+
+    def _follow(self) -> None:
+        seen = ""
+        while not self._done.wait(1.0):
+            self._show(seen)
+            seen = self.errors(0)
+
+
+def _show_failure(rank: int, text: str) -> None:
+    lines = text.rstrip().splitlines()[-_LINES:]
+    sys.stderr.write("".join(f"rank {rank}: {line}\n" for line in lines) or f"rank {rank} ended without a word\n")
+    sys.stderr.flush()

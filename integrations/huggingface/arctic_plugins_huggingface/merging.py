@@ -1,0 +1,155 @@
+"""Merging: a LoRA adapter into its base, one safetensors file after the other. Read in peft 0.21.2."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+from torch import Tensor
+
+from arctic_plugins.errors import CheckpointError, CodecError
+from arctic_plugins.frozen import Codec
+from arctic_plugins.frozen.codec import check_buffers
+from arctic_plugins.frozen.lora import load_adapter
+from arctic_plugins.provenance import read_json, write_provenance
+from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.checkpoints import adapter_directory, check_checkpoint
+from arctic_plugins_huggingface.loading import Claimed, claims, freeze, is_encoded, load_config, load_model
+from arctic_plugins_huggingface.rewriting import Read, open_files, rewrite
+from arctic_plugins_huggingface.saving import adapter_base, check_new, own_tokenizer, save_checkpoint, staged
+
+__all__ = ["Update", "merge_adapter"]
+
+_PREFIX = "base_model.model."
+_OTHER_KINDS = (
+    "use_dora",
+    "lora_bias",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "target_parameters",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""Fields of a ``LoraConfig`` that make it more than one product per linear module, or that PEFT had better interpret."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What is added to one weight: ``scaling * up_NR @ down_RK``."""
+
+    down_RK: Tensor
+    up_NR: Tensor
+    scaling: float
+
+    def add_to(self, weight_NK: Tensor) -> Tensor:
+        """The sum, in float32.
+
+        Raises:
+            CodecError: the shapes do not fit, or the sum is not finite.
+        """
+        shape = self.up_NR.shape[0], self.down_RK.shape[1]
+        if tuple(weight_NK.shape) != shape:
+            raise CodecError(f"the weight is {tuple(weight_NK.shape)} and the update {shape}", fix="the adapter is of another model")
+        merged = weight_NK.float().addmm(self.up_NR.float(), self.down_RK.float(), alpha=self.scaling)
+        if not bool(merged.isfinite().all()):
+            raise CodecError("the merged weight has NaN or Inf", fix="the adapter is damaged, or its training diverged")
+        return merged
+
+
+def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
+    """Merge a LoRA adapter into its base model and write the result, encoded as the adapter's stack says, as a checkpoint of its own.
+
+    From a plain base the update is added to the weights as they were before encoding, and the sum is encoded: encoding first would round small
+    updates away, since the encoded weights lie on the grid to which the sum is rounded. From an encoded base there is no such weight, and the
+    update is added to the decoded one. Sums are in float32.
+
+    Memory is bounded by the largest safetensors file of a base that is a directory, with LoRA or rsLoRA on linear modules. For a base that comes from the
+    hub, other adapters of PEFT, and stacks whose plugins change the model, the whole model is loaded.
+
+    Raises:
+        CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing, or does not fit its base.
+        CodecError: a merged weight holds NaN or Inf; names the module.
+        ConfigError: ``directory`` exists and is not empty.
+    """
+    check_new(directory)
+    found = adapter_directory(adapter)
+    if found is None:
+        raise CheckpointError(f"{adapter} has no adapter_config.json", expected="a LoRA adapter that 'arctic train' wrote", fix="name its directory")
+    stack, base = Stack.from_checkpoint(found), adapter_base(found)
+    codecs = stack.only("weight_codec")
+    others = stack.without("weight_codec").without("adapter").without("placement")
+    if not len(others) and Path(base).is_dir() and (updates := _updates(found)) is not None:
+        check_checkpoint(base)
+        config = load_config(base)
+        if (is_encoded(config) or getattr(config, "quantization_config", None) is None) and updates.keys() <= _modules(Path(base)):
+            claimed = claims(config, Stack() if is_encoded(config) else codecs)
+            with staged(directory) as draft:
+                _merge_files(Path(base), draft, claimed, updates, encoded=is_encoded(config))
+                if (tokenizer := own_tokenizer(found)) is not None:
+                    tokenizer.save_pretrained(draft)
+                write_provenance(draft, codecs)
+            return Path(directory)
+    model, base_tokenizer = load_model(base, others)
+    merged = load_adapter(model, found).merge_and_unload()
+    if not is_encoded(merged.config):
+        freeze(merged, codecs)
+    return save_checkpoint(merged, own_tokenizer(found) or base_tokenizer, directory, codecs)
+
+
+def _updates(adapter: Path) -> dict[str, Update] | None:
+    """Module -> what the adapter in a directory adds to its weight; None when it is of a kind that only PEFT knows to merge."""
+    config = LoraConfig.from_pretrained(str(adapter))
+    if any(getattr(config, name, None) for name in _OTHER_KINDS) or config.bias != "none":
+        return None
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, half = key.removeprefix(_PREFIX).rpartition(".lora_")
+        if not key.startswith(_PREFIX) or half not in ("A.weight", "B.weight") or tensor.dim() != 2:
+            return None
+        halves.setdefault(module, {})[half[0]] = tensor
+    if lacking := [module for module, pair in halves.items() if len(pair) < 2]:
+        raise CheckpointError(f"{adapter} has only half of the update of {lacking[0]}", fix="the adapter is incomplete: save it again")
+    scale = math.sqrt if config.use_rslora else float  # Kalajdzievski, "rsLoRA", 2023; Hu et al., "LoRA", 2021
+    return {module: Update(pair["A"], pair["B"], config.lora_alpha / scale(config.r)) for module, pair in halves.items()}
+
+
+def _modules(base: Path) -> set[str]:
+    with ExitStack() as stack:
+        return {key.removesuffix(".weight") for file in open_files(base, stack).values() for key in file.keys()}  # noqa: SIM118
+
+
+def _merge_files(base: Path, draft: Path, claimed: Claimed, updates: Mapping[str, Update], *, encoded: bool) -> None:
+    codecs: dict[str, tuple[Codec, tuple[int, int]]] = claimed.on_disk()
+    config: dict[str, Any] = read_json(base / "config.json")
+    if (quantization := claimed.quantization()) is not None:
+        config["quantization_config"] = quantization.to_dict()
+
+    def tensors(name: str, read: Read) -> dict[str, Tensor]:
+        update = updates.get(name)
+        if name not in codecs:
+            weight = read("weight")
+            return {"weight": weight if update is None else update.add_to(weight).to(weight.dtype)}
+        codec, shape = codecs[name]
+        if encoded:
+            buffers = {suffix: read(f"weight{suffix}") for suffix in codec.layout(shape)}
+            check_buffers(codec, buffers, shape, f"{name}.weight")
+            if update is not None:
+                buffers = codec.encode(update.add_to(codec.decode(buffers, shape, torch.float32)))
+        else:
+            weight = read("weight")
+            buffers = codec.encode(weight if update is None else update.add_to(weight))
+        return {f"weight{suffix}": buffer for suffix, buffer in buffers.items()}
+
+    rewrite(base, draft, config, {*codecs, *updates}, tensors)

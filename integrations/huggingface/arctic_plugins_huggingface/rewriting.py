@@ -1,0 +1,92 @@
+"""Checkpoints that are rewritten file by file, so that memory is bounded by one file, without building a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from arctic_plugins.errors import CheckpointError, CodecError
+from arctic_plugins.provenance import FILE_NAME
+
+__all__ = ["INDEX", "Read", "named", "open_files", "rewrite"]
+
+INDEX = "model.safetensors.index.json"
+Read = Callable[[str], Tensor]
+"""``weight_scale`` -> that tensor of a module."""
+
+
+def open_files(source: Path, stack: ExitStack) -> dict[str, Any]:
+    """File name -> the open safetensors files of a checkpoint, for as long as ``stack`` lasts."""
+    files = {}
+    for path in sorted(source.glob("*.safetensors")):
+        try:
+            files[path.name] = stack.enter_context(safe_open(path, "pt"))
+        except Exception as error:  # safetensors raises an exception class of its own
+            raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
+    if not files:
+        raise CheckpointError(f"{source} has no safetensors files", fix="convert the checkpoint to safetensors")
+    return files
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put the module's name before a CodecError's text."""
+    try:
+        yield
+    except CodecError as error:
+        raise CodecError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
+
+
+def rewrite(
+    source: Path,
+    draft: Path,
+    config: Mapping[str, Any],
+    modules: Container[str],
+    tensors: Callable[[str, Read], Mapping[str, Tensor]],
+) -> None:
+    """Write every file of ``source`` into ``draft``: for ``modules`` what ``tensors(module, read)`` gives (part of the name -> tensor) in place of all
+    that is called after their weight, and ``config`` as ``config.json``; all else as it is.
+
+    Raises:
+        CheckpointError: a file cannot be read, or lacks a tensor.
+        CodecError: what ``tensors`` raises, with the module's name.
+    """
+    with ExitStack() as stack:
+        files = open_files(source, stack)
+        where = {key: file for file in files.values() for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+
+        def rewritten(key: str) -> Iterator[tuple[str, Tensor]]:
+            name, _, suffix = key.rpartition(".weight")
+            if name not in modules:
+                yield key, where[key].get_tensor(key)
+            elif not suffix:  # the module's other buffers come with its codes
+                with named(name):
+                    yield from ((f"{name}.{part}", tensor) for part, tensor in tensors(name, lambda part: _read(where, f"{name}.{part}")).items())
+
+        weight_map: dict[str, str] = {}
+        total = 0
+        for file_name, file in files.items():
+            here = {new: tensor for key in file.keys() for new, tensor in rewritten(key)}  # noqa: SIM118
+            save_file(here, draft / file_name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(here, file_name)
+            total += sum(tensor.nbytes for tensor in here.values())
+        if (source / INDEX).is_file():
+            (draft / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, FILE_NAME, "config.json"):
+            shutil.copy(path, draft / path.name)
+    (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _read(where: Mapping[str, Any], key: str) -> Tensor:
+    if key not in where:
+        raise CheckpointError(f"{key} is missing from the checkpoint", fix="the checkpoint is incomplete: make it again")
+    return where[key].get_tensor(key)
