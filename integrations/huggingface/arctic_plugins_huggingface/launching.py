@@ -6,6 +6,7 @@ torch's elastic agent (``torch.distributed.launcher``, read in torch 2.13) start
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import shutil
 import signal
@@ -56,14 +57,16 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             logs_specs=DefaultLogsSpecs(folder, redirects={rank: Std.ALL if rank else Std.ERR for rank in range(processes)}),
         )
         os.environ.update(_environment(processes))
+        for name in ("agent.server.api", "multiprocessing.api"):  # they repeat what the processes say
+            logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
         shown = _Shown(Path(folder))
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             shown.stop()
-            if rank:
-                _show_failure(rank, shown.errors(rank))
+            if rank or failure.exitcode < 0:
+                _show_failure(rank, shown.errors(rank) if rank else "", failure.exitcode)
             shown.rest()
             return failure.exitcode if failure.exitcode in (1, 2, 130) else 1
         except SignalException:
@@ -148,7 +151,10 @@ class _Shown:
             seen = self.errors(0)
 
 
-def _show_failure(rank: int, text: str) -> None:
+def _show_failure(rank: int, text: str, status: int) -> None:
     lines = text.rstrip().splitlines()[-_LINES:]
-    sys.stderr.write("".join(f"rank {rank}: {line}\n" for line in lines) or f"rank {rank} ended without a word\n")
+    if status < 0:
+        name = signal.Signals(-status).name
+        lines.append(f"ended by {name}{', as the system does when memory is short' if name == 'SIGKILL' else ''}")
+    sys.stderr.write("".join(f"rank {rank}: {line}\n" for line in lines) or f"rank {rank} ended with status {status}\n")
     sys.stderr.flush()

@@ -46,10 +46,10 @@ _OTHER_KINDS = (
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to one weight: ``scaling * up_NR @ down_RK``."""
+    """What is added to one weight: ``scaling * up [N, r] @ down [r, K]``."""
 
-    down_RK: Tensor
-    up_NR: Tensor
+    down: Tensor
+    up: Tensor
     scaling: float
 
     def add_to(self, weight_NK: Tensor) -> Tensor:
@@ -58,10 +58,10 @@ class Update:
         Raises:
             CodecError: the shapes do not fit, or the sum is not finite.
         """
-        shape = self.up_NR.shape[0], self.down_RK.shape[1]
+        shape = self.up.shape[0], self.down.shape[1]
         if tuple(weight_NK.shape) != shape:
             raise CodecError(f"the weight is {tuple(weight_NK.shape)} and the update {shape}", fix="the adapter is of another model")
-        merged = weight_NK.float().addmm(self.up_NR.float(), self.down_RK.float(), alpha=self.scaling)
+        merged = weight_NK.float().addmm(self.up.float(), self.down.float(), alpha=self.scaling)
         if not bool(merged.isfinite().all()):
             raise CodecError("the merged weight has NaN or Inf", fix="the adapter is damaged, or its training diverged")
         return merged
@@ -74,8 +74,8 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
     updates away, since the encoded weights lie on the grid to which the sum is rounded. From an encoded base there is no such weight, and the
     update is added to the decoded one. Sums are in float32.
 
-    Memory is bounded by the largest safetensors file of a base that is a directory, with LoRA or rsLoRA on linear modules. For a base that comes from the
-    hub, other adapters of PEFT, and stacks whose plugins change the model, the whole model is loaded.
+    Memory is bounded by the largest safetensors file of a base that is a directory, with LoRA or rsLoRA on linear modules. For a base that comes
+    from the hub, other adapters of PEFT, and stacks whose plugins change the model, the whole model is loaded.
 
     Raises:
         CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing, or does not fit its base.

@@ -52,8 +52,8 @@ def rewrite(
     modules: Container[str],
     tensors: Callable[[str, Read], Mapping[str, Tensor]],
 ) -> None:
-    """Write every file of ``source`` into ``draft``: for ``modules`` what ``tensors(module, read)`` gives (part of the name -> tensor) in place of all
-    that is called after their weight, and ``config`` as ``config.json``; all else as it is.
+    """Write every file of ``source`` into ``draft``: for ``modules`` what ``tensors(module, read)`` gives (part of the name -> tensor) in place of
+    all that is called after their weight, and ``config`` as ``config.json``; all else as it is.
 
     Raises:
         CheckpointError: a file cannot be read, or lacks a tensor.

@@ -260,6 +260,7 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
         "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it trains in bfloat16 without a GPU
         "include_num_input_tokens_seen": "non_padding",
+        "ddp_find_unused_parameters": False,  # every adapter is used in every step; the default looks for unused ones in each
         "eval_strategy": ("steps" if "eval_steps" in given else "epoch") if evaluates else "no",
         "packing_strategy": "bfd_split" if data.format == "text" else "bfd",
     }
@@ -324,8 +325,19 @@ def _resume_from(run: Run, output: Path, console: Console) -> Path | None:
         return None
     if read_provenance(start).sha256 != run.stack.sha256():
         raise ConfigError(f"{start} was made with other plugins or options than the recipe's", fix="give the recipe those of its arctic_plugins.json")
-    if not (start / "optimizer.pt").is_file():
-        raise CheckpointError(f"{start} has no optimizer.pt", expected="a checkpoint saved without training.save_only_model", fix="start anew")
+    deepspeed = bool(run.arguments.deepspeed)
+    state = "latest" if deepspeed else "optimizer.pt"  # DeepSpeed keeps the optimizer in a directory of its own, which this file names
+    if not (start / state).is_file():
+        other = "optimizer.pt" if deepspeed else "latest"
+        if (start / other).is_file():
+            raise ConfigError(f"{start} was made {'without' if deepspeed else 'with'} DeepSpeed", fix="set training.deepspeed as it was then")
+        raise CheckpointError(f"{start} has no {state}", expected="a checkpoint saved without training.save_only_model", fix="start anew")
+    if deepspeed and (found := len(list(start.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))) not in (0, run.arguments.world_size):
+        raise ConfigError(
+            f"{start} was made by {found} processes, and this run has {run.arguments.world_size}",
+            expected="the same number, with DeepSpeed",
+            fix=f"--nproc {found}",
+        )
     return start
 
 
