@@ -88,7 +88,7 @@ def launch_on_hosts(arguments: Sequence[str], hostfile: str) -> int:
         raise ConfigError(f"--hostfile {hostfile} does not exist", expected="a file with lines of 'host slots=8'", fix="correct the path")
     if shutil.which("deepspeed", path=_path()) is None:
         raise ConfigError("--hostfile needs DeepSpeed's launcher, which is not installed", fix="pip install deepspeed, or use --nproc or torchrun")
-    command = ["-m", "deepspeed.launcher.runner", "--hostfile", hostfile, "--module", "arctic_plugins.cli", *arguments]
+    command = ["-m", "deepspeed.launcher.runner", "--hostfile", hostfile, "--no_local_rank", "--module", "arctic_plugins.cli", *arguments]
     environment = {**os.environ, **_environment(None)}
     return subprocess.run([sys.executable, *command], check=False, env=environment).returncode
 

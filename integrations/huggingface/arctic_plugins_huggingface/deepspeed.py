@@ -1,0 +1,266 @@
+"""Checkpoints of DeepSpeed's ``OptimizedLinear`` LoRA, as the original stack trained them, to PEFT adapters and merged checkpoints.
+
+The layout is that which the stack's own converter reads. ``<step>/mp_rank_00_model_states.pt`` holds, under ``module``, every tensor but the frozen
+weights, ``X.lora_weight_1.weight [r, K]`` and ``X.lora_weight_2.weight [N, r]`` among them; ``<step>/lora_optimized_linear_sharding_rank_R.pt``
+holds process R's part of every frozen weight, ``X.weight [N, K / processes]``, to be put side by side. DeepSpeed's own class
+(``deepspeed/linear/optimized_linear.py``, 0.19.8) cuts the flattened weight instead: parts of one dimension are put one behind the other. A mixture
+has ``layer_L_expert_E_mp_rank_00_model_states.pt`` for each expert.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor
+
+from arctic_plugins.errors import CheckpointError, CodecError
+from arctic_plugins.provenance import read_json, write_provenance
+from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.merging import Update
+from arctic_plugins_huggingface.rewriting import INDEX, named
+from arctic_plugins_huggingface.saving import SHARD_SIZE, staged
+
+__all__ = ["Scaling", "convert_deepspeed"]
+
+Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
+
+_STATES = "mp_rank_00_model_states.pt"
+_SHARD = re.compile(r"lora_optimized_linear_sharding_rank_(\d+)\.pt")
+_EXPERT = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
+_RENAMED = (
+    ("block_sparse_moe.mlp.deepspeed_moe.gate.wg.", "block_sparse_moe.gate."),
+    ("block_sparse_moe.mlp.deepspeed_moe.experts.deepspeed_experts.", "block_sparse_moe.experts."),
+)
+_OURS = ("ds_lora", "ds_quantization", "use_deepspeed_moe_implementation", "moe_expert_parallel_size")
+"""Keys of ``config.json`` that only the original stack read."""
+
+
+def convert_deepspeed(
+    checkpoint: str | Path,
+    directory: str | Path,
+    *,
+    scaling: Scaling = "alpha/r",
+    alpha: float | None = None,
+    base: str | None = None,
+) -> list[str]:
+    """Write a DeepSpeed LoRA checkpoint as a merged checkpoint, or with ``base`` as a PEFT adapter on that model.
+
+    Args:
+        checkpoint: the directory of a step, or the one above it (whose ``latest`` names a step).
+        directory: a new directory.
+        scaling: what updates are multiplied by: ``alpha/r`` in DeepSpeed, ``alpha/sqrt(r)`` in the converter of the original stack.
+        alpha: numerator of the scaling; default: ``ds_lora.lora_alpha`` of ``config.json``.
+        base: the model that was trained, a directory or hub id.
+
+    Returns:
+        Lines that say what was found.
+
+    Raises:
+        CheckpointError: a file is missing, or no pickle of tensors alone; tensors do not fit together; alpha is not known.
+        CodecError: a merged weight holds NaN or Inf; names the module.
+        ConfigError: ``directory`` exists and is not empty.
+    """
+    source = _Source.find(Path(checkpoint))
+    updates = source.updates(scaling, alpha)
+    found = [f"{source.step}: {len(updates)} updates of rank {source.rank}, scaled by {source.factor(scaling, alpha):g} ({scaling})"]
+    with staged(directory) as draft:
+        if base is None:
+            source.write_merged(draft, updates)
+            found.append(f"{len(source.shards)} parts of the frozen weights were put together")
+        else:
+            source.write_adapter(draft, updates, base, use_rslora=scaling != "alpha/r", alpha=source.alpha(alpha))
+        for path in [*source.top.glob("tokenizer*"), *source.top.glob("special_tokens_map.json"), *source.top.glob("*.jinja")]:
+            shutil.copy(path, draft / path.name)
+        write_provenance(draft, Stack())
+    return found
+
+
+@dataclass(frozen=True)
+class _Source:
+    top: Path
+    """Where ``config.json`` is."""
+    step: Path
+
+    @classmethod
+    def find(cls, path: Path) -> _Source:
+        """The step in, or at, ``path``."""
+        step = path
+        if not (path / _STATES).is_file():
+            latest = (path / "latest").read_text().strip() if (path / "latest").is_file() else None
+            steps = sorted((found.parent for found in path.glob(f"*/{_STATES}")), key=lambda found: (len(found.name), found.name))
+            if not steps:
+                raise CheckpointError(f"{path} has no {_STATES}", expected="a DeepSpeed checkpoint, or a step of it", fix="correct the path")
+            step = path / latest if latest and (path / latest / _STATES).is_file() else steps[-1]
+        top = next((folder for folder in (step, step.parent) if (folder / "config.json").is_file()), None)
+        if top is None:
+            raise CheckpointError(f"neither {step} nor its parent has a config.json", fix="copy the model's beside the steps")
+        return cls(top, step)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        return read_json(self.top / "config.json")
+
+    @cached_property
+    def module(self) -> dict[str, Tensor]:
+        return _tensors(self.step / _STATES, key="module")
+
+    @cached_property
+    def shards(self) -> list[dict[str, Tensor]]:
+        numbered = {int(match[1]): path for path in self.step.iterdir() if (match := _SHARD.fullmatch(path.name))}
+        if sorted(numbered) != list(range(len(numbered))):
+            raise CheckpointError(f"{self.step} has the parts {sorted(numbered)}", expected="all from 0", fix="copy the missing files")
+        parts = [_tensors(numbered[rank]) for rank in range(len(numbered))]
+        if any(part.keys() != parts[0].keys() for part in parts):
+            raise CheckpointError(f"the files lora_optimized_linear_sharding_rank_*.pt of {self.step} hold different weights", fix="copy them again")
+        return parts
+
+    @cached_property
+    def everything(self) -> dict[str, Tensor]:
+        """Every tensor but the frozen weights that are spread over processes."""
+        found = dict(self.module)
+        for path in self.step.iterdir():
+            if _EXPERT.fullmatch(path.name):
+                found |= _tensors(path)
+        return found
+
+    @property
+    def rank(self) -> int:
+        return min(tensor.shape[0] for name, tensor in self.everything.items() if name.endswith(".lora_weight_1.weight"))
+
+    def alpha(self, given: float | None) -> float:
+        known = given if given is not None else (self.config.get("ds_lora") or {}).get("lora_alpha")
+        if not isinstance(known, (int, float)):
+            raise CheckpointError(f"{self.top}/config.json has no ds_lora.lora_alpha", expected="the alpha of training", fix="give it with --alpha")
+        return float(known)
+
+    def factor(self, scaling: Scaling, alpha: float | None) -> float:
+        return self.alpha(alpha) / (self.rank if scaling == "alpha/r" else math.sqrt(self.rank))
+
+    def updates(self, scaling: Scaling, alpha: float | None) -> dict[str, Update]:
+        """Module (its name in the original stack) -> what is added to its weight."""
+        pairs = {
+            name.removesuffix(".lora_weight_1.weight"): (down, self.everything.get(name.replace(".lora_weight_1.", ".lora_weight_2.")))
+            for name, down in self.everything.items()
+            if name.endswith(".lora_weight_1.weight")
+        }
+        if not pairs:
+            raise CheckpointError(f"{self.step} has no lora_weight_1", expected="a checkpoint of DeepSpeed's OptimizedLinear with LoRA")
+        found = {}
+        for module, (down, up) in pairs.items():
+            if up is None or down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or down.shape[0] != self.rank:
+                second = None if up is None else tuple(up.shape)
+                raise CheckpointError(
+                    f"{module} has lora_weight_1 {tuple(down.shape)} and lora_weight_2 {second}", expected=f"[{self.rank}, K] and [N, {self.rank}]"
+                )
+            found[module] = Update(down, up, self.factor(scaling, alpha))
+        return found
+
+    def weight(self, name: str, update: Update) -> Tensor:
+        """The frozen weight ``name``, ``[N, K]``, of its parts."""
+        parts = [shard[name] for shard in self.shards if name in shard]
+        shape = update.up.shape[0], update.down.shape[1]
+        if not parts and name in self.everything:
+            parts = [self.everything[name]]
+        if not parts:
+            raise CheckpointError(f"{name} is in no file of {self.step}", fix="copy the files lora_optimized_linear_sharding_rank_*.pt")
+        whole = torch.cat(parts, dim=1) if parts[0].dim() == 2 else torch.cat(parts).view(-1)
+        if whole.numel() != math.prod(shape) or (whole.dim() == 2 and tuple(whole.shape) != shape):
+            raise CheckpointError(f"the parts of {name} make {tuple(whole.shape)}", expected=str(shape), fix="copy the missing files")
+        return whole.view(shape)
+
+    def write_merged(self, draft: Path, updates: Mapping[str, Update]) -> None:
+        """Weight by weight into safetensors files; memory is bounded by one of them."""
+        changed = {f"{module}.weight": update for module, update in updates.items()}
+        dtype = next(iter(updates.values())).up.dtype
+        whole = {_renamed(name): name for name in [*(name for name in self.everything if ".lora_weight_" not in name), *changed]}
+        sizes = {
+            new: torch.empty((changed[name].up.shape[0], changed[name].down.shape[1]), dtype=dtype, device="meta")
+            if name in changed
+            else torch.empty_like(self.everything[name], device="meta")
+            for new, name in whole.items()
+        }
+        split = split_torch_state_dict_into_shards(sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE)
+        for file_name, names in split.filename_to_tensors.items():
+            save_file({new: self._merged(whole[new], changed) for new in names}, draft / file_name, metadata={"format": "pt"})
+        if split.is_sharded:
+            (draft / INDEX).write_text(json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2))
+        config = {key: value for key, value in self.config.items() if key not in _OURS}
+        (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if (self.top / "generation_config.json").is_file():
+            shutil.copy(self.top / "generation_config.json", draft)
+
+    def _merged(self, name: str, changed: Mapping[str, Update]) -> Tensor:
+        if name not in changed:
+            return self.everything[name].clone()  # a view of a file may share memory, which safetensors refuses
+        with named(name.removesuffix(".weight")):
+            weight = self.weight(name, changed[name])
+            if not weight.is_floating_point():
+                raise CodecError(f"the frozen weight is {weight.dtype}, quantized", fix="convert to an adapter, with --base")
+            return changed[name].add_to(weight).to(weight.dtype)
+
+    def write_adapter(self, draft: Path, updates: Mapping[str, Update], base: str, *, use_rslora: bool, alpha: float) -> None:
+        """As PEFT saves a LoRA adapter."""
+        tensors = dict(_halves(updates))
+        targets = sorted({_renamed(f"{module}.").rstrip(".").rpartition(".")[2] for module in updates})
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it by r, an integer or not
+            target_modules=targets,
+            use_rslora=use_rslora,
+            base_model_name_or_path=base,
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+        )
+        save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(str(draft))
+
+
+def _halves(updates: Mapping[str, Update]) -> Iterator[tuple[str, Tensor]]:
+    for module, update in updates.items():
+        name = _renamed(f"{module}.").rstrip(".")
+        yield f"base_model.model.{name}.lora_A.weight", update.down.clone()
+        yield f"base_model.model.{name}.lora_B.weight", update.up.clone()
+
+
+def _renamed(name: str) -> str:
+    for old, new in _RENAMED:
+        name = name.replace(old, new)
+    return name
+
+
+def _tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a pickle, mapped from the file; nothing in it is executed.
+
+    Raises:
+        CheckpointError: it is damaged, or needs more than tensors, numbers, texts and containers.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError as error:
+        line = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error).splitlines()[0])
+        raise CheckpointError(
+            f"{path} is a pickle that wants to run code: {line[:200]}",
+            expected="tensors, numbers, texts and containers only",
+            fix="if you trust it, save its 'module' alone with the torch that wrote it",
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}", fix="copy it again") from error
+    if key is not None and isinstance(content, Mapping):
+        content = content.get(key)
+    if not isinstance(content, Mapping) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        where = f"'{key}' of {path}" if key else str(path)
+        raise CheckpointError(f"{where} is not a mapping of names to tensors", expected="a DeepSpeed checkpoint", fix="correct the path")
+    return dict(content)
