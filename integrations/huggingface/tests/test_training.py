@@ -145,6 +145,14 @@ def test_a_recipe_trains_merges_and_answers(tiny_checkpoint, tmp_path):
     assert len(answers) == 2
 
 
+@pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "paged_adamw_8bit"])
+def test_optimizers_of_bitsandbytes(tiny_checkpoint, tmp_path, optimizer):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    result = train(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint, training__optim=optimizer, training__max_steps=12)))
+    found = [entry["loss"] for entry in result.history if "loss" in entry]
+    assert found[-1] < found[0] - 0.5
+
+
 def test_an_encoded_base_is_read_through_once_before_it_is_loaded(tiny_checkpoint, tmp_path, monkeypatch):
     import arctic_plugins_huggingface.checkpoints as checkpoints
     from arctic_plugins_huggingface import save_checkpoint
