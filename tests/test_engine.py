@@ -170,6 +170,7 @@ def test_mixtures_of_experts(mixtures, cache):
     same_as_transformers(run({"enforce_eager": True}, models=models, cache=cache), models)
 
 
+@pytest.mark.slow
 def test_a_mixture_encoded_on_the_fly_and_compiled(mixtures, cache):
     plain, _ = mixtures["mixtral"]
     overrides = on_the_fly(str(plain), Stack.from_dict({"fp8": SPLIT}))
@@ -187,6 +188,7 @@ def test_tensor_parallel_on_two_processes(tiny_checkpoint, mixtures, tmp_path, c
     same_as_transformers(run(TWO, models=models, cache=cache, **TWO_PROCESSES), models)
 
 
+@pytest.mark.slow
 def test_experts_on_two_processes(mixtures, cache):
     """Expert parallel: each has half of the experts."""
     plain, _ = mixtures["mixtral"]
@@ -214,6 +216,7 @@ def test_deepspeedfp_is_read_as_it_is_converted(tmp_path, cache):
 BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format_name", "dtype", "tolerance"), [("fp8-block", "bfloat16", 0.1), ("compressed-tensors", "float32", 1e-3)])
 def test_stock_vllm_reads_what_is_exported(tmp_path, cache, format_name, dtype, tolerance):
     """Without this project: no plugin is loaded. vLLM 0.32 computes fp8 blocks in bfloat16 only, has on CPU no kernel for compressed-tensors of which

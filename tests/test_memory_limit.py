@@ -12,6 +12,7 @@ from arctic_plugins_huggingface import load_model, save_checkpoint
 from arctic_plugins import Stack
 from arctic_plugins.testing import tiny_llama
 
+pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "offload.py"
 LIMIT = 1_250_000_000
 """Less than the base in bfloat16 (1,027 MB) and what Python and its libraries allocate (350 MB)."""

@@ -7,37 +7,81 @@ import sys
 from pathlib import Path
 
 import pytest
+from arctic_plugins_huggingface import last_checkpoint
 from safetensors.torch import load_file
 
 from arctic_plugins.provenance import FILE_NAME
 
 PLUGINS = {"fp8": {"group_size": 64}, "lora": {"r": 4, "alpha": 8}}
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+ACCELERATE = (
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",  # which starts torchrun; --cpu would start MPI, or one process without it
+    "--num_machines",
+    "1",
+    "--mixed_precision",
+    "no",
+    "--dynamo_backend",
+    "no",
+    "--num_processes",
+)
 
 
-def train(processes, checkpoint, directory, *, batch, checkpointing):
+def start(processes, checkpoint, directory, *, batch, checkpointing=False, plugins=PLUGINS, launcher=TORCHRUN, kill=None):
     arguments = [
         str(Path(__file__).with_name("train_script.py")),
         str(checkpoint),
         str(directory / "losses.json"),
-        *("--output_dir", str(directory), "--use_cpu", "--report_to", "none", "--disable_tqdm", "True", "--plugins", json.dumps(PLUGINS)),
-        *("--max_steps", "4", "--save_steps", "4", "--logging_steps", "1", "--learning_rate", "1e-2", "--per_device_train_batch_size", str(batch)),
+        *("--output_dir", str(directory), "--use_cpu", "--report_to", "none", "--disable_tqdm", "True", "--plugins", json.dumps(plugins)),
+        *("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-2", "--per_device_train_batch_size", str(batch)),
         *("--gradient_checkpointing", str(checkpointing), "--train_sampling_strategy", "sequential"),
     ]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
-    directory.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launcher, *arguments], capture_output=True, text=True, check=False, timeout=300, env=environment)
+    launch = [*launcher, str(processes)] if processes > 1 else []
+    directory.mkdir(exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"KILL": json.dumps(kill)} if kill else {})}
+    return subprocess.run([sys.executable, *launch, *arguments], capture_output=True, text=True, check=False, timeout=300, env=environment)
+
+
+def train(processes, checkpoint, directory, **options):
+    done = start(processes, checkpoint, directory, **options)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (directory / "checkpoint-4" / FILE_NAME).is_file()
     return json.loads((directory / "losses.json").read_text()), load_file(directory / "checkpoint-4" / "adapter_model.safetensors")
 
 
+def assert_same(one, other):
+    (losses_of_one, one), (losses_of_other, other) = one, other
+    assert losses_of_one == pytest.approx(losses_of_other, rel=1e-4)
+    for name, tensor in one.items():
+        difference = (tensor - other[name]).abs().max()
+        assert difference <= 2e-3, f"{name} differs by {difference}"  # Adam turns rounding in a tiny gradient into a step of its own size
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_processes_train_like_one(tiny_checkpoint, tmp_path, checkpointing):
-    one, adapter_of_one = train(1, tiny_checkpoint, tmp_path / "one", batch=4, checkpointing=checkpointing)
-    two, adapter_of_two = train(2, tiny_checkpoint, tmp_path / "two", batch=2, checkpointing=checkpointing)
-    assert one == pytest.approx(two, rel=1e-4)
-    assert one[0] - one[-1] > 0.5
-    for name, tensor in adapter_of_one.items():
-        difference = (tensor - adapter_of_two[name]).abs().max()
-        assert difference <= 2e-3, f"{name} differs by {difference}"  # Adam turns rounding in a tiny gradient into a step of its own size
+    one = train(1, tiny_checkpoint, tmp_path / "one", batch=4, checkpointing=checkpointing)
+    two = train(2, tiny_checkpoint, tmp_path / "two", batch=2, checkpointing=checkpointing)
+    assert_same(one, two)
+    assert one[0][0] - one[0][-1] > 0.5
+
+
+def test_shards_of_two_and_four_processes_train_like_one(tiny_checkpoint, tmp_path):
+    one = train(1, tiny_checkpoint, tmp_path / "one", batch=4)
+    sharded = {**PLUGINS, "shard": {}}
+    assert_same(one, train(2, tiny_checkpoint, tmp_path / "two", batch=2, plugins=sharded, launcher=ACCELERATE))
+    assert_same(one, train(4, tiny_checkpoint, tmp_path / "four", batch=1, plugins={**PLUGINS, "shard": {"group_size": 2}}))
+    offloaded = {**sharded, "offload": {"to": "disk", "ratio": 0.5, "path": str(tmp_path / "files")}}
+    assert_same(one, train(2, tiny_checkpoint, tmp_path / "offloaded", batch=2, plugins=offloaded, checkpointing=True))
+
+
+@pytest.mark.parametrize("ranks", [[0], [1], [0, 1]])
+def test_ranks_that_are_killed_within_a_save(tiny_checkpoint, tmp_path, ranks):
+    whole = train(1, tiny_checkpoint, tmp_path / "whole", batch=4)
+    options = {"batch": 2, "plugins": {**PLUGINS, "shard": {}}}
+    assert start(2, tiny_checkpoint, tmp_path / "run", kill=(4, ranks), **options).returncode != 0
+    newest, ignored = last_checkpoint(tmp_path / "run")
+    assert newest == tmp_path / "run" / "checkpoint-2"
+    assert len(ignored) == 1
+    assert "checkpoint-4 is not complete" in ignored[0]
+    assert_same(whole, train(2, tiny_checkpoint, tmp_path / "run", **options))

@@ -1,13 +1,27 @@
 """Run by `torchrun` (or plain Python): fine-tunes a checkpoint as a user's own script would and writes the losses."""
 
 import json
+import os
+import signal
 import sys
 
 import torch
-from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model
-from transformers import HfArgumentParser, Trainer
+from arctic_plugins_huggingface import ArcticTrainingArguments, attach, last_checkpoint, load_model
+from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 from arctic_plugins import Stack
+
+
+class Killed(TrainerCallback):
+    """Kills the processes of these ranks within the save of a step, before the checkpoint is complete."""
+
+    def __init__(self, step, ranks):
+        self.step, self.ranks = step, ranks
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index in self.ranks:
+            os.kill(os.getpid(), signal.SIGKILL)
+
 
 if __name__ == "__main__":
     checkpoint, losses_file, *arguments = sys.argv[1:]
@@ -16,8 +30,10 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model, _ = load_model(checkpoint, stack)
     texts = [torch.arange(24) % 3 + 20 + row % 4 for row in range(32)]
-    trainer = attach(Trainer(model=model, args=args, train_dataset=[{"input_ids": ids, "labels": ids} for ids in texts]), stack)
-    trainer.train()
+    callbacks = [Killed(*json.loads(os.environ["KILL"]))] if "KILL" in os.environ else []
+    rows = [{"input_ids": ids, "labels": ids} for ids in texts]
+    trainer = attach(Trainer(model=model, args=args, train_dataset=rows, callbacks=callbacks), stack)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir)[0])
     if trainer.is_world_process_zero():
         with open(losses_file, "w") as file:
             json.dump([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], file)

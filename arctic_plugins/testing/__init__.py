@@ -1,9 +1,11 @@
 """For plugin authors: checks that a part keeps the contract, and small real models to try it on.
 
-``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec` needs torch, :func:`tiny_model` transformers.
+``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec` and :func:`check_placement` need torch, :func:`tiny_model`
+transformers.
 """
 
 from arctic_plugins.testing.codecs import check_codec
 from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, tiny_llama, tiny_model
+from arctic_plugins.testing.placements import check_placement
 
-__all__ = ["LLAMA_LIKE", "MIXTURES", "check_codec", "tiny_llama", "tiny_model"]
+__all__ = ["LLAMA_LIKE", "MIXTURES", "check_codec", "check_placement", "tiny_llama", "tiny_model"]

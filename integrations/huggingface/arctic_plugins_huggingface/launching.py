@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -118,7 +119,7 @@ def _path() -> str:
 
 
 class _Shown:
-    """Shows the first process's standard error, a moment after it was written: what another one's failure causes in it comes after that."""
+    """Shows the first process's standard error as it comes, but the error that ends it only in :meth:`rest`: another one's may have caused it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._position, self._done = folder, 0, threading.Event()
@@ -142,13 +143,13 @@ class _Shown:
     def _show(self, text: str) -> None:
         sys.stderr.write(text[self._position :])
         sys.stderr.flush()
-        self._position = len(text)
+        self._position = max(self._position, len(text))
 
     def _follow(self) -> None:
-        seen = ""
-        while not self._done.wait(1.0):
-            self._show(seen)
-            seen = self.errors(0)
+        while not self._done.wait(0.5):
+            text = self.errors(0)
+            end = re.search(r"^(arctic: |Traceback )", text, re.MULTILINE)
+            self._show(text if end is None else text[: end.start()])
 
 
 def _show_failure(rank: int, text: str, status: int) -> None:

@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins.errors import CheckpointError, ConfigError, Interrupted, suggest
-from arctic_plugins.provenance import FILE_NAME, check_files, read_provenance
+from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, reason
 from arctic_plugins_huggingface.data import DataCounts, TrainingData, check_source, load_data
@@ -323,7 +323,8 @@ def _resume_from(run: Run, output: Path, console: Console) -> Path | None:
     if start is None:
         console.print(f"{output} has no complete checkpoint: training starts from the beginning", highlight=False, soft_wrap=True)
         return None
-    if read_provenance(start).sha256 != run.stack.sha256():
+    # Where weights are kept changes no number: a run may go on with another placement, or on another number of machines.
+    if Stack.from_checkpoint(start).without("placement").sha256() != run.stack.without("placement").sha256():
         raise ConfigError(f"{start} was made with other plugins or options than the recipe's", fix="give the recipe those of its arctic_plugins.json")
     deepspeed = bool(run.arguments.deepspeed)
     state = "latest" if deepspeed else "optimizer.pt"  # DeepSpeed keeps the optimizer in a directory of its own, which this file names

@@ -80,6 +80,8 @@ def choose(nbytes: Mapping[str, int], options: OffloadConfig) -> list[str]:
         missing = wanted - size
         if missing <= 0 or (options.budget is None and missing < nbytes[name] / 2):
             break
+        if options.budget is not None and options.select == "largest":  # the last one need not be larger than what is missing
+            name = min((other for other in order if other not in chosen and nbytes[other] >= missing), key=lambda other: nbytes[other], default=name)
         chosen.add(name)
         size += nbytes[name]
     return [name for name in nbytes if name in chosen]

@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_huggingface import load_model, save_checkpoint
 from arctic_plugins_offload import plugin as offload
 from arctic_plugins_offload.config import OffloadConfig
 from arctic_plugins_offload.disk import DiskStore
-from arctic_plugins_offload.placement import choose
+from arctic_plugins_offload.placement import OffloadPlacement, choose
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import ClaimError, ConfigError, UserError
-from arctic_plugins.frozen import FrozenModule
+from arctic_plugins.frozen import FrozenLinear, FrozenModule
+from arctic_plugins.testing import check_placement
 
 IDS = torch.arange(10, 42)[None]
 SIZES = {"0.q": 10, "0.up": 40, "1.q": 10, "1.up": 40, "2.q": 10, "2.up": 40, "3.q": 10, "3.up": 40}
@@ -45,7 +47,10 @@ def resident(*buffers):
         ({"ratio": 0.8}, ["0.up", "1.up", "2.up", "3.up"]),
         ({"ratio": 0.5, "select": "in_order"}, ["0.q", "0.up", "1.q", "1.up"]),
         ({"budget": 200}, []),
-        ({"budget": 199}, ["0.up"]),
+        ({"budget": 199}, ["0.q"]),
+        ({"budget": 199, "select": "in_order"}, ["0.q"]),
+        ({"budget": 130}, ["0.up", "2.up"]),
+        ({"budget": 150}, ["0.q", "0.up"]),
         ({"budget": 100}, ["0.up", "1.up", "2.up"]),
         ({"budget": 0}, list(SIZES)),
     ],
@@ -133,6 +138,24 @@ def test_what_comes_next_is_read_ahead_and_no_more(tmp_path):
             assert resident(weights[following].export()[""]) >= 1 << 20
             others = [weight.export()[""] for other, weight in enumerate(weights) if other not in (index, following)]
             assert resident(*others) == 0
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+def test_both_stores_keep_the_contract(tmp_path, where):
+    options = {"to": where, **({"path": str(tmp_path)} if where == "disk" else {})}
+    check_placement(lambda: OffloadPlacement(OffloadConfig(**options), tmp_path))
+
+
+def test_a_module_that_is_used_twice_in_one_pass(tmp_path):
+    def run(placement):
+        torch.manual_seed(0)
+        layer = FrozenLinear(64, 64, bias=False, codec=FP8Codec(), placement=placement)
+        layer.encode(torch.randn(64, 64) / 8)
+        x = torch.randn(4, 64, requires_grad=True)
+        layer(layer(layer(x)).relu()).square().sum().backward()
+        return x.grad
+
+    assert torch.equal(run(None), run(OffloadPlacement(OffloadConfig(to="disk", path=str(tmp_path)), tmp_path)))
 
 
 def test_training_under_checkpointing_evaluation_and_generation(tiny_checkpoint, tmp_path):
