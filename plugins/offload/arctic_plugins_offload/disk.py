@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
-import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from safetensors import SafetensorError
@@ -49,7 +49,7 @@ class DiskStore:
         Raises:
             UserError: the file cannot be written.
         """
-        path = self.directory / f"{os.getpid()}-{len(self.weights)}.safetensors"
+        path = self.directory / f"{uuid4().hex}.safetensors"  # other processes, of other machines too, may write here
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             save_file({f"weight{suffix}": buffer.detach().contiguous() for suffix, buffer in buffers.items()}, path)
