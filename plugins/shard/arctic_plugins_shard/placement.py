@@ -46,8 +46,9 @@ class _Gathered:
 class ShardPlacement(Placement):
     """Keeps a part of every weight in this process, and gathers the parts of all when a weight is leased.
 
-    Every gather is preceded by one of the weight's number, so that processes that are at different modules find out instead of waiting for each
-    other. All collectives are issued by one thread, in the order of leases, with what was leased next the last time issued ahead.
+    Every gather is preceded by one of two numbers, of the weight and of the one that is computed with, so that processes that are at different
+    modules find out instead of waiting for each other. All collectives are issued by one thread, in the order of leases, with what was leased next
+    the last time issued ahead.
     """
 
     def __init__(self, options: ShardConfig) -> None:
@@ -58,7 +59,7 @@ class ShardPlacement(Placement):
         self._numbers: dict[int, str] = {}
         self._control: dist.ProcessGroup | None = None
         self._data: dist.ProcessGroup | None = None
-        self._work: SimpleQueue[tuple[Future[_Gathered], ShardedWeight, torch.device] | None] = SimpleQueue()
+        self._work: SimpleQueue[tuple[Future[_Gathered], ShardedWeight, torch.device, ShardedWeight] | None] = SimpleQueue()
         self._worker: threading.Thread | None = None
         self._ahead: dict[ShardedWeight, Future[_Gathered]] = {}
         self._spare: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
@@ -123,9 +124,9 @@ class ShardPlacement(Placement):
         """
         with self._lock:
             self.order.leased(weight.name)
-            future = self._take(weight, device)
+            future = self._take(weight, device, weight)
             upcoming = [other for name in self.order.upcoming(self.options.prefetch) if (other := self.weights.get(name)) is not None]
-            ahead = {other: self._take(other, device) for other in upcoming}
+            ahead = {other: self._take(other, device, weight) for other in upcoming}
             for unexpected in self._ahead.values():  # gathered by all processes alike; nobody needs it
                 unexpected.add_done_callback(self._give_back)
             self._ahead = ahead
@@ -146,25 +147,25 @@ class ShardPlacement(Placement):
         if not future.cancelled() and future.exception() is None:
             self.release(future.result())
 
-    def _take(self, weight: ShardedWeight, device: torch.device) -> Future[_Gathered]:
-        """The gather that was begun ahead of time, or a new one."""
-        return self._ahead.pop(weight) if weight in self._ahead else self._submit(weight, device)
+    def _take(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> Future[_Gathered]:
+        """The gather that was begun ahead of time, or a new one, begun when ``at`` is leased."""
+        return self._ahead.pop(weight) if weight in self._ahead else self._submit(weight, device, at)
 
-    def _submit(self, weight: ShardedWeight, device: torch.device) -> Future[_Gathered]:
+    def _submit(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> Future[_Gathered]:
         if self._worker is None:
             # A daemon: a process that failed must end although the gather that it had begun never will.
             self._worker = threading.Thread(target=self._run, name="arctic-shard", daemon=True)
             self._worker.start()
             atexit.register(self._stop)
         future: Future[_Gathered] = Future()
-        self._work.put((future, weight, device))
+        self._work.put((future, weight, device, at))
         return future
 
     def _run(self) -> None:
         while (task := self._work.get()) is not None:
-            future, weight, device = task
+            future, weight, device, at = task
             try:
-                future.set_result(self._collect(weight, device))
+                future.set_result(self._collect(weight, device, at))
             except Exception as error:  # raised where the weight is leased
                 future.set_exception(error)
 
@@ -175,8 +176,8 @@ class ShardPlacement(Placement):
         self._worker.join(timeout=10)
 
     @torch.no_grad()
-    def _collect(self, weight: ShardedWeight, device: torch.device) -> _Gathered:
-        self._agree(weight)
+    def _collect(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> _Gathered:
+        self._agree(weight, at)
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), weight.part(device) as part:
@@ -186,9 +187,10 @@ class ShardPlacement(Placement):
             all_gather(flat, part, group=self._data)
             return _Gathered(flat, self._stream.record_event() if self._stream is not None else None)
 
-    def _agree(self, weight: ShardedWeight) -> None:
-        mine = torch.tensor([weight.number])
-        everyones = torch.empty(self.size, dtype=torch.int64)
+    def _agree(self, weight: ShardedWeight, at: ShardedWeight) -> None:
+        """Check that all processes gather ``weight`` now, and that they are computing with ``at``."""
+        mine = torch.tensor([at.number, weight.number])
+        everyones = torch.empty(2 * self.size, dtype=torch.int64)
         try:
             all_gather(everyones, mine, group=self._control)
         except RuntimeError as error:
@@ -197,11 +199,12 @@ class ShardPlacement(Placement):
                 expected="every process to compute with the same modules in the same order",
                 fix="look for what one process skips, or at the error of the process that stopped",
             ) from error
-        for rank, number in enumerate(everyones.tolist()):
-            if number != weight.number:
+        for rank, theirs in enumerate(everyones.view(self.size, 2).tolist()):
+            if theirs != mine.tolist():
+                own, other = (at.number, theirs[0]) if theirs[0] != at.number else (weight.number, theirs[1])
                 first = dist.get_rank() - self.rank
                 raise ShardError(
-                    f"rank {dist.get_rank()} is at {weight.name} while rank {first + rank} is at {self._numbers.get(number, 'another model')}",
+                    f"rank {dist.get_rank()} is at {self._numbers[own]} while rank {first + rank} is at {self._numbers.get(other, 'another model')}",
                     expected="every process to compute with the same modules in the same order",
                     fix="look for what one process skips",
                 )

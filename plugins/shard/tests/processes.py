@@ -49,9 +49,10 @@ def compare_logits(checkpoint):
     say({"equal": equal, "kept": 2 * sum(kept) * 0.95, "whole": sum(sizes), "weights": 2 * len(sizes)})
 
 
-def skip(checkpoint):
-    model, _ = load(checkpoint, {"fp8": {}, "shard": {"timeout": 60, "prefetch": 0}})
-    logits(model)
+def skip(checkpoint, prefetch):
+    model, _ = load(checkpoint, {"fp8": {}, "shard": {"timeout": 60, "prefetch": int(prefetch)}})
+    for _ in range(3):
+        logits(model)
     if dist.get_rank() == 1:
         layer = model.model.layers[0].mlp.gate_proj
         layer.forward = lambda x: x.new_zeros(*x.shape[:-1], layer.out_features)

@@ -44,11 +44,13 @@ def test_logits_are_bitwise_those_of_one_process(processes, tiny_checkpoint):
     assert len(out.splitlines()) == 5 * processes
 
 
-def test_a_module_that_one_process_skips_is_named(tiny_checkpoint):
-    status, _, err = run(2, "skip", tiny_checkpoint)
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_a_module_that_one_process_skips_is_named(tiny_checkpoint, prefetch):
+    status, _, err = run(2, "skip", tiny_checkpoint, prefetch)
     assert status != 0
-    assert "rank 0 is at model.layers.0.mlp.gate_proj.weight while rank 1 is at model.layers.0.mlp.up_proj.weight" in err
-    assert "rank 1 is at model.layers.0.mlp.up_proj.weight while rank 0 is at model.layers.0.mlp.gate_proj.weight" in err
+    later = "down" if prefetch == 3 else "up"  # what was gathered ahead is used before the others are asked again
+    assert f"rank 0 is at model.layers.0.mlp.gate_proj.weight while rank 1 is at model.layers.0.mlp.{later}_proj.weight" in err
+    assert f"rank 1 is at model.layers.0.mlp.{later}_proj.weight while rank 0 is at model.layers.0.mlp.gate_proj.weight" in err
 
 
 def test_a_process_that_waits_too_long_says_for_what(tiny_checkpoint):
