@@ -3,7 +3,7 @@
 from arctic_plugins.claims import Claim, LinearSpec
 from arctic_plugins.errors import ArcticError, UserError
 from arctic_plugins.plugin import Finding, Plugin, PluginConfig, hookimpl
-from arctic_plugins.registry import Registry
+from arctic_plugins.registry import ModelClasses, Registry
 from arctic_plugins.stack import Stack
 
-__all__ = ["ArcticError", "Claim", "Finding", "LinearSpec", "Plugin", "PluginConfig", "Registry", "Stack", "UserError", "hookimpl"]
+__all__ = ["ArcticError", "Claim", "Finding", "LinearSpec", "ModelClasses", "Plugin", "PluginConfig", "Registry", "Stack", "UserError", "hookimpl"]

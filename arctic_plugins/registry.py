@@ -8,7 +8,24 @@ from typing import Any
 
 from arctic_plugins.errors import PluginError, PluginNotFoundError, suggest
 
-__all__ = ["Registry"]
+__all__ = ["ModelClasses", "Registry", "load"]
+
+
+@dataclass(frozen=True)
+class ModelClasses:
+    """A model architecture that hosts do not have. All are lazy ``"module:attribute"`` strings."""
+
+    config: str
+    """A ``PreTrainedConfig``, for both hosts."""
+    base: str
+    """In transformers: the decoder, for ``AutoModel``. A static method ``checkpoint_conversions`` gives what ``register_checkpoint_conversion_mapping``
+    takes, where checkpoints name or cut weights otherwise."""
+    causal_lm: str
+    """In transformers, for ``AutoModelForCausalLM``."""
+    vllm: str
+    """In vLLM."""
+    tokenizer: str | None = None
+    """For checkpoints whose ``tokenizer_config.json`` names no class that transformers knows."""
 
 
 @dataclass
@@ -20,6 +37,28 @@ class Registry:
     _codecs: dict[str, str] = field(default_factory=lambda: {"plain": "arctic_plugins.frozen.plain:PlainCodec"})
     _exporters: dict[str, str] = field(default_factory=dict)
     _converters: dict[str, str] = field(default_factory=dict)
+    _experts_functions: dict[str, str] = field(default_factory=dict)
+    models: dict[str, ModelClasses] = field(default_factory=dict)
+    """``model_type`` -> its classes."""
+
+    def model(self, model_type: str, classes: ModelClasses) -> None:
+        """Add a model architecture; hosts that know ``model_type`` themselves keep theirs.
+
+        Raises:
+            PluginError: the type is taken by other classes; the message names both.
+        """
+        taken = self.models.setdefault(model_type, classes)
+        if taken != classes:
+            raise PluginError(f"model type '{model_type}' is registered by {taken.config} and by {classes.config}", fix="uninstall one of the two")
+
+    def experts_function(self, name: str, target: str) -> None:
+        """Add an ``experts_implementation`` of transformers: ``target`` is ``"module:attribute"`` of a function like those in
+        ``transformers/integrations/moe.py``, ``(experts, hidden_states, top_k_index, top_k_weights) -> hidden_states``.
+
+        Raises:
+            PluginError: the name is taken by another target; the message names both.
+        """
+        _add("experts function", self._experts_functions, name, target)
 
     def codec(self, type_name: str, target: str) -> None:
         """Add a codec type.
@@ -65,10 +104,14 @@ class Registry:
                 fix=broken
                 or f"install the plugin that provides it (first-party: pip install arctic-plugins-{type_name}); {suggest(type_name, self._codecs)}",
             )
-        return _load(self._codecs[type_name])
+        return load(self._codecs[type_name])
 
     def converter_names(self) -> list[str]:
         return sorted(self._converters)
+
+    def experts_functions(self) -> dict[str, Any]:
+        """Name -> function, imported."""
+        return {name: load(target) for name, target in self._experts_functions.items()}
 
     def load_exporter(self, format_name: str) -> Any:
         """Import and return the exporter class registered as ``format_name``; raises PluginNotFoundError when nobody registered it."""
@@ -88,9 +131,10 @@ def _add(kind: str, table: dict[str, str], name: str, target: str) -> None:
 def _load_format(table: dict[str, str], name: str, does: str) -> Any:
     if name not in table:
         raise PluginNotFoundError(f"no installed plugin {does} '{name}'", fix=suggest(name, table))
-    return _load(table[name])
+    return load(table[name])
 
 
-def _load(target: str) -> Any:
+def load(target: str) -> Any:
+    """Import and return ``"module:attribute"``."""
     module, _, attribute = target.partition(":")
     return getattr(importlib.import_module(module), attribute)

@@ -2,7 +2,8 @@
 
 from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict
 from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
-from arctic_plugins.frozen.experts import FrozenExperts
+from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch
+from arctic_plugins.frozen.experts import FrozenExperts, Mixture, mix_experts
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
 from arctic_plugins.frozen.placement import Handle, LeaseOrder, Placement, chain
@@ -11,12 +12,15 @@ from arctic_plugins.frozen.plain import PlainCodec
 __all__ = [
     "METHOD",
     "Codec",
+    "Exchange",
+    "ExpertsDispatch",
     "FrozenExperts",
     "FrozenLinear",
     "FrozenModule",
     "FrozenWeight",
     "Handle",
     "LeaseOrder",
+    "Mixture",
     "ModuleCodecs",
     "Placement",
     "PlainCodec",
@@ -24,4 +28,5 @@ __all__ = [
     "chain",
     "codec_from_dict",
     "codec_to_dict",
+    "mix_experts",
 ]

@@ -1,4 +1,4 @@
-"""The experts of a mixture over encoded bytes: any codec, any placement; only experts that received tokens are decoded."""
+"""The experts of a mixture over encoded bytes: any codec, any placement, here or in other processes; only experts that received tokens are decoded."""
 
 from __future__ import annotations
 
@@ -7,51 +7,88 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from arctic_plugins.frozen.dispatch import ExpertsDispatch
 from arctic_plugins.frozen.module import FrozenModule
 
-__all__ = ["FrozenExperts", "mix_experts"]
+__all__ = ["FrozenExperts", "Mixture", "mix_experts"]
 
 Product = Callable[[Tensor, Sequence[int]], Tensor]
 """``(rows sorted by expert, rows of each expert) -> rows``."""
 
 
-def mix_experts(
-    x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, num_experts: int, up: Product, act: Callable[[Tensor], Tensor], down: Product
-) -> Tensor:
-    """``y[m] = sum over t of weights[m, t] * down(act(up(x[m])))`` with the matrices of expert ``index[m, t]``.
+class Mixture:
+    """``y[m] = sum over t of weights[m, t] * down(act(up(x[m])))`` with the matrices of expert ``index[m, t]``, in three steps.
+
+    Building it starts what brings rows to their experts; :meth:`compute` multiplies and starts the way back; :meth:`result` waits for it and sums.
+    What is computed between the steps, forward and by autograd backward, overlaps with the communication of a dispatch.
 
     Args:
         x_MK: tokens.
-        index_MT: for each token the indices of its T experts; an index outside ``0 <= index < num_experts`` (an expert of another process) adds
-            nothing.
+        index_MT: for each token the indices of its T experts; an index outside ``0 <= index < num_experts`` (an expert of another process, a token
+            that was dropped) adds nothing.
         weights_MT: the routing weights.
-        num_experts: E.
-        up: first product, to ``[rows, 2I]`` of a gated MLP, to ``[rows, I]`` otherwise.
-        act: activation and gate, to ``[rows, I]``.
-        down: second product, to ``[rows, K]``.
-
-    Returns:
-        ``[M, K]`` in the dtype of ``x_MK``. Sums are in the dtype of products with the weights.
+        num_experts: E, in all processes together.
+        products: ``(rows sorted by expert, rows of each of this process's experts) -> rows``: ``down(act(up(rows)))``.
+        dispatch: None when all experts are here.
     """
-    tokens, top = index_MT.shape
-    index = index_MT.reshape(-1)
-    index = index.where((index >= 0) & (index < num_experts), num_experts)
-    counts = torch.bincount(index, minlength=num_experts + 1).tolist()[:num_experts]
-    order = index.argsort(stable=True)[: sum(counts)]
-    rows = down(act(up(x_MK[order // top], counts)), counts)
-    rows = rows * weights_MT.reshape(-1)[order].unsqueeze(-1)
-    by_token = rows.new_zeros(tokens * top, rows.shape[-1]).index_put((order,), rows)
-    return by_token.view(tokens, top, rows.shape[-1]).sum(1).to(x_MK.dtype)
+
+    def __init__(
+        self,
+        x_MK: Tensor,
+        index_MT: Tensor,
+        weights_MT: Tensor,
+        num_experts: int,
+        products: Product,
+        dispatch: ExpertsDispatch | None = None,
+    ) -> None:
+        tokens, self.top = index_MT.shape
+        self.tokens, self.dtype, self.products, self.weights_MT = tokens, x_MK.dtype, products, weights_MT
+        index = index_MT.reshape(-1)
+        index = index.where((index >= 0) & (index < num_experts), num_experts)
+        counts = torch.bincount(index, minlength=num_experts + 1).tolist()[:num_experts]
+        self.order = index.argsort(stable=True)[: sum(counts)]
+        rows = x_MK[self.order // self.top]
+        self.local = (rows, counts) if dispatch is None else None
+        self.exchange = None if dispatch is None else dispatch.send(rows, counts)
+        self.rows: Tensor | None = None
+
+    def compute(self) -> None:
+        """Multiply the rows of this process's experts."""
+        rows, counts = self.local if self.exchange is None else self.exchange.receive()  # type: ignore[misc]
+        rows = self.products(rows, counts)
+        if self.exchange is None:
+            self.rows = rows
+        else:
+            self.exchange.send_back(rows)
+
+    def result(self) -> Tensor:
+        """``[M, K]`` in the dtype of ``x_MK``; sums are in the dtype of products with the weights."""
+        rows = self.rows if self.exchange is None else self.exchange.receive_back()
+        assert rows is not None, "compute() comes before result()"
+        rows = rows * self.weights_MT.reshape(-1)[self.order].unsqueeze(-1)
+        by_token = rows.new_zeros(self.tokens * self.top, rows.shape[-1]).index_put((self.order,), rows)
+        return by_token.view(self.tokens, self.top, rows.shape[-1]).sum(1).to(self.dtype)
+
+
+def mix_experts(
+    x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, num_experts: int, products: Product, dispatch: ExpertsDispatch | None = None
+) -> Tensor:
+    """All steps of a :class:`Mixture`."""
+    mixture = Mixture(x_MK, index_MT, weights_MT, num_experts, products, dispatch)
+    mixture.compute()
+    return mixture.result()
 
 
 class FrozenExperts(FrozenModule):
     """Two encoded weights with one matrix per expert, called as transformers calls experts (``integrations/moe.py``, 5.19.0).
 
     Args:
-        num_experts: E.
+        num_experts: E, in all processes together.
         act: activation and gate between the two: ``[rows, 2I]`` of a gated MLP, ``[rows, I]`` otherwise, to ``[rows, I]``.
-        up, down: names of the two weights, which the caller adds with :meth:`add_weight`: ``[E, 2I, K]`` or ``[E, I, K]``, and ``[E, K, I]``.
+        up, down: names of the two weights, which the caller adds with :meth:`add_weight`: ``[E, 2I, K]`` or ``[E, I, K]``, and ``[E, K, I]``, E
+            being the experts of this process.
         dtype: compute dtype.
+        dispatch: how rows come to experts of other processes; None when all are here.
     """
 
     def __init__(
@@ -62,24 +99,30 @@ class FrozenExperts(FrozenModule):
         up: str = "gate_up_proj",
         down: str = "down_proj",
         dtype: torch.dtype | None = None,
+        dispatch: ExpertsDispatch | None = None,
     ) -> None:
         super().__init__(dtype)
-        self.num_experts, self.act, self.up, self.down = num_experts, act, up, down
+        self.num_experts, self.act, self.up, self.down, self.dispatch = num_experts, act, up, down, dispatch
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # which expert gets how many tokens depends on data
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; see :func:`mix_experts`."""
+        """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; see :class:`Mixture`."""
+        mixture = self.start(hidden_states, top_k_index, top_k_weights)
+        mixture.compute()
+        return mixture.result()
+
+    def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
+        """The same in steps."""
         x_MK = hidden_states
         if torch.is_autocast_enabled(x_MK.device.type):
             x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
+        if self.dispatch is not None and self.training:
+            top_k_index, top_k_weights = self.dispatch.keep(top_k_index, top_k_weights, self.num_experts)
+        return Mixture(x_MK, top_k_index, top_k_weights, self.num_experts, self.products, self.dispatch)
 
-        def up(rows: Tensor, counts: Sequence[int]) -> Tensor:
-            return self.multiply(rows, self.up, counts)
-
-        def down(rows: Tensor, counts: Sequence[int]) -> Tensor:
-            return self.multiply(rows, self.down, counts)
-
-        return mix_experts(x_MK, top_k_index, top_k_weights, self.num_experts, up, self.act, down)
+    def products(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """``down(act(up(rows)))``, each row with its expert's matrices."""
+        return self.multiply(self.act(self.multiply(rows, self.up, counts)), self.down, counts)
 
     def extra_repr(self) -> str:
         weights = ", ".join(f"{leaf}={weight.shape} {weight.codec}{', placed' if weight.handle else ''}" for leaf, weight in self.frozen.items())

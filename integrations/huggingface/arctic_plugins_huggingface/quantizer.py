@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
 from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement, PlainCodec
+from arctic_plugins_huggingface.models import register_models
 from arctic_plugins_huggingface.modules import (
     expert_conversions,
     freeze_modules,
@@ -187,7 +188,8 @@ class _Encode(ConversionOps):
 
 
 def register() -> None:
-    """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints. Idempotent.
+    """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints, and what installed plugins add: models that
+    it does not have, experts functions. Idempotent.
 
     :func:`~arctic_plugins_huggingface.load_model` calls it. Without it transformers refuses such a checkpoint: the encoded weights do not have
     the shapes that the model declares.
@@ -195,3 +197,4 @@ def register() -> None:
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(ArcticQuantizationConfig)
         register_quantizer(METHOD)(ArcticQuantizer)
+        register_models()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,7 +105,12 @@ def _experts(
         return lambda rows, counts: by_expert(_codec(text).linear, rows, named, tuple(shape), counts, shape[1])
 
     up_product, down_product = product(up, up_suffixes, up_shape, up_text), product(down, down_suffixes, down_shape, down_text)
-    return mix_experts(x, index, weights, up_shape[0], up_product, partial(activate_experts, json.loads(activation)), down_product)
+    act = json.loads(activation)
+
+    def products(rows: Tensor, counts: Sequence[int]) -> Tensor:
+        return down_product(activate_experts(act, up_product(rows, counts)), counts)
+
+    return mix_experts(x, index, weights, up_shape[0], products)
 
 
 def _experts_fake(x: Tensor, *_: Any) -> Tensor:

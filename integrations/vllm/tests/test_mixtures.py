@@ -83,7 +83,8 @@ def definition(weights, codec_of, x, weight, index):
         gate, up = rows.chunk(2, -1)
         return torch.nn.functional.silu(gate) * up
 
-    return mix_experts(x, index, weight, E, product(["w1", "w3"]), act, product(["w2"]))
+    up, down = product(["w1", "w3"]), product(["w2"])
+    return mix_experts(x, index, weight, E, lambda rows, counts: down(act(up(rows, counts)), counts))
 
 
 UP, DOWN = FP8Codec(bits=6, group_size=32), FP8Codec(bits=12, group_size=32)

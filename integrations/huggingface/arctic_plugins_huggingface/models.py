@@ -1,0 +1,32 @@
+"""Models and experts functions that installed plugins add to transformers. Read in 5.19.0 (``models/auto``, ``conversion_mapping.py``)."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from arctic_plugins.discovery import process_registry
+from arctic_plugins.registry import load
+
+__all__ = ["register_models"]
+
+
+def register_models() -> None:
+    """Call it once in a process. What transformers has under the same name stays."""
+    registry = process_registry()
+    for name, function in registry.experts_functions().items():
+        if name not in ALL_EXPERTS_FUNCTIONS:
+            ALL_EXPERTS_FUNCTIONS.register(name, function)
+    for model_type, classes in registry.models.items():
+        if model_type in CONFIG_MAPPING:
+            continue
+        config, base = load(classes.config), load(classes.base)
+        AutoConfig.register(model_type, config)
+        AutoModel.register(config, base)
+        AutoModelForCausalLM.register(config, load(classes.causal_lm))
+        if classes.tokenizer is not None:
+            AutoTokenizer.register(config, tokenizer_class=load(classes.tokenizer))
+        if hasattr(base, "checkpoint_conversions"):
+            register_checkpoint_conversion_mapping(model_type, base.checkpoint_conversions())

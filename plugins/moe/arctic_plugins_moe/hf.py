@@ -1,0 +1,264 @@
+"""Snowflake Arctic in transformers, which never had it. Read in 5.19.0; what Arctic shares with Mixtral is Mixtral's.
+
+A layer with input x::
+
+    a   = x + attention(input_layernorm(x))
+    out = a + ffn(post_attention_layernorm(a))                                                    # plain, and mixtures without residual
+    out = a + residual_mlp(residual_layernorm(a)) + mixture(post_attention_layernorm(x))          # dense-MoE hybrid
+
+The hybrid's mixture reads the layer's *input*: what it sends to other processes travels while attention and the residual are computed.
+Equations and names of weights from Snowflake's ``modeling_arctic.py`` (transformers fork, commit 2d05ff8).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightTransform
+from transformers.integrations import use_experts_implementation
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.mixtral.modeling_mixtral import (
+    MixtralAttention,
+    MixtralForCausalLM,
+    MixtralModel,
+    MixtralPreTrainedModel,
+    MixtralRMSNorm,
+    MixtralTopKRouter,
+)
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from arctic_plugins.frozen import Mixture
+from arctic_plugins_moe.configuration import ArcticConfig
+from arctic_plugins_moe.experts import IMPLEMENTATION, mix_plain, start_plain
+from arctic_plugins_moe.router import load_balancing_loss, z_loss
+
+__all__ = ["ArcticForCausalLM", "ArcticModel"]
+
+
+class ArcticMLP(nn.Module):
+    """``w2(silu(w1 x) * w3 x)``."""
+
+    def __init__(self, config: ArcticConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.w2 = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(self.act_fn(self.w1(x)) * self.w3(x))
+
+
+@use_experts_implementation
+class ArcticExperts(nn.Module):
+    """``gate_up_proj [E, 2I, K]`` (w1 above w3) and ``down_proj [E, K, I]`` (w2); checkpoints hold one matrix per expert.
+
+    The class has to be decorated in the module of the model: transformers looks for the decorator in its source.
+    """
+
+    def __init__(self, config: ArcticConfig) -> None:
+        super().__init__()
+        self.num_experts, hidden, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, inner))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return mix_plain(self, hidden_states, top_k_index, top_k_weights)
+
+    def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture | None:
+        """The same in steps, for those who compute something else in between; None if the implementation has none."""
+        ours = self.config._experts_implementation in (None, "eager", IMPLEMENTATION)
+        return start_plain(self, hidden_states, top_k_index, top_k_weights) if ours else None
+
+
+class ArcticRouter(MixtralTopKRouter):
+    """Softmax in float32 over all experts, the best k, normalised anew only if k > 1."""
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        weights, index = logits.softmax(-1, dtype=torch.float32).topk(self.top_k, dim=-1)
+        if self.top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return logits, weights, index
+
+
+class ArcticMoE(nn.Module):
+    """A mixture of experts, or in layers that are none a dense MLP."""
+
+    def __init__(self, config: ArcticConfig, layer: int) -> None:
+        super().__init__()
+        self.is_mixture = config.is_mixture(layer)
+        if self.is_mixture:
+            self.gate, self.experts = ArcticRouter(config), ArcticExperts(config)
+        else:
+            self.mlp = ArcticMLP(config, config.intermediate_size)
+
+    def start(self, x: Tensor) -> Mixture | Tensor:
+        """Route ``x [..., K]`` and start what brings it to its experts. A result of type Tensor is finished."""
+        flat = x.reshape(-1, x.shape[-1])
+        _, weights, index = self.gate(flat)
+        start = getattr(self.experts, "start", None)
+        mixture = None if start is None else start(flat, index, weights)
+        return self.experts(flat, index, weights) if mixture is None else mixture
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_mixture:
+            return self.mlp(x)
+        flat = x.reshape(-1, x.shape[-1])
+        _, weights, index = self.gate(flat)
+        return self.experts(flat, index, weights).view(x.shape)
+
+
+class ArcticDecoderLayer(GradientCheckpointingLayer):
+    """See the module."""
+
+    def __init__(self, config: ArcticConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = MixtralAttention(config, layer_idx)
+        self.block_sparse_moe = ArcticMoE(config, layer_idx)
+        self.input_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.is_hybrid = bool(config.parallel_attn_mlp_res) and self.block_sparse_moe.is_mixture
+        if self.is_hybrid:
+            self.residual_layernorm = MixtralRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.residual_mlp = ArcticMLP(config, config.hidden_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        x = hidden_states
+        mixture = self.block_sparse_moe.start(self.post_attention_layernorm(x)) if self.is_hybrid else None
+        attention, _ = self.self_attn(
+            hidden_states=self.input_layernorm(x),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        a = x + attention
+        if mixture is None:
+            return a + self.block_sparse_moe(self.post_attention_layernorm(a))
+        if isinstance(mixture, Mixture):
+            mixture.compute()
+        residual = a + self.residual_mlp(self.residual_layernorm(a))
+        return residual + (mixture.result() if isinstance(mixture, Mixture) else mixture).view(x.shape)
+
+
+class ArcticPreTrainedModel(MixtralPreTrainedModel):
+    """What the classes below share."""
+
+    config: ArcticConfig
+    config_class = ArcticConfig
+    _no_split_modules: ClassVar[list[str]] = ["ArcticDecoderLayer"]
+    _can_compile_fullgraph = False
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "router_logits": OutputRecorder(ArcticRouter, index=0),
+        "hidden_states": ArcticDecoderLayer,
+        "attentions": MixtralAttention,
+    }
+
+    @staticmethod
+    def checkpoint_conversions() -> list[WeightTransform]:
+        """Between Snowflake's names of weights and the model's, both ways."""
+        return [
+            WeightConverter([".experts.*.w1.weight", ".experts.*.w3.weight"], ".experts.gate_up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)]),
+            WeightConverter([".experts.*.w2.weight"], ".experts.down_proj", [MergeModulelist(dim=0)]),
+        ]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ArcticExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
+
+
+class ArcticModel(ArcticPreTrainedModel, MixtralModel):
+    """The decoder without a head."""
+
+    def __init__(self, config: ArcticConfig) -> None:
+        layers = config.num_hidden_layers
+        config.num_hidden_layers = 0  # Mixtral's layers would be built only to be replaced
+        try:
+            MixtralModel.__init__(self, config)
+        finally:
+            config.num_hidden_layers = layers
+        self.layers = nn.ModuleList(ArcticDecoderLayer(config, layer) for layer in range(layers))
+        self.post_init()
+
+
+class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
+    """The language model. ``aux_loss`` is the sum over layers of the load balancing loss, and the z-loss where its coefficient is not 0."""
+
+    def __init__(self, config: ArcticConfig) -> None:
+        ArcticPreTrainedModel.__init__(self, config)
+        self.model = ArcticModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> MoeCausalLMOutputWithPast:
+        """As ``MixtralForCausalLM.forward``.
+
+        With ``output_router_logits`` (or in the config) the auxiliary losses are computed, and added to ``loss``, each with its coefficient.
+        """
+        wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_router_logits=wanted,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        aux_loss = None
+        if wanted and outputs.router_logits:
+            balance = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask)
+            z = z_loss(outputs.router_logits, attention_mask)
+            aux_loss = balance
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * balance.to(loss.device)
+                if self.config.router_z_loss_coef:
+                    loss = loss + self.config.router_z_loss_coef * z.to(loss.device)
+        return MoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )

@@ -1,0 +1,84 @@
+"""The ``moe`` plugin: Snowflake Arctic on both hosts, expert-parallel training of any mixture, and a look at its routers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from arctic_plugins import Claim, LinearSpec, ModelClasses, Plugin, Registry, hookimpl
+from arctic_plugins.errors import ClaimError, ConfigError
+from arctic_plugins_moe.config import MoEConfig
+
+__all__ = ["MoE"]
+
+
+class MoE(Plugin):
+    """Claims ``experts_dispatch`` of every mixture when experts are spread over processes, or tokens dropped."""
+
+    name = "moe"
+    config = MoEConfig
+    slots = frozenset({"experts_dispatch"})
+    after = frozenset({"weight_codec", "placement", "adapter"})
+
+    options: MoEConfig
+
+    @classmethod
+    @hookimpl
+    def register(cls, registry: Registry) -> None:
+        package = "arctic_plugins_moe"
+        registry.experts_function("arctic", f"{package}.experts:mix_plain")
+        registry.model(
+            "arctic",
+            ModelClasses(
+                config=f"{package}.configuration:ArcticConfig",
+                base=f"{package}.hf:ArcticModel",
+                causal_lm=f"{package}.hf:ArcticForCausalLM",
+                vllm=f"{package}.vllm:ArcticForCausalLM",
+                tokenizer=f"{package}.tokenization:ArcticTokenizer",
+            ),
+        )
+
+    @hookimpl
+    def validate(self, model_config: Any) -> Iterable[str]:
+        size, group = int(os.environ.get("WORLD_SIZE", "1")), self.options.expert_parallel
+        if size % group:
+            raise ConfigError(
+                f"plugins.moe.expert_parallel is {group} with {size} process{'es' if size > 1 else ''}",
+                expected="a divisor of the number of processes",
+                fix=f"'arctic train RECIPE --nproc {group}', torchrun or accelerate launch start several; or correct it",
+            )
+        if self.options.min_capacity and self.options.capacity_factor is None:
+            raise ConfigError("plugins.moe.min_capacity is set and capacity_factor is not", fix="set capacity_factor, or leave min_capacity out")
+        if self.options.router_z_loss_coef is not None and not hasattr(model_config, "router_z_loss_coef"):
+            raise ConfigError(f"plugins.moe.router_z_loss_coef is set, and {model_config.model_type} has no z-loss", fix="leave it out")
+        if self.options.router_aux_loss_coef is not None and not hasattr(model_config, "router_aux_loss_coef"):
+            raise ConfigError(
+                f"plugins.moe.router_aux_loss_coef is set, and {model_config.model_type} has no load balancing loss", fix="leave it out"
+            )
+        return []
+
+    @hookimpl
+    def hf_configure_model(self, config: Any) -> None:
+        for name in ("router_aux_loss_coef", "router_z_loss_coef"):
+            if (value := getattr(self.options, name)) is not None and hasattr(config, name):
+                setattr(config, name, value)
+                config.output_router_logits = True
+
+    @hookimpl
+    def claim(self, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:
+        if self.options.expert_parallel == 1 and self.options.capacity_factor is None:
+            return []
+        from arctic_plugins_moe.dispatch import ExpertParallel
+
+        experts = [name for name, spec in modules.items() if spec.experts is not None]
+        if not experts:
+            raise ClaimError("plugins.moe: this model has no experts that can be dispatched", expected="a mixture of experts", fix="leave 'moe' out")
+        dispatch = ExpertParallel(self.options)
+        return [Claim("experts_dispatch", name, dispatch) for name in experts]
+
+    @hookimpl
+    def hf_attach_trainer(self, trainer: Any) -> None:
+        from arctic_plugins_moe.training import attach
+
+        attach(trainer, self.options)

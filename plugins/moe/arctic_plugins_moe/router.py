@@ -1,0 +1,87 @@
+"""What a router's decisions cost and where they end: auxiliary losses, expert capacity, and figures to watch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["Capacity", "expert_load", "load_balancing_loss", "router_entropy", "z_loss"]
+
+
+def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None) -> Tensor:
+    """``sum over layers of E * sum over e of f_e * P_e``: f_e the tokens with expert e among their ``top_k``, P_e its mean probability, both as shares
+    of the tokens (Fedus et al., "Switch Transformers", 2021, equations 4 to 6; summed over layers as Arctic was trained, where Mixtral averages).
+
+    Args:
+        router_logits: of each layer, ``[tokens, E]``.
+        top_k: experts for each token.
+        attention_mask: ``[batch, length]``; padding does not count.
+    """
+    losses = [_balance(logits, top_k, attention_mask) for logits in router_logits]
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+def _balance(logits: Tensor, top_k: int, attention_mask: Tensor | None) -> Tensor:
+    probabilities = logits.softmax(-1, dtype=torch.float32)
+    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+    counted = _counted(logits, attention_mask)
+    return logits.shape[-1] * ((chosen * counted).sum(0) * (probabilities * counted).sum(0)).sum() / counted.sum() ** 2
+
+
+def z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+    """``sum over layers of mean over tokens of logsumexp(logits) ** 2`` (Zoph et al., "ST-MoE", 2022, equation 5). Arguments as above."""
+    losses = []
+    for logits in router_logits:
+        counted = _counted(logits, attention_mask).squeeze(-1)
+        losses.append((logits.float().logsumexp(-1) ** 2 * counted).sum() / counted.sum())
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+def _counted(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """``[tokens, 1]``: 1 for tokens, 0 for padding."""
+    if attention_mask is None or attention_mask.ndim != 2 or attention_mask.numel() != len(logits):
+        return logits.new_ones(len(logits), 1, dtype=torch.float32)
+    return attention_mask.reshape(-1, 1).to(logits.device, torch.float32)
+
+
+def expert_load(index: Tensor, num_experts: int) -> Tensor:
+    """``[E]``: the share of each expert in all decisions ``index``; 1 / E when balanced. Indices outside count nowhere."""
+    counts = torch.bincount(index[(index >= 0) & (index < num_experts)].reshape(-1), minlength=num_experts).float()
+    return counts / counts.sum().clamp_min(1)
+
+
+def router_entropy(logits: Tensor) -> Tensor:
+    """Mean entropy of the routing probabilities of ``logits [tokens, E]``, in nats; ``log(E)`` when the router has no preference."""
+    log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
+    return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
+
+
+class Capacity:
+    """Lets no expert take more than its share of one process's tokens; the rest is dropped, and lives on in the residual stream.
+
+    ``capacity = max(min_capacity, ceil(factor * top_k * tokens / experts))``. First choices come before second ones, earlier tokens before later
+    ones, and the weights of what is left of a token are scaled to the sum that all had: DeepSpeed's ``top1gating`` and ``top2gating`` (deepspeed
+    0.19, ``moe/sharded_moe.py``), without their noise.
+    """
+
+    def __init__(self, factor: float, min_capacity: int = 0) -> None:
+        self.factor, self.min_capacity = factor, min_capacity
+
+    def rows(self, tokens: int, top_k: int, num_experts: int) -> int:
+        """Rows that one expert takes of ``tokens``."""
+        return max(self.min_capacity, math.ceil(self.factor * top_k * tokens / num_experts))
+
+    def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        """``index`` with ``num_experts`` (an expert that there is not) in the place of what is dropped, and the weights of the rest."""
+        tokens, top_k = index_MT.shape
+        choices = index_MT.t().reshape(-1)  # all first choices, then all second ones
+        one_hot = torch.nn.functional.one_hot(choices.clamp(0, num_experts), num_experts + 1)
+        position = (one_hot.cumsum(0) - 1).gather(1, choices[:, None].clamp(0, num_experts)).squeeze(1)
+        kept = (position < self.rows(tokens, top_k, num_experts)).view(top_k, tokens).t()
+        weights = weights_MT * kept
+        if top_k > 1:
+            weights = weights * (weights_MT.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps))
+        return index_MT.where(kept, num_experts), weights

@@ -1,0 +1,22 @@
+"""Arctic's tokenizer: Llama's SentencePiece one with a ChatML template. Snowflake's ``tokenization_arctic.py`` (transformers fork, commit 2d05ff8)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LlamaTokenizer
+
+__all__ = ["ArcticTokenizer"]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""ChatML; a checkpoint's own template wins."""
+
+
+class ArcticTokenizer(LlamaTokenizer):
+    """Reads the files of a Llama tokenizer (``tokenizer.json``, or ``tokenizer.model`` of SentencePiece)."""
+
+    def __init__(self, *args: Any, legacy: bool | None = False, chat_template: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, legacy=legacy, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
