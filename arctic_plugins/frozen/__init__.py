@@ -2,7 +2,7 @@
 
 from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict
 from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
-from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch
+from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch, local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture, mix_experts
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
@@ -28,5 +28,6 @@ __all__ = [
     "chain",
     "codec_from_dict",
     "codec_to_dict",
+    "local_parameters",
     "mix_experts",
 ]

@@ -1,4 +1,4 @@
-"""Expert dispatch: how rows come to the experts that compute with them, and back. The default keeps them where they are."""
+"""Expert dispatch: how rows come to the experts that compute with them, and back, when processes share the experts of a mixture."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Exchange", "ExpertsDispatch"]
+__all__ = ["Exchange", "ExpertsDispatch", "local_parameters"]
 
 
 class Exchange(ABC):
@@ -30,19 +30,29 @@ class Exchange(ABC):
 class ExpertsDispatch(ABC):
     """What fills the slot ``experts_dispatch``: one object serves all mixtures of a model.
 
-    Its experts are held by this process from loading on; parameters below the module of the experts are this process's own, for gradients,
-    clipping and saving.
+    ``size`` processes hold one copy of the experts together, each from loading on; when there are more, several copies are trained on different
+    data. Parameters of a process's own experts (:func:`local_parameters`) are none of DDP's business.
     """
 
     experts_implementation: ClassVar[str] = "eager"
-    """Name of the experts function in transformers that computes plain experts through a dispatch (``module.dispatch``)."""
+    """Name of the experts function in transformers that computes plain experts through ``module.dispatch``."""
+    size: int
+    """Processes that hold one copy; 1 when nothing is spread."""
+
+    def __deepcopy__(self, memo: dict[int, object]) -> ExpertsDispatch:
+        return self  # one object serves every copy of a model and of its config
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """This process's place among them."""
 
     @abstractmethod
     def local(self, num_experts: int) -> slice:
         """Which of so many experts this process holds.
 
         Raises:
-            ClaimError: they cannot be divided among the processes.
+            UserError: they cannot be divided among the processes, or there are no processes.
         """
 
     @abstractmethod
@@ -53,9 +63,31 @@ class ExpertsDispatch(ABC):
         """
 
     def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        """Change routing before anything is sent, while training: an index of ``num_experts`` goes nowhere. Default: nothing changes."""
+        """Change routing before anything is sent, while training: an index of ``num_experts`` goes nowhere. The default changes nothing."""
         return index_MT, weights_MT
 
     @abstractmethod
-    def gather(self, local: Tensor) -> Tensor | None:
-        """Collective: the whole of what has one ``local`` slice (along the first dimension) in each process, in the first process of all; None elsewhere."""
+    def sum_over_copies(self, tensor: Tensor) -> None:
+        """Collective: add up, in place, what the processes with the same experts have."""
+
+    @abstractmethod
+    def sum_over_parts(self, tensor: Tensor) -> None:
+        """Collective: add up, in place, what the processes with the experts of one copy have."""
+
+    @abstractmethod
+    def gather(self, local: Tensor) -> list[Tensor] | None:
+        """Collective: what the processes of the first copy have, in order of rank and host memory, in the first process of all; None elsewhere."""
+
+
+def local_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, ExpertsDispatch]]:
+    """Name -> parameter of this process's own experts, and the dispatch. What adapters add beside experts that they wrap is among them."""
+    owners: dict[str, ExpertsDispatch] = {}
+    for name, module in model.named_modules():
+        dispatch = getattr(module, "dispatch", None)
+        if isinstance(dispatch, ExpertsDispatch) and dispatch.size > 1:
+            while name.endswith(".base_layer"):
+                name = name.removesuffix(".base_layer")
+            owners[f"{name}."] = dispatch
+    return {
+        name: (parameter, dispatch) for name, parameter in model.named_parameters() for owner, dispatch in owners.items() if name.startswith(owner)
+    }

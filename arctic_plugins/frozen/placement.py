@@ -42,6 +42,9 @@ class Placement(ABC):
     Placements are chained in the order of the stack: what an outer one keeps (a process's part of a weight) the next one may put elsewhere.
     """
 
+    collective: bool = False
+    """Whether it spreads a weight over processes: not for weights that differ between them, those of experts that are dispatched."""
+
     def __deepcopy__(self, memo: dict[int, object]) -> Placement:
         return self  # one object serves every copy of a model and of its config
 

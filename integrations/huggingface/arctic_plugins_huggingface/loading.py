@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError
-from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement, PlainCodec, chain
+from arctic_plugins.frozen import METHOD, Codec, ExpertsDispatch, FrozenModule, ModuleCodecs, Placement, PlainCodec, chain
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
 from arctic_plugins_huggingface.modules import (
@@ -81,11 +81,21 @@ def load_model(
         raise CheckpointError(
             f"{checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one", fix="the checkpoint is incomplete: make it again"
         )
+    _forget_empty_quantization(model)
     if any(module.frozen[leaf].handle is not None for module, leaf in frozen_weights(model).values()):
         _let_go_of_files(model)
     for line in encoding_report(model):
         logger.info("%s", line)
     return stack.hf_transform_model(model), tokenizer
+
+
+def _forget_empty_quantization(model: PreTrainedModel) -> None:
+    """The loader was told to keep some experts only, and nothing is encoded or placed: the model is a plain one, which can be trained as it is."""
+    quantization = getattr(model.config, "quantization_config", None)
+    if isinstance(quantization, ArcticQuantizationConfig) and not quantization.codecs.modules:
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        del model.quantization_method
 
 
 @torch.no_grad()
@@ -152,6 +162,8 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
     stored = stored_names(model, specs)
     claimed = stack.claim(model.config, specs)
     codecs = claimed.exclusive("weight_codec")
+    if claimed.by_slot.get("experts_dispatch"):
+        raise ClaimError("experts are spread over processes while they are loaded", expected="load_model(checkpoint, stack)", fix="use it")
     if not codecs:
         return model
     quantization = ArcticQuantizationConfig.from_owners(*_owners(codecs, stored), _place(claimed, codecs, specs)[0])
@@ -185,7 +197,7 @@ def _quantization(
             check_encoded(directory, claimed.on_disk(), variant)
         # The host builds its quantizer from this dict; an argument of from_pretrained it would only compare.
         stored = ModuleCodecs.from_owners(*_owners(claimed.codecs, claimed.stored)).to_config()
-        config.quantization_config = {**stored, "placements": claimed.placements}
+        config.quantization_config = {**stored, "placements": claimed.placements, "dispatches": claimed.dispatches}
         return None
     return claimed.quantization()
 
@@ -201,7 +213,7 @@ def planned_quantization(checkpoint: str | Path, stack: Stack, **kwargs: Any) ->
     config = load_config(checkpoint, **only_hub(kwargs))
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{checkpoint} is quantized already", expected="a plain checkpoint", fix="leave the plugins out")
-    quantization = claims(config, stack.without("placement")).quantization()
+    quantization = claims(config, stack.without("placement").without("experts_dispatch")).quantization()
     if quantization is None:
         raise ConfigError("the plugins encode nothing of this model", expected="a plugin that fills 'weight_codec'", fix="fp8, for instance")
     return quantization.to_dict()
@@ -212,9 +224,19 @@ def _owners(codecs: Mapping[str, Codec], stored: Mapping[str, tuple[str, ...]]) 
     return {part: codec for name, codec in codecs.items() for part in stored[name]}, [part for parts in stored.values() for part in parts]
 
 
+def _local(spec: LinearSpec, dispatch: ExpertsDispatch) -> tuple[int, ...]:
+    """Shape of this process's part of experts."""
+    experts, *matrix = spec.shape
+    part = dispatch.local(experts)
+    return (part.stop - part.start, *matrix)
+
+
 def _place(claims: Claims, codecs: Mapping[str, Codec], specs: Mapping[str, LinearSpec]) -> tuple[dict[str, Placement], dict[str, int]]:
     """Let the claimed placements choose among the encoded weights: name -> its (chain of) placement, and name -> bytes on the compute device."""
+    dispatches = claims.exclusive("experts_dispatch")
     resident = {name: codec.nbytes(specs[name].shape) for name, codec in codecs.items()}
+    for name in dispatches.keys() & resident.keys():
+        resident[name] = codecs[name].nbytes(_local(specs[name], dispatches[name]))
     claimed = claims.by_slot.get("placement", {})
     position: dict[Placement, int] = {}  # in the chain: that of the stack, also where a module has only the later ones
     for placements in claimed.values():
@@ -222,7 +244,8 @@ def _place(claims: Claims, codecs: Mapping[str, Codec], specs: Mapping[str, Line
             position[placement] = max(index, position.get(placement, 0))
     chains: dict[str, list[Placement]] = {}
     for placement in sorted(position, key=lambda placement: position[placement]):
-        wanted = {name: resident[name] for name in codecs if placement in claimed.get(name, ())}
+        spread = dispatches if placement.collective else {}
+        wanted = {name: resident[name] for name in codecs if placement in claimed.get(name, ()) and name not in spread}
         if not wanted:
             name = next(name for name, placements in claimed.items() if placement in placements)
             raise ClaimError(
@@ -248,12 +271,18 @@ class Claimed:
     """Name -> the modules that hold it in a checkpoint."""
     placements: dict[str, Placement]
     """Of the encoded weights that are not resident."""
+    dispatches: dict[str, ExpertsDispatch]
+    """Of the experts that are spread over processes, or whose tokens may be dropped."""
     resident: dict[str, int]
     """Bytes of every encoded weight on the compute device, in this process."""
 
     def quantization(self) -> ArcticQuantizationConfig | None:
         """To load a plain checkpoint with; None when its weights stay as they are."""
-        return ArcticQuantizationConfig.from_owners(*_owners(self.codecs, self.stored), self.placements) if self.codecs else None
+        return (
+            ArcticQuantizationConfig.from_owners(*_owners(self.codecs, self.stored), self.placements, self.dispatches)
+            if self.codecs or self.dispatches
+            else None
+        )
 
     def on_disk(self) -> dict[str, tuple[Codec, tuple[int, int]]]:
         """Every encoded module of a checkpoint -> its codec and the weight's (N, K)."""
@@ -279,7 +308,8 @@ def claims(config: PreTrainedConfig, stack: Stack, dtype: torch.dtype | str = "a
         heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
         plain = PlainCodec(str(model.dtype).removeprefix("torch."))
         codecs = {name: plain for name in specs if name in claimed.by_slot.get("placement", {}) and not specs[name].tied and name not in heads}
-    return Claimed(specs, claimed, codecs, stored, *_place(claimed, codecs, specs))
+    placements, resident = _place(claimed, codecs, specs)
+    return Claimed(specs, claimed, codecs, stored, placements, claimed.exclusive("experts_dispatch"), resident)
 
 
 def _stored_codecs(

@@ -8,10 +8,12 @@ Linear modules, and the experts of mixtures, which transformers holds as fused t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Chunk,
@@ -28,9 +30,10 @@ from transformers.core_model_loading import (
 
 from arctic_plugins.claims import LinearSpec
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.frozen import Codec, FrozenExperts, FrozenLinear, FrozenModule, FrozenWeight, ModuleCodecs, Placement
+from arctic_plugins.frozen import Codec, ExpertsDispatch, FrozenExperts, FrozenLinear, FrozenModule, FrozenWeight, ModuleCodecs, Placement
 
 __all__ = [
+    "dispatch_experts",
     "expert_conversions",
     "freeze_modules",
     "frozen_weights",
@@ -54,7 +57,9 @@ class FrozenHostExperts(FrozenExperts):
     """The experts ``host`` of a model in transformers, whose activation it calls and which it can give back."""
 
     def __init__(self, host: Any, dtype: torch.dtype) -> None:
-        super().__init__(host.num_experts, host._apply_gate if host.has_gate else host.act_fn, up=_up(host), dtype=dtype)
+        super().__init__(
+            host.num_experts, host._apply_gate if host.has_gate else host.act_fn, up=_up(host), dtype=dtype, dispatch=getattr(host, "dispatch", None)
+        )
         self.__dict__["host"] = host  # not a submodule: it has no parameters left
 
     def to_host(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -199,6 +204,22 @@ def split_weight(name: str, spec: LinearSpec) -> tuple[str, str]:
     return module, leaf
 
 
+def dispatch_experts(model: PreTrainedModel, dispatches: Mapping[str, ExpertsDispatch]) -> None:
+    """Leave room for the experts of this process only, in a ``model`` on the meta device.
+
+    Args:
+        model: to change.
+        dispatches: name of :func:`weight_specs` -> the dispatch.
+    """
+    for name, dispatch in dispatches.items():
+        path, leaf = name.rpartition(".")[::2]
+        host: Any = model.get_submodule(path)
+        plain, part = getattr(host, leaf), dispatch.local(host.num_experts)
+        host.register_parameter(leaf, nn.Parameter(plain[part].clone(), requires_grad=plain.requires_grad))
+        host.dispatch = dispatch
+        model.set_experts_implementation(dispatch.experts_implementation)
+
+
 def freeze_modules(
     model: nn.Module,
     codecs: Mapping[str, Codec],
@@ -274,9 +295,43 @@ class UnstackExperts(ConversionOps):
         return StackExperts(self.dim)
 
 
-def expert_conversions(conversions: Iterable[WeightTransform]) -> list[WeightTransform]:
-    """The same conversions between checkpoint and model, with steps that encoded experts survive."""
-    conversions = list(conversions)
+class LocalExperts(WeightConverter):
+    """Stacks only the experts of this process; the others are not read."""
+
+    dispatch: ExpertsDispatch | None = None
+
+    @classmethod
+    def of(cls, converter: WeightConverter, dispatch: ExpertsDispatch) -> LocalExperts:
+        """``converter`` for the experts that ``dispatch`` leaves here."""
+        local = cls(converter.source_patterns, converter.target_patterns, converter.operations)
+        for slot in {slot for base in type(converter).__mro__ for slot in getattr(base, "__slots__", ())}:
+            if slot not in ("source_patterns", "target_patterns") and hasattr(converter, slot):
+                setattr(local, slot, getattr(converter, slot))
+        local.dispatch = dispatch
+        return local
+
+    def materialize_tensors(self) -> dict[str, list[Tensor]]:
+        for pattern, tensors in self.collected_tensors.items():  # one for each expert, in their order
+            assert self.dispatch is not None
+            kept = self.dispatch.local(len(tensors))
+            for other in [*tensors[: kept.start], *tensors[kept.stop :]]:
+                if isinstance(other, Future):
+                    other.cancel()
+            self.collected_tensors[pattern] = tensors[kept]
+        found: dict[str, list[Tensor]] = super().materialize_tensors()
+        return found
+
+
+def expert_conversions(conversions: Iterable[WeightTransform], dispatches: Iterable[ExpertsDispatch] = ()) -> list[WeightTransform]:
+    """The same conversions between checkpoint and model, with steps that encoded experts survive; with a dispatch, of this process's experts."""
+    conversions, dispatch = list(conversions), next(iter(dispatches), None)
+    if dispatch is not None and dispatch.size > 1:
+        conversions = [
+            LocalExperts.of(entry, dispatch)
+            if isinstance(entry, WeightConverter) and any(isinstance(step, MergeModulelist) for step in entry.operations)
+            else entry
+            for entry in conversions
+        ]
     for conversion in conversions:
         if isinstance(conversion, WeightConverter) and all(
             type(step) in (MergeModulelist, Concatenate, StackExperts) for step in conversion.operations

@@ -17,9 +17,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
-from arctic_plugins.frozen import METHOD, Codec, FrozenModule, ModuleCodecs, Placement, PlainCodec
+from arctic_plugins.frozen import METHOD, Codec, ExpertsDispatch, FrozenModule, ModuleCodecs, Placement, PlainCodec
 from arctic_plugins_huggingface.models import register_models
 from arctic_plugins_huggingface.modules import (
+    dispatch_experts,
     expert_conversions,
     freeze_modules,
     frozen_weights,
@@ -43,22 +44,32 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
     Args:
         placements: name of :func:`~arctic_plugins_huggingface.modules.weight_specs` -> where its bytes go; objects of this process, which
             :meth:`to_dict` leaves out.
+        dispatches: name -> how rows come to its experts; likewise.
         **config: what stands in ``config.json``.
     """
 
-    def __init__(self, placements: Mapping[str, Placement] | None = None, **config: Any) -> None:
+    def __init__(
+        self,
+        placements: Mapping[str, Placement] | None = None,
+        dispatches: Mapping[str, ExpertsDispatch] | None = None,
+        **config: Any,
+    ) -> None:
         self.quant_method = METHOD
         self.codecs = ModuleCodecs.from_config(config)
-        self.placements = dict(placements or {})
+        self.placements, self.dispatches = dict(placements or {}), dict(dispatches or {})
         self.failure: ArcticError | None = None
         """The first error of an encoding step: the loader collects errors, and raises one that names none."""
 
     @classmethod
     def from_owners(
-        cls, owners: Mapping[str, Codec], modules: Iterable[str], placements: Mapping[str, Placement] | None = None
+        cls,
+        owners: Mapping[str, Codec],
+        modules: Iterable[str],
+        placements: Mapping[str, Placement] | None = None,
+        dispatches: Mapping[str, ExpertsDispatch] | None = None,
     ) -> ArcticQuantizationConfig:
         """From a checkpoint's module name -> codec; ``modules`` are the names of all."""
-        return cls(placements, **ModuleCodecs.from_owners(owners, modules).to_config())
+        return cls(placements, dispatches, **ModuleCodecs.from_owners(owners, modules).to_config())
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint says: weights that are only placed, not encoded, are ordinary ones there."""
@@ -79,7 +90,7 @@ class ArcticQuantizer(HfQuantizer):
         self.frozen: dict[str, tuple[FrozenModule, str]] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.exported: dict[str, dict[str, Tensor]] = {}
-        """Parameter name -> whole buffers of weights that are spread over processes, while one of these is saving."""
+        """Parameter name -> whole buffers of what is spread over processes, while one of these is saving."""
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
@@ -96,6 +107,7 @@ class ArcticQuantizer(HfQuantizer):
         self.codecs = stored_codecs(self.quantization_config.codecs, stored_names(model, specs))
         if self.quantization_config.codecs.modules and not self.codecs:
             raise CheckpointError("quantization_config.modules matches no linear module of this model", fix=_OTHER_MODEL)
+        dispatch_experts(model, self.quantization_config.dispatches)
         freeze_modules(model, self.codecs, self.quantization_config.placements, device="meta", until_encoded=not self.pre_quantized)
         self.frozen = frozen_weights(model)
         encoded = {f"{name.rpartition('.')[0]}.{parameter}" for name, parameters in self._parameters() for parameter in parameters}
@@ -109,7 +121,7 @@ class ArcticQuantizer(HfQuantizer):
             yield name, list((module.frozen[leaf].parameters or {"": leaf}).values())
 
     def update_weight_conversions(self, weight_conversions: list[Any]) -> list[Any]:
-        return expert_conversions(weight_conversions)
+        return expert_conversions(weight_conversions, self.quantization_config.dispatches.values())
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.frozen and not self.pre_quantized
@@ -144,12 +156,12 @@ class ArcticQuantizer(HfQuantizer):
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
         placed = {name: (module, leaf) for name, (module, leaf) in frozen_weights(model).items() if module.frozen[leaf].handle is not None}
-        if not placed:
+        if not placed and not self.exported:
             return None, {}
-        state = model.state_dict()
+        state = model.state_dict() | {f"{name}{suffix}": buffer for name, buffers in self.exported.items() for suffix, buffer in buffers.items()}
         for name, (module, leaf) in placed.items():
-            buffers = self.exported.get(name) or module.export(leaf)
-            state.update({f"{name}{suffix}": buffer for suffix, buffer in buffers.items()})
+            if name not in self.exported:
+                state.update({f"{name}{suffix}": buffer for suffix, buffer in module.export(leaf).items()})
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -51,6 +51,8 @@ class ShardPlacement(Placement):
     the last time issued ahead.
     """
 
+    collective = True
+
     def __init__(self, options: ShardConfig) -> None:
         self.options = options
         self.order = LeaseOrder()

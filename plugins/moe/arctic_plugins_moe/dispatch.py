@@ -1,0 +1,210 @@
+"""Expert parallelism: tokens travel to the processes that hold their experts, by all-to-all, and back; so do gradients.
+
+Processes have different batches. With N processes for one copy of the experts and W altogether, the experts of a process see the tokens of N of
+them; W / N processes hold the same experts. Dropless unless a capacity is given.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from arctic_plugins.errors import ClaimError, ConfigError
+from arctic_plugins.frozen import Exchange, ExpertsDispatch
+from arctic_plugins_moe.config import MoEConfig
+from arctic_plugins_moe.experts import IMPLEMENTATION
+from arctic_plugins_moe.router import Capacity
+
+__all__ = ["ExpertParallel"]
+
+
+class ExpertParallel(ExpertsDispatch):
+    """Neighbours by rank hold one copy of the experts together, in order of rank.
+
+    Args:
+        options: ``expert_parallel``, ``capacity_factor`` and ``min_capacity``.
+    """
+
+    experts_implementation = IMPLEMENTATION
+
+    def __init__(self, options: MoEConfig) -> None:
+        self.size = options.expert_parallel
+        self.capacity = None if options.capacity_factor is None else Capacity(options.capacity_factor, options.min_capacity)
+        self._parts: dist.ProcessGroup | None = None
+        self._copies: dist.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank() % self.size if self.size > 1 else 0
+
+    @property
+    def parts(self) -> dist.ProcessGroup:
+        """The processes that hold one copy of the experts together.
+
+        Raises:
+            ConfigError: there are not so many processes, or they do not know each other yet.
+        """
+        if self._parts is None:
+            self._make_groups()
+        assert self._parts is not None
+        return self._parts
+
+    def _make_groups(self) -> None:
+        if not dist.is_initialized():
+            started = int(os.environ.get("WORLD_SIZE", "1"))
+            raise ConfigError(
+                f"plugins.moe.expert_parallel is {self.size} and torch.distributed is not initialized ({started} started)",
+                fix="start several ('arctic train --nproc', torchrun); in a script, build the TrainingArguments before the model",
+            )
+        world = dist.get_world_size()
+        if world % self.size:
+            raise ConfigError(
+                f"plugins.moe.expert_parallel is {self.size} with {world} processes", expected=f"a divisor of {world}", fix="correct it"
+            )
+        # Every process takes part in making every group. Groups of their own: collectives of DDP must not come in between.
+        parts = [list(range(first, first + self.size)) for first in range(0, world, self.size)]
+        copies = [list(range(first, world, self.size)) for first in range(self.size)]
+        self._parts, _ = dist.new_subgroups_by_enumeration(parts)
+        self._copies, _ = dist.new_subgroups_by_enumeration(copies)
+
+    def local(self, num_experts: int) -> slice:
+        if self.size == 1:
+            return slice(0, num_experts)
+        if num_experts % self.size:
+            raise ClaimError(
+                f"plugins.moe.expert_parallel is {self.size} and the model has {num_experts} experts",
+                expected=f"a divisor of {num_experts}",
+                fix="correct it",
+            )
+        _ = self.parts  # groups are made while loading: an error comes before the weights
+        each = num_experts // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def send(self, rows_RK: Tensor, counts: Sequence[int]) -> Exchange:
+        return _Stay(rows_RK, counts) if self.size == 1 else _AllToAll(rows_RK, counts, self.parts, self.size)
+
+    def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        return (index_MT, weights_MT) if self.capacity is None else self.capacity.keep(index_MT, weights_MT, num_experts)
+
+    def sum_over_copies(self, tensor: Tensor) -> None:
+        if self.size > 1 and dist.get_world_size() > self.size:
+            dist.all_reduce(tensor, group=self._copies)
+
+    def sum_over_parts(self, tensor: Tensor) -> None:
+        dist.all_reduce(tensor, group=self.parts)
+
+    def gather(self, local: Tensor) -> list[Tensor] | None:
+        rank = dist.get_rank()
+        if rank >= self.size:
+            return None
+        flat = local.detach().contiguous().view(-1).view(torch.uint8)  # bytes: gloo knows fewer dtypes than models
+        if rank > 0:
+            dist.send(flat, 0, group=self.parts)
+            return None
+        gathered = [local.detach().cpu()]
+        for source in range(1, self.size):
+            part = torch.empty_like(flat)
+            dist.recv(part, source, group=self.parts)
+            gathered.append(part.view(local.dtype).view(local.shape).cpu())
+        return gathered
+
+
+class _Stay(Exchange):
+    def __init__(self, rows: Tensor, counts: Sequence[int]) -> None:
+        self.rows, self.counts = rows, counts
+
+    def receive(self) -> tuple[Tensor, Sequence[int]]:
+        return self.rows, self.counts
+
+    def send_back(self, rows_RK: Tensor) -> None:
+        self.rows = rows_RK
+
+    def receive_back(self) -> Tensor:
+        return self.rows
+
+
+class _AllToAll(Exchange):
+    def __init__(self, rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup, size: int) -> None:
+        self.group = group
+        sent = torch.tensor(counts, device=rows.device).view(size, -1)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=group)  # waited for: sizes of what comes have to be known
+        self.sent, self.received = sent.sum(1).tolist(), received.sum(1).tolist()
+        self.counts = received.sum(0).tolist()
+        # What arrives is sorted by sender, then by expert.
+        experts = torch.arange(received.shape[1], device=rows.device).repeat(size).repeat_interleave(received.reshape(-1))
+        self.order = experts.argsort(stable=True)
+        self.trip = _Trip(group, self.sent, self.received)
+        self.arriving: Tensor = _Start.apply(rows, self.trip)
+
+    def receive(self) -> tuple[Tensor, Sequence[int]]:
+        rows: Tensor = _Finish.apply(self.arriving, self.trip)
+        return rows[self.order], self.counts
+
+    def send_back(self, rows_RK: Tensor) -> None:
+        by_sender = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order), device=self.order.device))
+        self.trip = _Trip(self.group, self.received, self.sent)
+        self.arriving = _Start.apply(rows_RK[by_sender], self.trip)
+
+    def receive_back(self) -> Tensor:
+        rows: Tensor = _Finish.apply(self.arriving, self.trip)
+        return rows
+
+
+class _Trip:
+    """One all-to-all of rows, and that of its gradients the other way; each is started in one place and waited for in another."""
+
+    def __init__(self, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> None:
+        self.group, self.sent, self.received = group, sent, received
+        self._work: tuple[Any, Tensor, Tensor] | None = None
+
+    def start(self, rows: Tensor, *, back: bool = False) -> Tensor:
+        """A buffer that :meth:`wait` will have filled."""
+        sent, received = (self.received, self.sent) if back else (self.sent, self.received)
+        rows = rows.contiguous()
+        arriving = rows.new_empty(sum(received), *rows.shape[1:])
+        work = dist.all_to_all_single(arriving, rows, received, sent, group=self.group, async_op=True)
+        self._work = work, rows, arriving  # what is sent has to stay until it has gone
+        return arriving
+
+    def wait(self) -> Tensor:
+        """The buffer that :meth:`start` gave, filled."""
+        assert self._work is not None
+        work, _, arriving = self._work
+        work.wait()
+        self._work = None
+        return arriving
+
+
+class _Start(torch.autograd.Function):
+    """Its result is not there before :class:`_Finish`; backward, it waits for the gradients that :class:`_Finish` has started on their way.
+
+    Autograd runs what was computed last first: what was computed between the two forward is computed between them backward, too.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        return trip.start(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.trip.wait(), None
+
+
+class _Finish(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, arriving: Tensor, trip: _Trip) -> Tensor:
+        ctx.trip = trip
+        trip.wait()
+        return arriving.view_as(arriving)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        ctx.trip.start(grads[0], back=True)
+        return grads[0], None  # of the right shape; nobody reads it
