@@ -38,6 +38,7 @@ __all__ = [
     "freeze_modules",
     "frozen_weights",
     "plain_experts",
+    "split_conversions",
     "split_weight",
     "stored_codecs",
     "stored_names",
@@ -131,6 +132,12 @@ def weight_conversions(model: Any) -> list[WeightTransform]:
     if conversions is None:
         conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)]
     return conversions
+
+
+def split_conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """What loading does to names."""
+    transforms = weight_conversions(model)
+    return [entry for entry in transforms if isinstance(entry, WeightRenaming)], [entry for entry in transforms if isinstance(entry, WeightConverter)]
 
 
 def _stored(parameter: str, renamings: list[WeightRenaming], converters: list[WeightConverter]) -> tuple[str, ...] | None:
@@ -312,9 +319,8 @@ class LocalExperts(WeightConverter):
 
     def materialize_tensors(self) -> dict[str, list[Tensor]]:
         for pattern, tensors in self.collected_tensors.items():  # one for each expert, in their order
-            assert self.dispatch is not None
-            kept = self.dispatch.local(len(tensors))
-            for other in [*tensors[: kept.start], *tensors[kept.stop :]]:
+            kept = slice(0, None) if self.dispatch is None else self.dispatch.local(len(tensors))  # None when saving: then all are there
+            for other in [*tensors[: kept.start], *tensors[kept.stop or len(tensors) :]]:
                 if isinstance(other, Future):
                     other.cancel()
             self.collected_tensors[pattern] = tensors[kept]

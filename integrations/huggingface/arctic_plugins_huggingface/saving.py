@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from arctic_plugins_huggingface.checkpoints import adapter_directory
 from arctic_plugins_huggingface.loading import load_model, load_tokenizer
 from arctic_plugins_huggingface.modules import frozen_weights
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig
+from arctic_plugins_huggingface.spread import is_spread, whole_experts
 
 __all__ = ["adapter_base", "load_checkpoint", "own_tokenizer", "save_checkpoint", "staged", "writing"]
 
@@ -40,6 +41,8 @@ def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     Raises:
         ConfigError: ``directory`` exists and is not empty.
     """
+    if is_spread(model):
+        return _save_spread(model, tokenizer, Path(directory), stack)
     spread = {} if isinstance(model, PeftModel) else {name: found for name, found in frozen_weights(model).items() if _is_spread(*found)}
     if spread and torch.distributed.get_rank() > 0:
         for module, leaf in spread.values():
@@ -54,6 +57,33 @@ def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     if spread:
         torch.distributed.barrier()
     return Path(directory)
+
+
+def _save_spread(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, stack: Stack) -> Path:
+    """All processes together: the first one writes what the others hold, too."""
+    is_adapter = isinstance(model, PeftModel)
+    first = torch.distributed.get_rank() == 0
+    with staged(directory) if first else nullcontext(directory) as draft:
+        with whole_experts(model, draft, only_trainable=is_adapter) as experts:
+            if first:
+                frozen = {} if is_adapter else frozen_weights(model)
+                exported = {
+                    name: {suffix: experts.pop(f"{name}{suffix}") for suffix in list(module.frozen[leaf].parameters or ())}
+                    for name, (module, leaf) in frozen.items()
+                    if name in experts or any(f"{name}{suffix}" in experts for suffix in module.frozen[leaf].parameters or ())
+                }
+                quantizer = getattr(model, "hf_quantizer", None)
+                if quantizer is not None and not is_adapter:
+                    quantizer.exported = {**exported, **{name: {"": tensor} for name, tensor in experts.items()}}
+                with _says_what_is_encoded(model.config):
+                    model.save_pretrained(draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **experts})
+                if quantizer is not None:
+                    quantizer.exported = {}
+        if first:
+            tokenizer.save_pretrained(draft)
+            write_provenance(draft, stack)
+    torch.distributed.barrier()
+    return directory
 
 
 def _is_spread(module: FrozenModule, leaf: str) -> bool:

@@ -28,6 +28,7 @@ from arctic_plugins_huggingface.loading import load_model, load_tokenizer, only_
 from arctic_plugins_huggingface.progress import TrainingProgress
 from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.saving import save_checkpoint, writing
+from arctic_plugins_huggingface.spread import is_spread
 from arctic_plugins_huggingface.training import GracefulStop, attach, last_checkpoint
 
 __all__ = ["Run", "TrainingResult", "prepare", "train"]
@@ -208,7 +209,7 @@ def train(
                 f"stopped after step {step} of {trainer.state.max_steps}, saved in {output}/checkpoint-{step}",
                 fix="'arctic train RECIPE --resume' continues",
             )
-        if trainer.is_world_process_zero():
+        if trainer.is_world_process_zero() or is_spread(model):
             save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.final, run.stack)
     if run.arguments.push_to_hub and trainer.is_world_process_zero():
         trainer._finish_current_push()

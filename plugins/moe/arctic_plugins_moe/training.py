@@ -1,13 +1,97 @@
-"""What the ``moe`` plugin does to a Trainer."""
+"""What routers do while a model is trained, among the Trainer's other figures. Read in transformers 5.19.0."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from arctic_plugins_moe.config import MoEConfig
+import torch
+from torch import Tensor, nn
 
-__all__ = ["attach"]
+from arctic_plugins_moe.config import MoEConfig
+from arctic_plugins_moe.router import Capacity, expert_load, load_balancing_loss, router_entropy
+
+__all__ = ["RouterFigures", "attach"]
 
 
 def attach(trainer: Any, options: MoEConfig) -> None:
-    """Nothing yet."""
+    """Let ``trainer`` log the figures of every router of its model; nothing without ``options.log``."""
+    if not options.log:
+        return
+    capacity = None if options.capacity_factor is None else Capacity(options.capacity_factor, options.min_capacity)
+    figures = RouterFigures(trainer.model, capacity)
+    stock = trainer.log
+
+    def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        stock({**logs, **figures.take()} if "loss" in logs else logs, *args, **kwargs)
+
+    trainer.log = log
+
+
+class RouterFigures:
+    """Collects, in the training steps between two logs and in this process, for each layer with a router:
+
+    ``load_max`` and ``load_min``: tokens of the most and the least wanted expert, as multiples of an even share; ``entropy``: of the routing
+    probabilities, in nats; ``dropped``: the share of decisions beyond the capacity; ``aux_loss``: load balancing loss of this layer (top_k when
+    balanced).
+
+    Args:
+        model: routers are what it records as ``router_logits``, which return (logits, weights, indices).
+        capacity: None when nothing is dropped.
+    """
+
+    def __init__(self, model: nn.Module, capacity: Capacity | None = None) -> None:
+        self.capacity = capacity
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._calls: dict[str, int] = {}
+        for name, module in routers(model).items():
+            module.register_forward_hook(self._hook(name))
+
+    def _hook(self, name: str) -> Any:
+        @torch.no_grad()
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def hook(module: nn.Module, _: Any, output: Any) -> None:
+            if not module.training or not isinstance(output, tuple) or len(output) != 3:
+                return
+            logits, weights, index = output
+            experts = logits.shape[-1]
+            load = expert_load(index, experts) * experts
+            figures = {
+                "load_max": load.max(),
+                "load_min": load.min(),
+                "entropy": router_entropy(logits),
+                "aux_loss": load_balancing_loss([logits], index.shape[-1]),
+            }
+            if self.capacity is not None:
+                kept, _ = self.capacity.keep(index, weights, experts)
+                figures["dropped"] = (kept == experts).float().mean()
+            sums = self._sums.setdefault(name, {})
+            for key, value in figures.items():
+                sums[key] = sums.get(key, 0) + value
+            self._calls[name] = self._calls.get(name, 0) + 1
+
+        return hook
+
+    def take(self) -> dict[str, float]:
+        """``moe/layer_3/entropy`` -> mean since the last call; starts anew."""
+        taken = {
+            f"moe/{name}/{key}": (value / self._calls[name]).item() for name, sums in self._sums.items() for key, value in sorted(sums.items())
+        }
+        self._sums, self._calls = {}, {}
+        return taken
+
+
+def routers(model: nn.Module) -> dict[str, nn.Module]:
+    """``layer_3`` (or the dotted name, where no number says it) -> router."""
+    kinds: set[type] = set()
+    for module in model.modules():
+        recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        kind = getattr(recorded, "target_class", recorded)
+        if isinstance(kind, type):
+            kinds.add(kind)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if type(module) in kinds:
+            layer = next((part for part in name.split(".") if part.isdigit()), None)
+            label = f"layer_{layer}"
+            found[name if layer is None or label in found else label] = module
+    return found

@@ -1,0 +1,117 @@
+"""Run by ``torchrun``: ``processes.py TASK [ARGUMENT ...]``; what is compared is written as JSON, one line."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, register, save_checkpoint
+from transformers import Trainer
+
+from arctic_plugins import Stack
+from arctic_plugins.frozen import local_parameters
+
+VOCABULARY, LENGTH = 272, 16
+WORLD = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def say(what):
+    sys.stdout.write(json.dumps(what) + "\n")  # one write: lines of several processes do not mix
+    sys.stdout.flush()
+
+
+def rows(count):
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, VOCABULARY, (count, LENGTH), generator=generator)]
+
+
+def trainer(checkpoint, plugins, output, **options):
+    """Global batches of 8 rows, whatever the number of processes and accumulated steps."""
+    accumulate = options.pop("gradient_accumulation_steps", 1)
+    defaults = {
+        "output_dir": str(output),
+        "plugins": plugins,
+        "per_device_train_batch_size": 8 // WORLD // accumulate,
+        "gradient_accumulation_steps": accumulate,
+        "max_steps": 20,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.5,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+        "lr_scheduler_type": "constant",
+        "seed": 1,
+    }
+    args = ArcticTrainingArguments(**{**defaults, **options})
+    stack = Stack.from_dict(args.plugins)
+    torch.manual_seed(0)  # adapters are drawn at random
+    model, tokenizer = load_model(checkpoint, stack)
+    model.config.use_cache = False
+    # Not shuffled: the global batches are the same in any number of processes.
+    built = attach(_InOrder(model=model, args=args, train_dataset=rows(8 * 20), processing_class=tokenizer), stack)
+    return built, stack, tokenizer
+
+
+class _InOrder(Trainer):
+    def _get_train_sampler(self, *args, **kwargs):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def figures(history):
+    return {key: [round(entry[key], 6) for entry in history if key in entry] for key in ("loss", "grad_norm")}
+
+
+def train(checkpoint, output, plugins, options="{}"):
+    built, stack, tokenizer = trainer(checkpoint, json.loads(plugins), output, **json.loads(options))
+    built.train()
+    save_checkpoint(built.accelerator.unwrap_model(built.model), tokenizer, Path(output) / "final", stack)
+    if built.is_world_process_zero():
+        routers = {key for entry in built.state.log_history for key in entry if key.startswith("moe/")}
+        say({**figures(built.state.log_history), "local": len(local_parameters(built.model)), "figures": sorted(routers)})
+
+
+def resume(checkpoint, output, plugins, options="{}"):
+    built, _, _ = trainer(checkpoint, json.loads(plugins), output, **json.loads(options))
+    built.train(resume_from_checkpoint=f"{output}/checkpoint-10")
+    if built.is_world_process_zero():
+        say(figures(built.state.log_history))
+
+
+def compare(checkpoint, plugins):
+    """This process's logits and gradients against those of a model that is whole."""
+    base = json.loads(plugins)
+    whole, _ = load_model(checkpoint, Stack.from_dict(base))
+    model, _ = load_model(checkpoint, Stack.from_dict({**base, "moe": {"expert_parallel": WORLD}}))
+    ids = torch.randint(5, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(dist.get_rank()))
+    with torch.no_grad():
+        logits = (whole.eval()(ids).logits - model.eval()(ids).logits).abs().max().item()
+    found = {"logits": logits, "gradients": 0.0, "elements": sum(p.numel() for p in model.parameters()), "whole": sum(p.numel() for p in whole.parameters())}
+    if not base:
+        for one in (whole.train(), model.train()):
+            one(ids, labels=ids).loss.backward()
+        expected, local, share = dict(whole.named_parameters()), local_parameters(model), slice(None)
+        for name, parameter in model.named_parameters():
+            theirs, ours = expected[name].grad, parameter.grad
+            dist.all_reduce(theirs)
+            if name in local:
+                share = local[name][1].local(len(theirs))
+                theirs = theirs[share]
+            else:
+                dist.all_reduce(ours)
+            found["gradients"] = max(found["gradients"], ((ours - theirs).norm() / theirs.norm().clamp_min(1e-9)).item())
+    say(found)
+
+
+if __name__ == "__main__":
+    register()
+    if WORLD > 1:
+        dist.init_process_group("gloo")
+    task, *arguments = sys.argv[1:]
+    {"train": train, "resume": resume, "compare": compare}[task](*arguments)
+    if WORLD > 1:
+        dist.destroy_process_group()
