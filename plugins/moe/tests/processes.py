@@ -90,7 +90,12 @@ def compare(checkpoint, plugins):
     ids = torch.randint(5, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(dist.get_rank()))
     with torch.no_grad():
         logits = (whole.eval()(ids).logits - model.eval()(ids).logits).abs().max().item()
-    found = {"logits": logits, "gradients": 0.0, "elements": sum(p.numel() for p in model.parameters()), "whole": sum(p.numel() for p in whole.parameters())}
+    found = {
+        "logits": logits,
+        "gradients": 0.0,
+        "elements": sum(p.numel() for p in model.parameters()),
+        "whole": sum(p.numel() for p in whole.parameters()),
+    }
     if not base:
         for one in (whole.train(), model.train()):
             one(ids, labels=ids).loss.backward()

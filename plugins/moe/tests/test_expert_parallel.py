@@ -1,0 +1,124 @@
+"""Experts in several real processes (gloo): the losses, norms and weights of one process, whatever the model, and from a checkpoint on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from arctic_plugins_huggingface import load_model, register
+from safetensors.torch import load_file
+
+from arctic_plugins import Stack
+from arctic_plugins.errors import ClaimError, ConfigError
+from arctic_plugins.testing import MIXTURES, tiny_model
+
+SCRIPT = Path(__file__).with_name("processes.py")
+MODELS = {
+    **MIXTURES,
+    "arctic": ("arctic", {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}),
+}
+PLUGINS = {"moe": {"expert_parallel": 2}}
+
+
+def run(processes, task, *arguments, fails=False):
+    """``task`` of ``processes.py``: what each process said, or with ``fails`` the standard error."""
+    command = [sys.executable, str(SCRIPT), task]
+    if processes > 1:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(SCRIPT), task]
+    texts = [argument if isinstance(argument, (str, Path)) else json.dumps(argument) for argument in arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, *map(str, texts)], capture_output=True, text=True, check=False, timeout=600, env=environment)
+    if fails:
+        assert done.returncode != 0
+        return done.stderr
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    register()
+    directory = tmp_path_factory.mktemp("models")
+    return {name: tiny_model(directory / name, model_type, **config) for name, (model_type, config) in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoints, tmp_path_factory):
+    """One process, 20 steps of Arctic with all gradients clipped."""
+    output = tmp_path_factory.mktemp("alone")
+    (found,) = run(1, "train", checkpoints["arctic"], output, {})
+    assert all(norm > 0.5 for norm in found["grad_norm"]), "clipping is active in every step"
+    return found, load_file(output / "final" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_are_those_of_one_process(checkpoints, name):
+    for plugins in ({}, {"fp8": {}}):
+        for found in run(2, "compare", checkpoints[name], plugins):
+            assert found["logits"] < 1e-4, found
+            assert found["gradients"] < 1e-5, found
+            assert found["elements"] < 0.9 * found["whole"], "each process holds its own experts only"
+
+
+@pytest.mark.parametrize(
+    ("processes", "parallel", "options"), [(2, 2, {}), (4, 2, {}), (4, 4, {}), (2, 2, {"gradient_accumulation_steps": 2})], ids=str
+)
+def test_training_equals_one_process(checkpoints, alone, tmp_path, processes, parallel, options):
+    (found,) = run(processes, "train", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": parallel}}, options)
+    expected, weights = alone
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    saved = load_file(tmp_path / "final" / "model.safetensors")
+    assert saved.keys() == weights.keys(), "a checkpoint like any other"
+    for name, weight in weights.items():
+        assert (saved[name] - weight).norm() < 1e-3 * weight.norm(), name
+    assert len(found["figures"]) == 2 * 4, "load, entropy and auxiliary loss of both layers are logged"
+    load_model(tmp_path / "final")
+
+
+@pytest.mark.parametrize("name", ["mixtral", "arctic"])
+def test_a_run_resumes_where_it_stopped(checkpoints, tmp_path, name):
+    (whole,) = run(2, "train", checkpoints[name], tmp_path, PLUGINS, {"save_strategy": "steps", "save_steps": 10})
+    for rank in range(2):
+        assert (tmp_path / "checkpoint-10" / f"experts_{rank}_of_2.pt").is_file()
+    (resumed,) = run(2, "resume", checkpoints[name], tmp_path, PLUGINS)
+    assert resumed["loss"] == whole["loss"], "also the steps before, which the checkpoint remembers"
+    assert resumed["grad_norm"] == whole["grad_norm"]
+    error = run(4, "resume", checkpoints[name], tmp_path, {"moe": {"expert_parallel": 4}}, fails=True)
+    assert "has no experts_0_of_4.pt (of these it has experts_0_of_2.pt, experts_1_of_2.pt)" in error
+
+
+def test_tokens_are_dropped_beyond_the_capacity(checkpoints, tmp_path):
+    plugins = {"moe": {"expert_parallel": 2, "capacity_factor": 0.5}}
+    (found,) = run(2, "train", checkpoints["arctic"], tmp_path, plugins, {"max_steps": 3})
+    assert "moe/layer_0/dropped" in found["figures"]
+    state = json.loads((tmp_path / "final" / "arctic_plugins.json").read_text())
+    assert state["stack"]["moe"]["capacity_factor"] == 0.5
+    model, _ = load_model(checkpoints["arctic"], Stack.from_dict({"moe": {"capacity_factor": 0.5}}))
+    plain, _ = load_model(checkpoints["arctic"])
+    ids = torch.arange(5, 37)[None]
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-4), "nothing is dropped outside of training"
+        assert not torch.allclose(model.train()(ids).logits, plain.train()(ids).logits, atol=1e-2)
+
+
+def test_what_cannot_be_divided_is_said_before_weights_are_read(checkpoints, tiny_checkpoint, monkeypatch):
+    with pytest.raises(ConfigError, match=r"expert_parallel is 2 with 1 process; expected a divisor of the number of processes"):
+        load_model(checkpoints["arctic"], Stack.from_dict(PLUGINS))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torch.distributed is not initialized"):
+        load_model(checkpoints["arctic"], Stack.from_dict(PLUGINS))
+    with pytest.raises(ClaimError, match="no experts that can be dispatched"):
+        load_model(tiny_checkpoint, Stack.from_dict(PLUGINS))
+    with pytest.raises(ConfigError, match="min_capacity is set and capacity_factor is not"):
+        load_model(checkpoints["arctic"], Stack.from_dict({"moe": {"min_capacity": 4}}))
+    with pytest.raises(ConfigError, match="mixtral has no z-loss"):
+        load_model(checkpoints["mixtral"], Stack.from_dict({"moe": {"router_z_loss_coef": 0.1}}))
+
+
+def test_experts_that_processes_cannot_share_alike(checkpoints):
+    error = run(3, "compare", checkpoints["arctic"], {}, fails=True)
+    assert "expert_parallel is 3 and the model has 4 experts; expected a divisor of 4" in error
