@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.registry import load
@@ -20,7 +20,7 @@ def register_models() -> None:
         if name not in ALL_EXPERTS_FUNCTIONS:
             ALL_EXPERTS_FUNCTIONS.register(name, function)
     for model_type, classes in registry.models.items():
-        if model_type in CONFIG_MAPPING:
+        if model_type in CONFIG_MAPPING_NAMES:  # those in-tree: the vLLM integration may have registered the config already
             continue
         config, base = load(classes.config), load(classes.base)
         AutoConfig.register(model_type, config)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
+from vllm import ModelRegistry
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -20,6 +21,7 @@ __all__ = [
     "FusedMoEMethodBase",
     "LinearBase",
     "LinearMethodBase",
+    "ModelRegistry",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",
