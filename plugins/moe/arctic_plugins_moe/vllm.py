@@ -3,7 +3,8 @@
 The branches of a hybrid are computed one after the other here, and each is reduced over tensor parallel processes by itself.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -67,6 +68,31 @@ class ArcticMLP(nn.Module):
         return x
 
 
+@contextmanager
+def _adapters_elsewhere(vllm_config: VllmConfig, prefix: str) -> Iterator[None]:
+    """On CPU, build experts as if there were no adapters: for experts beside which adapters may come, vLLM takes kernels of Triton, which has no CPU
+    (``layers/fused_moe/oracle/unquantized.py``), also when ``target_modules`` leaves experts out.
+
+    Raises:
+        ConfigError: adapters of experts are asked for.
+    """
+    adapters = vllm_config.lora_config
+    if adapters is None or not current_platform.is_cpu():
+        yield
+        return
+    if adapters.target_modules is None or "experts" in adapters.target_modules:
+        raise ConfigError(
+            f"{prefix}: adapters of experts cannot be computed on CPU by vLLM 0.32",
+            expected="adapters of other modules",
+            fix="say which: --lora-target-modules q_proj k_proj v_proj o_proj",
+        )
+    vllm_config.lora_config = None
+    try:
+        yield
+    finally:
+        vllm_config.lora_config = adapters
+
+
 class ArcticMoE(nn.Module):
     """A mixture of experts, or in layers that are none a dense MLP.
 
@@ -82,18 +108,19 @@ class ArcticMoE(nn.Module):
             return
         parallel = vllm_config.parallel_config
         self.gate = GateLinear(config.hidden_size, config.num_local_experts, prefix=f"{prefix}.gate")
-        self.experts = FusedMoEFactory(
-            num_experts=config.num_local_experts,
-            top_k=config.num_experts_per_tok,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            renormalize=config.num_experts_per_tok > 1,
-            quant_config=vllm_config.quant_config,
-            prefix=f"{prefix}.experts",
-            enable_eplb=parallel.enable_eplb,
-            num_redundant_experts=parallel.eplb_config.num_redundant_experts,
-            ckpt_names=("w1", "w2", "w3"),
-        )
+        with _adapters_elsewhere(vllm_config, prefix):
+            self.experts = FusedMoEFactory(
+                num_experts=config.num_local_experts,
+                top_k=config.num_experts_per_tok,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+                renormalize=config.num_experts_per_tok > 1,
+                quant_config=vllm_config.quant_config,
+                prefix=f"{prefix}.experts",
+                enable_eplb=parallel.enable_eplb,
+                num_redundant_experts=parallel.eplb_config.num_redundant_experts,
+                ckpt_names=("w1", "w2", "w3"),
+            )
         # layers/fused_moe/experts/cpu_moe.py is not told which experts are here, and reads beyond those that are: the process dies.
         if current_platform.is_cpu() and get_ep_group().world_size > 1 and parallel.enable_expert_parallel:
             method = self.experts.routed_experts.quant_method

@@ -1,0 +1,196 @@
+"""Snowflake Arctic in the real vLLM engine on CPU, in float32, against its equations."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import arctic_reference as equations
+import pytest
+import torch
+from arctic_plugins_huggingface import load_model, register, save_checkpoint
+from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_vllm.serving import on_the_fly
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from arctic_plugins import Stack
+from arctic_plugins.resolver import host_version
+from arctic_plugins.testing import tiny_model
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(host_version("vllm") is None, reason="vLLM is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compares the CPU engine"),
+]
+
+PROMPTS = [list(range(10, 58)), list(range(40, 47)), [9, 3]]
+TOKENS = 12
+ARCTIC = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True, "intermediate_size": 96}
+LORA = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": [f"{name}_proj" for name in "qkvo"]}
+SCALES = {"initializer_range": 0.2, "rope_theta": 1e4}
+
+
+def arctic(directory, **changes):
+    return tiny_model(directory, "arctic", **{**ARCTIC, **SCALES, **changes})
+
+
+def run(jobs, cache, **environment):
+    settings = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CACHE_ROOT": str(cache),
+        "OMP_NUM_THREADS": "2",
+        **environment,
+    }
+    defaults = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True}
+    jobs = [{"prompts": PROMPTS, "tokens": TOKENS, **job, "llm": {**defaults, **job["llm"], "model": str(job["llm"]["model"])}} for job in jobs]
+    command = [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), json.dumps(jobs)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=580, env={**os.environ, **settings})
+
+
+def results(result, count):
+    lines = [json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    assert len(lines) == count, result.stdout[-2000:] + result.stderr[-6000:]
+    return lines
+
+
+def by_equations(checkpoint):
+    weights, config = load_file(checkpoint / "model.safetensors"), equations.config_of(AutoConfig.from_pretrained(checkpoint))
+    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
+    return lambda ids: equations.logits(torch.tensor(ids), weights, config)
+
+
+def by_transformers(model):
+    model.eval()
+    return lambda ids: model(torch.tensor([ids])).logits[0].float()
+
+
+@torch.no_grad()
+def same(answer, logits_of, prompts=PROMPTS):
+    """Every token is the best one, and its log-probability and those of the prompt are right to 1e-4."""
+    for at, prompt in enumerate(prompts):
+        ids = prompt + answer["tokens"][at]
+        distribution = logits_of(ids).log_softmax(-1)[:-1]
+        assert distribution[len(prompt) - 1 :].argmax(-1).tolist() == answer["tokens"][at]
+        expected = distribution.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        found = torch.tensor((answer["prompt"][at] if answer["prompt"] else expected[: len(prompt) - 1].tolist()) + answer["logprobs"][at])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("vllm-cache")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A dense layer and a hybrid one, twice."""
+    return arctic(tmp_path_factory.mktemp("arctic") / "plain", moe_layer_frequency=2, num_hidden_layers=4)
+
+
+def test_every_kind_of_layer_is_that_of_the_equations(tmp_path, cache):
+    models = []
+    for frequency, hybrid, top_k, kv_heads in itertools.product((1, 2), (True, False), (1, 2), (4, 2)):
+        changes = {"moe_layer_frequency": frequency, "parallel_attn_mlp_res": hybrid, "num_experts_per_tok": top_k, "num_key_value_heads": kv_heads}
+        models.append(arctic(tmp_path / str(len(models)), **changes, tie_word_embeddings=len(models) == 5))
+    for checkpoint, answer in zip(models, results(run([{"llm": {"model": model}} for model in models], cache), len(models)), strict=True):
+        same(answer["base"], by_equations(checkpoint))
+
+
+def with_adapter(checkpoint, plugins, directory):
+    """An adapter on attention that changes what is said, saved."""
+    stack = Stack.from_dict({**plugins, "lora": {"r": 4, "alpha": 8, "target_modules": LORA["lora_target_modules"]}})
+    model, tokenizer = load_model(checkpoint, stack)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return save_checkpoint(model, tokenizer, directory, stack)
+
+
+@pytest.fixture(scope="module")
+def encoded(plain, tmp_path_factory):
+    stack = Stack.from_dict({"fp8": {}})
+    return save_checkpoint(*load_model(plain, stack), tmp_path_factory.mktemp("arctic") / "fp8", stack)
+
+
+def test_caches_chunks_encoded_weights_and_adapters(plain, encoded, tmp_path, cache):
+    """Four engines: a prompt that comes in chunks, and again from the prefix cache; fp8 made before and while loading; adapters over both."""
+    on_plain, on_encoded = with_adapter(plain, {}, tmp_path / "plain"), with_adapter(encoded, {"fp8": {}}, tmp_path / "encoded")
+    long = [list(range(5, 205))]
+    overrides = on_the_fly(str(plain), Stack.from_dict({"fp8": {}}))
+    chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": True, "block_size": 32}
+    jobs = [
+        {"llm": {"model": plain, **chunks}, "prompts": long, "twice": True},
+        {"llm": {"model": plain, **LORA}, "adapter": str(on_plain)},
+        {"llm": {"model": encoded, **LORA}, "adapter": str(on_encoded)},
+        {"llm": {"model": plain, "hf_overrides": overrides}},
+    ]
+    chunked, lora, stored, encoding = results(run(jobs, cache), len(jobs))
+    exact, fp8 = by_equations(plain), by_transformers(load_model(encoded)[0])
+    for answer in ("base", "again", "cached"):
+        same(chunked[answer], exact, long)
+    assert chunked["cached"]["cached"][0] >= 128
+    same(lora["base"], exact)
+    same(lora["adapter"], by_transformers(load_checkpoint(on_plain)[0]))
+    assert lora["adapter"]["tokens"] != lora["base"]["tokens"]
+    same(stored["base"], fp8)
+    same(stored["adapter"], by_transformers(load_checkpoint(on_encoded)[0]))
+    assert stored["adapter"]["tokens"] != stored["base"]["tokens"] != lora["base"]["tokens"]
+    same(encoding["base"], fp8)
+
+
+MANY = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+
+
+def test_two_processes_share_layers_or_experts(plain, encoded, cache):
+    jobs = [{"llm": {"model": plain, **TWO}}, {"llm": {"model": encoded, **TWO, "enable_expert_parallel": True}}]
+    halves, experts = results(run(jobs, cache, **MANY), 2)
+    same(halves["base"], by_equations(plain))
+    same(experts["base"], by_transformers(load_model(encoded)[0]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        (
+            {},
+            {**TWO, "enable_expert_parallel": True},
+            "block_sparse_moe: vLLM 0.32 cannot spread plain experts over processes on CPU; expected encoded",
+        ),
+        (
+            {"num_key_value_heads": 3, "num_attention_heads": 6, "hidden_size": 192},
+            TWO,
+            "6 attention heads and 3 of keys and values cannot be shared out to 2 processes; expected a divisor",
+        ),
+        ({}, {"enable_lora": True}, "adapters of experts cannot be computed on CPU by vLLM 0.32; expected adapters of other modules; say which"),
+        ({"hidden_act": "gelu"}, {}, "hidden_act is 'gelu'; expected 'silu'"),
+    ],
+    ids=["experts", "heads", "adapters", "activation"],
+)
+def test_what_would_crash_or_be_wrong_is_refused(tmp_path, cache, sizes, options, message):
+    environment = MANY if "tensor_parallel_size" in options else {}
+    result = run([{"llm": {"model": arctic(tmp_path / "model", **sizes), **options}}], cache, **environment)
+    assert result.returncode > 0
+    assert message in result.stdout + result.stderr  # processes of the engine say it on standard output
+
+
+@pytest.mark.slow
+def test_compiled_in_one_process_and_in_two_stages(plain, encoded, cache):
+    """Pipeline stages are compiled: in eager mode vLLM 0.32 itself stops with them on CPU, with every model."""
+    whole, fp8 = results(run([{"llm": {"model": model, "enforce_eager": False}} for model in (plain, encoded)], cache), 2)
+    same(whole["base"], by_equations(plain))
+    same(fp8["base"], by_transformers(load_model(encoded)[0]))
+    stages = {"model": plain, "enforce_eager": False, "pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
+    [answer] = results(run([{"llm": stages}], cache, **MANY), 1)
+    same(answer["base"], by_equations(plain))

@@ -1,0 +1,43 @@
+"""Run in a process of its own: starts the real vLLM engine once for each job of the JSON list given, and prints what it answers, one line each.
+
+A job: ``{"llm": {LLM arguments}, "prompts": [[ids]], "tokens": n, "adapter": path or null, "twice": bool}``.
+"""
+
+import gc
+import json
+import sys
+
+from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.lora.request import LoRARequest
+
+
+def answers(llm, job, *, scored=True, adapter=None):
+    """Greedy tokens and their log-probabilities; those of the prompts, from the second token on (asking for them leaves the prefix cache out)."""
+    sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0, prompt_logprobs=0 if scored else None)
+    prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
+    outputs = llm.generate(prompts, sampling, lora_request=adapter, use_tqdm=False)
+    found = {"tokens": [], "logprobs": [], "prompt": [], "cached": [output.num_cached_tokens for output in outputs]}
+    for output in outputs:
+        answer = output.outputs[0]
+        found["tokens"].append(list(answer.token_ids))
+        found["logprobs"].append([entry[token].logprob for entry, token in zip(answer.logprobs, answer.token_ids, strict=True)])
+        if scored:
+            rest = zip(output.prompt_logprobs[1:], output.prompt_token_ids[1:], strict=True)
+            found["prompt"].append([entry[token].logprob for entry, token in rest])
+    return found
+
+
+if __name__ == "__main__":
+    for job in json.loads(sys.argv[1]):
+        llm = LLM(**job["llm"])
+        result = {"base": answers(llm, job)}
+        if job.get("twice"):
+            result["again"] = answers(llm, job, scored=False)
+            result["cached"] = answers(llm, job, scored=False)
+        if job.get("adapter"):
+            result["adapter"] = answers(llm, job, adapter=LoRARequest("adapter", 1, job["adapter"]))
+        print("\nRESULT " + json.dumps(result), flush=True)
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
