@@ -1,4 +1,4 @@
-"""The experts of a mixture over encoded bytes: any codec, any placement, here or in other processes; only experts that received tokens are decoded."""
+"""The experts of a mixture over encoded bytes: any codec, any placement, here or in other processes; only experts with tokens are decoded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ __all__ = ["FrozenExperts", "Mixture", "mix_experts"]
 
 Product = Callable[[Tensor, Sequence[int]], Tensor]
 """``(rows sorted by expert, rows of each expert) -> rows``."""
+Update = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+"""What an adapter makes of a product: ``(product, rows, rows of each expert) -> product``. By leaf in :attr:`FrozenExperts.updates`."""
 
 
 class Mixture:
@@ -103,6 +105,7 @@ class FrozenExperts(FrozenModule):
     ) -> None:
         super().__init__(dtype)
         self.num_experts, self.act, self.up, self.down, self.dispatch = num_experts, act, up, down, dispatch
+        self.updates: dict[str, Update] = {}
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # which expert gets how many tokens depends on data
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -122,7 +125,11 @@ class FrozenExperts(FrozenModule):
 
     def products(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """``down(act(up(rows)))``, each row with its expert's matrices."""
-        return self.multiply(self.act(self.multiply(rows, self.up, counts)), self.down, counts)
+        return self._adapted(self.act(self._adapted(rows, self.up, counts)), self.down, counts)
+
+    def _adapted(self, rows: Tensor, leaf: str, counts: Sequence[int]) -> Tensor:
+        product = self.multiply(rows, leaf, counts)
+        return self.updates[leaf](product, rows, counts) if leaf in self.updates else product
 
     def extra_repr(self) -> str:
         weights = ", ".join(f"{leaf}={weight.shape} {weight.codec}{', placed' if weight.handle else ''}" for leaf, weight in self.frozen.items())

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import transformers_weight_conversion
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
-from arctic_plugins.frozen.experts import FrozenExperts
+from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError
+from arctic_plugins.frozen.experts import FrozenExperts, Mixture
 from arctic_plugins.frozen.linear import FrozenLinear
+from arctic_plugins.frozen.module import FrozenModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["FrozenLoraLinear", "load_adapter", "only_modules", "with_frozen_layer"]
+__all__ = [
+    "ExpertPairs",
+    "FrozenLoraExperts",
+    "FrozenLoraLinear",
+    "expert_pairs",
+    "expert_parameters",
+    "load_adapter",
+    "only_modules",
+    "with_frozen_layer",
+]
 
 
 class FrozenLoraLinear(LoraLinear):
@@ -35,11 +48,7 @@ class FrozenLoraLinear(LoraLinear):
     _bytes_before_merge: dict[str, Tensor] | None = None
 
     def __init__(self, base_layer: FrozenLinear, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        if config.use_dora or config.lora_bias:
-            variant = "DoRA" if config.use_dora else "lora_bias"
-            raise ConfigError(
-                f"adapter '{adapter_name}' uses {variant} over encoded weights", expected="plain LoRA or rsLoRA", fix="train a plain adapter"
-            )
+        _check_plain(adapter_name, config)
         super().__init__(base_layer, adapter_name, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -65,16 +74,189 @@ class FrozenLoraLinear(LoraLinear):
         self.merged_adapters.clear()
 
 
+class FrozenLoraExperts(ParamWrapper):
+    """A LoRA layer over one weight of :class:`FrozenExperts`: a pair of matrices per expert, with the names and shapes of PEFT's ``ParamWrapper``.
+
+    PEFT's own would add the update to the whole weight in every forward. This one is called by the experts with the rows of each, and touches only
+    experts with rows. Merging goes expert by expert; see :class:`FrozenLoraLinear`.
+    """
+
+    _bytes_before_merge: dict[str, Tensor] | None = None
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+        _check_plain(adapter_name, config)
+        if config.lora_dropout:
+            raise ConfigError(f"adapter '{adapter_name}' has dropout {config.lora_dropout} and adapts experts", expected="0", fix="leave it out")
+        super().__init__(base_layer, adapter_name, parameter_name, config, **kwargs)
+        self.get_base_layer().updates[parameter_name] = self.update
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        self.num_experts, out_features, in_features = self.get_base_layer().frozen[self.parameter_name].shape
+        self._param_ndim = 3
+        return out_features, in_features  # as in PEFT, whose update_layer swaps them
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self._prepare(x, **kwargs)
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        return y
+
+    def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
+        """As :meth:`FrozenExperts.start`."""
+        self._prepare(hidden_states)
+        mixture: Mixture = self.base_layer.start(hidden_states, top_k_index, top_k_weights)
+        return mixture
+
+    def _prepare(self, x: Tensor, **kwargs: Any) -> None:
+        self._check_forward_args(x, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+
+    def update(self, product_RN: Tensor, rows_RK: Tensor, counts: Sequence[int]) -> Tensor:
+        """``product + scaling * rows @ A[e].T @ B[e].T`` of active adapters, each row with its expert's pair."""
+        if self.disable_adapters or self.merged or not len(rows_RK):
+            return product_RN
+        for adapter in self.active_adapters:
+            if adapter in self.lora_A:
+                a_ErK, b_ENr = (matrices.unbind() for matrices in self._pairs(adapter))
+                rows = rows_RK.to(a_ErK[0].dtype)
+                updates, start = [], 0
+                for expert, count in enumerate(counts):
+                    if count:
+                        inner = rows[start : start + count] @ a_ErK[expert].t() * self.scaling[adapter]
+                        updates.append(inner @ b_ENr[expert].t())
+                        start += count
+                product_RN = product_RN + torch.cat(updates).to(product_RN.dtype)
+        return product_RN
+
+    def _pairs(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """``A [E, r, K]`` and ``B [E, N, r]``."""
+        a, b = (ExpertPairs(self.r[adapter], last) for last in (False, True))
+        return a.split(self.lora_A[adapter].weight), b.split(self.lora_B[adapter].weight)
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As in PEFT, in the memory of one decoded expert."""
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not adapters:
+            return
+        frozen, leaf = self.get_base_layer(), self.parameter_name
+        weight, before, device = frozen.frozen[leaf], frozen.export(leaf), self.get_param().device
+        after = {suffix: torch.empty_like(buffer, device=device) for suffix, buffer in before.items()}
+        pairs = {name: self._pairs(name) for name in adapters}
+        for expert in range(self.num_experts):
+            own = {suffix: buffer[expert].to(device) for suffix, buffer in before.items()}
+            merged = weight.codec.decode(own, weight.shape[1:], torch.float32)
+            for name, (a_ErK, b_ENr) in pairs.items():
+                merged.addmm_(b_ENr[expert].float(), a_ErK[expert].float(), alpha=self.scaling[name])
+            try:
+                encoded = weight.codec.encode(merged)
+            except CodecError as error:
+                raise CodecError(f"{weight.name}, expert {expert}: {error.found}", expected=error.expected, fix=error.fix) from error
+            for suffix, buffer in encoded.items():
+                after[suffix][expert] = buffer
+        frozen.hold(after, leaf)
+        if self._bytes_before_merge is None:
+            self._bytes_before_merge = before
+        self.merged_adapters.extend(adapters)
+
+    def unmerge(self) -> None:
+        """Give back the bytes from before the first merge; undoes all merged adapters at once."""
+        if self._bytes_before_merge is not None:
+            device = self.get_param().device
+            self.get_base_layer().hold({suffix: buffer.to(device) for suffix, buffer in self._bytes_before_merge.items()}, self.parameter_name)
+            self._bytes_before_merge = None
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+        frozen: FrozenExperts = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        frozen.updates.clear()
+        return frozen
+
+
+# PEFT 0.21.2 knows wrappers that may be nested, and reused for another adapter, by the name of their class (tuners/tuners_utils.py).
+FrozenLoraExperts.__name__ = ParamWrapper.__name__
+
+
+@dataclass(frozen=True)
+class ExpertPairs:
+    """How an adapter's parameter holds a matrix per expert, in memory and on disk: PEFT's layout of ``ParamWrapper``."""
+
+    rank: int
+    last: bool
+    """True of ``lora_B [N, r * E]``, where the expert's number runs fastest; False of ``lora_A [E * r, K]``, where it runs slowest."""
+
+    def split(self, tensor: Tensor) -> Tensor:
+        """A view with one matrix per expert: ``[E, N, r]`` or ``[E, r, K]``."""
+        return tensor.unflatten(1, (self.rank, -1)).permute(2, 0, 1) if self.last else tensor.unflatten(0, (-1, self.rank))
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The parameter of all experts, from those that processes have of their own."""
+        return torch.cat([part.unflatten(1, (self.rank, -1)) for part in parts], 2).flatten(1) if self.last else torch.cat(list(parts))
+
+    def part(self, whole: Tensor, experts: slice) -> Tensor:
+        """The parameter of these ``experts``, from that of all."""
+        if self.last:
+            return whole.unflatten(1, (self.rank, -1))[:, :, experts].flatten(1)
+        return whole.unflatten(0, (-1, self.rank))[experts].flatten(0, 1)
+
+
+def expert_pairs(model: nn.Module) -> dict[str, ExpertPairs]:
+    """Name of every parameter that adapters add beside experts, in a model that has them -> its layout. All other parameters that have something for
+    each expert have the expert's number as their first dimension."""
+    return {
+        f"{name}.{half}.{adapter}.weight": ExpertPairs(rank, half == "lora_B")
+        for name, module in model.named_modules()
+        if isinstance(module, ParamWrapper) and module._param_ndim == 3
+        for adapter, rank in module.r.items()
+        for half in ("lora_A", "lora_B")
+        if adapter in module.lora_A
+    }
+
+
+_EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def expert_parameters(model: nn.Module) -> list[str]:
+    """The weights of experts as PEFT's ``target_parameters``: names within a layer, such as ``mlp.experts.down_proj``."""
+    found = set[str]()
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenExperts):
+            leaves = list(module.frozen)
+        elif isinstance(module, FrozenModule):
+            continue
+        else:
+            leaves = [leaf for leaf, parameter in module.named_parameters(recurse=False) if leaf in _EXPERT_WEIGHTS and parameter.dim() == 3]
+        found |= {re.sub(r"^.*\.\d+\.", "", f"{name}.{leaf}") for leaf in leaves}
+    return sorted(found)
+
+
+def _check_plain(adapter_name: str, config: LoraConfig) -> None:
+    if config.use_dora or config.lora_bias:
+        variant = "DoRA" if config.use_dora else "lora_bias"
+        raise ConfigError(
+            f"adapter '{adapter_name}' uses {variant} over encoded weights", expected="plain LoRA or rsLoRA", fix="train a plain adapter"
+        )
+
+
 @contextmanager
-def only_modules(model: nn.Module) -> Iterator[None]:
-    """While this lasts, PEFT adapts no fused parameters of a ``model`` with encoded experts.
+def only_modules(model: nn.Module, *, always: bool = False) -> Iterator[None]:
+    """While this lasts, PEFT adapts of a ``model`` with encoded experts no fused parameters but those that ``target_parameters`` names.
 
     PEFT (utils/transformers_weight_conversion.py) takes 'all-linear', and names like ``gate_proj``, in mixtures of experts for the fused
-    parameters that hold what had these names in transformers 4, and wraps them. Bytes cannot be wrapped.
+    parameters that hold what had these names in transformers 4. With ``always``, also where no experts are encoded.
     """
-    if not any(isinstance(module, FrozenExperts) for module in model.modules()):
+    experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
+    if not experts and not always:
         yield
         return
+    for module in experts:  # PEFT nests its layers in the order of parameters, here that in which the loader came across them
+        module._parameters = {name: module._parameters[name] for name in sorted(module._parameters, key=lambda name: not name.startswith(module.up))}
+    with _without_conversion():
+        yield
+
+
+@contextmanager
+def _without_conversion() -> Iterator[None]:
     stock = transformers_weight_conversion.convert_peft_config_for_transformers
     transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
     try:
@@ -84,8 +266,8 @@ def only_modules(model: nn.Module) -> Iterator[None]:
 
 
 def with_frozen_layer(config: LoraConfig) -> LoraConfig:
-    """Make PEFT use :class:`FrozenLoraLinear` where the base layer is frozen. It is not saved with the adapter, so do it on every load."""
-    config._register_custom_module({FrozenLinear: FrozenLoraLinear})
+    """Make PEFT use the layers of this module where the base layer is frozen. That is not saved with the adapter, so do it on every load."""
+    config._register_custom_module({FrozenLinear: FrozenLoraLinear, FrozenExperts: FrozenLoraExperts})
     return config
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from arctic_plugins.errors import ConfigError
-from arctic_plugins.frozen.lora import only_modules, with_frozen_layer
+from arctic_plugins.frozen.lora import expert_parameters, only_modules, with_frozen_layer
 from arctic_plugins_lora.config import LoraOptions
 
 if TYPE_CHECKING:
@@ -20,19 +20,23 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     """Wrap ``model`` in a ``PeftModel`` with a new, trainable adapter; everything else is frozen.
 
     Raises:
-        ConfigError: ``target_modules`` names nothing in this model.
+        ConfigError: ``target_modules`` names nothing in this model, or ``experts`` are wanted and it has none.
     """
+    parameters = expert_parameters(model) if options.experts else []
+    if options.experts and not parameters:
+        raise ConfigError("plugins.lora.experts is true, but this model has no experts", fix="leave it out")
     targets = options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules)
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it by r, an integer or not
         lora_dropout=options.dropout,
         target_modules=targets,
+        target_parameters=parameters or None,
         use_rslora=options.use_rslora,
         task_type="CAUSAL_LM",
     )
     try:
-        with only_modules(model):
+        with only_modules(model, always=options.experts):
             return get_peft_model(model, with_frozen_layer(config))  # type: ignore[return-value]
     except ValueError as error:
         if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
