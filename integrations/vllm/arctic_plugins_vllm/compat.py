@@ -7,7 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
-from vllm import ModelRegistry
+from vllm import EngineArgs, ModelRegistry
+from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
+from vllm.distributed import cleanup_dist_env_and_memory, get_tp_group, init_distributed_environment, initialize_model_parallel
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
@@ -15,9 +17,14 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
+from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.utils import set_weight_attrs
 
 __all__ = [
+    "DefaultModelLoader",
+    "EngineArgs",
     "FusedMoEMethodBase",
     "LinearBase",
     "LinearMethodBase",
@@ -25,12 +32,20 @@ __all__ = [
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RoutedExperts",
+    "ShardedStateLoader",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "activate_experts",
+    "cleanup_dist_env_and_memory",
     "expert_activation",
+    "get_tp_group",
+    "init_distributed_environment",
+    "initialize_model",
+    "initialize_model_parallel",
     "is_registered",
+    "loading",
     "register_quantization_config",
+    "set_current_vllm_config",
     "set_weight_attrs",
 ]
 
@@ -38,6 +53,15 @@ __all__ = [
 def is_registered(method: str) -> bool:
     """Whether a quantization method of that name is known, in-tree or registered."""
     return method in QUANTIZATION_METHODS
+
+
+def loading() -> tuple[str, int, bool]:
+    """Of the model that is being built: the checkpoint, the number of tensor parallel processes, and whether each reads files of its own."""
+    config = get_current_vllm_config_or_none()
+    if config is None or config.model_config is None:
+        return "", 1, False
+    by_process = config.load_config.load_format in ("sharded_state", "runai_streamer_sharded")
+    return config.model_config.model, config.parallel_config.tensor_parallel_size, by_process
 
 
 def expert_activation(layer: Any) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from arctic_plugins.errors import ConfigError
 from arctic_plugins.frozen import Codec, TensorSpec
-from arctic_plugins_vllm.compat import FusedMoEMethodBase, expert_activation, set_weight_attrs
+from arctic_plugins_vllm.compat import FusedMoEMethodBase, expert_activation, loading, set_weight_attrs
 from arctic_plugins_vllm.loaders import Reader, check_loaded, check_seen, check_split, read
 from arctic_plugins_vllm.ops import codec_experts, codec_text
 
@@ -67,6 +67,7 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
         }
         on_disk = {"w13": (whole, hidden_size), "w2": (hidden_size, whole)}
         layer.arctic_shapes, layer.arctic_seen, layer.arctic_names = (shapes["w13"], shapes["w2"]), {}, {"w13": {}, "w2": {}}
+        layer.arctic_counts = not loading()[2]  # see EncodedLinearMethod
         layer.arctic_parts, layer.arctic_activation = {"w13": num_experts * parts, "w2": num_experts}, json.dumps(expert_activation(layer))
         for leaf, shape in shapes.items():
             specs = self.codecs[leaf].layout(on_disk[leaf])
@@ -82,7 +83,7 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raise CheckpointError if an expert's weight never came. Called again after each reload of the layer."""
-        for leaf, names in layer.arctic_names.items():
+        for leaf, names in layer.arctic_names.items() if layer.arctic_counts else ():
             for name in names.values():
                 check_seen(f"{self.prefix}.{name}", layer.arctic_seen[name], layer.arctic_parts[leaf])
 

