@@ -279,7 +279,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
     """
     try:
         config = LoraConfig.from_pretrained(str(adapter))
-        with only_modules(model):
+        with only_modules(model, always=bool(config.target_parameters)):
             adapted = PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)
         with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
             saved = set(file.keys())

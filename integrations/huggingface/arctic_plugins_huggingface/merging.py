@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,12 @@ from torch import Tensor
 from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.frozen import Codec
 from arctic_plugins.frozen.codec import check_buffers
-from arctic_plugins.frozen.lora import load_adapter
+from arctic_plugins.frozen.lora import ExpertPairs, load_adapter
 from arctic_plugins.provenance import read_json, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory, check_checkpoint
 from arctic_plugins_huggingface.loading import Claimed, claims, freeze, is_encoded, load_config, load_model
+from arctic_plugins_huggingface.modules import EXPERT
 from arctic_plugins_huggingface.rewriting import Read, open_files, rewrite
 from arctic_plugins_huggingface.saving import adapter_base, check_new, own_tokenizer, save_checkpoint, staged
 
@@ -33,7 +34,6 @@ _OTHER_KINDS = (
     "lora_bias",
     "modules_to_save",
     "fan_in_fan_out",
-    "target_parameters",
     "layer_replication",
     "trainable_token_indices",
     "alora_invocation_tokens",
@@ -74,8 +74,8 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
     updates away, since the encoded weights lie on the grid to which the sum is rounded. From an encoded base there is no such weight, and the
     update is added to the decoded one. Sums are in float32.
 
-    Memory is bounded by the largest safetensors file of a base that is a directory, with LoRA or rsLoRA on linear modules. For a base that comes
-    from the hub, other adapters of PEFT, and stacks whose plugins change the model, the whole model is loaded.
+    Memory is bounded by the largest safetensors file of a base that is a directory, with LoRA or rsLoRA on linear modules and experts. For a base
+    that comes from the hub, other adapters of PEFT, and stacks whose plugins change the model, the whole model is loaded.
 
     Raises:
         CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing, or does not fit its base.
@@ -89,17 +89,19 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
     stack, base = Stack.from_checkpoint(found), adapter_base(found)
     codecs = stack.only("weight_codec")
     others = stack.without("weight_codec").without("adapter").without("placement")
-    if not len(others) and Path(base).is_dir() and (updates := _updates(found)) is not None:
+    if not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:
         check_checkpoint(base)
         config = load_config(base)
-        if (is_encoded(config) or getattr(config, "quantization_config", None) is None) and updates.keys() <= _modules(Path(base)):
+        if is_encoded(config) or getattr(config, "quantization_config", None) is None:
             claimed = claims(config, Stack() if is_encoded(config) else codecs)
-            with staged(directory) as draft:
-                _merge_files(Path(base), draft, claimed, updates, encoded=is_encoded(config))
-                if (tokenizer := own_tokenizer(found)) is not None:
-                    tokenizer.save_pretrained(draft)
-                write_provenance(draft, codecs)
-            return Path(directory)
+            updates = _updates(found, halves, claimed)
+            if updates.keys() <= _modules(Path(base)):
+                with staged(directory) as draft:
+                    _merge_files(Path(base), draft, claimed, updates, encoded=is_encoded(config))
+                    if (tokenizer := own_tokenizer(found)) is not None:
+                        tokenizer.save_pretrained(draft)
+                    write_provenance(draft, codecs)
+                return Path(directory)
     model, base_tokenizer = load_model(base, others)
     merged = load_adapter(model, found).merge_and_unload()
     if not is_encoded(merged.config):
@@ -107,8 +109,8 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
     return save_checkpoint(merged, own_tokenizer(found) or base_tokenizer, directory, codecs)
 
 
-def _updates(adapter: Path) -> dict[str, Update] | None:
-    """Module -> what the adapter in a directory adds to its weight; None when it is of a kind that only PEFT knows to merge."""
+def _halves(adapter: Path) -> dict[str, dict[str, Tensor]] | None:
+    """Module -> "A" and "B" of the adapter in a directory; None when it is of a kind that only PEFT knows to merge."""
     config = LoraConfig.from_pretrained(str(adapter))
     if any(getattr(config, name, None) for name in _OTHER_KINDS) or config.bias != "none":
         return None
@@ -121,8 +123,46 @@ def _updates(adapter: Path) -> dict[str, Update] | None:
         halves.setdefault(module, {})[half[0]] = tensor
     if lacking := [module for module, pair in halves.items() if len(pair) < 2]:
         raise CheckpointError(f"{adapter} has only half of the update of {lacking[0]}", fix="the adapter is incomplete: save it again")
-    scale = math.sqrt if config.use_rslora else float  # Kalajdzievski, "rsLoRA", 2023; Hu et al., "LoRA", 2021
-    return {module: Update(pair["A"], pair["B"], config.lora_alpha / scale(config.r)) for module, pair in halves.items()}
+    return halves
+
+
+def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed: Claimed) -> dict[str, Update]:
+    """Module of the base's files -> what is added to its weight."""
+    config = LoraConfig.from_pretrained(str(adapter))
+    scaling = config.lora_alpha / (math.sqrt if config.use_rslora else float)(config.r)  # Kalajdzievski, "rsLoRA", 2023; Hu et al., "LoRA", 2021
+    updates: dict[str, Update] = {}
+    for module, pair in halves.items():
+        name = _expert_weight(module, claimed, config.target_parameters or ())
+        if name is None:
+            updates[module] = Update(pair["A"], pair["B"], scaling)
+            continue
+        spec, parts = claimed.specs[name], claimed.stored[name]
+        shapes = (config.r * spec.shape[0], spec.in_features), (spec.out_features, config.r * spec.shape[0])
+        if (tuple(pair["A"].shape), tuple(pair["B"].shape)) != shapes:
+            raise CheckpointError(
+                f"{adapter} has {tuple(pair['A'].shape)} and {tuple(pair['B'].shape)} for {name}",
+                expected=f"{shapes[0]} and {shapes[1]}",
+                fix="the adapter is of another model",
+            )
+        downs, ups = ExpertPairs(config.r, last=False).split(pair["A"]), ExpertPairs(config.r, last=True).split(pair["B"])
+        for expert, (down, up) in enumerate(zip(downs, ups, strict=True)):
+            for part, rows in zip(parts, up.chunk(len(parts)), strict=True):
+                updates[part.replace(f".{EXPERT}.", f".{expert}.")] = Update(down, rows, scaling)
+    return updates
+
+
+def _expert_weight(module: str, claimed: Claimed, targets: Collection[str]) -> str | None:
+    """The experts' weight that PEFT's wrapper ``module`` adapts: of several in one place, the first is innermost, ``base_layer`` of the next."""
+    path = module
+    while path.endswith(".base_layer"):
+        path = path.removesuffix(".base_layer")
+    wrapped = [
+        name
+        for name, spec in claimed.specs.items()
+        if spec.experts is not None and name.rpartition(".")[0] == path and any(f".{name}".endswith(f".{target}") for target in targets)
+    ]
+    depth = module.count(".base_layer") - path.count(".base_layer")
+    return wrapped[-1 - depth] if depth < len(wrapped) else None
 
 
 def _modules(base: Path) -> set[str]:

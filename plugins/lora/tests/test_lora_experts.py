@@ -1,15 +1,22 @@
 """LoRA on the experts of mixtures: PEFT's adapters, over the bytes of any codec."""
 
+import copy
+import json
+
 import pytest
 import torch
-from arctic_plugins_huggingface import load_model, register
+from arctic_plugins_huggingface import load_model, merge_adapter, merging, register
+from arctic_plugins_huggingface.recipe import Recipe
+from arctic_plugins_huggingface.saving import load_checkpoint, save_checkpoint
+from arctic_plugins_huggingface.sft import train
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack
+from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
 from arctic_plugins.frozen import FrozenExperts
-from arctic_plugins.frozen.lora import FrozenLoraExperts, expert_pairs, load_adapter
+from arctic_plugins.frozen.lora import ExpertPairs, FrozenLoraExperts, expert_pairs, load_adapter
 from arctic_plugins.testing import MIXTURES, tiny_model
 
 IDS = torch.arange(10, 42)[None]
@@ -97,3 +104,195 @@ def test_adapters_go_both_ways(mixture, tmp_path):
     decoded, _ = load_model(mixture, Stack.from_dict({"fp8": FP8}))
     decoded = PeftModel.from_pretrained(decoded.dequantize(torch.float32), tmp_path / "ours").eval()
     torch.testing.assert_close(decoded(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to", ["host", "disk"])
+def test_placements_change_nothing(mixtral, to, tmp_path):
+    placement = {"offload": {"ratio": 1.0, "to": to, **({"path": str(tmp_path)} if to == "disk" else {})}}
+    expected, found = (gradients(adapted(mixtral, **options)) for options in ({}, placement))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(mixture, use_reentrant):
+    model = adapted(mixture).train()
+    expected = gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    found = gradients(model)
+    for name, grad in expected.items():
+        torch.testing.assert_close(found[name], grad, msg=name)
+
+
+def test_autocast_computes_in_its_dtype(mixtral):
+    model = adapted(mixtral)
+    expected = gradients(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(model)
+    for name, grad in found.items():
+        assert grad.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(grad.flatten(), expected[name].flatten(), 0) > 0.98, name
+
+
+def test_only_experts_with_rows_are_touched(mixtral):
+    layer = wrappers(adapted(mixtral))[0]
+    frozen = layer.get_base_layer()
+    x, index = torch.randn(3, 64, requires_grad=True), torch.tensor([[1, 3], [3, 1], [3, 1]])
+    layer(x, index, torch.ones(3, 2)).sum().backward()
+    for wrapper in (layer, layer.base_layer):
+        for parameter, last in ((wrapper.lora_A["default"].weight, False), (wrapper.lora_B["default"].weight, True)):
+            by_expert = ExpertPairs(3, last).split(parameter.grad).abs().sum((1, 2))
+            assert [bool(total) for total in by_expert] == [False, True, False, True]
+    assert torch.equal(layer(x, torch.full_like(index, 4), torch.ones(3, 2)), torch.zeros(3, 64))  # nobody's rows
+    assert set(frozen.updates) == {"gate_up_proj", "down_proj"}
+
+
+def test_switched_off_it_is_the_base(mixtral):
+    model = adapted(mixtral).eval()
+    base, _ = load_model(mixtral, Stack.from_dict({"fp8": FP8}))
+    with model.disable_adapter():
+        assert torch.equal(model(IDS).logits, base(IDS).logits)
+    assert not torch.equal(model(IDS).logits, base(IDS).logits)
+    assert torch.equal(copy.deepcopy(model)(IDS).logits, model(IDS).logits)
+    assert torch.equal(model.unload()(IDS).logits, base(IDS).logits)
+    assert not any(module.updates for module in model.modules() if isinstance(module, FrozenExperts))
+
+
+def test_merge_is_decode_add_encode_and_can_be_undone(mixture):
+    model = adapted(mixture).eval()
+    before = model(IDS).logits
+    layers = wrappers(model)
+    kept = [{suffix: buffer.clone() for suffix, buffer in layer.get_base_layer().export(layer.parameter_name).items()} for layer in layers]
+    expected = []
+    for layer in layers:
+        frozen, leaf = layer.get_base_layer(), layer.parameter_name
+        a, b = layer._pairs("default")
+        expected.append(frozen.frozen[leaf].codec.encode(frozen.decode(leaf=leaf) + layer.scaling["default"] * b @ a))
+    model.merge_adapter()
+    for layer, buffers in zip(layers, expected, strict=True):
+        codec, shape = layer.get_base_layer().frozen[layer.parameter_name].codec, layer.get_base_layer().frozen[layer.parameter_name].shape
+        found = codec.decode(layer.get_base_layer().export(layer.parameter_name), shape, torch.float32)
+        torch.testing.assert_close(
+            found, codec.decode(buffers, shape, torch.float32), rtol=0.13, atol=1e-3
+        )  # a step of e4m3: sums differ in the last bit
+    assert 0 < (model(IDS).logits - before).norm() / before.norm() < 0.5
+    model.unmerge_adapter()
+    for layer, buffers in zip(layers, kept, strict=True):
+        assert all(torch.equal(buffer, layer.get_base_layer().export(layer.parameter_name)[suffix]) for suffix, buffer in buffers.items())
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_a_merge_that_overflows_names_the_expert(mixtral):
+    model = adapted(mixtral)
+    layer = wrappers(model)[0]
+    with torch.no_grad():
+        ExpertPairs(3, last=True).split(layer.lora_B["default"].weight)[2] = float("inf")
+    with pytest.raises(CodecError, match=r"mlp.experts.down_proj, expert 2: .*NaN"):
+        layer.merge()
+
+
+def recipe_of(checkpoint, directory, **plugins):
+    records = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(16)]
+    directory.mkdir(exist_ok=True)
+    (directory / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
+    training = {"output_dir": str(directory / "out"), "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "bf16": False}
+    recipe = {
+        "model": str(checkpoint),
+        "plugins": {**plugins, "lora": {"r": 4, "experts": True}},
+        "data": {"path": "data.jsonl", "max_length": 64, "packing": True},
+        "training": {**training, "gradient_checkpointing": True},
+    }
+    (directory / "recipe.yaml").write_text(json.dumps(recipe))
+    return train(Recipe.from_file(directory / "recipe.yaml")).directory
+
+
+@pytest.mark.parametrize("plugins", [{"fp8": {"group_size": 64}}, {}], ids=["fp8", "plain"])
+def test_from_a_recipe_to_a_merged_checkpoint(mixture, tmp_path, plugins, monkeypatch):
+    """Trained over bytes or plain weights, and merged into either, file by file as in memory."""
+    adapter = recipe_of(mixture, tmp_path / "run", **plugins)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert [name.rpartition(".")[2] for name in sorted(config["target_parameters"])] == ["down_proj", "gate_up_proj"]
+    trained = load_file(adapter / "adapter_model.safetensors")
+    assert all(tensor.abs().sum() > 0 for name, tensor in trained.items() if ".experts." in name)
+    model, _ = load_checkpoint(adapter)
+    save_checkpoint(model, _, tmp_path / "again", Stack.from_checkpoint(adapter))
+    again = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert trained.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in trained.items())
+
+    calls = []
+    monkeypatch.setattr(merging, "load_model", lambda *args, **kwargs: calls.append(args) or load_model(*args, **kwargs))
+    merge_adapter(adapter, tmp_path / "by_file")
+    assert not calls
+    monkeypatch.setattr(merging, "_halves", lambda adapter: None)
+    merge_adapter(adapter, tmp_path / "in_memory")
+    assert calls
+    by_file, _ = load_checkpoint(tmp_path / "by_file")
+    in_memory, _ = load_checkpoint(tmp_path / "in_memory")
+    torch.testing.assert_close(by_file(IDS).logits, in_memory(IDS).logits, rtol=1e-3, atol=2e-2 if plugins else 1e-4)
+    stock = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(mixture), adapter)
+    if not plugins:
+        torch.testing.assert_close(by_file(IDS).logits, stock(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_merging_into_an_encoded_base(mixture, tmp_path):
+    model, tokenizer = load_model(mixture, Stack.from_dict({"fp8": FP8}))
+    base = save_checkpoint(model, tokenizer, tmp_path / "encoded", Stack.from_dict({"fp8": FP8}))
+    model, tokenizer = load_model(base, Stack.from_dict({"lora": LORA}))
+    save_checkpoint(randomize(model), tokenizer, tmp_path / "adapter", Stack.from_dict({"lora": LORA}))
+    merged, _ = load_checkpoint(merge_adapter(tmp_path / "adapter", tmp_path / "merged"))
+    expected = model.merge_and_unload()
+    assert torch.equal(merged(IDS).logits, expected.eval()(IDS).logits)
+
+
+def test_an_adapter_of_another_model_is_refused_in_a_line(mixtral, tmp_path):
+    stack = Stack.from_dict({"fp8": FP8, "lora": LORA})
+    model, tokenizer = load_model(mixtral, stack)
+    save_checkpoint(model, tokenizer, tmp_path / "adapter", stack)
+    register()
+    other = tiny_model(tmp_path / "other", "mixtral", num_local_experts=2, num_experts_per_tok=1)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
+    with pytest.raises(CheckpointError) as error:
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert "\n" not in str(error.value)
+
+
+def test_pairs_of_processes_make_the_whole(mixtral):
+    model = adapted(mixtral)
+    layouts, parameters = expert_pairs(model), dict(model.named_parameters())
+    assert len(layouts) == 8
+    assert all(".experts." in name and "lora_" in name for name in layouts)
+    for name, pairs in layouts.items():
+        whole = parameters[name].detach()
+        parts = [pairs.part(whole, slice(first, first + 2)) for first in (0, 2)]
+        assert parts[0].shape == ((whole.shape[0], whole.shape[1] // 2) if pairs.last else (whole.shape[0] // 2, whole.shape[1]))
+        assert torch.equal(pairs.join(parts), whole)
+        assert torch.equal(pairs.split(parts[1]), pairs.split(whole)[2:])
+
+
+def test_without_the_option_experts_stay_as_they_are(mixtral):
+    model, _ = load_model(mixtral, Stack.from_dict({"fp8": FP8, "lora": {"r": 4}}))
+    assert not any(".experts." in name and "lora_" in name for name, _ in model.named_parameters())
+    assert model.peft_config["default"].target_parameters is None
+
+
+def test_options_that_do_not_go_together(mixtral, tiny_checkpoint, tmp_path):
+    with pytest.raises(ConfigError, match="dropout 0.1 with experts"):
+        Stack.from_dict({"lora": {"experts": True, "dropout": 0.1}})
+    with pytest.raises(ConfigError, match="experts is true, but this model has no experts"):
+        load_model(tiny_checkpoint, Stack.from_dict({"lora": {"experts": True}}))
+    with pytest.raises(ConfigError, match="plugins.lora.r"):
+        Stack.from_dict({"lora": {"experts": True, "r": 0}})
+    model = adapted(mixtral)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    base, _ = load_model(mixtral, Stack.from_dict({"fp8": FP8}))
+    for change, message in (({"use_dora": True}, "uses DoRA over encoded weights"), ({"lora_dropout": 0.1}, "has dropout 0.1 and adapts experts")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": [], **change}))
+        with pytest.raises(ConfigError, match=message):
+            load_adapter(copy.deepcopy(base), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
+    with pytest.raises(CheckpointError, match="cannot be put on its base model"):
+        load_adapter(base, tmp_path)
