@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import transformers_weight_conversion
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError
+from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule
@@ -280,7 +282,10 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
     try:
         config = LoraConfig.from_pretrained(str(adapter))
         with only_modules(model, always=bool(config.target_parameters)):
-            adapted = PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)
+            if local_parameters(model):
+                adapted = _load_local(model, adapter, config, trainable=trainable)
+            else:
+                adapted = PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)
         with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
             saved = set(file.keys())
     except ArcticError:
@@ -292,4 +297,18 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
         ) from error
     if missing := get_peft_model_state_dict(adapted).keys() - saved:
         raise CheckpointError(f"{adapter} lacks {len(missing)} tensors, {min(missing)} for one", fix="the adapter is incomplete: save it again")
+    return adapted
+
+
+def _load_local(model: PreTrainedModel, adapter: str | Path, config: LoraConfig, *, trainable: bool) -> PeftModel:
+    """The adapter of all experts on a model that has some of them."""
+    config.inference_mode = not trainable
+    adapted: PeftModel = get_peft_model(model, with_frozen_layer(config))  # type: ignore[assignment]
+    state, layouts = load_file(Path(adapter) / "adapter_model.safetensors"), expert_pairs(adapted)
+    for name, (_, dispatch) in local_parameters(adapted).items():
+        key = name.replace(f".{adapted.active_adapter}.weight", ".weight")
+        if name in layouts and key in state:
+            experts = layouts[name].split(state[key]).shape[0]
+            state[key] = layouts[name].part(state[key], dispatch.local(experts))
+    set_peft_model_state_dict(adapted, state)
     return adapted

@@ -35,7 +35,7 @@ def make_adapter(tmp_path):
 
 def in_memory(monkeypatch, adapter, directory):
     with monkeypatch.context() as patched:
-        patched.setattr(merging_module, "_updates", lambda adapter: None)
+        patched.setattr(merging_module, "_halves", lambda adapter: None)
         return merge_adapter(adapter, directory)
 
 

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -270,6 +274,23 @@ def test_pairs_of_processes_make_the_whole(mixtral):
         assert parts[0].shape == ((whole.shape[0], whole.shape[1] // 2) if pairs.last else (whole.shape[0] // 2, whole.shape[1]))
         assert torch.equal(pairs.join(parts), whole)
         assert torch.equal(pairs.split(parts[1]), pairs.split(whole)[2:])
+
+
+@pytest.mark.parametrize("plugins", [{"fp8": FP8}, {}], ids=["fp8", "plain"])
+def test_experts_of_several_processes(mixture, tmp_path, plugins):
+    """Each has the pairs of its own experts; logits and gradients are those of one process."""
+    pytest.importorskip("arctic_plugins_moe")
+    adapted(mixture).save_pretrained(tmp_path)
+    script = [str(Path(__file__).with_name("processes.py")), str(mixture), str(tmp_path), json.dumps(plugins)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(found) == 2
+    for process in found:
+        assert process["pairs"] == 8
+        assert process["logits"] < 1e-4
+        assert process["gradients"] < 1e-3, process
 
 
 def test_without_the_option_experts_stay_as_they_are(mixtral):
