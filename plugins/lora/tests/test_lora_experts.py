@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter, merging, register
+from arctic_plugins_huggingface.modules import frozen_weights
 from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.saving import load_checkpoint, save_checkpoint
 from arctic_plugins_huggingface.sft import train
@@ -20,14 +21,14 @@ from transformers import AutoModelForCausalLM
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
 from arctic_plugins.frozen import FrozenExperts
-from arctic_plugins.frozen.lora import ExpertPairs, FrozenLoraExperts, expert_pairs, load_adapter
+from arctic_plugins.frozen.lora import ExpertPairs, FrozenLoraExperts, expert_pairs, load_adapter, with_frozen_layer
 from arctic_plugins.testing import MIXTURES, tiny_model
 
 IDS = torch.arange(10, 42)[None]
 FP8 = {"group_size": 32}
 LORA = {"r": 3, "alpha": 6, "experts": True}
 MODELS = {
-    **{name: MIXTURES[name] for name in ("mixtral", "qwen3_moe", "olmoe")},
+    **MIXTURES,
     "arctic": ("arctic", {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}),
 }
 
@@ -163,6 +164,25 @@ def test_switched_off_it_is_the_base(mixtral):
     assert not any(module.updates for module in model.modules() if isinstance(module, FrozenExperts))
 
 
+def test_a_second_adapter_beside_the_first(mixtral):
+    model = adapted(mixtral).eval()
+    first = model(IDS).logits
+    model.add_adapter("second", with_frozen_layer(peft_config(model)))
+    model.set_adapter("second")
+    base, _ = load_model(mixtral, Stack.from_dict({"fp8": FP8}))
+    torch.testing.assert_close(model(IDS).logits, base(IDS).logits)  # it starts as zero
+    assert {frozenset(layer.lora_A) for layer in wrappers(model)} == {frozenset({"default", "second"})}
+    assert len(wrappers(model)) == 4
+    randomize(model, seed=1)
+    second = model(IDS).logits
+    model.merge_adapter()
+    assert 0 < (model(IDS).logits - second).norm() / second.norm() < 0.5
+    model.unmerge_adapter()
+    randomize(model)
+    model.set_adapter("default")
+    torch.testing.assert_close(model(IDS).logits, first)
+
+
 def test_merge_is_decode_add_encode_and_can_be_undone(mixture):
     model = adapted(mixture).eval()
     before = model(IDS).logits
@@ -175,16 +195,13 @@ def test_merge_is_decode_add_encode_and_can_be_undone(mixture):
         expected.append(frozen.frozen[leaf].codec.encode(frozen.decode(leaf=leaf) + layer.scaling["default"] * b @ a))
     model.merge_adapter()
     for layer, buffers in zip(layers, expected, strict=True):
-        codec, shape = layer.get_base_layer().frozen[layer.parameter_name].codec, layer.get_base_layer().frozen[layer.parameter_name].shape
-        found = codec.decode(layer.get_base_layer().export(layer.parameter_name), shape, torch.float32)
-        torch.testing.assert_close(
-            found, codec.decode(buffers, shape, torch.float32), rtol=0.13, atol=1e-3
-        )  # a step of e4m3: sums differ in the last bit
+        found = layer.get_base_layer().export(layer.parameter_name)
+        assert all((found[suffix] != buffer).float().mean() < 1e-3 for suffix, buffer in buffers.items())  # sums of another order may round elsewhere
     assert 0 < (model(IDS).logits - before).norm() / before.norm() < 0.5
     model.unmerge_adapter()
     for layer, buffers in zip(layers, kept, strict=True):
         assert all(torch.equal(buffer, layer.get_base_layer().export(layer.parameter_name)[suffix]) for suffix, buffer in buffers.items())
-    assert torch.equal(model(IDS).logits, before)
+    torch.testing.assert_close(model(IDS).logits, before)  # PEFT subtracts what it added to plain layers, such as gates of shared experts
 
 
 def test_a_merge_that_overflows_names_the_expert(mixtral):
@@ -247,7 +264,11 @@ def test_merging_into_an_encoded_base(mixture, tmp_path):
     save_checkpoint(randomize(model), tokenizer, tmp_path / "adapter", Stack.from_dict({"lora": LORA}))
     merged, _ = load_checkpoint(merge_adapter(tmp_path / "adapter", tmp_path / "merged"))
     expected = model.merge_and_unload()
-    assert torch.equal(merged(IDS).logits, expected.eval()(IDS).logits)
+    torch.testing.assert_close(merged(IDS).logits, expected.eval()(IDS).logits)
+    found = frozen_weights(merged)
+    for name, (module, leaf) in frozen_weights(expected).items():
+        theirs, ours = module.export(leaf), found[name][0].export(leaf)
+        assert all((theirs[suffix] != ours[suffix]).float().mean() < 1e-3 for suffix in theirs), name  # sums of another order may round elsewhere
 
 
 def test_an_adapter_of_another_model_is_refused_in_a_line(mixtral, tmp_path):
@@ -276,6 +297,7 @@ def test_pairs_of_processes_make_the_whole(mixtral):
         assert torch.equal(pairs.split(parts[1]), pairs.split(whole)[2:])
 
 
+@pytest.mark.parametrize("mixture", ["mixtral", "arctic"], indirect=True)
 @pytest.mark.parametrize("plugins", [{"fp8": FP8}, {}], ids=["fp8", "plain"])
 def test_experts_of_several_processes(mixture, tmp_path, plugins):
     """Each has the pairs of its own experts; logits and gradients are those of one process."""
