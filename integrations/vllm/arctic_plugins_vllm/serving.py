@@ -87,6 +87,10 @@ def server_command(
             f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
             fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or 'arctic merge {checkpoint} OUT'",
         )
+    if is_adapter and _is_mixture(model):
+        targets = read_json(path / "adapter_config.json").get("target_modules")
+        if isinstance(targets, list):  # or vLLM prepares experts for adapters too, which takes memory, and on CPU Triton
+            arguments["lora_target_modules"] = sorted(map(str, targets))
     if (size := made_for(model)) is not None:
         given = _option(options, "tensor-parallel-size")
         if given is not None and given != str(size):
@@ -110,6 +114,8 @@ def server_command(
             arguments["enforce_eager"] = True
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             environment["VLLM_CPU_KVCACHE_SPACE"] = CPU_CACHE_GIB  # unset, vLLM takes most of the machine's memory
+        if size is not None and size > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = _shared_cores(size)  # unset, vLLM wants a NUMA node for each process
     return ["-m", MODULE, *_flags(arguments, options), *options], environment
 
 
@@ -118,6 +124,19 @@ def made_for(model: Path) -> int | None:
     names = (re.match(r"model-rank-(\d+)-part-", path.name) for path in model.glob("model-rank-*.safetensors"))
     ranks = [int(name[1]) for name in names if name]
     return max(ranks) + 1 if ranks else None
+
+
+def _is_mixture(model: Path) -> bool:
+    """Whether the directory's ``config.json`` speaks of experts, by one of the names of ``ModelConfig.get_num_experts`` (vllm 0.32.0)."""
+    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
+    return any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+
+
+def _shared_cores(size: int) -> str:
+    """This process's cores in ``size`` parts, as ``VLLM_CPU_OMP_THREADS_BIND`` names them; all for everybody where there are fewer."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    each = len(cores) // size
+    return "|".join(",".join(map(str, cores[part * each : (part + 1) * each])) for part in range(size)) if each else "nobind"
 
 
 def _check_model(model: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register, save_checkpoint
-from arctic_plugins_vllm import quantization
+from arctic_plugins_vllm import quantization, serving
 from arctic_plugins_vllm.serving import made_for, server_command
 from safetensors.torch import load_file
 
@@ -126,8 +126,12 @@ def test_another_number_of_processes_is_an_error(checkpoints, tmp_path, monkeypa
 def test_the_server_is_told_by_itself(checkpoints, monkeypatch):
     _, encoded, split = checkpoints["llama"]
     assert (made_for(encoded), made_for(split)) == (None, 2)
-    command, _ = server_command(str(split), ["--port", "1234"])
+    monkeypatch.setattr(serving, "_runs_on_cpu", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 5, 7}, raising=False)
+    monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
+    command, environment = server_command(str(split), ["--port", "1234"])
     assert "--load-format sharded_state --tensor-parallel-size 2" in " ".join(command)
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "1,2|5,7"
     assert "--load-format" not in server_command(str(encoded))[0]
     with pytest.raises(ConfigError, match="was made for 2 processes, and --tensor-parallel-size is 4; leave the option out"):
         server_command(str(split), ["--tensor-parallel-size", "4"])

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register, save_checkpoint
 from arctic_plugins_huggingface.saving import load_checkpoint
-from arctic_plugins_vllm.serving import on_the_fly
+from arctic_plugins_vllm.serving import on_the_fly, server_command
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -29,7 +30,7 @@ pytestmark = [
 PROMPTS = [list(range(10, 58)), list(range(40, 47)), [9, 3]]
 TOKENS = 12
 ARCTIC = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True, "intermediate_size": 96}
-LORA = {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": [f"{name}_proj" for name in "qkvo"]}
+LORA = {"enable_lora": True, "max_lora_rank": 8}
 SCALES = {"initializer_range": 0.2, "rope_theta": 1e4}
 
 
@@ -105,9 +106,9 @@ def test_every_kind_of_layer_is_that_of_the_equations(tmp_path, cache):
         same(answer["base"], by_equations(checkpoint))
 
 
-def with_adapter(checkpoint, plugins, directory):
-    """An adapter on attention that changes what is said, saved."""
-    stack = Stack.from_dict({**plugins, "lora": {"r": 4, "alpha": 8, "target_modules": LORA["lora_target_modules"]}})
+def with_adapter(checkpoint, plugins, directory, targets):
+    """An adapter that changes what is said, saved."""
+    stack = Stack.from_dict({**plugins, "lora": {"r": 4, "alpha": 8, "target_modules": targets}})
     model, tokenizer = load_model(checkpoint, stack)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -124,15 +125,18 @@ def encoded(plain, tmp_path_factory):
 
 
 def test_caches_chunks_encoded_weights_and_adapters(plain, encoded, tmp_path, cache):
-    """Four engines: a prompt that comes in chunks, and again from the prefix cache; fp8 made before and while loading; adapters over both."""
-    on_plain, on_encoded = with_adapter(plain, {}, tmp_path / "plain"), with_adapter(encoded, {"fp8": {}}, tmp_path / "encoded")
+    """Four engines: a prompt that comes in chunks, and again from the prefix cache; fp8 made before and while loading; adapters over both,
+    on attention and on MLPs that are no experts."""
+    attention, mlps = [f"{name}_proj" for name in "qkvo"], ["w1", "w2", "w3"]
+    on_plain = with_adapter(plain, {}, tmp_path / "plain", attention)
+    on_encoded = with_adapter(encoded, {"fp8": {}}, tmp_path / "encoded", attention + mlps)
     long = [list(range(5, 205))]
     overrides = on_the_fly(str(plain), Stack.from_dict({"fp8": {}}))
     chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": True, "block_size": 32}
     jobs = [
         {"llm": {"model": plain, **chunks}, "prompts": long, "twice": True},
-        {"llm": {"model": plain, **LORA}, "adapter": str(on_plain)},
-        {"llm": {"model": encoded, **LORA}, "adapter": str(on_encoded)},
+        {"llm": {"model": plain, **LORA, "lora_target_modules": attention}, "adapter": str(on_plain)},
+        {"llm": {"model": encoded, **LORA, "lora_target_modules": attention + mlps}, "adapter": str(on_encoded)},
         {"llm": {"model": plain, "hf_overrides": overrides}},
     ]
     chunked, lora, stored, encoding = results(run(jobs, cache), len(jobs))
@@ -194,3 +198,30 @@ def test_compiled_in_one_process_and_in_two_stages(plain, encoded, cache):
     stages = {"model": plain, "enforce_eager": False, "pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
     [answer] = results(run([{"llm": stages}], cache, **MANY), 1)
     same(answer["base"], by_equations(plain))
+
+
+def test_an_adapter_is_served_without_adapters_of_experts(encoded, tmp_path):
+    adapter = with_adapter(encoded, {"fp8": {}}, tmp_path / "adapter", ["q_proj", "v_proj"])
+    command, _ = server_command(str(adapter))
+    assert "--lora-target-modules q_proj v_proj" in " ".join(command)
+
+
+def test_vllm_finds_config_and_tokenizer(plain, tmp_path):
+    """In a process that knows nothing but vLLM's entry point; transformers' own classes of models come later and still work."""
+    saved = json.loads((plain / "tokenizer_config.json").read_text())
+    shutil.copytree(plain, tmp_path / "arctic")
+    released = {"tokenizer_class": "ArcticTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_arctic.ArcticTokenizer", None]}}
+    (tmp_path / "arctic" / "tokenizer_config.json").write_text(json.dumps({**saved, **released}))
+    code = f"""
+from arctic_plugins_vllm import register
+register(), register()
+from transformers import AutoConfig, AutoTokenizer
+from vllm import ModelRegistry
+print(type(AutoConfig.from_pretrained({str(tmp_path / "arctic")!r})), type(AutoTokenizer.from_pretrained({str(tmp_path / "arctic")!r})))
+print(ModelRegistry.models["ArcticForCausalLM"].module_name)
+from arctic_plugins_huggingface import load_model
+print(type(load_model({str(plain)!r})[0]))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    kinds = ["configuration.ArcticConfig", "tokenization.ArcticTokenizer", "vllm", "hf.ArcticForCausalLM"]
+    assert all(f"arctic_plugins_moe.{kind}" in result.stdout for kind in kinds), result.stdout
