@@ -97,11 +97,17 @@ def plain(tmp_path_factory):
     return arctic(tmp_path_factory.mktemp("arctic") / "plain", moe_layer_frequency=2, num_hidden_layers=4)
 
 
-def test_every_kind_of_layer_is_that_of_the_equations(tmp_path, cache):
+@pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_kind_of_layer_is_that_of_the_equations(half, tmp_path, cache):
+    """All sixteen; one half already has every three of the four choices together."""
     models = []
-    for frequency, hybrid, top_k, kv_heads in itertools.product((1, 2), (True, False), (1, 2), (4, 2)):
+    for choice in itertools.product((0, 1), repeat=4):
+        if sum(choice) % 2 != half:
+            continue
+        frequency, hybrid, top_k, kv_heads = 1 + choice[0], bool(choice[1]), 1 + choice[2], 4 - 2 * choice[3]
         changes = {"moe_layer_frequency": frequency, "parallel_attn_mlp_res": hybrid, "num_experts_per_tok": top_k, "num_key_value_heads": kv_heads}
         models.append(arctic(tmp_path / str(len(models)), **changes, tie_word_embeddings=len(models) == 5))
+    assert len(models) == 8
     for checkpoint, answer in zip(models, results(run([{"llm": {"model": model}} for model in models], cache), len(models)), strict=True):
         same(answer["base"], by_equations(checkpoint))
 
@@ -225,3 +231,22 @@ print(type(load_model({str(plain)!r})[0]))
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     kinds = ["configuration.ArcticConfig", "tokenization.ArcticTokenizer", "vllm", "hf.ArcticForCausalLM"]
     assert all(f"arctic_plugins_moe.{kind}" in result.stdout for kind in kinds), result.stdout
+
+
+def test_vllm_is_told_what_the_model_can_do_and_of_its_experts(plain):
+    from arctic_plugins_vllm.sharding import _rank
+    from vllm.model_executor.models.interfaces import is_mixture_of_experts, supports_lora, supports_pp
+
+    with _rank(plain, 0, 1) as (model, _):
+        assert is_mixture_of_experts(model)
+        assert supports_lora(model)
+        assert supports_pp(model)
+        counts = (model.num_moe_layers, model.num_logical_experts, model.num_physical_experts, model.num_local_physical_experts)
+        assert counts == (2, 4, 4, 4)
+        updated = []
+        for experts in model.moe_layers:  # of which vLLM has a map only where experts are spread
+            experts.update_expert_map = lambda: updated.append(1)
+        model.update_physical_experts_metadata(6, 3)
+        assert len(updated) == 2
+        counts = (model.num_logical_experts, model.num_physical_experts, model.num_local_physical_experts, model.num_redundant_experts)
+        assert counts == (4, 6, 3, 2)
