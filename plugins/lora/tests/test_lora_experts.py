@@ -14,6 +14,8 @@ from arctic_plugins_huggingface.modules import frozen_weights
 from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.saving import load_checkpoint, save_checkpoint
 from arctic_plugins_huggingface.sft import train
+from arctic_plugins_lora.config import LoraOptions
+from arctic_plugins_lora.hf import add_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -181,6 +183,40 @@ def test_a_second_adapter_beside_the_first(mixtral):
     randomize(model)
     model.set_adapter("default")
     torch.testing.assert_close(model(IDS).logits, first)
+
+
+def test_the_order_in_which_weights_were_loaded_is_no_matter(mixtral):
+    model, _ = load_model(mixtral, Stack.from_dict({"fp8": FP8}))
+    for module in model.modules():
+        if isinstance(module, FrozenExperts):
+            module.hold(module.export("gate_up_proj"), "gate_up_proj")  # now after down_proj
+    names = [layer.parameter_name for layer in wrappers(add_adapter(model, LoraOptions(experts=True)))]
+    assert names == [layer.parameter_name for layer in wrappers(adapted(mixtral))] == ["down_proj", "gate_up_proj"] * 2
+
+
+def test_experts_can_still_be_computed_in_steps(mixtral):
+    layer = wrappers(adapted(mixtral))[0]
+    routed = torch.randn(3, 64), torch.tensor([[1, 3], [3, 1], [0, 1]]), torch.ones(3, 2)
+    mixture = layer.start(*routed)
+    mixture.compute()
+    assert torch.equal(mixture.result(), layer(*routed))
+
+
+def test_several_merges_are_undone_at_once(mixtral):
+    model = adapted(mixtral).eval()
+    model.add_adapter("second", with_frozen_layer(peft_config(model)))
+    randomize(model, seed=1)
+    before = model(IDS).logits
+    layer = wrappers(model)[0]
+    kept = {suffix: buffer.clone() for suffix, buffer in layer.get_base_layer().export("down_proj").items()}
+    base, _ = load_model(mixtral, Stack.from_dict({"fp8": FP8}))
+    model.merge_adapter(["default"])
+    model.merge_adapter(["second"])
+    assert layer.merged_adapters == ["default", "second"]
+    with model.disable_adapter():  # PEFT takes merged adapters out again
+        torch.testing.assert_close(model(IDS).logits, base(IDS).logits)
+    assert all(torch.equal(buffer, layer.get_base_layer().export("down_proj")[suffix]) for suffix, buffer in kept.items())
+    torch.testing.assert_close(model(IDS).logits, before)
 
 
 def test_merge_is_decode_add_encode_and_can_be_undone(mixture):
