@@ -73,9 +73,7 @@ class RouterFigures:
 
     def take(self) -> dict[str, float]:
         """``moe/layer_3/entropy`` -> mean since the last call; starts anew."""
-        taken = {
-            f"moe/{name}/{key}": (value / self._calls[name]).item() for name, sums in self._sums.items() for key, value in sorted(sums.items())
-        }
+        taken = {f"moe/{name}/{key}": (value / self._calls[name]).item() for name, sums in self._sums.items() for key, value in sorted(sums.items())}
         self._sums, self._calls = {}, {}
         return taken
 
