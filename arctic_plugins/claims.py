@@ -15,7 +15,8 @@ from arctic_plugins.plugin import MODULE_SLOTS
 __all__ = ["Claim", "Claims", "LinearSpec", "arbitrate", "compress_names", "matches"]
 
 FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Modules that vLLM fuses into one (``packed_modules_mapping`` of vllm/model_executor/models/llama.py, 0.32.0; w1 and w3 in Arctic): they must share a claim."""
+"""Modules that vLLM fuses into one (``packed_modules_mapping`` of vllm/model_executor/models/llama.py, 0.32.0; w1 and w3 in
+Arctic): they must share a claim."""
 
 
 @dataclass(frozen=True)

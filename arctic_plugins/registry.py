@@ -18,8 +18,8 @@ class ModelClasses:
     config: str
     """A ``PreTrainedConfig``, for both hosts."""
     base: str
-    """In transformers: the decoder, for ``AutoModel``. A static method ``checkpoint_conversions`` gives what ``register_checkpoint_conversion_mapping``
-    takes, where checkpoints name or cut weights otherwise."""
+    """In transformers: the decoder, for ``AutoModel``. Its static method ``checkpoint_conversions`` gives what transformers'
+    ``register_checkpoint_conversion_mapping`` takes, where checkpoints name or cut weights otherwise."""
     causal_lm: str
     """In transformers, for ``AutoModelForCausalLM``."""
     vllm: str

@@ -1,8 +1,8 @@
-"""Expert parallelism over an emulated link: how much of the communication of Arctic's hybrid layers is hidden behind attention and the dense residual.
+"""Expert parallelism over an emulated link: how much communication of Arctic's hybrid layers hides behind attention and the dense residual.
 
-Two processes with one thread each, gloo. What all-to-all brings arrives ``bytes / rate`` after it was sent, one message after the other; waiting costs
-no processor time. In one run and interleaved, for every rate: the step (forward and backward) as it is, with every message waited for where it is sent,
-and with a link that takes no time. The hidden share is (waiting - overlapped) / (waiting - no link).
+Two processes with one thread each, gloo. What all-to-all brings arrives ``bytes / rate`` after it was sent, one message after the other; waiting
+costs no processor time. In one run and interleaved, for every rate: the step (forward and backward) as it is, with every message waited for where it
+is sent, and with a link that takes no time. The hidden share is (waiting - overlapped) / (waiting - no link).
 
 ``python benchmarks/moe_overlap.py``: medians of some steps, ratios; writes JSON with ``--json FILE``.
 """

@@ -200,8 +200,8 @@ class _Encode(ConversionOps):
 
 
 def register() -> None:
-    """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints, and what installed plugins add: models that
-    it does not have, experts functions. Idempotent.
+    """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints, and what installed plugins
+    add: models that it does not have, experts functions. Idempotent.
 
     :func:`~arctic_plugins_huggingface.load_model` calls it. Without it transformers refuses such a checkpoint: the encoded weights do not have
     the shapes that the model declares.

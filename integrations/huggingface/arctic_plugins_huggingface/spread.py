@@ -23,6 +23,7 @@ from transformers.core_model_loading import rename_source_key
 
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import ExpertsDispatch, local_parameters
+from arctic_plugins.frozen.lora import expert_pairs
 from arctic_plugins_huggingface.modules import split_conversions
 
 __all__ = ["SpreadExperts", "is_spread", "whole_experts"]
@@ -39,7 +40,7 @@ def whole_experts(model: nn.Module, directory: Path, *, only_trainable: bool = F
 
     One parameter after the other is gathered and written to a file in ``directory``, from which it is mapped, for the time of the block.
     """
-    first, whole = torch.distributed.get_rank() == 0, dict[str, Tensor]()
+    first, whole, pairs = torch.distributed.get_rank() == 0, dict[str, Tensor](), expert_pairs(model)
     files = directory / "gathered"
     if first:
         files.mkdir(parents=True)
@@ -50,7 +51,7 @@ def whole_experts(model: nn.Module, directory: Path, *, only_trainable: bool = F
             parts = dispatch.gather(parameter)
             if parts is not None:
                 path = files / f"{number}.safetensors"
-                save_file({"whole": torch.cat(parts)}, path)
+                save_file({"whole": pairs[name].join(parts) if name in pairs else torch.cat(parts)}, path)
                 del parts
                 whole[name] = load_file(path)["whole"]
         yield whole
@@ -80,8 +81,8 @@ class SpreadExperts(TrainerCallback):
         self.rest = [parameter for name, parameter in trainer.model.named_parameters() if name not in self.local and parameter.requires_grad]
         self.load_optimizer = trainer._load_optimizer_and_scheduler
         replaced: dict[str, Any] = {
-            "_clip_grad_norm": lambda model: self.clip(trainer.args.max_grad_norm),
-            "_get_grad_norm": lambda model, grad_norm=None: self.clip(float("inf")) if grad_norm is None else grad_norm,
+            "_clip_grad_norm": lambda _model: self.clip(trainer.args.max_grad_norm),
+            "_get_grad_norm": lambda _model, grad_norm=None: self.clip(float("inf")) if grad_norm is None else grad_norm,
             "save_model": self.save,
             "_load_from_checkpoint": self.resume,
             "_load_optimizer_and_scheduler": self.resume_optimizer,
@@ -173,7 +174,7 @@ class SpreadExperts(TrainerCallback):
         loaded = set[str]()
         for path in directory.glob("model*.safetensors"):
             with safe_open(path, "pt") as file:
-                for key in file.keys():
+                for key in file.keys():  # noqa: SIM118 - not a dict
                     name, pattern = rename_source_key(key, renamings, converters)
                     if pattern is None and name in parameters:
                         parameters[name].copy_(file.get_tensor(key))

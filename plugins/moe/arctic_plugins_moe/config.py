@@ -18,7 +18,7 @@ class MoEConfig(PluginConfig):
     """Processes that hold the experts of one copy of the model together, neighbours by rank. They have different batches; processes at the same place
     in different groups hold the same experts, whose gradients they average."""
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    """While training, no expert takes more than ``capacity_factor * top_k * tokens / experts`` of one process's tokens in one micro-batch; the rest is
+    """While training, no expert takes more than ``capacity_factor * top_k * tokens / experts`` of one process's tokens in a micro-batch; the rest is
     dropped. Arctic was trained with 1. Left out: nothing is dropped."""
     min_capacity: Annotated[int, Field(ge=0)] = 0
     """With ``capacity_factor``: an expert takes at least so many."""

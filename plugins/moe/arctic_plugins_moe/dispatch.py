@@ -193,7 +193,7 @@ class _Start(torch.autograd.Function):
         return trip.start(rows)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
         return ctx.trip.wait(), None
 
 

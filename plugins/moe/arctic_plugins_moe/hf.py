@@ -75,7 +75,8 @@ class ArcticExperts(nn.Module):
 
     def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture | None:
         """The same in steps, for those who compute something else in between; None if the implementation has none."""
-        ours = self.config._experts_implementation in (None, "eager", IMPLEMENTATION)
+        config: Any = self.config
+        ours = config._experts_implementation in (None, "eager", IMPLEMENTATION)
         return start_plain(self, hidden_states, top_k_index, top_k_weights) if ours else None
 
 
@@ -206,13 +207,13 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
     """The language model. ``aux_loss`` is the sum over layers of the load balancing loss, and the z-loss where its coefficient is not 0."""
 
     def __init__(self, config: ArcticConfig) -> None:
-        ArcticPreTrainedModel.__init__(self, config)
+        ArcticPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]  # transformers is not analysed
         self.model = ArcticModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -12,8 +12,9 @@ __all__ = ["Capacity", "expert_load", "load_balancing_loss", "router_entropy", "
 
 
 def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None) -> Tensor:
-    """``sum over layers of E * sum over e of f_e * P_e``: f_e the tokens with expert e among their ``top_k``, P_e its mean probability, both as shares
-    of the tokens (Fedus et al., "Switch Transformers", 2021, equations 4 to 6; summed over layers as Arctic was trained, where Mixtral averages).
+    """``sum over layers of E * sum over e of f_e * P_e``: f_e the share of tokens with expert e among their ``top_k``, P_e its mean probability.
+
+    Fedus et al., "Switch Transformers", 2021, equations 4 to 6; summed over layers as Arctic was trained, where Mixtral averages.
 
     Args:
         router_logits: of each layer, ``[tokens, E]``.

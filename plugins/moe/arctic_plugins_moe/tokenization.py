@@ -1,4 +1,4 @@
-"""Arctic's tokenizer: Llama's SentencePiece one with a ChatML template. Snowflake's ``tokenization_arctic.py`` (transformers fork, commit 2d05ff8)."""
+"""Arctic's tokenizer: Llama's SentencePiece one with a ChatML template. As Snowflake's ``tokenization_arctic.py`` (fork 2d05ff8)."""
 
 from __future__ import annotations
 

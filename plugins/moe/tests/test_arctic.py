@@ -6,8 +6,8 @@ import os
 import subprocess
 import sys
 
-import pytest
 import arctic_reference as reference
+import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register
 from arctic_plugins_moe.configuration import ArcticConfig

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import ClaimError, ConfigError
+from arctic_plugins.frozen.lora import load_adapter
 from arctic_plugins.testing import MIXTURES, tiny_model
 
 SCRIPT = Path(__file__).with_name("processes.py")
@@ -89,6 +90,22 @@ def test_a_run_resumes_where_it_stopped(checkpoints, tmp_path, name):
     assert resumed["grad_norm"] == whole["grad_norm"]
     error = run(4, "resume", checkpoints[name], tmp_path, {"moe": {"expert_parallel": 4}}, fails=True)
     assert "has no experts_0_of_4.pt (of these it has experts_0_of_2.pt, experts_1_of_2.pt)" in error
+
+
+def test_adapters_of_encoded_experts(checkpoints, tmp_path):
+    plugins = {"fp8": {}, "lora": {"r": 4, "experts": True}}
+    (alone,) = run(1, "train", checkpoints["arctic"], tmp_path / "alone", plugins, {"max_steps": 8})
+    saves = {"max_steps": 8, "save_steps": 4, "save_strategy": "steps"}
+    (found,) = run(2, "train", checkpoints["arctic"], tmp_path / "two", {**plugins, **PLUGINS}, saves)
+    assert found["loss"][0] == pytest.approx(alone["loss"][0], rel=1e-4)
+    assert found["grad_norm"][0] == pytest.approx(alone["grad_norm"][0], rel=0.5), "the pairs are drawn otherwise, and start at nothing"
+    one, two = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("alone", "two"))
+    assert {name: tensor.shape for name, tensor in one.items()} == {name: tensor.shape for name, tensor in two.items()}, "of all experts"
+    pairs = [tensor for name, tensor in two.items() if ".experts." in name and "lora_B" in name]
+    assert pairs
+    assert all((tensor.unflatten(1, (4, 4)).abs().amax((0, 1)) > 0).all() for tensor in pairs), "those of every expert were trained"
+    model, _ = load_model(checkpoints["arctic"], Stack.from_dict({"fp8": {}}))
+    assert len(load_adapter(model, tmp_path / "two" / "final").peft_config) == 1
 
 
 def test_tokens_are_dropped_beyond_the_capacity(checkpoints, tmp_path):
