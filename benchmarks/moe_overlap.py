@@ -27,14 +27,14 @@ class Link:
     """Stands in the place of ``torch.distributed.all_to_all_single``."""
 
     def __init__(self, rate: float = 0.0, *, waits: bool = False) -> None:
-        self.rate, self.waits, self.free, self.seconds = rate, waits, 0.0, 0.0
+        self.rate, self.waits, self.free, self.nbytes = rate, waits, 0.0, 0.0
         self.stock = dist.all_to_all_single
 
     def __call__(self, output: Tensor, source: Tensor, *args: Any, async_op: bool = False, **kwargs: Any) -> Any:
         work = self.stock(output, source, *args, async_op=True, **kwargs)
-        takes = source.nbytes / 2 / self.rate if self.rate else 0.0  # half of it stays here
-        self.free = max(self.free, time.perf_counter()) + takes
-        self.seconds += takes
+        nbytes = source.nbytes / 2  # the other half stays here
+        self.free = max(self.free, time.perf_counter()) + (nbytes / self.rate if self.rate else 0.0)
+        self.nbytes += nbytes
         arriving = _Arriving(work, self.free)
         if async_op and not self.waits:
             return arriving
@@ -87,8 +87,8 @@ def layers(options: argparse.Namespace) -> Any:
 
 
 def step(model: Any, x: Tensor, link: Link) -> tuple[float, float]:
-    """Seconds of a step, the slower process's, and of communication in it."""
-    dist.all_to_all_single, link.free, link.seconds = link, 0.0, 0.0
+    """Seconds of a step, the slower process's, and bytes sent in it."""
+    dist.all_to_all_single, link.free, link.nbytes = link, 0.0, 0.0
     dist.barrier()
     started = time.perf_counter()
     model(inputs_embeds=x, use_cache=False).last_hidden_state.float().pow(2).mean().backward()
@@ -96,7 +96,7 @@ def step(model: Any, x: Tensor, link: Link) -> tuple[float, float]:
     dist.all_to_all_single = link.stock
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
     model.zero_grad()
-    return seconds.item(), link.seconds
+    return seconds.item(), link.nbytes
 
 
 def process(rank: int, options: argparse.Namespace, store: str) -> None:
@@ -106,8 +106,7 @@ def process(rank: int, options: argparse.Namespace, store: str) -> None:
     torch.manual_seed(0)
     model, x = layers(options)
     for _ in range(2):
-        free, _ = step(model, x, Link())
-    _, volume = step(model, x, Link(rate=1.0))
+        free, volume = step(model, x, Link())
     times: dict[tuple[float, str], list[float]] = defaultdict(list)
     for _ in range(options.repeat):
         for share in options.shares:
