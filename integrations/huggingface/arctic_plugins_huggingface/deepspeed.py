@@ -1,10 +1,11 @@
-"""Checkpoints of DeepSpeed's ``OptimizedLinear`` LoRA, as the original stack trained them, to PEFT adapters and merged checkpoints.
+"""Checkpoints of DeepSpeed, as the original stack trained with it: LoRA of its ``OptimizedLinear`` to PEFT adapters and merged checkpoints, and the
+names and files of DeepSpeed-MoE to those of Hugging Face.
 
 The layout is that which the stack's own converter reads. ``<step>/mp_rank_00_model_states.pt`` holds, under ``module``, every tensor but the frozen
 weights, ``X.lora_weight_1.weight [r, K]`` and ``X.lora_weight_2.weight [N, r]`` among them; ``<step>/lora_optimized_linear_sharding_rank_R.pt``
 holds process R's part of every frozen weight, ``X.weight [N, K / processes]``, to be put side by side. DeepSpeed's own class
 (``deepspeed/linear/optimized_linear.py``, 0.19.8) cuts the flattened weight instead: parts of one dimension are put one behind the other. A mixture
-has ``layer_L_expert_E_mp_rank_00_model_states.pt`` for each expert.
+has ``layer_L_expert_E_mp_rank_00_model_states.pt`` for each expert, L being the mixtures' number (``DeepSpeedEngine._save_moe_checkpoint``, 0.19.8).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ def convert_deepspeed(
     alpha: float | None = None,
     base: str | None = None,
 ) -> list[str]:
-    """Write a DeepSpeed LoRA checkpoint as a merged checkpoint, or with ``base`` as a PEFT adapter on that model.
+    """Write a DeepSpeed checkpoint under Hugging Face's names, LoRA merged, or with ``base`` its LoRA as a PEFT adapter on that model.
 
     Args:
         checkpoint: the directory of a step, or the one above it (whose ``latest`` names a step).
@@ -69,17 +70,26 @@ def convert_deepspeed(
         Lines that say what was found.
 
     Raises:
-        CheckpointError: a file is missing, or no pickle of tensors alone; tensors do not fit together; alpha is not known.
+        CheckpointError: a file is missing, an expert's for instance, or no pickle of tensors alone; tensors do not fit together; there is no LoRA for
+            an adapter, or its alpha is not known.
         CodecError: a merged weight holds NaN or Inf; names the module.
         ConfigError: ``directory`` exists and is not empty.
     """
     source = _Source.find(Path(checkpoint))
+    source.check_experts()
     updates = source.updates(scaling, alpha)
-    found = [f"{source.step}: {len(updates)} updates of rank {source.rank}, scaled by {source.factor(scaling, alpha):g} ({scaling})"]
+    if not updates and base is not None:
+        raise CheckpointError(f"{source.step} has no lora_weight_1", expected="a checkpoint of DeepSpeed's OptimizedLinear with LoRA")
+    found = [f"{source.step}: no LoRA, weights are taken over as they are"]
+    if updates:
+        found = [f"{source.step}: {len(updates)} updates of rank {source.rank}, scaled by {source.factor(scaling, alpha):g} ({scaling})"]
+    if source.experts:
+        found.append(f"{len(source.experts)} files of experts")
     with staged(directory) as draft:
         if base is None:
             source.write_merged(draft, updates)
-            found.append(f"{len(source.shards)} parts of the frozen weights were put together")
+            if source.shards:
+                found.append(f"{len(source.shards)} parts of the frozen weights were put together")
         else:
             source.write_adapter(draft, updates, base, use_rslora=scaling != "alpha/r", alpha=source.alpha(alpha))
         for path in [*source.top.glob("tokenizer*"), *source.top.glob("special_tokens_map.json"), *source.top.glob("*.jinja")]:
@@ -120,6 +130,8 @@ class _Source:
     @cached_property
     def shards(self) -> list[dict[str, Tensor]]:
         numbered = {int(match[1]): path for path in self.step.iterdir() if (match := _SHARD.fullmatch(path.name))}
+        if not numbered:
+            return []
         if sorted(numbered) != list(range(len(numbered))):
             raise CheckpointError(f"{self.step} has the parts {sorted(numbered)}", expected="all from 0", fix="copy the missing files")
         parts = [_tensors(numbered[rank]) for rank in range(len(numbered))]
@@ -131,10 +143,38 @@ class _Source:
     def everything(self) -> dict[str, Tensor]:
         """Every tensor but the frozen weights that are spread over processes."""
         found = dict(self.module)
-        for path in self.step.iterdir():
-            if _EXPERT.fullmatch(path.name):
-                found |= _tensors(path)
+        for path in self.experts.values():
+            found |= _tensors(path)
         return found
+
+    @cached_property
+    def experts(self) -> dict[tuple[int, int], Path]:
+        """(mixture, expert), both counted from 0 -> its file."""
+        matches = ((path, _EXPERT.fullmatch(path.name)) for path in self.step.iterdir())
+        return {(int(match[1]), int(match[2])): path for path, match in matches if match}
+
+    def check_experts(self) -> None:
+        """Raise CheckpointError unless every mixture has a file for each expert of ``config.json``."""
+        if not self.experts:
+            return
+        count = self.config.get("num_local_experts") or self.config.get("num_experts")
+        if not isinstance(count, int):
+            raise CheckpointError(
+                f"{self.top}/config.json says no number of experts", expected="num_local_experts", fix="copy the model's config.json"
+            )
+        mixtures = range(max(mixture for mixture, _ in self.experts) + 1)
+        wanted = {(mixture, expert) for mixture in mixtures for expert in range(count)}
+        if missing := sorted(wanted - self.experts.keys()):
+            mixture, expert = missing[0]
+            raise CheckpointError(
+                f"{self.step} lacks {len(missing)} experts, layer_{mixture}_expert_{expert}_{_STATES} for one",
+                expected=f"{count} for each mixture (config.json)",
+                fix="copy the missing files",
+            )
+        if other := sorted(self.experts.keys() - wanted):
+            raise CheckpointError(
+                f"{self.step} has {self.experts[other[0]].name}", expected=f"{count} experts (config.json)", fix="copy the model's config.json"
+            )
 
     @property
     def rank(self) -> int:
@@ -156,8 +196,6 @@ class _Source:
             for name, down in self.everything.items()
             if name.endswith(".lora_weight_1.weight")
         }
-        if not pairs:
-            raise CheckpointError(f"{self.step} has no lora_weight_1", expected="a checkpoint of DeepSpeed's OptimizedLinear with LoRA")
         found = {}
         for module, (down, up) in pairs.items():
             if up is None or down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or down.shape[0] != self.rank:
@@ -184,7 +222,7 @@ class _Source:
     def write_merged(self, draft: Path, updates: Mapping[str, Update]) -> None:
         """Weight by weight into safetensors files; memory is bounded by one of them."""
         changed = {f"{module}.weight": update for module, update in updates.items()}
-        dtype = next(iter(updates.values())).up.dtype
+        dtype = next((update.up.dtype for update in updates.values()), None)
         whole = {_renamed(name): name for name in [*(name for name in self.everything if ".lora_weight_" not in name), *changed]}
         sizes = {
             new: torch.empty((changed[name].up.shape[0], changed[name].down.shape[1]), dtype=dtype, device="meta")
