@@ -17,8 +17,8 @@ __all__ = ["convert"]
 def convert(checkpoint: str, out: str, format_name: str, scaling: str | None, alpha: float | None, base: str | None) -> None:
     """Write CHECKPOINT (a directory) of another library's format as OUT.
 
-    deepspeedfp is a quantized model, and OUT an encoded one. deepspeed is a training run, of DeepSpeed-MoE or of OptimizedLinear with LoRA, its weights
-    perhaps in parts, and OUT a model, with LoRA merged, or an adapter.
+    deepspeedfp is a quantized model, and OUT an encoded one. deepspeed is a training run, of DeepSpeed-MoE or of OptimizedLinear with LoRA, its
+    weights perhaps in parts, and OUT a model, with LoRA merged, or an adapter.
 
     \b
     Example:
