@@ -55,7 +55,7 @@ def alone(checkpoints, tmp_path_factory):
     return found, load_file(output / "final" / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("mixtral", "arctic") else pytest.mark.slow) for name in MODELS])
 def test_logits_and_gradients_are_those_of_one_process(checkpoints, name):
     for plugins in ({}, {"fp8": {}}):
         for found in run(2, "compare", checkpoints[name], plugins):
@@ -65,7 +65,9 @@ def test_logits_and_gradients_are_those_of_one_process(checkpoints, name):
 
 
 @pytest.mark.parametrize(
-    ("processes", "parallel", "options"), [(2, 2, {}), (4, 2, {}), (4, 4, {}), (2, 2, {"gradient_accumulation_steps": 2})], ids=str
+    ("processes", "parallel", "options"),
+    [(2, 2, {"gradient_accumulation_steps": 2}), (4, 2, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 2, {}), (4, 4, {})))],
+    ids=str,
 )
 def test_training_equals_one_process(checkpoints, alone, tmp_path, processes, parallel, options):
     (found,) = run(processes, "train", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": parallel}}, options)
@@ -80,7 +82,7 @@ def test_training_equals_one_process(checkpoints, alone, tmp_path, processes, pa
     load_model(tmp_path / "final")
 
 
-@pytest.mark.parametrize("name", ["mixtral", "arctic"])
+@pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "arctic"])
 def test_a_run_resumes_where_it_stopped(checkpoints, tmp_path, name):
     (whole,) = run(2, "train", checkpoints[name], tmp_path, PLUGINS, {"save_strategy": "steps", "save_steps": 10})
     for rank in range(2):
