@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, tiny_llama, tiny_model
+from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -87,11 +87,7 @@ def trained(checkpoint, plugins, directory):
     """An adapter that says something, saved; and the model it belongs to."""
     stack = Stack.from_dict({**plugins, "lora": {"r": 4, "alpha": 8}})
     model, tokenizer = load_model(checkpoint, stack)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draw_adapter(model)
     return save_checkpoint(model, tokenizer, directory, stack)
 
 

@@ -2,8 +2,8 @@
 
 from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict
 from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
-from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch, local_parameters
-from arctic_plugins.frozen.experts import FrozenExperts, Mixture, mix_experts
+from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch, Stay, local_parameters
+from arctic_plugins.frozen.experts import FrozenExperts, Mixture, mix_experts, start_experts
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
 from arctic_plugins.frozen.placement import Handle, LeaseOrder, Placement, chain
@@ -24,10 +24,12 @@ __all__ = [
     "ModuleCodecs",
     "Placement",
     "PlainCodec",
+    "Stay",
     "TensorSpec",
     "chain",
     "codec_from_dict",
     "codec_to_dict",
     "local_parameters",
     "mix_experts",
+    "start_experts",
 ]

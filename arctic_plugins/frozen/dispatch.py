@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["Exchange", "ExpertsDispatch", "local_parameters"]
+__all__ = ["Exchange", "ExpertsDispatch", "Stay", "local_parameters"]
 
 
 class Exchange(ABC):
@@ -25,6 +25,22 @@ class Exchange(ABC):
     @abstractmethod
     def receive_back(self) -> Tensor:
         """Wait for what was made of the rows given to ``send``, in their order."""
+
+
+class Stay(Exchange):
+    """Rows that are with their experts already."""
+
+    def __init__(self, rows: Tensor, counts: Sequence[int]) -> None:
+        self.rows, self.counts = rows, counts
+
+    def receive(self) -> tuple[Tensor, Sequence[int]]:
+        return self.rows, self.counts
+
+    def send_back(self, rows_RK: Tensor) -> None:
+        self.rows = rows_RK
+
+    def receive_back(self) -> Tensor:
+        return self.rows
 
 
 class ExpertsDispatch(ABC):

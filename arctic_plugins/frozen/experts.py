@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from arctic_plugins.frozen.dispatch import ExpertsDispatch
+from arctic_plugins.frozen.dispatch import ExpertsDispatch, Stay
 from arctic_plugins.frozen.module import FrozenModule
 
-__all__ = ["FrozenExperts", "Mixture", "mix_experts"]
+__all__ = ["FrozenExperts", "Mixture", "mix_experts", "start_experts"]
 
 Product = Callable[[Tensor, Sequence[int]], Tensor]
 """``(rows sorted by expert, rows of each expert) -> rows``."""
@@ -50,35 +51,41 @@ class Mixture:
         counts = torch.bincount(index, minlength=num_experts + 1).tolist()[:num_experts]
         self.order = index.argsort(stable=True)[: sum(counts)]
         rows = x_MK[self.order // self.top]
-        self.local = (rows, counts) if dispatch is None else None
-        self.exchange = None if dispatch is None else dispatch.send(rows, counts)
-        self.rows: Tensor | None = None
+        self.exchange = Stay(rows, counts) if dispatch is None else dispatch.send(rows, counts)
 
     def compute(self) -> None:
         """Multiply the rows of this process's experts."""
-        rows, counts = self.local if self.exchange is None else self.exchange.receive()  # type: ignore[misc]
-        rows = self.products(rows, counts)
-        if self.exchange is None:
-            self.rows = rows
-        else:
-            self.exchange.send_back(rows)
+        self.exchange.send_back(self.products(*self.exchange.receive()))
 
     def result(self) -> Tensor:
         """``[M, K]`` in the dtype of ``x_MK``; sums are in the dtype of products with the weights."""
-        rows = self.rows if self.exchange is None else self.exchange.receive_back()
-        assert rows is not None, "compute() comes before result()"
+        rows = self.exchange.receive_back()
         rows = rows * self.weights_MT.reshape(-1)[self.order].unsqueeze(-1)
         by_token = rows.new_zeros(self.tokens * self.top, rows.shape[-1]).index_put((self.order,), rows)
         return by_token.view(self.tokens, self.top, rows.shape[-1]).sum(1).to(self.dtype)
+
+    def finish(self) -> Tensor:
+        """Both steps, for those who have nothing to compute in between."""
+        self.compute()
+        return self.result()
 
 
 def mix_experts(
     x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, num_experts: int, products: Product, dispatch: ExpertsDispatch | None = None
 ) -> Tensor:
     """All steps of a :class:`Mixture`."""
-    mixture = Mixture(x_MK, index_MT, weights_MT, num_experts, products, dispatch)
-    mixture.compute()
-    return mixture.result()
+    return Mixture(x_MK, index_MT, weights_MT, num_experts, products, dispatch).finish()
+
+
+def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, products: Product) -> Mixture:
+    """The :class:`Mixture` of a module ``experts`` with ``num_experts`` and perhaps a ``dispatch``: in autocast's dtype, and while training with
+    what the dispatch keeps."""
+    dispatch: ExpertsDispatch | None = getattr(experts, "dispatch", None)
+    if torch.is_autocast_enabled(x_MK.device.type):
+        x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
+    if dispatch is not None and experts.training:
+        index_MT, weights_MT = dispatch.keep(index_MT, weights_MT, experts.num_experts)
+    return Mixture(x_MK, index_MT, weights_MT, experts.num_experts, products, dispatch)
 
 
 class FrozenExperts(FrozenModule):
@@ -110,18 +117,11 @@ class FrozenExperts(FrozenModule):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # which expert gets how many tokens depends on data
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; see :class:`Mixture`."""
-        mixture = self.start(hidden_states, top_k_index, top_k_weights)
-        mixture.compute()
-        return mixture.result()
+        return self.start(hidden_states, top_k_index, top_k_weights).finish()
 
     def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
         """The same in steps."""
-        x_MK = hidden_states
-        if torch.is_autocast_enabled(x_MK.device.type):
-            x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
-        if self.dispatch is not None and self.training:
-            top_k_index, top_k_weights = self.dispatch.keep(top_k_index, top_k_weights, self.num_experts)
-        return Mixture(x_MK, top_k_index, top_k_weights, self.num_experts, self.products, self.dispatch)
+        return start_experts(self, hidden_states, top_k_index, top_k_weights, self.products)
 
     def products(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """``down(act(up(rows)))``, each row with its expert's matrices."""

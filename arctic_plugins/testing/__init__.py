@@ -5,7 +5,7 @@ transformers.
 """
 
 from arctic_plugins.testing.codecs import check_codec
-from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, tiny_llama, tiny_model
+from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
 from arctic_plugins.testing.placements import check_placement
 
-__all__ = ["LLAMA_LIKE", "MIXTURES", "check_codec", "check_placement", "tiny_llama", "tiny_model"]
+__all__ = ["LLAMA_LIKE", "MIXTURES", "check_codec", "check_placement", "draw_adapter", "tiny_llama", "tiny_model"]

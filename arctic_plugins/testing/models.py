@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LLAMA_LIKE", "MIXTURES", "tiny_llama", "tiny_model"]
+__all__ = ["LLAMA_LIKE", "MIXTURES", "draw_adapter", "tiny_llama", "tiny_model"]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
@@ -36,6 +36,17 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "hidden_size": 128, "intermediate_size": 32}),
 }
 """Mixtures of experts: name -> (model_type, config) for :func:`tiny_model`."""
+
+
+def draw_adapter(model: Any, part: str = "lora_B") -> None:
+    """Draw the parameters with ``part`` in their names at random, always the same: an adapter that changes what ``model`` says."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
 
 
 def tiny_llama(directory: str | Path, **options: Any) -> Path:

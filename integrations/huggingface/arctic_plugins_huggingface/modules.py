@@ -122,8 +122,7 @@ def _trouble(name: str, experts: Any, conversions: tuple[list[WeightRenaming], l
 
 def _reversed(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     """What saving does to names, as ``revert_weight_conversion`` does it."""
-    transforms = [transform.reverse_transform() for transform in weight_conversions(model)[::-1]]
-    return [entry for entry in transforms if isinstance(entry, WeightRenaming)], [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    return _split([transform.reverse_transform() for transform in weight_conversions(model)[::-1]])
 
 
 def weight_conversions(model: Any) -> list[WeightTransform]:
@@ -136,7 +135,10 @@ def weight_conversions(model: Any) -> list[WeightTransform]:
 
 def split_conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     """What loading does to names."""
-    transforms = weight_conversions(model)
+    return _split(weight_conversions(model))
+
+
+def _split(transforms: list[WeightTransform]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     return [entry for entry in transforms if isinstance(entry, WeightRenaming)], [entry for entry in transforms if isinstance(entry, WeightConverter)]
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError, CodecError
-from arctic_plugins.testing import MIXTURES, tiny_model
+from arctic_plugins.testing import MIXTURES, draw_adapter, tiny_model
 
 LORA = {"r": 4, "alpha": 8}
 
@@ -23,11 +23,7 @@ def make_adapter(tmp_path):
     def make(base, plugins):
         stack = Stack.from_dict(plugins)
         model, tokenizer = load_model(base, stack)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        draw_adapter(model, "lora_")
         return save_checkpoint(model, tokenizer, tmp_path / "adapter", stack)
 
     return make

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from arctic_plugins.errors import ClaimError, ConfigError
-from arctic_plugins.frozen import Exchange, ExpertsDispatch
+from arctic_plugins.frozen import Exchange, ExpertsDispatch, Stay
 from arctic_plugins_moe.config import MoEConfig
 from arctic_plugins_moe.experts import IMPLEMENTATION
 from arctic_plugins_moe.router import Capacity
@@ -86,7 +86,7 @@ class ExpertParallel(ExpertsDispatch):
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def send(self, rows_RK: Tensor, counts: Sequence[int]) -> Exchange:
-        return _Stay(rows_RK, counts) if self.size == 1 else _AllToAll(rows_RK, counts, self.parts, self.size)
+        return Stay(rows_RK, counts) if self.size == 1 else _AllToAll(rows_RK, counts, self.parts, self.size)
 
     def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         return (index_MT, weights_MT) if self.capacity is None else self.capacity.keep(index_MT, weights_MT, num_experts)
@@ -112,20 +112,6 @@ class ExpertParallel(ExpertsDispatch):
             dist.recv(part, source, group=self.parts)
             gathered.append(part.view(local.dtype).view(local.shape).cpu())
         return gathered
-
-
-class _Stay(Exchange):
-    def __init__(self, rows: Tensor, counts: Sequence[int]) -> None:
-        self.rows, self.counts = rows, counts
-
-    def receive(self) -> tuple[Tensor, Sequence[int]]:
-        return self.rows, self.counts
-
-    def send_back(self, rows_RK: Tensor) -> None:
-        self.rows = rows_RK
-
-    def receive_back(self) -> Tensor:
-        return self.rows
 
 
 class _AllToAll(Exchange):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arctic_plugins.frozen import Mixture
+from arctic_plugins.frozen import Mixture, start_experts
 
 __all__ = ["IMPLEMENTATION", "grouped_linear", "mix_plain", "start_plain"]
 
@@ -23,19 +23,12 @@ IMPLEMENTATION = "arctic"
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # which expert gets how many tokens depends on data
 def mix_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; ``experts`` is the module of transformers."""
-    mixture = start_plain(experts, hidden_states, top_k_index, top_k_weights)
-    mixture.compute()
-    return mixture.result()
+    return start_plain(experts, hidden_states, top_k_index, top_k_weights).finish()
 
 
 def start_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
     """The same in steps; see :class:`arctic_plugins.frozen.Mixture`."""
-    x_MK, dispatch, num_experts = hidden_states, getattr(experts, "dispatch", None), experts.num_experts
-    if torch.is_autocast_enabled(x_MK.device.type):
-        x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
-    if dispatch is not None and experts.training:
-        top_k_index, top_k_weights = dispatch.keep(top_k_index, top_k_weights, num_experts)
-    return Mixture(x_MK, top_k_index, top_k_weights, num_experts, partial(_products, experts), dispatch)
+    return start_experts(experts, hidden_states, top_k_index, top_k_weights, partial(_products, experts))
 
 
 def _products(experts: Any, rows: Tensor, counts: Sequence[int]) -> Tensor:

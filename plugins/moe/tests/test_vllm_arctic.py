@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from arctic_plugins import Stack
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import tiny_model
+from arctic_plugins.testing import draw_adapter, tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -116,11 +116,7 @@ def with_adapter(checkpoint, plugins, directory, targets):
     """An adapter that changes what is said, saved."""
     stack = Stack.from_dict({**plugins, "lora": {"r": 4, "alpha": 8, "target_modules": targets}})
     model, tokenizer = load_model(checkpoint, stack)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    draw_adapter(model)
     return save_checkpoint(model, tokenizer, directory, stack)
 
 
