@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError
@@ -58,6 +59,12 @@ def load_model(
     register()
     stack = stack or Stack()
     stack.check_host("transformers")
+    if is_deepspeed_zero3_enabled():
+        raise ConfigError(
+            "training is configured for DeepSpeed's ZeRO stage 3, which splits weights while they are loaded",
+            expected="stage 1 or 2; the 'shard' plugin spreads frozen weights, 'moe' experts",
+            fix="correct zero_optimization.stage",
+        )
     if "gguf_file" not in kwargs:
         kwargs.setdefault("use_safetensors", True)  # never a pickle unless the user asks for one
     kwargs = check_checkpoint(checkpoint, **kwargs)

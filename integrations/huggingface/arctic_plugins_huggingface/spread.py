@@ -1,7 +1,7 @@
 """Training a model whose experts are spread over processes (slot ``experts_dispatch``) with the ordinary Trainer. Read in transformers 5.19.0.
 
-DDP averages what all processes have; experts are averaged over the processes that have the same ones. What no callback can reach is replaced in the
-trainer: the norm that gradients are clipped by, which is that of the whole model, saving, and resuming.
+What all processes have is averaged over all; experts are averaged over the processes that have the same ones. What no callback can reach is
+replaced in the trainer: the norm that gradients are clipped by, which is that of the whole model, saving, and resuming.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from arctic_plugins.frozen import ExpertsDispatch, local_parameters
 from arctic_plugins.frozen.lora import expert_pairs
 from arctic_plugins_huggingface.modules import split_conversions
 
-__all__ = ["SpreadExperts", "is_spread", "whole_experts"]
+__all__ = ["SpreadExperts", "is_spread", "spread", "whole_experts"]
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -60,30 +60,56 @@ def whole_experts(model: nn.Module, directory: Path, *, only_trainable: bool = F
             shutil.rmtree(files)
 
 
-class SpreadExperts(TrainerCallback):
-    """What a trainer of such a model does otherwise. Build it before the trainer wraps the model.
+def spread(trainer: Trainer) -> SpreadExperts:
+    """What lets ``trainer`` train a model whose experts are spread. Call it before the trainer wraps the model.
 
     Raises:
-        ConfigError: the trainer uses DeepSpeed or FSDP, which average experts like all else.
+        ConfigError: the trainer uses FSDP, or DeepSpeed with a stage that cannot.
     """
+    if trainer.is_deepspeed_enabled:
+        from arctic_plugins_huggingface.spread_zero import SpreadOverZero
+
+        return SpreadOverZero(trainer)
+    if trainer.is_fsdp_enabled:
+        raise ConfigError(
+            "training uses FSDP, which averages experts over all processes",
+            expected="DDP, which 'arctic train --nproc' and torchrun use, or DeepSpeed's ZeRO 1 or 2",
+            fix="leave it out, or expert_parallel",
+        )
+    return SpreadOverDDP(trainer)
+
+
+class SpreadExperts(TrainerCallback):
+    """What a trainer of such a model does otherwise, however it averages gradients: checkpoints have all experts."""
 
     def __init__(self, trainer: Trainer) -> None:
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise ConfigError(
-                f"training uses {'DeepSpeed' if trainer.is_deepspeed_enabled else 'FSDP'}, which averages experts over all processes",
-                expected="DDP, which 'arctic train --nproc' and torchrun use",
-                fix="leave it out, or expert_parallel",
-            )
         self.trainer, self.local = trainer, local_parameters(trainer.model)
         self.dispatch: ExpertsDispatch = next(iter(self.local.values()))[1]
-        trainer.model._ddp_params_and_buffers_to_ignore = [*getattr(trainer.model, "_ddp_params_and_buffers_to_ignore", ()), *self.local]
         self.trained = {name: parameter for name, (parameter, _) in self.local.items() if parameter.requires_grad}
+        trainer.save_model = self.save
+
+    def save(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """``Trainer.save_model``, collective: a checkpoint has all experts, under the names of any other checkpoint of the model."""
+        trainer = self.trainer
+        directory = Path(output_dir or str(trainer.args.output_dir))
+        with whole_experts(trainer.model, directory, only_trainable=isinstance(trainer.model, PeftModel)) as experts:
+            if trainer.args.should_save:
+                trainer._save(str(directory), state_dict={**trainer.model.state_dict(), **experts})
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+
+
+class SpreadOverDDP(SpreadExperts):
+    """DDP averages what it knows of; gradients of experts are averaged, and all are clipped, at the end of a step."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        trainer.model._ddp_params_and_buffers_to_ignore = [*getattr(trainer.model, "_ddp_params_and_buffers_to_ignore", ()), *self.local]
         self.rest = [parameter for name, parameter in trainer.model.named_parameters() if name not in self.local and parameter.requires_grad]
         self.load_optimizer = trainer._load_optimizer_and_scheduler
         replaced: dict[str, Any] = {
             "_clip_grad_norm": lambda _model: self.clip(trainer.args.max_grad_norm),
             "_get_grad_norm": lambda _model, grad_norm=None: self.clip(float("inf")) if grad_norm is None else grad_norm,
-            "save_model": self.save,
             "_load_from_checkpoint": self.resume,
             "_load_optimizer_and_scheduler": self.resume_optimizer,
         }
@@ -110,16 +136,6 @@ class SpreadExperts(TrainerCallback):
         if max_norm != float("inf"):
             clip_grads_with_norm_([*self.trained.values(), *self.rest], max_norm, norm)
         return norm
-
-    def save(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """``Trainer.save_model``, collective: a checkpoint has all experts, under the names of any other checkpoint of the model."""
-        trainer = self.trainer
-        directory = Path(output_dir or str(trainer.args.output_dir))
-        with whole_experts(trainer.model, directory, only_trainable=isinstance(trainer.model, PeftModel)) as experts:
-            if trainer.args.should_save:
-                trainer._save(str(directory), state_dict={**trainer.model.state_dict(), **experts})
-        if trainer.args.push_to_hub and not _internal_call:
-            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Every process of the first copy writes its experts and their optimizer state beside the checkpoint of all."""

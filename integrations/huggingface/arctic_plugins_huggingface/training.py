@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from arctic_plugins.errors import CheckpointError
 from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
-from arctic_plugins_huggingface.spread import SpreadExperts, is_spread
+from arctic_plugins_huggingface.spread import is_spread, spread
 
 __all__ = ["ArcticTrainingArguments", "GracefulStop", "attach", "last_checkpoint"]
 
@@ -73,7 +73,7 @@ def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
     ``save_total_limit`` over: the Trainer would remove the last complete checkpoint before the new one is marked as complete.
     """
     if is_spread(trainer.model):
-        trainer.add_callback(SpreadExperts(trainer))  # before the one that marks checkpoints as complete
+        trainer.add_callback(spread(trainer))  # before the one that marks checkpoints as complete
     trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))
     trainer.args.save_total_limit = None
     stack.hf_attach_trainer(trainer)

@@ -11,6 +11,7 @@ from arctic_plugins_huggingface.saving import load_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError, ClaimError, CodecError, ConfigError, PluginNotFoundError
@@ -202,6 +203,15 @@ def test_what_is_known_to_fail_fails_before_weights_are_read(encoded, tiny_check
             FP8,
             device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"},
         )
+
+
+def test_zero_stage_3_is_refused(tiny_checkpoint):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # in force as long as it lives
+    with pytest.raises(ConfigError, match="ZeRO stage 3, which splits weights while they are loaded; expected stage 1 or 2"):
+        load_model(tiny_checkpoint)
+    del kept
+    load_model(tiny_checkpoint)
 
 
 def test_an_interrupted_save_leaves_nothing(tiny_checkpoint, tmp_path, monkeypatch):

@@ -82,6 +82,40 @@ def test_training_equals_one_process(checkpoints, alone, tmp_path, processes, pa
     load_model(tmp_path / "final")
 
 
+def zero(stage):
+    """Options of a run with DeepSpeed."""
+    auto = ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    return {"deepspeed": {"zero_optimization": {"stage": stage}, **dict.fromkeys(auto, "auto")}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "stage", "options"), [(4, 1, {}), (2, 2, {"gradient_accumulation_steps": 2})], ids=str)
+def test_training_under_deepspeed_equals_one_process(checkpoints, alone, tmp_path, processes, stage, options):
+    (found,) = run(processes, "train", checkpoints["arctic"], tmp_path, PLUGINS, {**zero(stage), **options})
+    expected, weights = alone
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    for name, saved in load_file(tmp_path / "final" / "model.safetensors").items():
+        assert (saved - weights[name]).norm() < 1e-3 * weights[name].norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapters", [{}, {"fp8": {}, "lora": {"r": 4}}, {"fp8": {}, "lora": {"r": 4, "experts": True}}], ids=str)
+def test_a_run_under_deepspeed_is_one_under_ddp_and_resumes(checkpoints, tmp_path, adapters):
+    plugins, saves = {**adapters, **PLUGINS}, {"save_strategy": "steps", "save_steps": 10}
+    (ddp,) = run(2, "train", checkpoints["arctic"], tmp_path / "ddp", plugins)
+    (whole,) = run(2, "train", checkpoints["arctic"], tmp_path, plugins, {**zero(2), **saves})
+    assert whole["loss"] == pytest.approx(ddp["loss"], rel=1e-4)
+    assert whole["grad_norm"] == pytest.approx(ddp["grad_norm"], rel=1e-4)
+    (resumed,) = run(2, "resume", checkpoints["arctic"], tmp_path, plugins, zero(2))
+    assert resumed["loss"] == whole["loss"]
+    assert resumed["grad_norm"] == whole["grad_norm"]
+    if not adapters:
+        error = run(4, "resume", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": 4}}, zero(2), fails=True)
+        assert "expected as many processes for one copy of the experts as when it was saved" in error
+        assert "ZeRO stage 3" in run(2, "train", checkpoints["arctic"], tmp_path / "three", plugins, zero(3), fails=True)
+
+
 @pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "arctic"])
 def test_a_run_resumes_where_it_stopped(checkpoints, tmp_path, name):
     (whole,) = run(2, "train", checkpoints[name], tmp_path, PLUGINS, {"save_strategy": "steps", "save_steps": 10})
