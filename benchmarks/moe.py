@@ -23,10 +23,30 @@ from torch import Tensor, nn
 
 SHAPES = {"arctic": (1024, 704, 128), "mixtral": (1536, 5376, 8)}
 """Hidden size, intermediate size, experts; the released ones are (7168, 4864, 128) and (4096, 14336, 8)."""
-Run = Callable[[], Tensor]
 
 
-def contenders(name: str, tokens: int, *, with_deepspeed: bool) -> dict[str, Run]:
+class Contender:
+    """One step of a layer; :meth:`clear` frees the gradients of the step before, outside of what is timed."""
+
+    def __init__(self, module: Any, x: Tensor, implementation: str | None = None, *, trains: bool = True, forward: Callable[[], Tensor]) -> None:
+        self.module, self.x, self.implementation, self.trains, self.forward = module, x, implementation, trains, forward
+
+    def clear(self) -> None:
+        self.x.grad = None
+        for parameter in self.module.parameters():
+            parameter.grad = None
+
+    def __call__(self) -> Tensor:
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(self.trains and parameter.dtype == torch.bfloat16)
+        if self.implementation is not None:
+            self.module.config._experts_implementation = self.implementation
+        y = self.forward()
+        y.backward(torch.ones_like(y))
+        return y.detach()
+
+
+def contenders(name: str, tokens: int, *, with_deepspeed: bool) -> dict[str, Contender]:
     """Name -> one step, which returns the output."""
     from arctic_plugins_fp8.codec import FP8Codec
     from arctic_plugins_huggingface import register
@@ -48,21 +68,10 @@ def contenders(name: str, tokens: int, *, with_deepspeed: bool) -> dict[str, Run
     weights, index = torch.randn(tokens, number).softmax(-1).topk(2)
     weights = (weights / weights.sum(-1, keepdim=True)).to(torch.bfloat16)
 
-    def step(module: Any, implementation: str | None, *, trains: bool) -> Run:
-        def run() -> Tensor:
-            x.grad = None
-            for parameter in module.parameters():
-                parameter.grad = None
-                parameter.requires_grad_(trains and parameter.is_floating_point() and parameter.dtype == torch.bfloat16)
-            if implementation is not None:
-                module.config._experts_implementation = implementation
-            y: Tensor = module(x, index, weights)
-            y.backward(torch.ones_like(y))
-            return y.detach()
+    def step(module: Any, implementation: str | None, *, trains: bool) -> Contender:
+        return Contender(module, x, implementation, trains=trains, forward=lambda: module(x, index, weights))
 
-        return run
-
-    found: dict[str, Run] = {}
+    found: dict[str, Contender] = {}
     for trains, kind in ((True, "plain"), (False, "frozen")):
         for implementation in ("eager", "batched_mm", "grouped_mm", "arctic"):
             if implementation == "batched_mm" and tokens * 2 * 3 * hidden * inner * 2 > 3e9:
@@ -80,7 +89,7 @@ def contenders(name: str, tokens: int, *, with_deepspeed: bool) -> dict[str, Run
     return found
 
 
-def deepspeed_step(experts: Any, x: Tensor, number: int) -> Run:
+def deepspeed_step(experts: Any, x: Tensor, number: int) -> Contender:
     """DeepSpeed's MoE layer with the same experts and a router of its own; nothing is dropped."""
     from deepspeed.moe.layer import MoE
 
@@ -98,14 +107,7 @@ def deepspeed_step(experts: Any, x: Tensor, number: int) -> Run:
     layer = MoE(x.shape[1], Expert(), num_experts=number, k=2, drop_tokens=False, min_capacity=0).to(torch.bfloat16)
     layer.set_deepspeed_parallelism()
 
-    def run() -> Tensor:
-        x.grad = None
-        layer.zero_grad()
-        y, *_ = layer(x[None])
-        y.backward(torch.ones_like(y))
-        return y[0].detach()
-
-    return run
+    return Contender(layer, x, forward=lambda: layer(x[None])[0][0])
 
 
 def main() -> None:
@@ -127,7 +129,10 @@ def main() -> None:
     for name in options.shapes:
         for tokens in options.tokens:
             runs = contenders(name, tokens, with_deepspeed=not options.no_deepspeed)
-            results = {contender: run() for contender, run in runs.items()}
+            results = {}
+            for contender, run in runs.items():
+                results[contender] = run()
+                run.clear()
             for contender, result in results.items():
                 if contender != "plain deepspeed":
                     error = (result - results["plain eager"]).float().norm() / results["plain eager"].float().norm()
@@ -138,6 +143,7 @@ def main() -> None:
                     started = time.perf_counter()
                     run()
                     times[contender].append(time.perf_counter() - started)
+                    run.clear()
             medians = {contender: statistics.median(seconds) for contender, seconds in times.items()}
             for contender, seconds in sorted(medians.items()):
                 ratio = medians["plain arctic" if contender.startswith("plain") else "frozen arctic"] / seconds

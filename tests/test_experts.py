@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError, ClaimError, CodecError
 from arctic_plugins.frozen import Codec, FrozenExperts, FrozenLinear, FrozenWeight
-from arctic_plugins.frozen.experts import mix_experts
+from arctic_plugins.frozen.experts import in_blocks, mix_experts
 from arctic_plugins.testing import MIXTURES, tiny_model
 
 E, K, I = 6, 64, 48  # noqa: E741 - as in the docstrings
@@ -82,8 +82,32 @@ def test_experts_of_other_processes_add_nothing():
     assert torch.equal(module(x, torch.full_like(index, E), weights), torch.zeros(9, K))
 
 
+@pytest.mark.parametrize("limit", [1, 3, 6])
+def test_a_few_experts_at_a_time_are_the_same(monkeypatch, limit):
+    counts, seen = [0, 2, 1, 0, 5, 3], []
+    rows, factors = torch.randn(11, 4, requires_grad=True), torch.arange(6.0)
+
+    def products(rows, counts):
+        seen.append(counts)
+        return rows * factors.repeat_interleave(torch.tensor(counts))[:, None]
+
+    whole = in_blocks(products, rows, counts, 4)
+    monkeypatch.setattr("arctic_plugins.frozen.experts.BLOCK", limit * 4 * 4)
+    assert torch.equal(in_blocks(products, rows, counts, 4), whole)
+    assert [sum(column) for column in zip(*seen[1:], strict=True)] == seen[0] == counts
+    assert all(sum(block) <= limit or sum(map(bool, block)) == 1 for block in seen[1:])
+    assert len(seen[1:]) == {1: 4, 3: 3, 6: 3}[limit]
+    module, x, routes = experts(), torch.randn(40, K, requires_grad=True), routing(40)
+    module(x, *routes).sum().backward()
+    found, x.grad = x.grad, None
+    monkeypatch.undo()
+    module(x, *routes).sum().backward()
+    torch.testing.assert_close(found, x.grad)
+
+
 class Counting(FP8Codec):
     seen: list = []
+    linear_experts = Codec.linear_experts
 
     def linear(self, x, buffers, shape):
         self.seen.append((x.shape[0], buffers["_scale"].data_ptr()))
@@ -98,6 +122,16 @@ def test_only_experts_with_tokens_are_touched():
     up, down = (getattr(module, f"{leaf}_scale") for leaf in ("gate_up_proj", "down_proj"))
     hits = [(3, 1), (2, 4), (1, 5)]
     assert Counting.seen == [(rows, scale[expert].data_ptr()) for scale in (up, down) for rows, expert in hits]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_do_not_read_idle_experts(dtype):
+    module = experts()
+    for leaf in ("gate_up_proj_scale", "down_proj_scale"):
+        getattr(module, leaf).data[[0, 2, 3]] = torch.nan
+    x = torch.randn(3, K, dtype=dtype, requires_grad=True)
+    module(x, torch.tensor([[4, 1], [1, 4], [1, 5]]), torch.ones(3, 2, dtype=dtype)).sum().backward()
+    assert x.grad.isfinite().all()
 
 
 def test_bytes_that_change_between_forward_and_backward_are_noticed():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar
 
@@ -44,8 +44,8 @@ class Codec(ABC):
     without the plugin stops with a shape error instead of taking bytes for numbers.
 
     To add a codec: implement :meth:`layout`, :meth:`encode` and :meth:`decode`, register the class under :attr:`type` in the plugin's ``register``
-    hook, and claim modules with an instance of it. :meth:`linear` and :meth:`grad_input` can be
-    overridden with something fused, which should be a torch operator, so that compilers take it as it is.
+    hook, and claim modules with an instance of it. :meth:`linear`, :meth:`grad_input` and their counterparts for
+    experts can be overridden with something fused, which should be a torch operator, so that compilers take it as it is.
     """
 
     type: ClassVar[str]
@@ -71,6 +71,17 @@ class Codec(ABC):
         """``grad [..., N] @ decode(buffers)`` in the dtype of ``grad``: the gradient of :meth:`linear` for ``x``."""
         return grad @ self.decode(buffers, shape, grad.dtype, out=take_scratch(shape, grad.dtype, grad.device))
 
+    def linear_experts(self, x: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Sequence[int]) -> Tensor:
+        """:meth:`linear` with one matrix per expert: ``x [M, K]`` is sorted by expert, ``counts`` says how many rows each of the E has.
+
+        ``buffers`` are those of a weight of ``shape`` ``(E, N, K)``; experts without rows are not read.
+        """
+        return _by_expert(self.linear, x, buffers, shape, counts, shape[1])
+
+    def grad_input_experts(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Sequence[int]) -> Tensor:
+        """:meth:`grad_input` likewise: ``grad [M, N]`` -> ``[M, K]``."""
+        return _by_expert(self.grad_input, grad, buffers, shape, counts, shape[2])
+
     @property
     def k_border(self) -> int:
         """The weight may be split along K at multiples of this (tensor parallelism); 1 when anywhere."""
@@ -84,6 +95,23 @@ class Codec(ABC):
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of an encoded weight of ``shape``."""
         return sum(spec.nbytes for spec in self.layout(shape).values())
+
+
+def _by_expert(
+    product: Callable[[Tensor, Buffers, tuple[int, int]], Tensor],
+    rows: Tensor,
+    buffers: Buffers,
+    shape: tuple[int, int, int],
+    counts: Sequence[int],
+    width: int,
+) -> Tensor:
+    """``product`` of every expert's rows with its own buffers: by the row law these are slices. ``width``: columns of the result."""
+    results = [
+        product(own, {suffix: buffer[expert] for suffix, buffer in buffers.items()}, shape[1:])
+        for expert, own in enumerate(rows.split(list(counts)))
+        if len(own)
+    ]
+    return torch.cat(results) if results else rows.new_empty(0, width)
 
 
 def check_buffers(codec: Codec, buffers: Buffers, shape: tuple[int, ...], name: str) -> None:

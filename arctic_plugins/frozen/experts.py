@@ -11,7 +11,7 @@ from torch import Tensor
 from arctic_plugins.frozen.dispatch import ExpertsDispatch, Stay
 from arctic_plugins.frozen.module import FrozenModule
 
-__all__ = ["FrozenExperts", "Mixture", "mix_experts", "start_experts"]
+__all__ = ["FrozenExperts", "Mixture", "in_blocks", "mix_experts", "start_experts"]
 
 Product = Callable[[Tensor, Sequence[int]], Tensor]
 """``(rows sorted by expert, rows of each expert) -> rows``."""
@@ -77,6 +77,29 @@ def mix_experts(
     return Mixture(x_MK, index_MT, weights_MT, num_experts, products, dispatch).finish()
 
 
+BLOCK = 24 << 20
+"""Bytes. glibc's malloc takes anything of 32 MiB and more from the system anew (mallopt(3), M_MMAP_THRESHOLD), whose first use of every page costs
+as much as the arithmetic of activations."""
+
+
+def in_blocks(products: Product, rows_RK: Tensor, counts: Sequence[int], width: int) -> Tensor:
+    """``products(rows, counts)``, on CPU for a few experts at a time, so that an intermediate result of ``width`` columns has at most :data:`BLOCK`
+    bytes, or the rows of one expert."""
+    limit = BLOCK // (width * rows_RK.element_size())
+    if rows_RK.device.type != "cpu" or len(rows_RK) <= limit:
+        return products(rows_RK, counts)
+    blocks: list[list[int]] = []
+    free = 0
+    for expert, count in enumerate(counts):
+        if count and count > free:
+            blocks.append([0] * len(counts))
+            free = limit
+        if count:
+            blocks[-1][expert] = count
+            free -= count
+    return torch.cat([products(rows, block) for rows, block in zip(rows_RK.split([sum(block) for block in blocks]), blocks, strict=True)])
+
+
 def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, products: Product) -> Mixture:
     """The :class:`Mixture` of a module ``experts`` with ``num_experts`` and perhaps a ``dispatch``: in autocast's dtype, and while training with
     what the dispatch keeps."""
@@ -125,6 +148,11 @@ class FrozenExperts(FrozenModule):
 
     def products(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """``down(act(up(rows)))``, each row with its expert's matrices."""
+        if any(weight.handle is not None for weight in self.frozen.values()):  # fetched once for all rows
+            return self._products(rows, counts)
+        return in_blocks(self._products, rows, counts, self.frozen[self.up].shape[1])
+
+    def _products(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         return self._adapted(self.act(self._adapted(rows, self.up, counts)), self.down, counts)
 
     def _adapted(self, rows: Tensor, leaf: str, counts: Sequence[int]) -> Tensor:

@@ -14,7 +14,7 @@ from arctic_plugins.errors import CodecError
 from arctic_plugins.frozen.codec import Buffers, Codec, check_buffers
 from arctic_plugins.frozen.placement import Handle, Placement
 
-__all__ = ["FrozenModule", "FrozenWeight", "by_expert"]
+__all__ = ["FrozenModule", "FrozenWeight"]
 
 
 @dataclass(eq=False)
@@ -144,12 +144,16 @@ class FrozenModule(nn.Module):
         if counts is None and weight.handle is None:  # the path of every token that is generated: as short as can be
             return weight.codec.linear(x_MK, self._resident(weight), weight.shape)  # type: ignore[arg-type]
         with self.lease(leaf) as buffers:
-            return by_expert(weight.codec.linear, x_MK, buffers, weight.shape, counts, weight.shape[-2])
+            if counts is None:
+                return weight.codec.linear(x_MK, buffers, weight.shape)  # type: ignore[arg-type]
+            return weight.codec.linear_experts(x_MK, buffers, weight.shape, counts)  # type: ignore[arg-type]
 
     def _gradient(self, grad_MN: Tensor, leaf: str, counts: Sequence[int] | None) -> Tensor:
         weight = self.frozen[leaf]
         with self.lease(leaf) as buffers:
-            return by_expert(weight.codec.grad_input, grad_MN, buffers, weight.shape, counts, weight.shape[-1])
+            if counts is None:
+                return weight.codec.grad_input(grad_MN, buffers, weight.shape)  # type: ignore[arg-type]
+            return weight.codec.grad_input_experts(grad_MN, buffers, weight.shape, counts)  # type: ignore[arg-type]
 
     def _resident(self, weight: FrozenWeight) -> dict[str, Tensor]:
         parameters = self._parameters
@@ -174,36 +178,6 @@ class FrozenModule(nn.Module):
 
     def reset_parameters(self) -> None:
         """Nothing: there is no weight to draw at random (hosts call this for layers they think uninitialised)."""
-
-
-def by_expert(
-    product: Callable[[Tensor, Buffers, tuple[int, int]], Tensor],
-    x_MK: Tensor,
-    buffers: Buffers,
-    shape: tuple[int, ...],
-    counts: Sequence[int] | None,
-    width: int,
-) -> Tensor:
-    """``product`` (:meth:`Codec.linear` or :meth:`Codec.grad_input`) of every expert's rows with the expert's own buffers.
-
-    Args:
-        product: see above.
-        x_MK: rows sorted by expert.
-        buffers: of a weight of ``shape``, by the row law sliced by expert.
-        shape: ``(E, N, K)``; ``(N, K)`` when there are no experts.
-        counts: rows of each expert; None when there are no experts. Experts without rows are not touched.
-        width: columns of the result.
-    """
-    matrix = (shape[-2], shape[-1])
-    if counts is None:
-        return product(x_MK, buffers, matrix)
-    results, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            own = {suffix: buffer[expert] for suffix, buffer in buffers.items()}
-            results.append(product(x_MK[start : start + count], own, matrix))
-            start += count
-    return torch.cat(results) if results else x_MK.new_empty(0, width)
 
 
 class _FrozenMatmul(torch.autograd.Function):

@@ -89,8 +89,8 @@ class ArcticQuantizer(HfQuantizer):
         self.codecs: dict[str, Codec] = {}
         self.frozen: dict[str, tuple[FrozenModule, str]] = {}
         self.shapes: dict[str, torch.Size] = {}
-        self.exported: dict[str, dict[str, Tensor]] = {}
-        """Parameter name -> whole buffers of what is spread over processes, while one of these is saving."""
+        self.exported: dict[str, Tensor] = {}
+        """Name -> what processes have parts of, whole, while one of these is saving."""
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
@@ -158,7 +158,7 @@ class ArcticQuantizer(HfQuantizer):
         placed = {name: (module, leaf) for name, (module, leaf) in frozen_weights(model).items() if module.frozen[leaf].handle is not None}
         if not placed and not self.exported:
             return None, {}
-        state = model.state_dict() | {f"{name}{suffix}": buffer for name, buffers in self.exported.items() for suffix, buffer in buffers.items()}
+        state = {**model.state_dict(), **self.exported}
         for name, (module, leaf) in placed.items():
             if name not in self.exported:
                 state.update({f"{name}{suffix}": buffer for suffix, buffer in module.export(leaf).items()})

@@ -5,13 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.errors import CheckpointError, ConfigError, UserError
@@ -23,7 +23,7 @@ from arctic_plugins_huggingface.checkpoints import adapter_directory
 from arctic_plugins_huggingface.loading import load_model, load_tokenizer
 from arctic_plugins_huggingface.modules import frozen_weights
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig
-from arctic_plugins_huggingface.spread import is_spread, whole_experts
+from arctic_plugins_huggingface.spread import is_spread, whole_weights
 
 __all__ = ["adapter_base", "load_checkpoint", "own_tokenizer", "save_checkpoint", "staged", "writing"]
 
@@ -41,73 +41,39 @@ def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     Raises:
         ConfigError: ``directory`` exists and is not empty.
     """
-    if is_spread(model):
-        return _save_spread(model, tokenizer, Path(directory), stack)
-    spread = {} if isinstance(model, PeftModel) else {name: found for name, found in frozen_weights(model).items() if _is_spread(*found)}
-    if spread and torch.distributed.get_rank() > 0:
-        for module, leaf in spread.values():
-            module.export(leaf)
-        torch.distributed.barrier()  # until the first process has written it
-        return Path(directory)
-    with staged(directory) as draft, _says_what_is_encoded(model.config):
-        with _gathered(model, spread, draft / "gathered"):
-            model.save_pretrained(draft, max_shard_size=SHARD_SIZE)
-        tokenizer.save_pretrained(draft)
-        write_provenance(draft, stack)
-    if spread:
-        torch.distributed.barrier()
-    return Path(directory)
-
-
-def _save_spread(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, stack: Stack) -> Path:
-    """All processes together: the first one writes what the others hold, too."""
-    is_adapter = isinstance(model, PeftModel)
-    first = torch.distributed.get_rank() == 0
-    with staged(directory) if first else nullcontext(directory) as draft:
-        with whole_experts(model, draft, only_trainable=is_adapter) as experts:
-            if first:
-                frozen = {} if is_adapter else frozen_weights(model)
-                exported = {
-                    name: {suffix: experts.pop(f"{name}{suffix}") for suffix in list(module.frozen[leaf].parameters or ())}
-                    for name, (module, leaf) in frozen.items()
-                    if name in experts or any(f"{name}{suffix}" in experts for suffix in module.frozen[leaf].parameters or ())
-                }
-                quantizer = getattr(model, "hf_quantizer", None)
-                if quantizer is not None and not is_adapter:
-                    quantizer.exported = {**exported, **{name: {"": tensor} for name, tensor in experts.items()}}
-                with _says_what_is_encoded(model.config):
-                    model.save_pretrained(draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **experts})
-                if quantizer is not None:
-                    quantizer.exported = {}
-        if first:
+    directory, is_adapter = Path(directory), isinstance(model, PeftModel)
+    together = is_spread(model) or (not is_adapter and any(_is_shared_out(*found) for found in frozen_weights(model).values()))
+    saves = not together or torch.distributed.get_rank() == 0
+    with staged(directory) if saves else nullcontext(directory) as draft:
+        with whole_weights(model, draft / "gathered", only_trainable=is_adapter) as whole:
+            if saves:
+                with _says_what_is_encoded(model.config), _exporting(model, whole):
+                    model.save_pretrained(draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **whole} if whole else None)
+        if saves:
             tokenizer.save_pretrained(draft)
             write_provenance(draft, stack)
-    torch.distributed.barrier()
+    if together:
+        torch.distributed.barrier()  # until the first process has written it
     return directory
 
 
-def _is_spread(module: FrozenModule, leaf: str) -> bool:
+def _is_shared_out(module: FrozenModule, leaf: str) -> bool:
     handle = module.frozen[leaf].handle
     return handle is not None and handle.collective
 
 
 @contextmanager
-def _gathered(model: PreTrainedModel | PeftModel, spread: Mapping[str, tuple[FrozenModule, str]], directory: Path) -> Iterator[None]:
-    """Let the quantizer find the weights that are ``spread`` over processes in files in ``directory``, for the time of the block."""
-    if not spread:
+def _exporting(model: PreTrainedModel | PeftModel, whole: dict[str, Tensor]) -> Iterator[None]:
+    """Let the quantizer, which is asked for what is saved, know of ``whole`` tensors, for the time of the block."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
         yield
         return
-    directory.mkdir()
-    quantizer = model.hf_quantizer
+    quantizer.exported = whole
     try:
-        for number, (name, (module, leaf)) in enumerate(spread.items()):
-            path = directory / f"{number}.safetensors"
-            save_file({f"weight{suffix}": buffer for suffix, buffer in module.export(leaf).items()}, path)
-            quantizer.exported[name] = {key.removeprefix("weight"): buffer for key, buffer in load_file(path).items()}  # mapped
         yield
     finally:
         quantizer.exported = {}
-        shutil.rmtree(directory)
 
 
 @contextmanager

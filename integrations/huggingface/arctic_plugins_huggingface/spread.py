@@ -24,9 +24,9 @@ from transformers.core_model_loading import rename_source_key
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import ExpertsDispatch, local_parameters
 from arctic_plugins.frozen.lora import expert_pairs
-from arctic_plugins_huggingface.modules import split_conversions
+from arctic_plugins_huggingface.modules import frozen_weights, split_conversions
 
-__all__ = ["SpreadExperts", "is_spread", "spread", "whole_experts"]
+__all__ = ["SpreadExperts", "is_spread", "spread", "whole_weights"]
 
 
 def is_spread(model: nn.Module) -> bool:
@@ -35,29 +35,41 @@ def is_spread(model: nn.Module) -> bool:
 
 
 @contextmanager
-def whole_experts(model: nn.Module, directory: Path, *, only_trainable: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Parameter name -> all experts, in the first process; nothing in the others. Collective.
+def whole_weights(model: nn.Module, directory: Path, *, only_trainable: bool = False) -> Iterator[dict[str, Tensor]]:
+    """Name -> whatever processes have parts of, whole, in the first process; nothing in the others. Collective, unless there is no such thing.
 
-    One parameter after the other is gathered and written to a file in ``directory``, from which it is mapped, for the time of the block.
+    One tensor after the other is gathered and written to a file in the new ``directory``, from which it is mapped, for the time of the block.
     """
-    first, whole, pairs = torch.distributed.get_rank() == 0, dict[str, Tensor](), expert_pairs(model)
-    files = directory / "gathered"
-    if first:
-        files.mkdir(parents=True)
+    whole: dict[str, Tensor] = {}
     try:
-        for number, (name, (parameter, dispatch)) in enumerate(local_parameters(model).items()):
-            if only_trainable and not parameter.requires_grad:
-                continue
-            parts = dispatch.gather(parameter)
-            if parts is not None:
-                path = files / f"{number}.safetensors"
-                save_file({"whole": pairs[name].join(parts) if name in pairs else torch.cat(parts)}, path)
-                del parts
+        for number, (name, tensor) in enumerate(_whole(model, only_trainable)):
+            if tensor is not None:
+                directory.mkdir(parents=True, exist_ok=True)
+                path = directory / f"{number}.safetensors"
+                save_file({"whole": tensor}, path)
+                del tensor
                 whole[name] = load_file(path)["whole"]
         yield whole
     finally:
-        if first:
-            shutil.rmtree(files)
+        if whole:  # other processes may have the same directory
+            shutil.rmtree(directory)
+
+
+def _whole(model: nn.Module, only_trainable: bool) -> Iterator[tuple[str, Tensor | None]]:
+    """Of weights that are shared out by a placement, and of experts, wherever their bytes are."""
+    local, pairs = local_parameters(model), expert_pairs(model)
+    first = torch.distributed.is_initialized() and torch.distributed.get_rank() == 0
+    placed = {name: found for name, found in frozen_weights(model).items() if found[0].frozen[found[1]].handle is not None}
+    for name, (module, leaf) in placed.items():
+        if only_trainable or not (name in local or module.frozen[leaf].handle.collective):  # type: ignore[union-attr]
+            continue
+        for suffix, buffer in module.export(leaf).items():
+            parts = local[name][1].gather(buffer) if name in local else [buffer] if first else None
+            yield f"{name}{suffix}", None if parts is None else torch.cat(parts)
+    for name, (parameter, dispatch) in local.items():
+        if name not in placed and (parameter.requires_grad or not only_trainable):
+            parts = dispatch.gather(parameter)
+            yield name, None if parts is None else pairs[name].join(parts) if name in pairs else torch.cat(parts)
 
 
 def spread(trainer: Trainer) -> SpreadExperts:
@@ -92,9 +104,9 @@ class SpreadExperts(TrainerCallback):
         """``Trainer.save_model``, collective: a checkpoint has all experts, under the names of any other checkpoint of the model."""
         trainer = self.trainer
         directory = Path(output_dir or str(trainer.args.output_dir))
-        with whole_experts(trainer.model, directory, only_trainable=isinstance(trainer.model, PeftModel)) as experts:
+        with whole_weights(trainer.model, directory / "gathered", only_trainable=isinstance(trainer.model, PeftModel)) as whole:
             if trainer.args.should_save:
-                trainer._save(str(directory), state_dict={**trainer.model.state_dict(), **experts})
+                trainer._save(str(directory), state_dict={**trainer.model.state_dict(), **whole})
         if trainer.args.push_to_hub and not _internal_call:
             trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from arctic_plugins.frozen import Codec, codec_from_dict, codec_to_dict
-from arctic_plugins.frozen.experts import mix_experts
-from arctic_plugins.frozen.module import by_expert
+from arctic_plugins.frozen.experts import in_blocks, mix_experts
 from arctic_plugins_vllm.compat import activate_experts
 
 __all__ = ["codec_experts", "codec_linear", "codec_text"]
@@ -102,7 +101,7 @@ def _experts(
 ) -> Tensor:
     def product(buffers: list[Tensor], suffixes: list[str], shape: list[int], text: str) -> Callable[[Tensor, Sequence[int]], Tensor]:
         named = dict(zip(suffixes, buffers, strict=True))
-        return lambda rows, counts: by_expert(_codec(text).linear, rows, named, tuple(shape), counts, shape[1])
+        return lambda rows, counts: _codec(text).linear_experts(rows, named, tuple(shape), counts)  # type: ignore[arg-type]
 
     up_product, down_product = product(up, up_suffixes, up_shape, up_text), product(down, down_suffixes, down_shape, down_text)
     act = json.loads(activation)
@@ -110,7 +109,7 @@ def _experts(
     def products(rows: Tensor, counts: Sequence[int]) -> Tensor:
         return down_product(activate_experts(act, up_product(rows, counts)), counts)
 
-    return mix_experts(x, index, weights, up_shape[0], products)
+    return mix_experts(x, index, weights, up_shape[0], lambda rows, counts: in_blocks(products, rows, counts, up_shape[1]))
 
 
 def _experts_fake(x: Tensor, *_: Any) -> Tensor:

@@ -108,6 +108,43 @@ def test_products_agree_with_float64(compiled, codec):
             assert (found - exact).norm() <= tolerance * exact.norm(), (shape, rows, dtype)
 
 
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_products_of_experts_agree_with_float64(compiled, codec):
+    """Idle experts, experts with few rows and with many beside each other, none at all."""
+    for (N, K), counts, dtype in itertools.product(
+        [(37, 77), (33, 1000), (5, 33)], ([0, 1, 300, 0, 7, 16, 2, 40, 0], [3], [0, 0]), (torch.bfloat16, torch.float32)
+    ):
+        codes, scale = encoded(codec, (len(counts) * N, K))
+        weight = torch.empty(len(counts) * N, K)
+        reference.decode(codes, scale, codec.bits, weight)
+        weights = weight.double().view(len(counts), N, K)
+        x, grad = torch.randn(sum(counts), K).to(dtype), torch.randn(sum(counts), N).to(dtype)
+        tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+        for found, exact in (
+            (
+                kernels.linear_experts(x, codes, scale, codec.bits, counts),
+                [rows.double() @ own.T for rows, own in zip(x.split(counts), weights, strict=True)],
+            ),
+            (
+                kernels.grad_input_experts(grad, codes, scale, codec.bits, K, counts),
+                [rows.double() @ own for rows, own in zip(grad.split(counts), weights, strict=True)],
+            ),
+        ):
+            assert found.dtype == dtype
+            for rows, own in zip(found.split(counts), exact, strict=True):
+                assert (rows - own).norm() <= tolerance * own.norm(), (N, K, counts, dtype)
+
+
+def test_experts_and_rows_that_do_not_fit_are_refused(compiled):
+    codes, scale = encoded(FP8Codec(), (30, 16))
+    with pytest.raises(RuntimeError, match="as many rows for each expert"):
+        kernels.linear_experts(torch.ones(4, 16), codes, scale, 8, [1, 1, 1, 1])
+    with pytest.raises(RuntimeError, match="add up to the rows"):
+        kernels.linear_experts(torch.ones(4, 16), codes, scale, 8, [2, 1, 2])
+    with pytest.raises(RuntimeError, match="add up to the rows"):
+        kernels.grad_input_experts(torch.ones(4, 10), codes, scale, 8, 16, [5, -1, 0])
+
+
 @pytest.mark.parametrize("bits", [8, 6, 12])
 @pytest.mark.parametrize("rows", [1, 2, 40])
 def test_subnormal_codes_and_zeros_count(compiled, bits, rows):
@@ -143,6 +180,8 @@ def test_operators_pass_torchs_own_checks():
     torch.library.opcheck(operators.linear, (x, codes, scale, 8))
     torch.library.opcheck(operators.linear_fp8, (x, codes, scale))
     torch.library.opcheck(operators.grad_input, (torch.randn(3, 24), codes, scale, 8, 40))
+    torch.library.opcheck(operators.linear_experts, (torch.randn(3, 40), codes, scale, 8, [1, 0, 2]))
+    torch.library.opcheck(operators.grad_input_experts, (torch.randn(3, 8), codes, scale, 8, 40, [1, 0, 2]))
     torch.library.opcheck(operators.decode, (codes, scale, 8, torch.empty(24, 40)))
 
 
@@ -153,8 +192,8 @@ def test_activations_are_rounded_by_row(compiled, dtype):
     buffers, weight = codec.encode(plain := torch.randn(48, 96)), codec.decode(codec.encode(plain), (48, 96), torch.float64)
     x = (torch.randn(5, 96) * torch.logspace(-6, 3, 5)[:, None]).to(dtype)
     x[2] = 0
-    step = x.double().abs().amax(-1, keepdim=True) / 448
-    rounded = (x.double() / step).nan_to_num().float().to(torch.float8_e4m3fn)
+    step = x.float().abs().amax(-1, keepdim=True) / 448  # in float32, as in the definition: in float64 ties fall to the other side
+    rounded = (x.float() / step).nan_to_num().to(torch.float8_e4m3fn)
     expected = rounded.double() * step @ weight.T
     assert expected[2].norm() == 0
     found = codec.linear(x, buffers, (48, 96))
@@ -197,7 +236,7 @@ def test_a_compiled_function_has_no_breaks():
     buffers = codec.encode(torch.randn(24, 96))
 
     def function(x):
-        return torch.relu(codec.linear(x, buffers, (24, 96))) + codec.decode(buffers, (24, 96), torch.float32).sum()
+        return torch.relu(codec.linear(x, buffers, (24, 96))) + codec.decode(buffers, (24, 96), torch.float32).mean()
 
     x = torch.randn(5, 96, requires_grad=True)
     compiled = torch.compile(function, fullgraph=True)

@@ -113,9 +113,8 @@ class ArcticMoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_mixture:
             return self.mlp(x)
-        flat = x.reshape(-1, x.shape[-1])
-        _, weights, index = self.gate(flat)
-        return self.experts(flat, index, weights).view(x.shape)
+        mixture = self.start(x)
+        return (mixture.finish() if isinstance(mixture, Mixture) else mixture).view(x.shape)
 
 
 class ArcticDecoderLayer(GradientCheckpointingLayer):
@@ -229,7 +228,9 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
     ) -> MoeCausalLMOutputWithPast:
         """As ``MixtralForCausalLM.forward``.
 
-        With ``output_router_logits`` (or in the config) the auxiliary losses are computed, and added to ``loss``, each with its coefficient.
+        With ``output_router_logits`` (or in the config) the auxiliary losses are computed, and added to ``loss``, each with its coefficient. Where
+        the Trainer says how many labels a step has (``num_items_in_batch``), they count as much as this batch has of them: a step's accumulated
+        batches, and processes, add up to means as they do for the loss on tokens.
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         outputs: MoeModelOutputWithPast = self.model(
@@ -247,13 +248,13 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if wanted and outputs.router_logits:
-            balance = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask)
-            z = z_loss(outputs.router_logits, attention_mask)
-            aux_loss = balance
+            dispatch = next((module.dispatch for module in self.modules() if getattr(module, "dispatch", None) is not None), None)
+            aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask, dispatch)
             if loss is not None:
-                loss = loss + self.config.router_aux_loss_coef * balance.to(loss.device)
+                added = self.config.router_aux_loss_coef * aux_loss
                 if self.config.router_z_loss_coef:
-                    loss = loss + self.config.router_z_loss_coef * z.to(loss.device)
+                    added = added + self.config.router_z_loss_coef * z_loss(outputs.router_logits, attention_mask)
+                loss = loss + _share(labels, kwargs.get("num_items_in_batch")) * added.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -263,3 +264,10 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+def _share(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """This batch's share of a step's labels; they are shifted by one (``loss/loss_utils.py``)."""
+    if labels is None or num_items_in_batch is None:
+        return 1.0
+    return (labels[..., 1:] != -100).sum() / num_items_in_batch

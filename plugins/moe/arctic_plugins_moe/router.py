@@ -8,28 +8,39 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arctic_plugins.frozen import ExpertsDispatch
+
 __all__ = ["Capacity", "expert_load", "load_balancing_loss", "router_entropy", "z_loss"]
 
 
-def load_balancing_loss(router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None) -> Tensor:
+def load_balancing_loss(
+    router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None, dispatch: ExpertsDispatch | None = None
+) -> Tensor:
     """``sum over layers of E * sum over e of f_e * P_e``: f_e the share of tokens with expert e among their ``top_k``, P_e its mean probability.
 
-    Fedus et al., "Switch Transformers", 2021, equations 4 to 6; summed over layers as Arctic was trained, where Mixtral averages.
+    Fedus et al., "Switch Transformers", 2021, equations 4 to 6; summed over layers as Arctic was trained, where Mixtral averages. With a dispatch
+    over several processes f_e is that of the tokens of all (Qiu et al., "Demons in the Detail", 2025), so that the mean of what processes
+    return, weighted by their tokens, is the loss of all tokens together. That is collective.
 
     Args:
         router_logits: of each layer, ``[tokens, E]``.
         top_k: experts for each token.
         attention_mask: ``[batch, length]``; padding does not count.
+        dispatch: of the experts.
     """
-    losses = [_balance(logits, top_k, attention_mask) for logits in router_logits]
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
-
-
-def _balance(logits: Tensor, top_k: int, attention_mask: Tensor | None) -> Tensor:
-    probabilities = logits.softmax(-1, dtype=torch.float32)
-    chosen = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
-    counted = _counted(logits, attention_mask)
-    return logits.shape[-1] * ((chosen * counted).sum(0) * (probabilities * counted).sum(0)).sum() / counted.sum() ** 2
+    device, experts = router_logits[0].device, router_logits[0].shape[-1]
+    chosen, probability = [], []
+    for logits in router_logits:
+        probabilities = logits.softmax(-1, dtype=torch.float32)
+        counted = _counted(logits, attention_mask)
+        one_hot = torch.zeros_like(probabilities).scatter_(-1, probabilities.topk(top_k, dim=-1).indices, 1.0)
+        chosen.append(torch.cat([(one_hot * counted).sum(0), counted.sum(0)]).to(device))
+        probability.append(((probabilities * counted).sum(0) / counted.sum()).to(device))
+    counts = torch.stack(chosen).detach()
+    if dispatch is not None and dispatch.size > 1:
+        dispatch.sum_over_parts(counts)
+        dispatch.sum_over_copies(counts)
+    return experts * (counts[:, :experts] / counts[:, experts:] * torch.stack(probability)).sum()
 
 
 def z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:

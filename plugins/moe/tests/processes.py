@@ -82,6 +82,11 @@ def resume(checkpoint, output, plugins, options="{}"):
         say(figures(built.state.log_history))
 
 
+def save(checkpoint, output, plugins):
+    stack = Stack.from_dict(json.loads(plugins))
+    save_checkpoint(*load_model(checkpoint, stack), Path(output), stack)
+
+
 def compare(checkpoint, plugins):
     """This process's logits and gradients against those of a model that is whole."""
     base = json.loads(plugins)
@@ -117,6 +122,6 @@ if __name__ == "__main__":
     if WORLD > 1:
         dist.init_process_group("gloo")
     task, *arguments = sys.argv[1:]
-    {"train": train, "resume": resume, "compare": compare}[task](*arguments)
+    {"train": train, "resume": resume, "save": save, "compare": compare}[task](*arguments)
     if WORLD > 1:
         dist.destroy_process_group()

@@ -129,6 +129,9 @@ def test_the_auxiliary_loss_is_the_sum_over_layers():
     without = model(IDS[None], labels=IDS[None], output_router_logits=False)
     assert without.aux_loss is None
     assert torch.allclose(out.loss, without.loss + 0.5 * balance + 0.25 * z)
+    labels = len(IDS) - 1
+    part = model(IDS[None], labels=IDS[None], output_router_logits=True, num_items_in_batch=4 * labels).loss
+    assert torch.allclose(part, out.loss / 4), "of a step with four such batches"
 
 
 def test_it_generates_with_left_padding():

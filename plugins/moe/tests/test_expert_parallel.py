@@ -1,5 +1,6 @@
 """Experts in several real processes (gloo): the losses, norms and weights of one process, whatever the model, and from a checkpoint on."""
 
+import functools
 import json
 import os
 import subprocess
@@ -48,11 +49,16 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(checkpoints, tmp_path_factory):
-    """One process, 20 steps of Arctic with all gradients clipped."""
-    output = tmp_path_factory.mktemp("alone")
-    (found,) = run(1, "train", checkpoints["arctic"], output, {})
-    assert all(norm > 0.5 for norm in found["grad_norm"]), "clipping is active in every step"
-    return found, load_file(output / "final" / "model.safetensors")
+    """One process, 20 steps of Arctic with all gradients clipped, by options of the plugin: figures and weights."""
+
+    @functools.cache
+    def train(options):
+        output = tmp_path_factory.mktemp("alone")
+        (found,) = run(1, "train", checkpoints["arctic"], output, {"moe": json.loads(options)})
+        assert all(norm > 0.5 for norm in found["grad_norm"]), "clipping is active in every step"
+        return found, load_file(output / "final" / "model.safetensors")
+
+    return lambda **options: train(json.dumps(options))
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("mixtral", "arctic") else pytest.mark.slow) for name in MODELS])
@@ -64,14 +70,22 @@ def test_logits_and_gradients_are_those_of_one_process(checkpoints, name):
             assert found["elements"] < 0.9 * found["whole"], "each process holds its own experts only"
 
 
+BALANCE = {"router_aux_loss_coef": 0.5}
+
+
 @pytest.mark.parametrize(
-    ("processes", "parallel", "options"),
-    [(2, 2, {"gradient_accumulation_steps": 2}), (4, 2, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 2, {}), (4, 4, {})))],
+    ("processes", "parallel", "losses", "options"),
+    [
+        (2, 2, {}, {"gradient_accumulation_steps": 2}),
+        (4, 2, BALANCE, {}),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 2, BALANCE, {}), (4, 4, {}, {}))),
+    ],
     ids=str,
 )
-def test_training_equals_one_process(checkpoints, alone, tmp_path, processes, parallel, options):
-    (found,) = run(processes, "train", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": parallel}}, options)
-    expected, weights = alone
+def test_training_equals_one_process(checkpoints, alone, tmp_path, processes, parallel, losses, options):
+    """Also with the load balancing loss, which is that of the tokens of all processes."""
+    (found,) = run(processes, "train", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": parallel, **losses}}, options)
+    expected, weights = alone(**losses)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     saved = load_file(tmp_path / "final" / "model.safetensors")
@@ -92,7 +106,7 @@ def zero(stage):
 @pytest.mark.parametrize(("processes", "stage", "options"), [(4, 1, {}), (2, 2, {"gradient_accumulation_steps": 2})], ids=str)
 def test_training_under_deepspeed_equals_one_process(checkpoints, alone, tmp_path, processes, stage, options):
     (found,) = run(processes, "train", checkpoints["arctic"], tmp_path, PLUGINS, {**zero(stage), **options})
-    expected, weights = alone
+    expected, weights = alone()
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
     for name, saved in load_file(tmp_path / "final" / "model.safetensors").items():
@@ -142,6 +156,16 @@ def test_adapters_of_encoded_experts(checkpoints, tmp_path):
     assert all((tensor.unflatten(1, (4, 4)).abs().amax((0, 1)) > 0).all() for tensor in pairs), "those of every expert were trained"
     model, _ = load_model(checkpoints["arctic"], Stack.from_dict({"fp8": {}}))
     assert len(load_adapter(model, tmp_path / "two" / "final").peft_config) == 1
+
+
+@pytest.mark.parametrize("plugins", [{"fp8": {}, "offload": {"ratio": 1.0}}, {"fp8": {}, "shard": {}}], ids=str)
+def test_experts_are_saved_whole_wherever_their_bytes_are(checkpoints, tmp_path, plugins):
+    run(1, "save", checkpoints["mixtral"], tmp_path / "one", {"fp8": {}})
+    run(2, "save", checkpoints["mixtral"], tmp_path / "two", {**plugins, **PLUGINS})
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name].view(torch.uint8), two[name].view(torch.uint8)) for name in one)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_tokens_are_dropped_beyond_the_capacity(checkpoints, tmp_path):

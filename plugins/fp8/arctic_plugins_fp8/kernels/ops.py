@@ -14,7 +14,7 @@ from torch import Tensor
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_fp8.kernels import build, reference
 
-__all__ = ["decode", "describe", "encode", "grad_input", "linear", "linear_fp8", "load", "use"]
+__all__ = ["decode", "describe", "encode", "grad_input", "grad_input_experts", "linear", "linear_experts", "linear_fp8", "load", "use"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,9 @@ _library.define("decode(Tensor codes, Tensor scale, int bits, Tensor(a!) out) ->
 _library.define("linear(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor")
 _library.define("linear_fp8(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 _library.define("grad_input(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features) -> Tensor")
-OPERATORS = ("encode", "decode", "linear", "grad_input")
+_library.define("linear_experts(Tensor x, Tensor codes, Tensor scale, int bits, int[] counts) -> Tensor")
+_library.define("grad_input_experts(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features, int[] counts) -> Tensor")
+OPERATORS = ("encode", "decode", "linear", "grad_input", "linear_experts", "grad_input_experts")
 for _name in OPERATORS:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 _library.impl("linear_fp8", reference.linear_fp8, "CompositeExplicitAutograd")
@@ -47,6 +49,14 @@ def _fake_linear_fp8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def _fake_grad_input(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _fake_linear_experts(x: Tensor, codes: Tensor, scale: Tensor, bits: int, counts: list[int]) -> Tensor:
+    return x.new_empty((x.shape[0], codes.shape[0] // len(counts)))
+
+
+def _fake_grad_input_experts(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int, counts: list[int]) -> Tensor:
+    return grad.new_empty((grad.shape[0], in_features))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -72,6 +82,8 @@ torch.library.register_fake("arctic_fp8::decode", _fake_decode, lib=_library)
 torch.library.register_fake("arctic_fp8::linear", _fake_linear, lib=_library)
 torch.library.register_fake("arctic_fp8::linear_fp8", _fake_linear_fp8, lib=_library)
 torch.library.register_fake("arctic_fp8::grad_input", _fake_grad_input, lib=_library)
+torch.library.register_fake("arctic_fp8::linear_experts", _fake_linear_experts, lib=_library)
+torch.library.register_fake("arctic_fp8::grad_input_experts", _fake_grad_input_experts, lib=_library)
 torch.library.register_autograd("arctic_fp8::linear", _backward, setup_context=_save, lib=_library)
 torch.library.register_autograd("arctic_fp8::linear_fp8", _backward_fp8, setup_context=_save_fp8, lib=_library)
 
@@ -155,3 +167,8 @@ linear_fp8 = torch.ops.arctic_fp8.linear_fp8.default
 first, scaled so that its largest magnitude is 448. Where the device has FP8 units they multiply. The gradient is that of :data:`linear`."""
 grad_input = torch.ops.arctic_fp8.grad_input.default
 """``grad_input(grad [..., N], codes, scale, bits, K) -> [..., K]``: ``grad @ decode(codes)``, the gradient of :func:`linear`."""
+linear_experts = torch.ops.arctic_fp8.linear_experts.default
+"""``linear_experts(x [M, K], codes [E * N, ...], scale [E * N, G], bits, counts) -> [M, N]``: :data:`linear` of the rows of each expert, which are
+sorted by expert, ``counts[e]`` of them, with its N rows of the codes. Not differentiable by itself."""
+grad_input_experts = torch.ops.arctic_fp8.grad_input_experts.default
+"""``grad_input_experts(grad [M, N], codes, scale, bits, K, counts) -> [M, K]``: the gradient of :func:`linear_experts`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -11,7 +11,19 @@ from torch import Tensor
 from arctic_plugins.frozen.scratch import take_scratch
 from arctic_plugins_fp8.formats import FORMATS
 
-__all__ = ["decode", "encode", "grad_input", "linear", "linear_fp8", "pack", "quantize", "scaled_product", "unpack"]
+__all__ = [
+    "decode",
+    "encode",
+    "grad_input",
+    "grad_input_experts",
+    "linear",
+    "linear_experts",
+    "linear_fp8",
+    "pack",
+    "quantize",
+    "scaled_product",
+    "unpack",
+]
 
 BLOCK = 1 << 19
 """Elements that are encoded or decoded at a time: temporaries stay in the cache and peak memory near the result's."""
@@ -90,6 +102,28 @@ def _has_fp8_units(device: torch.device) -> bool:
 def grad_input(grad: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.grad_input`."""
     return grad @ _scratch(grad, codes, scale_NG, bits, in_features)
+
+
+def linear_experts(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, counts: Sequence[int]) -> Tensor:
+    """See :func:`arctic_plugins_fp8.kernels.linear_experts`."""
+    parts = _by_expert(x_MK, codes, scale_NG, counts)
+    products = [torch.ops.arctic_fp8.linear(rows, own_codes, own_scale, bits) for rows, own_codes, own_scale in parts]
+    return torch.cat(products) if products else x_MK.new_empty(0, len(codes) // len(counts))
+
+
+def grad_input_experts(grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int, counts: Sequence[int]) -> Tensor:
+    """See :func:`arctic_plugins_fp8.kernels.grad_input_experts`."""
+    parts = _by_expert(grad_MN, codes, scale_NG, counts)
+    products = [torch.ops.arctic_fp8.grad_input(rows, own_codes, own_scale, bits, in_features) for rows, own_codes, own_scale in parts]
+    return torch.cat(products) if products else grad_MN.new_empty(0, in_features)
+
+
+def _by_expert(rows: Tensor, codes: Tensor, scale_NG: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The rows, codes and scales of every expert that has rows."""
+    each = len(codes) // len(counts)
+    for expert, own in enumerate(rows.split(list(counts))):
+        if len(own):
+            yield own, codes[expert * each : (expert + 1) * each], scale_NG[expert * each : (expert + 1) * each]
 
 
 def _scratch(like: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:

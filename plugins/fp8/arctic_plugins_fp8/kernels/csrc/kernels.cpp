@@ -631,6 +631,85 @@ template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, cons
 
 #endif
 
+// ---- Gradients of few rows ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int64_t kGradientColumns = 1024;  // whose sums, and whose codes in four rows, stay in a core's caches
+constexpr int64_t kGradientLd = kGradientColumns + kChunk;
+
+// sum[m, k] += sum over ROWS rows of the weight of factor[m, row] * value[row, k], for `size` columns of one group. Behind them zeros are added.
+template <int BITS, int M, int ROWS>
+void add_rows(const uint8_t* codes, int64_t row_bytes, int64_t size, const float (*factor)[4], float* sum) {
+  __m512 by[M][ROWS];
+  for (int m = 0; m < M; m++)
+    for (int row = 0; row < ROWS; row++) by[m][row] = _mm512_set1_ps(factor[m][row]);
+  for (int64_t k = 0; k < size; k += kChunk) {
+    const int64_t n = std::min<int64_t>(kChunk, whole<BITS>(size - k));
+    __m512 low[M], high[M];
+    for (int m = 0; m < M; m++) low[m] = _mm512_loadu_ps(sum + m * kGradientLd + k), high[m] = _mm512_loadu_ps(sum + m * kGradientLd + k + 16);
+    for (int row = 0; row < ROWS; row++) {
+      const uint8_t* at = codes + row * row_bytes + k * BITS / 8;
+      _mm_prefetch(reinterpret_cast<const char*>(at) + ROWS * row_bytes, _MM_HINT_T0);
+      const __m512i value = to_values<BITS>(load_codes<BITS>(at, n));
+      const __m512 first_half = widen(_mm512_castsi512_si256(value)), second_half = widen(_mm512_extracti64x4_epi64(value, 1));
+      for (int m = 0; m < M; m++) {
+        low[m] = _mm512_fmadd_ps(first_half, by[m][row], low[m]);
+        high[m] = _mm512_fmadd_ps(second_half, by[m][row], high[m]);
+      }
+    }
+    for (int m = 0; m < M; m++) _mm512_storeu_ps(sum + m * kGradientLd + k, low[m]), _mm512_storeu_ps(sum + m * kGradientLd + k + 16, high[m]);
+  }
+}
+
+// The same for any number of rows of grad, four at a time.
+template <int BITS, int ROWS>
+void add_rows(const Weight& w, int64_t n, int64_t k0, int64_t k1, const uint16_t* grad, int64_t M, float* sum) {
+  for (int64_t k = k0; k < k1;) {
+    const int64_t group = k / w.group, end = std::min(k1, (group + 1) * w.group);
+    const uint8_t* codes = w.codes + n * w.row_bytes() + group * w.group_bytes() + (k - group * w.group) * BITS / 8;
+    for (int64_t m = 0; m < M; m += 4) {
+      float factor[4][4];
+      for (int64_t i = 0; i < std::min<int64_t>(4, M - m); i++)
+        for (int row = 0; row < ROWS; row++) {
+          const uint32_t bits = static_cast<uint32_t>(grad[(m + i) * w.rows + n + row]) << 16;
+          std::memcpy(&factor[i][row], &bits, 4);
+          factor[i][row] *= w.scale[(n + row) * w.groups + group];
+        }
+      float* to = sum + m * kGradientLd + k - k0;
+      switch (M - m) {
+        case 1: add_rows<BITS, 1, ROWS>(codes, w.row_bytes(), end - k, factor, to); break;
+        case 2: add_rows<BITS, 2, ROWS>(codes, w.row_bytes(), end - k, factor, to); break;
+        case 3: add_rows<BITS, 3, ROWS>(codes, w.row_bytes(), end - k, factor, to); break;
+        default: add_rows<BITS, 4, ROWS>(codes, w.row_bytes(), end - k, factor, to); break;
+      }
+    }
+    k = end;
+  }
+}
+
+template <int BITS> void gradient_of(const Weight& w, int64_t k0, int64_t k1, const uint16_t* grad, int64_t M, uint16_t* y) {
+  thread_local float sum[kLargestGradientM * kGradientLd];
+  for (int64_t from = k0; from < k1; from += kGradientColumns) {
+    const int64_t to = std::min(k1, from + kGradientColumns);
+    std::memset(sum, 0, static_cast<size_t>(M * kGradientLd) * sizeof(float));
+    int64_t n = 0;
+    for (; n + 4 <= w.rows; n += 4) add_rows<BITS, 4>(w, n, from, to, grad, M, sum);
+    for (; n < w.rows; n++) add_rows<BITS, 1>(w, n, from, to, grad, M, sum);
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t k = 0; k < to - from; k += kChunk) {
+        const float* at = sum + m * kGradientLd + k;
+        _mm512_mask_storeu_epi16(y + m * w.K + from + k, lanes(to - from - k), narrow(_mm512_loadu_ps(at), _mm512_loadu_ps(at + 16)));
+      }
+  }
+}
+
+void gradient(const Weight& w, int64_t k0, int64_t k1, const uint16_t* grad, int64_t M, uint16_t* y) {
+  if (w.bits == 8) return gradient_of<8>(w, k0, k1, grad, M, y);
+  if (w.bits == 6) return gradient_of<6>(w, k0, k1, grad, M, y);
+  return gradient_of<12>(w, k0, k1, grad, M, y);
+}
+
+// ---- Products ----------------------------------------------------------------------------------------------------------------------------------
+
 template <int BITS> void product(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, const uint16_t* packed, int64_t M, uint16_t* y, int64_t N) {
   if (M == 1) return one_row<BITS>(w, n0, n1, x, y);
   many_rows<BITS>(w, n0, n1, x, packed, M, y, N);
@@ -647,11 +726,11 @@ void linear(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, const ui
 #define TEXT(name) #name
 #define NAME(name) TEXT(name)
 #ifdef __AMX_BF16__
-const Kernels ISA = {NAME(ISA), decode, encode, linear, pack, 256, 2 * kTile};
+const Kernels ISA = {NAME(ISA), decode, encode, linear, gradient, pack, 256, 2 * kTile};
 #elif defined(__AVX512BF16__)
-const Kernels ISA = {NAME(ISA), decode, encode, linear, nullptr, 64, kRows};
+const Kernels ISA = {NAME(ISA), decode, encode, linear, gradient, nullptr, 64, kRows};
 #else
-const Kernels ISA = {NAME(ISA), decode, encode, linear, nullptr, 4, kRows};
+const Kernels ISA = {NAME(ISA), decode, encode, linear, gradient, nullptr, 4, kRows};
 #endif
 
 }  // namespace arctic

@@ -165,56 +165,166 @@ uint16_t* packed_memory(int64_t elements) {
   return static_cast<uint16_t*>(kept.get());
 }
 
+// Rows [first, first + M) of the input, and the matrix that they are multiplied with.
+struct Part {
+  Weight w;
+  int64_t first, M;
+};
+
+// The parts of an input sorted by expert. `all` has the rows of every expert's matrix, one expert after the other.
+std::vector<Part> parts_of(const Weight& all, const std::vector<int64_t>& counts, int64_t input_rows) {
+  const auto experts = static_cast<int64_t>(counts.size());
+  STD_TORCH_CHECK(experts > 0 && all.rows % experts == 0, "arctic_fp8: codes must have as many rows for each expert");
+  std::vector<Part> parts;
+  int64_t first = 0;
+  for (int64_t expert = 0; expert < experts; expert++) {
+    Weight w = all;
+    w.rows = all.rows / experts;
+    w.codes += expert * w.rows * w.row_bytes();
+    w.scale += expert * w.rows * w.groups;
+    STD_TORCH_CHECK(counts[expert] >= 0 && counts[expert] <= input_rows - first, "arctic_fp8: counts must add up to the rows of the input");
+    if (counts[expert]) parts.push_back({w, first, counts[expert]});
+    first += counts[expert];
+  }
+  STD_TORCH_CHECK(first == input_rows, "arctic_fp8: counts must add up to the rows of the input");
+  return parts;
+}
+
+// Call run(part, from, to) for all of `units` units of every part, on all threads.
+template <typename Run> void for_all(const std::vector<Part>& parts, int64_t units, int64_t grain_size, const Run& run) {
+  torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()) * units, grain_size, [&](int64_t a, int64_t b) {
+    while (a < b) {
+      const int64_t part = a / units, from = a % units, to = std::min(units, from + b - a);
+      run(part, from, to);
+      a += to - from;
+    }
+  });
+}
+
+// y[:, n] of parts with few rows.
+void linear_of_few(const Kernels& table, const std::vector<Part>& parts, const uint16_t* x, uint16_t* y) {
+  const int64_t K = parts[0].w.K, N = parts[0].w.rows, packed_row = (K + 31) / 32 * 32;
+  std::vector<int64_t> at(parts.size(), -1);  // where a part's packed rows are
+  uint16_t* packed = nullptr;
+  if (table.pack) {
+    int64_t elements = 0;
+    for (size_t i = 0; i < parts.size(); i++)
+      if (parts[i].M > 1) at[i] = elements, elements += (parts[i].M + 15) / 16 * 16 * packed_row;
+    if (elements) packed = packed_memory(elements);
+    for (size_t i = 0; i < parts.size(); i++)
+      if (at[i] >= 0)
+        torch::stable::parallel_for(0, (parts[i].M + 15) / 16, grain(16 * K), [&](int64_t a, int64_t b) {
+          table.pack(x + parts[i].first * K, parts[i].M, K, a, b, packed + at[i]);
+        });
+  }
+  for_all(parts, (N + table.rows - 1) / table.rows, grain(table.rows * K), [&](int64_t i, int64_t from, int64_t to) {
+    const Part& part = parts[i];
+    const uint16_t *rows = x + part.first * K, *packed_rows = at[i] < 0 ? nullptr : packed + at[i];
+    const int64_t panel = packed_rows ? std::max<int64_t>(32, kPanelElements / K / 32 * 32) : part.M;
+    for (int64_t m = 0; m < part.M; m += panel)
+      table.linear(part.w, from * table.rows, std::min(N, to * table.rows), rows + m * K, packed_rows ? packed_rows + m * packed_row : nullptr,
+                   std::min(panel, part.M - m), y + (part.first + m) * N, N);
+  });
+}
+
+void linear_of_parts(const std::vector<Part>& parts, Tensor x, Tensor y) {
+  const Kernels& table = kernels();
+  const Dtype dtype = dtype_of(x);
+  std::vector<Part> few;
+  int64_t elements = 0;
+  const auto flush = [&] {
+    if (!few.empty()) linear_of_few(table, few, static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<uint16_t*>(y.mutable_data_ptr()));
+    few.clear();
+    elements = 0;
+  };
+  for (const Part& part : parts) {
+    const int64_t K = part.w.K, N = part.w.rows;
+    if (dtype == Dtype::bf16 && part.M <= table.largest_m) {
+      few.push_back(part);
+      if ((elements += part.M * K) >= kPanelElements) flush();
+      continue;
+    }
+    Tensor own_x = torch::stable::narrow(x, 0, part.first, part.M), own_y = torch::stable::narrow(y, 0, part.first, part.M);
+    for (int64_t n = 0; n < N; n += kTile) {
+      const int64_t here = std::min(kTile, N - n);
+      Tensor tile = scratch(x, here, K), columns = torch::stable::narrow(own_y, 1, n, here);
+      decode_into(part.w, n, n + here, 0, K, dtype, tile.mutable_data_ptr(), K);
+      matmul_into(columns, own_x, torch::stable::transpose(tile, 0, 1));
+    }
+  }
+  flush();
+}
+
+void gradient_of_parts(const std::vector<Part>& parts, Tensor grad, Tensor result) {
+  const Dtype dtype = dtype_of(grad);
+  std::vector<Part> few;
+  for (const Part& part : parts) {
+    const Weight& w = part.w;
+    if (dtype == Dtype::bf16 && part.M <= kLargestGradientM) {
+      few.push_back(part);
+      continue;
+    }
+    Tensor own_grad = torch::stable::narrow(grad, 0, part.first, part.M), own_result = torch::stable::narrow(result, 0, part.first, part.M);
+    const int64_t step = w.groups > 1 ? std::max<int64_t>(1, kTile / w.group) * w.group : kTile;
+    for (int64_t k = 0; k < w.K; k += step) {
+      const int64_t here = std::min(step, w.K - k);
+      Tensor tile = scratch(grad, w.rows, here), columns = torch::stable::narrow(own_result, 1, k, here);
+      decode_into(w, 0, w.rows, k, k + here, dtype, tile.mutable_data_ptr(), here);
+      matmul_into(columns, own_grad, tile);
+    }
+  }
+  if (few.empty()) return;
+  const int64_t K = few[0].w.K, N = few[0].w.rows, unit = few[0].w.groups > 1 ? few[0].w.group : 32;
+  const auto* from_grad = static_cast<const uint16_t*>(grad.const_data_ptr());
+  auto* to_result = static_cast<uint16_t*>(result.mutable_data_ptr());
+  for_all(few, (K + unit - 1) / unit, grain(unit * N), [&](int64_t i, int64_t from, int64_t to) {
+    kernels().gradient(few[i].w, from * unit, std::min(K, to * unit), from_grad + few[i].first * N, few[i].M, to_result + few[i].first * K);
+  });
+}
+
+Tensor as_matrix(const Tensor& tensor, int64_t rows, int64_t columns) {
+  return tensor.dim() == 2 ? tensor : torch::stable::view(tensor, {rows, columns});
+}
+
 // input [..., K] -> [..., N].
 Tensor linear(const Tensor& input, const Tensor& given_codes, const Tensor& given_scale, int64_t bits) {
   const Tensor x = matrix(input), codes = packed(given_codes), scale = packed(given_scale);
-  const int64_t M = x.size(0), K = x.size(1), N = codes.size(0);
-  const Weight w = weight_of(codes, scale, bits, K);
-  const Kernels& table = kernels();
-  const Dtype dtype = dtype_of(x);
-  Tensor result = new_last(input, N), y = result.dim() == 2 ? result : torch::stable::view(result, {M, N});
-  if (M == 0) return result;
-  if (dtype == Dtype::bf16 && M <= table.largest_m) {
-    const auto* from = static_cast<const uint16_t*>(x.const_data_ptr());
-    auto* to = static_cast<uint16_t*>(y.mutable_data_ptr());
-    uint16_t* packed = nullptr;
-    if (table.pack && M > 1) {
-      const int64_t blocks = (M + 15) / 16;
-      packed = packed_memory(blocks * 16 * ((K + 31) / 32 * 32));
-      torch::stable::parallel_for(0, blocks, grain(16 * K), [&](int64_t a, int64_t b) { table.pack(from, M, K, a, b, packed); });
-    }
-    const int64_t panel = packed ? std::max<int64_t>(32, kPanelElements / K / 32 * 32) : M;
-    for (int64_t m = 0; m < M; m += panel)
-      torch::stable::parallel_for(0, (N + table.rows - 1) / table.rows, grain(table.rows * K), [&](int64_t a, int64_t b) {
-        table.linear(w, a * table.rows, std::min(N, b * table.rows), from + m * K, packed + m * ((K + 31) / 32 * 32), std::min(panel, M - m), to + m * N, N);
-      });
-    return result;
-  }
-  for (int64_t n = 0; n < N; n += kTile) {
-    const int64_t here = std::min(kTile, N - n);
-    Tensor tile = scratch(x, here, K), part = torch::stable::narrow(y, 1, n, here);
-    decode_into(w, n, n + here, 0, K, dtype, tile.mutable_data_ptr(), K);
-    matmul_into(part, x, torch::stable::transpose(tile, 0, 1));
-  }
-  return result;
+  const int64_t M = x.size(0), N = codes.size(0);
+  const Weight w = weight_of(codes, scale, bits, x.size(1));
+  Tensor y = new_last(input, N);
+  if (M) linear_of_parts({{w, 0, M}}, x, as_matrix(y, M, N));
+  return y;
 }
 
 // given [..., N] -> [..., K].
 Tensor grad_input(const Tensor& given, const Tensor& given_codes, const Tensor& given_scale, int64_t bits, int64_t K) {
   const Tensor grad = matrix(given), codes = packed(given_codes), scale = packed(given_scale);
-  const int64_t M = grad.size(0), N = grad.size(1);
+  const int64_t M = grad.size(0);
   const Weight w = weight_of(codes, scale, bits, K);
-  STD_TORCH_CHECK(N == w.rows, "arctic_fp8: grad must be [..., out_features]");
-  const Dtype dtype = dtype_of(grad);
-  const int64_t columns = w.groups > 1 ? std::max<int64_t>(1, kTile / w.group) * w.group : kTile;
-  Tensor whole = new_last(given, K), result = whole.dim() == 2 ? whole : torch::stable::view(whole, {M, K});
-  for (int64_t k = 0; k < K; k += columns) {
-    const int64_t here = std::min(columns, K - k);
-    Tensor tile = scratch(grad, N, here), part = torch::stable::narrow(result, 1, k, here);
-    decode_into(w, 0, N, k, k + here, dtype, tile.mutable_data_ptr(), here);
-    matmul_into(part, grad, tile);
-  }
-  return whole;
+  STD_TORCH_CHECK(grad.size(1) == w.rows, "arctic_fp8: grad must be [..., out_features]");
+  Tensor result = new_last(given, K);
+  if (M) gradient_of_parts({{w, 0, M}}, grad, as_matrix(result, M, K));
+  return result;
+}
+
+// input [M, K], sorted by expert -> [M, N]; codes [experts * N, groups, bytes].
+Tensor linear_experts(const Tensor& input, const Tensor& given_codes, const Tensor& given_scale, int64_t bits, std::vector<int64_t> counts) {
+  const Tensor x = matrix(input), codes = packed(given_codes), scale = packed(given_scale);
+  const std::vector<Part> parts = parts_of(weight_of(codes, scale, bits, x.size(1)), counts, x.size(0));
+  Tensor y = new_last(x, codes.size(0) / static_cast<int64_t>(counts.size()));
+  linear_of_parts(parts, x, y);
+  return y;
+}
+
+// given [M, N], sorted by expert -> [M, K].
+Tensor grad_input_experts(const Tensor& given, const Tensor& given_codes, const Tensor& given_scale, int64_t bits, int64_t K,
+                          std::vector<int64_t> counts) {
+  const Tensor grad = matrix(given), codes = packed(given_codes), scale = packed(given_scale);
+  const std::vector<Part> parts = parts_of(weight_of(codes, scale, bits, K), counts, grad.size(0));
+  STD_TORCH_CHECK(parts.empty() || grad.size(1) == parts[0].w.rows, "arctic_fp8: grad must be [rows, out_features]");
+  Tensor result = new_last(grad, K);
+  gradient_of_parts(parts, grad, result);
+  return result;
 }
 
 }  // namespace
@@ -229,4 +339,6 @@ STABLE_TORCH_LIBRARY_IMPL(arctic_fp8, CPU, m) {
   m.impl("decode", TORCH_BOX(&arctic::decode));
   m.impl("linear", TORCH_BOX(&arctic::linear));
   m.impl("grad_input", TORCH_BOX(&arctic::grad_input));
+  m.impl("linear_experts", TORCH_BOX(&arctic::linear_experts));
+  m.impl("grad_input_experts", TORCH_BOX(&arctic::grad_input_experts));
 }
