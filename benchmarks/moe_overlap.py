@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
+from arctic_plugins_moe.config import MoEConfig
 from torch import Tensor
 
 
@@ -55,7 +56,6 @@ class _Arriving:
 def layers(options: argparse.Namespace) -> Any:
     """Arctic layers whose experts are spread over the processes, and their input."""
     from arctic_plugins_huggingface import register
-    from arctic_plugins_moe.config import MoEConfig
     from arctic_plugins_moe.configuration import ArcticConfig
     from arctic_plugins_moe.dispatch import ExpertParallel
     from arctic_plugins_moe.hf import ArcticModel
@@ -75,7 +75,7 @@ def layers(options: argparse.Namespace) -> Any:
     )
     model = ArcticModel(config).to(torch.bfloat16).train()
     model.set_experts_implementation(ExpertParallel.experts_implementation)
-    dispatch = ExpertParallel(MoEConfig(expert_parallel=2))
+    dispatch = ExpertParallel(MoEConfig(expert_parallel=2, overlap_degree=options.degree))
     for layer in model.layers:
         experts = layer.block_sparse_moe.experts
         part = dispatch.local(options.experts)
@@ -137,6 +137,7 @@ if __name__ == "__main__":
     parser.add_argument("--experts", type=int, default=16)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--degree", type=int, default=MoEConfig().overlap_degree, help="the plugin's overlap_degree")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.4, 0.8])
     parser.add_argument("--json")

@@ -1,6 +1,7 @@
 """Encoded experts: what they compute, what is decoded for it, and their way from a plain checkpoint to a merged one."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -17,8 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError, ClaimError, CodecError
-from arctic_plugins.frozen import Codec, FrozenExperts, FrozenLinear, FrozenWeight
-from arctic_plugins.frozen.experts import in_blocks, mix_experts
+from arctic_plugins.frozen import Codec, ExpertsDispatch, FrozenExperts, FrozenLinear, FrozenWeight, Stay
+from arctic_plugins.frozen.experts import _places, in_blocks, mix_experts
 from arctic_plugins.testing import MIXTURES, tiny_model
 
 E, K, I = 6, 64, 48  # noqa: E741 - as in the docstrings
@@ -151,6 +152,57 @@ def test_to_dtype_leaves_the_bytes_and_autocast_computes_in_its_dtype():
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x, index, weights).dtype == torch.bfloat16
     assert torch.equal(copy.deepcopy(module)(x, index, weights), module(x, index, weights))
+
+
+class Pieces(ExpertsDispatch):
+    """One process, experts in pieces: what is sent is there at once."""
+
+    size, rank = 1, 0
+
+    def __init__(self, sizes):
+        self.sizes, self.seen = sizes, []
+
+    def local(self, num_experts):
+        return slice(0, num_experts)
+
+    def pieces(self, num_experts):
+        return self.sizes
+
+    def send(self, rows_RK, counts):
+        self.seen.append(counts)
+        return [Stay(own, its) for own, its in zip(rows_RK.split([sum(own) for own in counts]), counts, strict=True)]
+
+    def sum_over_copies(self, tensor): ...
+
+    def sum_over_parts(self, tensor): ...
+
+    def gather(self, local): ...
+
+
+@pytest.mark.parametrize("sizes", [[6], [2, 3, 1], [1] * 6], ids=str)
+def test_pieces_of_experts_are_the_same(sizes):
+    module, x, (index, weights) = experts(), torch.randn(40, K, requires_grad=True), routing(40)
+    index[3, 1] = E
+    expected = module(x, index, weights)
+    expected.square().sum().backward()
+    gradient, x.grad = x.grad, None
+    module.dispatch = Pieces(sizes)
+    found = module(x, index, weights)
+    found.square().sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(x.grad, gradient)
+    assert [len(counts) for counts in module.dispatch.seen[0]] == sizes
+    assert list(itertools.chain(*module.dispatch.seen[0])) == index.flatten().bincount(minlength=E)[:E].tolist()
+
+
+@pytest.mark.parametrize("sizes", [[2, 3, 1], [6]], ids=str)
+def test_pieces_of_processes_are_sorted_by_piece(sizes):
+    """Three processes: a process's experts of a piece stand together, those of the first process first."""
+    places = _places(sizes, 3).tolist()
+    sequence = sorted(range(18), key=lambda expert: places[expert])
+    ends = [0, *itertools.accumulate(sizes)]
+    assert sequence == [6 * process + expert for piece in itertools.pairwise(ends) for process in range(3) for expert in range(*piece)]
+    assert places[18] == 18
 
 
 def test_no_rows_at_all():

@@ -3,7 +3,7 @@
 from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict
 from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
 from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch, Stay, local_parameters
-from arctic_plugins.frozen.experts import FrozenExperts, Mixture, mix_experts, start_experts
+from arctic_plugins.frozen.experts import FrozenExperts, Mixture, mix_experts, piece_sizes, start_experts
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
 from arctic_plugins.frozen.placement import Handle, LeaseOrder, Placement, chain
@@ -31,5 +31,6 @@ __all__ = [
     "codec_to_dict",
     "local_parameters",
     "mix_experts",
+    "piece_sizes",
     "start_experts",
 ]

@@ -12,11 +12,11 @@ __all__ = ["Exchange", "ExpertsDispatch", "Stay", "local_parameters"]
 
 
 class Exchange(ABC):
-    """One call's way of rows to their experts and back, started by :meth:`ExpertsDispatch.send`. Its steps are called once each, in this order."""
+    """The way of rows to some experts and back, started by :meth:`ExpertsDispatch.send`. Its steps are called once each, in this order."""
 
     @abstractmethod
     def receive(self) -> tuple[Tensor, Sequence[int]]:
-        """Wait for the rows of this process's experts: ``[rows, K]`` sorted by expert, and how many each has."""
+        """Wait for the rows of this process's experts among them: ``[rows, K]`` sorted by expert, and how many each has."""
 
     @abstractmethod
     def send_back(self, rows_RK: Tensor) -> None:
@@ -71,11 +71,26 @@ class ExpertsDispatch(ABC):
             UserError: they cannot be divided among the processes, or there are no processes.
         """
 
+    def pieces(self, num_experts: int) -> list[int]:
+        """How many of this process's experts are computed together, piece after piece: the rows of one travel while another is computed.
+
+        The same in all processes. The default is one piece.
+        """
+        here = self.local(num_experts)
+        return [here.stop - here.start]
+
     @abstractmethod
-    def send(self, rows_RK: Tensor, counts: Sequence[int]) -> Exchange:
-        """Start to bring ``rows_RK``, sorted by expert, to the processes that hold the experts; ``counts`` has the rows of each of all experts.
+    def send(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[Exchange]:
+        """Start to bring rows to the processes that hold their experts.
 
         Collective: processes call it equally often, in the same order. Gradients flow back the same way.
+
+        Args:
+            rows_RK: sorted by piece (see :meth:`pieces`), then by expert.
+            counts: for each piece, the rows of each of the experts that processes have in it, those of the first process first.
+
+        Returns:
+            An exchange for each piece. Those of all pieces have started; processes finish them in the same order.
         """
 
     def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arctic_plugins.frozen.dispatch import ExpertsDispatch, Stay
+from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch, Stay
 from arctic_plugins.frozen.module import FrozenModule
 
-__all__ = ["FrozenExperts", "Mixture", "in_blocks", "mix_experts", "start_experts"]
+__all__ = ["FrozenExperts", "Mixture", "in_blocks", "mix_experts", "piece_sizes", "start_experts"]
 
 Product = Callable[[Tensor, Sequence[int]], Tensor]
 """``(rows sorted by expert, rows of each expert) -> rows``."""
+Piece = tuple[int, Product]
+"""Experts that are computed together: how many, and their product."""
 Update = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
 """What an adapter makes of a product: ``(product, rows, rows of each expert) -> product``. By leaf in :attr:`FrozenExperts.updates`."""
 
@@ -23,7 +27,8 @@ class Mixture:
     """``y[m] = sum over t of weights[m, t] * down(act(up(x[m])))`` with the matrices of expert ``index[m, t]``, in three steps.
 
     Building it starts what brings rows to their experts; :meth:`compute` multiplies and starts the way back; :meth:`result` waits for it and sums.
-    What is computed between the steps, forward and by autograd backward, overlaps with the communication of a dispatch.
+    What is computed between the steps, forward and by autograd backward, overlaps with the communication of a dispatch; so do pieces of the experts
+    with each other's.
 
     Args:
         x_MK: tokens.
@@ -31,7 +36,8 @@ class Mixture:
             that was dropped) adds nothing.
         weights_MT: the routing weights.
         num_experts: E, in all processes together.
-        products: ``(rows sorted by expert, rows of each of this process's experts) -> rows``: ``down(act(up(rows)))``.
+        pieces: how many of this process's experts are computed together, and ``(rows sorted by expert, rows of each of them) -> rows``:
+            ``down(act(up(rows)))``. One piece unless the dispatch wants more.
         dispatch: None when all experts are here.
     """
 
@@ -41,25 +47,32 @@ class Mixture:
         index_MT: Tensor,
         weights_MT: Tensor,
         num_experts: int,
-        products: Product,
+        pieces: Sequence[Piece],
         dispatch: ExpertsDispatch | None = None,
     ) -> None:
-        tokens, self.top = index_MT.shape
-        self.tokens, self.dtype, self.products, self.weights_MT = tokens, x_MK.dtype, products, weights_MT
+        self.tokens, self.top = index_MT.shape
+        self.dtype, self.pieces, self.weights_MT = x_MK.dtype, pieces, weights_MT
         index = index_MT.reshape(-1)
         index = index.where((index >= 0) & (index < num_experts), num_experts)
-        counts = torch.bincount(index, minlength=num_experts + 1).tolist()[:num_experts]
+        sizes, processes = [size for size, _ in pieces], 1 if dispatch is None else dispatch.size
+        if len(sizes) > 1:
+            index = _places(sizes, processes).to(index.device)[index]
+        counts: list[int] = torch.bincount(index, minlength=num_experts + 1).tolist()[:num_experts]
         self.order = index.argsort(stable=True)[: sum(counts)]
         rows = x_MK[self.order // self.top]
-        self.exchange = Stay(rows, counts) if dispatch is None else dispatch.send(rows, counts)
+        ends = [0, *accumulate(size * processes for size in sizes)]
+        by_piece = [counts[first:last] for first, last in pairwise(ends)]
+        self.exchanges: Sequence[Exchange] = [Stay(rows, counts)] if dispatch is None else dispatch.send(rows, by_piece)
 
     def compute(self) -> None:
         """Multiply the rows of this process's experts."""
-        self.exchange.send_back(self.products(*self.exchange.receive()))
+        for exchange, (_, products) in zip(self.exchanges, self.pieces, strict=True):
+            exchange.send_back(products(*exchange.receive()))
 
     def result(self) -> Tensor:
         """``[M, K]`` in the dtype of ``x_MK``; sums are in the dtype of products with the weights."""
-        rows = self.exchange.receive_back()
+        returned = [exchange.receive_back() for exchange in self.exchanges]
+        rows = returned[0] if len(returned) == 1 else torch.cat(returned)
         rows = rows * self.weights_MT.reshape(-1)[self.order].unsqueeze(-1)
         by_token = rows.new_zeros(self.tokens * self.top, rows.shape[-1]).index_put((self.order,), rows)
         return by_token.view(self.tokens, self.top, rows.shape[-1]).sum(1).to(self.dtype)
@@ -70,11 +83,16 @@ class Mixture:
         return self.result()
 
 
-def mix_experts(
-    x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, num_experts: int, products: Product, dispatch: ExpertsDispatch | None = None
-) -> Tensor:
-    """All steps of a :class:`Mixture`."""
-    return Mixture(x_MK, index_MT, weights_MT, num_experts, products, dispatch).finish()
+def _places(sizes: Sequence[int], processes: int) -> Tensor:
+    """Expert -> its place when experts are sorted by piece, then by process; the last one is that of no expert."""
+    experts = torch.arange(sum(sizes) * processes).view(processes, -1)
+    sequence = torch.cat([piece.reshape(-1) for piece in experts.split(list(sizes), 1)])
+    return torch.cat([sequence.argsort(), torch.tensor([len(sequence)])])
+
+
+def mix_experts(x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, num_experts: int, products: Product) -> Tensor:
+    """All steps of a :class:`Mixture` in one piece, all of whose experts are here."""
+    return Mixture(x_MK, index_MT, weights_MT, num_experts, [(num_experts, products)]).finish()
 
 
 BLOCK = 24 << 20
@@ -100,7 +118,13 @@ def in_blocks(products: Product, rows_RK: Tensor, counts: Sequence[int], width: 
     return torch.cat([products(rows, block) for rows, block in zip(rows_RK.split([sum(block) for block in blocks]), blocks, strict=True)])
 
 
-def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, products: Product) -> Mixture:
+def piece_sizes(experts: Any) -> list[int]:
+    """How many experts of a module with ``num_experts`` and perhaps a ``dispatch`` are computed together, piece after piece."""
+    dispatch: ExpertsDispatch | None = getattr(experts, "dispatch", None)
+    return [experts.num_experts] if dispatch is None else dispatch.pieces(experts.num_experts)
+
+
+def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, pieces: Sequence[Piece]) -> Mixture:
     """The :class:`Mixture` of a module ``experts`` with ``num_experts`` and perhaps a ``dispatch``: in autocast's dtype, and while training with
     what the dispatch keeps."""
     dispatch: ExpertsDispatch | None = getattr(experts, "dispatch", None)
@@ -108,7 +132,7 @@ def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tens
         x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
     if dispatch is not None and experts.training:
         index_MT, weights_MT = dispatch.keep(index_MT, weights_MT, experts.num_experts)
-    return Mixture(x_MK, index_MT, weights_MT, experts.num_experts, products, dispatch)
+    return Mixture(x_MK, index_MT, weights_MT, experts.num_experts, pieces, dispatch)
 
 
 class FrozenExperts(FrozenModule):
@@ -144,15 +168,20 @@ class FrozenExperts(FrozenModule):
 
     def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
         """The same in steps."""
-        return start_experts(self, hidden_states, top_k_index, top_k_weights, self.products)
-
-    def products(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """``down(act(up(rows)))``, each row with its expert's matrices."""
+        sizes = piece_sizes(self)
         if any(weight.handle is not None for weight in self.frozen.values()):  # fetched once for all rows
-            return self._products(rows, counts)
-        return in_blocks(self._products, rows, counts, self.frozen[self.up].shape[1])
+            return start_experts(self, hidden_states, top_k_index, top_k_weights, [(sum(sizes), self._products)])
+        firsts = [0, *accumulate(sizes)]
+        pieces = [(size, partial(self._piece, first)) for size, first in zip(sizes, firsts, strict=False)]
+        return start_experts(self, hidden_states, top_k_index, top_k_weights, pieces)
+
+    def _piece(self, first: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        of_all = [0] * self.frozen[self.up].shape[0]
+        of_all[first : first + len(counts)] = counts
+        return in_blocks(self._products, rows, of_all, self.frozen[self.up].shape[1])
 
     def _products(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+        """``down(act(up(rows)))``, each row with its expert's matrices."""
         return self._adapted(self.act(self._adapted(rows, self.up, counts)), self.down, counts)
 
     def _adapted(self, rows: Tensor, leaf: str, counts: Sequence[int]) -> Tensor:

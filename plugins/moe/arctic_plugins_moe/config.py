@@ -17,6 +17,9 @@ class MoEConfig(PluginConfig):
     expert_parallel: Annotated[int, Field(ge=1)] = 1
     """Processes that hold the experts of one copy of the model together, neighbours by rank. They have different batches; processes at the same place
     in different groups hold the same experts, whose gradients they average."""
+    overlap_degree: Annotated[int, Field(ge=1)] = 4
+    """Into so many pieces a process's experts are divided: the tokens of one travel while another is computed (Hwang et al., "Tutel", 2022, section
+    3.2, where tokens are divided). More hide more communication behind smaller products."""
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
     """While training, no expert takes more than ``capacity_factor * top_k * tokens / experts`` of one process's tokens in a micro-batch; the rest is
     dropped. Arctic was trained with 1. Left out: nothing is dropped."""

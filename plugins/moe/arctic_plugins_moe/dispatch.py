@@ -27,13 +27,13 @@ class ExpertParallel(ExpertsDispatch):
     """Neighbours by rank hold one copy of the experts together, in order of rank.
 
     Args:
-        options: ``expert_parallel``, ``capacity_factor`` and ``min_capacity``.
+        options: ``expert_parallel``, ``overlap_degree``, ``capacity_factor`` and ``min_capacity``.
     """
 
     experts_implementation = IMPLEMENTATION
 
     def __init__(self, options: MoEConfig) -> None:
-        self.size = options.expert_parallel
+        self.size, self.overlap_degree = options.expert_parallel, options.overlap_degree
         self.capacity = None if options.capacity_factor is None else Capacity(options.capacity_factor, options.min_capacity)
         self._parts: dist.ProcessGroup | None = None
         self._copies: dist.ProcessGroup | None = None
@@ -85,8 +85,22 @@ class ExpertParallel(ExpertsDispatch):
         each = num_experts // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
-    def send(self, rows_RK: Tensor, counts: Sequence[int]) -> Exchange:
-        return Stay(rows_RK, counts) if self.size == 1 else _AllToAll(rows_RK, counts, self.parts, self.size)
+    def pieces(self, num_experts: int) -> list[int]:
+        (whole,) = super().pieces(num_experts)
+        degree = 1 if self.size == 1 else min(self.overlap_degree, whole)
+        return [whole // degree + (piece < whole % degree) for piece in range(degree)]
+
+    def send(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[Exchange]:
+        if self.size == 1:
+            return [Stay(rows_RK, own) for own in counts]
+        sent = torch.cat([torch.tensor(own, device=rows_RK.device).view(self.size, -1) for own in counts], 1)
+        received = torch.empty_like(sent)
+        # Waited for: sizes of what comes have to be known. Of all pieces at once, or those of the next would wait behind the rows of the first.
+        dist.all_to_all_single(received, sent, group=self.parts)
+        sizes = [len(own) // self.size for own in counts]
+        rows = rows_RK.split([sum(own) for own in counts])
+        pieces = zip(rows, sent.split(sizes, 1), received.split(sizes, 1), strict=True)
+        return [_AllToAll(*piece, self.parts) for piece in pieces]
 
     def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         return (index_MT, weights_MT) if self.capacity is None else self.capacity.keep(index_MT, weights_MT, num_experts)
@@ -115,15 +129,14 @@ class ExpertParallel(ExpertsDispatch):
 
 
 class _AllToAll(Exchange):
-    def __init__(self, rows: Tensor, counts: Sequence[int], group: dist.ProcessGroup, size: int) -> None:
+    """The rows of one piece. ``sent`` and ``received``: ``[processes, experts of each]``, how many rows go and come."""
+
+    def __init__(self, rows: Tensor, sent: Tensor, received: Tensor, group: dist.ProcessGroup) -> None:
         self.group = group
-        sent = torch.tensor(counts, device=rows.device).view(size, -1)
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=group)  # waited for: sizes of what comes have to be known
         self.sent, self.received = sent.sum(1).tolist(), received.sum(1).tolist()
         self.counts = received.sum(0).tolist()
         # What arrives is sorted by sender, then by expert.
-        experts = torch.arange(received.shape[1], device=rows.device).repeat(size).repeat_interleave(received.reshape(-1))
+        experts = torch.arange(received.shape[1], device=rows.device).repeat(len(received)).repeat_interleave(received.reshape(-1))
         self.order = experts.argsort(stable=True)
         self.trip = _Trip(group, self.sent, self.received)
         self.arriving: Tensor = _Start.apply(rows, self.trip)

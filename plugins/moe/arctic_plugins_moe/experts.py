@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arctic_plugins.frozen import Mixture, start_experts
+from arctic_plugins.frozen import Mixture, piece_sizes, start_experts
 from arctic_plugins.frozen.experts import in_blocks
 
 __all__ = ["IMPLEMENTATION", "grouped_linear", "mix_plain", "start_plain"]
@@ -30,15 +30,17 @@ def mix_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_we
 
 def start_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
     """The same in steps; see :class:`arctic_plugins.frozen.Mixture`."""
-    return start_experts(experts, hidden_states, top_k_index, top_k_weights, partial(_products, experts))
+    sizes, up, down = piece_sizes(experts), experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj
+    # split once: autograd puts the gradients of pieces together, where it would add gradients of all experts up
+    weights = zip(up.split(sizes), down.split(sizes), strict=True) if len(sizes) > 1 else [(up, down)]
+    pieces = [(size, partial(_products, experts, *own)) for size, own in zip(sizes, weights, strict=True)]
+    return start_experts(experts, hidden_states, top_k_index, top_k_weights, pieces)
 
 
-def _products(experts: Any, rows: Tensor, counts: Sequence[int]) -> Tensor:
-    up = experts.gate_up_proj if experts.has_gate else experts.up_proj
-
+def _products(experts: Any, up: Tensor, down: Tensor, rows: Tensor, counts: Sequence[int]) -> Tensor:
     def products(rows: Tensor, counts: Sequence[int]) -> Tensor:
         inner = grouped_linear(rows, up, counts)
-        return grouped_linear(experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner), experts.down_proj, counts)
+        return grouped_linear(experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner), down, counts)
 
     if up.requires_grad:  # every block would have a gradient of all experts
         return products(rows, counts)

@@ -31,14 +31,17 @@ def train(
       arctic train examples/alpaca.yaml
       arctic train examples/alpaca.yaml --nproc 2
     """
+    import os
+
+    # Before torch allocates: let it ask the system for huge pages (c10/core/impl/alloc_cpu.cpp, torch 2.13). Gradients and logits of every step are
+    # new memory, whose first use costs a page fault for each page.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from arctic_plugins.errors import ConfigError
     from arctic_plugins_huggingface.recipe import Recipe
 
     if as_json and not dry_run:
         raise ConfigError("--json is for --dry-run", fix="add --dry-run, or leave --json out")
     parsed = Recipe.from_file(recipe)
-    import os
-
     if nproc is not None and hostfile is not None:
         raise ConfigError("--nproc and --hostfile exclude each other", fix="the hostfile says how many processes each host has")
     if nproc is None and hostfile is None and parsed.training.get("deepspeed") and "RANK" not in os.environ:

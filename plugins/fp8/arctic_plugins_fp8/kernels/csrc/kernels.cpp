@@ -313,6 +313,107 @@ bool encode(const Weight& w, int64_t r0, int64_t r1, Dtype dtype, const void* fr
 
 // ---- Products ----------------------------------------------------------------------------------------------------------------------------------
 
+// The sums of four vectors.
+inline __m128 sum_each(const std::array<__m512, 4>& v) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)), high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+  const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // in each 128 bits, a part of the four sums
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+inline uint16_t rounded(float value) { return static_cast<uint16_t>(_mm256_extract_epi16(narrow(_mm512_set1_ps(value)), 0)); }
+
+// M rows of x: codes are decoded in registers, each scale multiplies its group's sum. ROWS rows of the weight at a time.
+template <int BITS, int ROWS, int M> void few_rows(const Weight& w, int64_t n0, const uint16_t* x, uint16_t* y, int64_t N) {
+  constexpr int kChains = M == 1 ? 2 : 1;  // sums that do not wait for each other, where rows of x are too few for that
+  __m512 total[ROWS][M];
+  for (auto& row : total)
+    for (auto& sum : row) sum = _mm512_setzero_ps();
+  const int64_t row_bytes = w.row_bytes();
+  for (int64_t group = 0; group < w.groups; group++) {
+    const int64_t from = group * w.group, size = std::min(w.group, w.K - from);
+    const uint8_t* codes = w.codes + n0 * row_bytes + group * w.group_bytes();
+    __m512 sum[ROWS][M][kChains];
+    for (auto& row : sum)
+      for (auto& chains : row)
+        for (auto& one : chains) one = _mm512_setzero_ps();
+    int64_t k = 0;
+    for (; k + kChains * kChunk <= size; k += kChains * kChunk) {
+      __m512i columns[M][kChains];
+      for (int m = 0; m < M; m++)
+        for (int chain = 0; chain < kChains; chain++) columns[m][chain] = load(x + m * w.K + from + k + chain * kChunk);
+      for (int row = 0; row < ROWS; row++) {
+        const uint8_t* at = codes + row * row_bytes + k * BITS / 8;
+        _mm_prefetch(reinterpret_cast<const char*>(at) + ROWS * row_bytes, _MM_HINT_T0);  // where the next rows will be read
+        for (int chain = 0; chain < kChains; chain++) {
+          const __m512i value = to_values<BITS>(load_codes<BITS>(at + chain * kChunk * BITS / 8));
+          for (int m = 0; m < M; m++) sum[row][m][chain] = dot(sum[row][m][chain], value, columns[m][chain]);
+        }
+      }
+    }
+    for (; k < size; k += kChunk) {
+      const int64_t n = std::min<int64_t>(kChunk, size - k), stored = std::min<int64_t>(kChunk, w.group - k);
+      for (int row = 0; row < ROWS; row++) {
+        const __m512i value = to_values<BITS>(load_codes<BITS>(codes + row * row_bytes + k * BITS / 8, stored));
+        for (int m = 0; m < M; m++) sum[row][m][0] = dot(sum[row][m][0], value, _mm512_maskz_loadu_epi16(lanes(n), x + m * w.K + from + k));
+      }
+    }
+    for (int row = 0; row < ROWS; row++) {
+      const __m512 scale = _mm512_set1_ps(w.scale[(n0 + row) * w.groups + group]);
+      for (int m = 0; m < M; m++) {
+        const __m512 all = kChains == 2 ? _mm512_add_ps(sum[row][m][0], sum[row][m][kChains - 1]) : sum[row][m][0];
+        total[row][m] = _mm512_fmadd_ps(all, scale, total[row][m]);
+      }
+    }
+  }
+  for (int m = 0; m < M; m++) {
+    if constexpr (ROWS == 1) {
+      y[m * N + n0] = rounded(_mm512_reduce_add_ps(total[0][m]));
+    } else {
+      for (int row = 0; row < ROWS; row += 4) {
+        const __m256i result = narrow(_mm512_castps128_ps512(sum_each({total[row][m], total[row + 1][m], total[row + 2][m], total[row + 3][m]})));
+        std::memcpy(y + m * N + n0 + row, &result, 8);
+      }
+    }
+  }
+}
+
+template <int BITS, int M> void few_rows(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, uint16_t* y, int64_t N) {
+  // Short rows eight at a time: memory is read from several pages at once.
+  if constexpr (M <= 2)
+    if (w.row_bytes() < 4096)
+      for (; n0 + 8 <= n1; n0 += 8) few_rows<BITS, 8, M>(w, n0, x, y, N);
+  for (; n0 + 4 <= n1; n0 += 4) few_rows<BITS, 4, M>(w, n0, x, y, N);
+  for (; n0 < n1; n0++) few_rows<BITS, 1, M>(w, n0, x, y, N);
+}
+
+#ifndef __AMX_BF16__
+
+constexpr int kRows = 4, kColumns = 4;  // kRows * kColumns sums, kColumns vectors of x and what decodes stay in 32 registers
+
+// Any number of rows of x: four at a time, with codes that come from memory once.
+template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, const uint16_t*, int64_t M, uint16_t* y, int64_t N) {
+  for (; n0 < n1; n0 += kRows) {
+    const int64_t end = std::min(n1, n0 + kRows);
+    for (int64_t m = 0; m < M; m += kColumns) {
+      const uint16_t* from = x + m * w.K;
+      uint16_t* to = y + m * N;
+      switch (M - m) {
+        case 1: few_rows<BITS, 1>(w, n0, end, from, to, N); break;
+        case 2: few_rows<BITS, 2>(w, n0, end, from, to, N); break;
+        case 3: few_rows<BITS, 3>(w, n0, end, from, to, N); break;
+        default: few_rows<BITS, kColumns>(w, n0, end, from, to, N); break;
+      }
+    }
+  }
+}
+
+#else  // AMX: tiles of 16 rows x 32 bfloat16
+
+constexpr int kTile = 16;
+
 // A thread's own memory for decoded rows, kept between calls.
 uint16_t* buffer(int64_t elements) {
   struct Free { void operator()(uint16_t* p) const { std::free(p); } };
@@ -334,9 +435,9 @@ inline __m512i scaled(__m512i values, __m512 scale) {
 
 // Decode rows [n0, n1), columns [k0, k1) to bfloat16, zeros after K: 32 columns from k are at out[(n - n0) * row_stride + (k - k0) / 32 * chunk_stride].
 // With one scale per row the values are left unscaled; otherwise they are multiplied and rounded, as decode() does, and k0 is at a group's border.
-// `row` has room for one decoded row. What is `ahead` bytes further in memory is fetched into the cache.
+// `row` has room for one decoded row.
 template <int BITS>
-void values(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, uint16_t* out, int64_t row_stride, int64_t chunk_stride, int64_t ahead,
+void values(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, uint16_t* out, int64_t row_stride, int64_t chunk_stride,
             uint16_t* row) {
   for (int64_t n = n0; n < n1; n++, out += row_stride) {
     uint16_t* to = out;
@@ -353,7 +454,6 @@ void values(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, uin
       const __m512 scale = _mm512_set1_ps(w.groups > 1 ? scales[group] : 1.0f);
       const __m512i table = scaled(load(tables.value6), scale);  // for 6 bits: multiplying 32 magnitudes is less than multiplying a group
       for (; k < end; k += kChunk, codes += kChunk * BITS / 8, to += chunk_stride) {
-        _mm_prefetch(reinterpret_cast<const char*>(codes) + ahead, _MM_HINT_T0);
         const __m512i found = load_codes<BITS>(codes, std::clamp<int64_t>(w.groups * w.group - k, 0, kChunk));
         __m512i value;
         if constexpr (BITS == 6) value = look_up6(found, table);
@@ -365,116 +465,6 @@ void values(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, uin
 }
 
 inline float row_scale(const Weight& w, int64_t n) { return w.groups > 1 ? 1.0f : w.scale[n]; }
-
-// The sums of four vectors.
-inline __m128 sum_each(const std::array<__m512, 4>& v) {
-  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
-  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
-  const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)), high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // in each 128 bits, a part of the four sums
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-inline uint16_t rounded(float value) { return static_cast<uint16_t>(_mm256_extract_epi16(narrow(_mm512_set1_ps(value)), 0)); }
-
-// One row of x: codes are decoded in registers, each scale multiplies its group's sum. ROWS rows of the weight at a time.
-template <int BITS, int ROWS> void one_row(const Weight& w, int64_t n0, const uint16_t* x, uint16_t* y) {
-  __m512 total[ROWS];
-  for (auto& sum : total) sum = _mm512_setzero_ps();
-  for (int64_t group = 0; group < w.groups; group++) {
-    const int64_t from = group * w.group, size = std::min(w.group, w.K - from);
-    const uint8_t* codes = w.codes + n0 * w.row_bytes() + group * w.group_bytes();
-    const int64_t row_bytes = w.row_bytes();
-    __m512 sum[ROWS][2];
-    for (auto& pair : sum) pair[0] = pair[1] = _mm512_setzero_ps();
-    int64_t k = 0;
-    for (; k + 2 * kChunk <= size; k += 2 * kChunk) {
-      const __m512i x0 = load(x + from + k), x1 = load(x + from + k + kChunk);
-      for (int row = 0; row < ROWS; row++) {
-        const uint8_t* at = codes + row * row_bytes + k * BITS / 8;
-        _mm_prefetch(reinterpret_cast<const char*>(at) + ROWS * row_bytes, _MM_HINT_T0);  // where the next rows will be read
-        sum[row][0] = dot(sum[row][0], to_values<BITS>(load_codes<BITS>(at)), x0);
-        sum[row][1] = dot(sum[row][1], to_values<BITS>(load_codes<BITS>(at + kChunk * BITS / 8)), x1);
-      }
-    }
-    for (; k < size; k += kChunk) {
-      const int64_t n = std::min<int64_t>(kChunk, size - k), stored = std::min<int64_t>(kChunk, w.group - k);
-      const __m512i x0 = _mm512_maskz_loadu_epi16(lanes(n), x + from + k);
-      for (int row = 0; row < ROWS; row++)
-        sum[row][0] = dot(sum[row][0], to_values<BITS>(load_codes<BITS>(codes + row * row_bytes + k * BITS / 8, stored)), x0);
-    }
-    for (int row = 0; row < ROWS; row++)
-      total[row] = _mm512_fmadd_ps(_mm512_add_ps(sum[row][0], sum[row][1]), _mm512_set1_ps(w.scale[(n0 + row) * w.groups + group]), total[row]);
-  }
-  if constexpr (ROWS == 1) {
-    y[n0] = rounded(_mm512_reduce_add_ps(total[0]));
-  } else {
-    for (int row = 0; row < ROWS; row += 4) {
-      const __m256i result = narrow(_mm512_castps128_ps512(sum_each({total[row], total[row + 1], total[row + 2], total[row + 3]})));
-      std::memcpy(y + n0 + row, &result, 8);
-    }
-  }
-}
-
-template <int BITS> void one_row(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, uint16_t* y) {
-  // Short rows eight at a time: memory is read from several pages at once.
-  if (w.row_bytes() < 4096)
-    for (; n0 + 8 <= n1; n0 += 8) one_row<BITS, 8>(w, n0, x, y);
-  for (; n0 + 4 <= n1; n0 += 4) one_row<BITS, 4>(w, n0, x, y);
-  for (; n0 < n1; n0++) one_row<BITS, 1>(w, n0, x, y);
-}
-
-#ifndef __AMX_BF16__
-
-constexpr int kRows = 4, kColumns = 6;  // kRows * kColumns sums and kRows decoded vectors stay in 32 registers
-
-// y[m0 + m, n0 + n] for n < kRows and m < COLUMNS, from decoded rows.
-template <int COLUMNS> void tile(const uint16_t* decoded, int64_t ld, int64_t K, const uint16_t* x, const float* scale, int64_t rows, uint16_t* y, int64_t N) {
-  __m512 sum[kRows][COLUMNS];
-  for (auto& row : sum)
-    for (auto& one : row) one = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K; k += kChunk) {
-    __m512i w[kRows];
-    for (int row = 0; row < kRows; row++) w[row] = load(decoded + row * ld + k);
-    const __mmask32 mask = lanes(K - k);
-    for (int m = 0; m < COLUMNS; m++) {
-      const __m512i a = _mm512_maskz_loadu_epi16(mask, x + m * K + k);
-      for (int row = 0; row < kRows; row++) sum[row][m] = dot(sum[row][m], w[row], a);
-    }
-  }
-  for (int m = 0; m < COLUMNS; m++) {
-    const __m128 each = sum_each({sum[0][m], sum[1][m], sum[2][m], sum[3][m]});
-    const __m256i result = narrow(_mm512_castps128_ps512(_mm_mul_ps(each, _mm_loadu_ps(scale))));
-    std::memcpy(y + m * N, &result, static_cast<size_t>(rows) * 2);
-  }
-}
-
-template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, const uint16_t*, int64_t M, uint16_t* y, int64_t N) {
-  const int64_t ld = padded(std::max(w.K, w.group));
-  uint16_t* decoded = buffer((kRows + 1) * ld);
-  for (int64_t n = n0; n < n1; n += kRows) {
-    const int64_t rows = std::min<int64_t>(kRows, n1 - n);
-    values<BITS>(w, n, n + rows, 0, ld, decoded, ld, kChunk, kRows * w.row_bytes(), decoded + kRows * ld);
-    if (rows < kRows) std::memset(decoded + rows * ld, 0, static_cast<size_t>((kRows - rows) * ld) * 2);
-    float scale[kRows] = {};
-    for (int64_t row = 0; row < rows; row++) scale[row] = row_scale(w, n + row);
-    int64_t m = 0;
-    for (; m + kColumns <= M; m += kColumns) tile<kColumns>(decoded, ld, w.K, x + m * w.K, scale, rows, y + m * N + n, N);
-    switch (M - m) {
-      case 5: tile<5>(decoded, ld, w.K, x + m * w.K, scale, rows, y + m * N + n, N); break;
-      case 4: tile<4>(decoded, ld, w.K, x + m * w.K, scale, rows, y + m * N + n, N); break;
-      case 3: tile<3>(decoded, ld, w.K, x + m * w.K, scale, rows, y + m * N + n, N); break;
-      case 2: tile<2>(decoded, ld, w.K, x + m * w.K, scale, rows, y + m * N + n, N); break;
-      case 1: tile<1>(decoded, ld, w.K, x + m * w.K, scale, rows, y + m * N + n, N); break;
-      default: break;
-    }
-  }
-}
-
-#else  // AMX: tiles of 16 rows x 32 bfloat16
-
-constexpr int kTile = 16;
 
 inline void transpose(__m512i r[16]) {  // 16 x 16 of 32 bits
   __m512i t[16];
@@ -588,8 +578,8 @@ template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, cons
     for (int64_t i = 0; i < 2 * kTile; i++) scale[i] = i < rows ? row_scale(w, n + i) : 0;
     for (int64_t k = 0; k < K; k += step) {
       const int64_t size = std::min(step, K - k);
-      values<BITS>(w, n, n + low, k, k + size, decoded, kChunk, kTile * kChunk, 0, row);
-      if (rows > kTile) values<BITS>(w, n + kTile, n + rows, k, k + size, decoded + kTile * size, kChunk, kTile * kChunk, 0, row);
+      values<BITS>(w, n, n + low, k, k + size, decoded, kChunk, kTile * kChunk, row);
+      if (rows > kTile) values<BITS>(w, n + kTile, n + rows, k, k + size, decoded + kTile * size, kChunk, kTile * kChunk, row);
       const bool last = k + step >= K;  // then what comes next are other rows
       Prefetch prefetch(w.codes + (last ? n + 2 * kTile : n) * w.row_bytes() + (last ? 0 : (k + step) * BITS / 8), w.row_bytes(), last ? n1 - n - 2 * kTile : rows, step * BITS / 8);
       prefetch.left = std::min<int64_t>(prefetch.left, 2 * kTile);
@@ -711,7 +701,7 @@ void gradient(const Weight& w, int64_t k0, int64_t k1, const uint16_t* grad, int
 // ---- Products ----------------------------------------------------------------------------------------------------------------------------------
 
 template <int BITS> void product(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, const uint16_t* packed, int64_t M, uint16_t* y, int64_t N) {
-  if (M == 1) return one_row<BITS>(w, n0, n1, x, y);
+  if (M == 1) return few_rows<BITS, 1>(w, n0, n1, x, y, N);
   many_rows<BITS>(w, n0, n1, x, packed, M, y, N);
 }
 
@@ -728,9 +718,9 @@ void linear(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, const ui
 #ifdef __AMX_BF16__
 const Kernels ISA = {NAME(ISA), decode, encode, linear, gradient, pack, 256, 2 * kTile};
 #elif defined(__AVX512BF16__)
-const Kernels ISA = {NAME(ISA), decode, encode, linear, gradient, nullptr, 64, kRows};
+const Kernels ISA = {NAME(ISA), decode, encode, linear, gradient, nullptr, 32, kRows};
 #else
-const Kernels ISA = {NAME(ISA), decode, encode, linear, gradient, nullptr, 4, kRows};
+const Kernels ISA = {NAME(ISA), decode, encode, linear, gradient, nullptr, 8, kRows};
 #endif
 
 }  // namespace arctic

@@ -18,7 +18,7 @@ struct Weight {
 };
 
 // Up to so many rows of grad, gradient() is faster than decoding and the library's matrix product.
-constexpr int64_t kLargestGradientM = 12;
+constexpr int64_t kLargestGradientM = 8;
 
 struct Kernels {
   const char* name;
