@@ -54,6 +54,8 @@ class ExpertsDispatch(ABC):
     """Name of the experts function in transformers that computes plain experts through ``module.dispatch``."""
     size: int
     """Processes that hold one copy; 1 when nothing is spread."""
+    attached: bool = False
+    """Whether a trainer has been told to leave the experts of processes apart."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertsDispatch:
         return self  # one object serves every copy of a model and of its config

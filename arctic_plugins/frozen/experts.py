@@ -28,7 +28,7 @@ class Mixture:
 
     Building it starts what brings rows to their experts; :meth:`compute` multiplies and starts the way back; :meth:`result` waits for it and sums.
     What is computed between the steps, forward and by autograd backward, overlaps with the communication of a dispatch; so do pieces of the experts
-    with each other's.
+    with each other's. Compilers leave all steps alone: which expert gets how many tokens depends on data.
 
     Args:
         x_MK: tokens.
@@ -64,11 +64,13 @@ class Mixture:
         by_piece = [counts[first:last] for first, last in pairwise(ends)]
         self.exchanges: Sequence[Exchange] = [Stay(rows, counts)] if dispatch is None else dispatch.send(rows, by_piece)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(self) -> None:
         """Multiply the rows of this process's experts."""
         for exchange, (_, products) in zip(self.exchanges, self.pieces, strict=True):
             exchange.send_back(products(*exchange.receive()))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def result(self) -> Tensor:
         """``[M, K]`` in the dtype of ``x_MK``; sums are in the dtype of products with the weights."""
         returned = [exchange.receive_back() for exchange in self.exchanges]
@@ -166,6 +168,7 @@ class FrozenExperts(FrozenModule):
         """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; see :class:`Mixture`."""
         return self.start(hidden_states, top_k_index, top_k_weights).finish()
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
         """The same in steps."""
         sizes = piece_sizes(self)

@@ -102,6 +102,7 @@ class FrozenLoraExperts(ParamWrapper):
         y: Tensor = self.base_layer(x, *args, **kwargs)
         return y
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
         """As :meth:`FrozenExperts.start`."""
         self._prepare(hidden_states)

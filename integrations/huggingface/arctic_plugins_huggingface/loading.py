@@ -73,7 +73,8 @@ def load_model(
     stack.hf_configure_model(config)
     for warning in stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"):
         logger.warning(warning)
-    quantization = _quantization(config, stack, dtype, Path(checkpoint) / kwargs.get("subfolder", ""), kwargs.get("variant"))
+    asked = kwargs.get("experts_implementation")
+    quantization = _quantization(config, stack, dtype, Path(checkpoint) / kwargs.get("subfolder", ""), kwargs.get("variant"), asked)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint, config=config, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
@@ -188,7 +189,7 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
 
 
 def _quantization(
-    config: PreTrainedConfig, stack: Stack, dtype: torch.dtype | str, directory: Path, variant: str | None
+    config: PreTrainedConfig, stack: Stack, dtype: torch.dtype | str, directory: Path, variant: str | None, experts_implementation: str | None
 ) -> ArcticQuantizationConfig | None:
     """What the stack claims of this model; for an encoded checkpoint, nothing but the check that it claims the same."""
     quantization = getattr(config, "quantization_config", None)
@@ -199,6 +200,11 @@ def _quantization(
             )
         return None
     claimed = claims(config, stack, dtype)
+    wanted = {dispatch.experts_implementation for dispatch in claimed.dispatches.values()}
+    if wanted and experts_implementation not in {None, *wanted}:
+        raise ConfigError(
+            f"experts_implementation is '{experts_implementation}', and a plugin dispatches experts", expected=f"'{min(wanted)}'", fix="leave it out"
+        )
     if quantization is not None:
         if directory.is_dir():
             check_encoded(directory, claimed.on_disk(), variant)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from arctic_plugins.frozen import Codec, ExpertsDispatch, FrozenExperts, FrozenL
 
 __all__ = [
     "dispatch_experts",
+    "each_expert",
     "expert_conversions",
     "freeze_modules",
     "frozen_weights",
@@ -182,9 +184,14 @@ def stored_shapes(specs: Mapping[str, LinearSpec], stored: Mapping[str, tuple[st
     for name, spec in specs.items():
         for part in stored[name]:
             rows = spec.out_features // len(stored[name])
-            parts = [part] if spec.experts is None else [part.replace(f".{EXPERT}.", f".{expert}.") for expert in range(spec.experts)]
+            parts = [part] if spec.experts is None else each_expert(part, spec.experts)
             shapes |= dict.fromkeys(parts, (rows, spec.in_features))
     return shapes
+
+
+def each_expert(stored: str, experts: int) -> list[str]:
+    """Of a name of :func:`stored_names`: that of every expert's module."""
+    return [stored.replace(f".{EXPERT}.", f".{expert}.") for expert in range(experts)]
 
 
 def stored_codecs(codecs: ModuleCodecs, stored: Mapping[str, tuple[str, ...]]) -> dict[str, Codec]:
@@ -220,6 +227,8 @@ def dispatch_experts(model: PreTrainedModel, dispatches: Mapping[str, ExpertsDis
         model: to change.
         dispatches: name of :func:`weight_specs` -> the dispatch.
     """
+    if any(dispatch.size > 1 for dispatch in dispatches.values()):
+        model.generate = partial(model.generate, synced_gpus=True)  # type: ignore[method-assign]  # processes go on until all have finished
     for name, dispatch in dispatches.items():
         path, leaf = name.rpartition(".")[::2]
         host: Any = model.get_submodule(path)

@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.core_model_loading import rename_source_key
 
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import ExpertsDispatch, local_parameters
 from arctic_plugins.frozen.lora import expert_pairs
-from arctic_plugins_huggingface.modules import frozen_weights, split_conversions
+from arctic_plugins_huggingface.modules import frozen_weights
+from arctic_plugins_huggingface.restoring import restore_weights
 
 __all__ = ["SpreadExperts", "is_spread", "spread", "whole_weights"]
 
@@ -76,8 +75,14 @@ def spread(trainer: Trainer) -> SpreadExperts:
     """What lets ``trainer`` train a model whose experts are spread. Call it before the trainer wraps the model.
 
     Raises:
-        ConfigError: the trainer uses FSDP, or DeepSpeed with a stage that cannot.
+        ConfigError: the trainer uses fp16, FSDP, or DeepSpeed with a stage that cannot.
     """
+    if trainer.args.fp16:
+        raise ConfigError(
+            "training uses fp16, whose loss every process would scale by itself: experts have different gradients",
+            expected="bf16",
+            fix="set bf16: true",
+        )
     if trainer.is_deepspeed_enabled:
         from arctic_plugins_huggingface.spread_zero import SpreadOverZero
 
@@ -98,6 +103,7 @@ class SpreadExperts(TrainerCallback):
         self.trainer, self.local = trainer, local_parameters(trainer.model)
         self.dispatch: ExpertsDispatch = next(iter(self.local.values()))[1]
         self.trained = {name: parameter for name, (parameter, _) in self.local.items() if parameter.requires_grad}
+        self.dispatch.attached = True
         trainer.save_model = self.save
 
     def save(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -118,11 +124,18 @@ class SpreadOverDDP(SpreadExperts):
         super().__init__(trainer)
         trainer.model._ddp_params_and_buffers_to_ignore = [*getattr(trainer.model, "_ddp_params_and_buffers_to_ignore", ()), *self.local]
         self.rest = [parameter for name, parameter in trainer.model.named_parameters() if name not in self.local and parameter.requires_grad]
+        if not self.rest:
+            raise ConfigError(
+                "training changes nothing but experts, and DDP wants something that all processes have",
+                expected="a parameter of every process that is trained, an adapter of attention for instance",
+                fix="add one, or leave expert_parallel out",
+            )
         self.load_optimizer = trainer._load_optimizer_and_scheduler
         replaced: dict[str, Any] = {
             "_clip_grad_norm": lambda _model: self.clip(trainer.args.max_grad_norm),
             "_get_grad_norm": lambda _model, grad_norm=None: self.clip(float("inf")) if grad_norm is None else grad_norm,
             "_load_from_checkpoint": self.resume,
+            "_load_best_model": lambda: self.resume(trainer.state.best_model_checkpoint),
             "_load_optimizer_and_scheduler": self.resume_optimizer,
         }
         for name, method in replaced.items():
@@ -142,6 +155,7 @@ class SpreadOverDDP(SpreadExperts):
             self.dispatch.sum_over_copies(parameter.grad)
             parameter.grad.div_(world)
         own = get_total_norm([parameter.grad for parameter in self.trained.values() if parameter.grad is not None]) ** 2
+        own = own.to(self.trainer.args.device)  # without trained experts it is none of a gradient's device
         self.dispatch.sum_over_parts(own)
         rest = get_total_norm([parameter.grad for parameter in self.rest if parameter.grad is not None])
         norm = (own + rest.to(own.device) ** 2).sqrt()
@@ -193,23 +207,12 @@ class SpreadOverDDP(SpreadExperts):
             parameter.copy_(saved["parameters"][name])
 
     def _load_rest(self, directory: Path, model: Any) -> None:
-        if isinstance(model, PeftModel):
-            owners = {name.rpartition(".experts.")[0] for name in self.trained}
-            state = load_file(directory / "adapter_model.safetensors")
-            set_peft_model_state_dict(model, {name: tensor for name, tensor in state.items() if name.rpartition(".experts.")[0] not in owners})
+        if not isinstance(model, PeftModel):
+            restore_weights(model, directory, skip=self.local)
             return
-        parameters, (renamings, converters) = dict(model.named_parameters()), split_conversions(model)
-        loaded = set[str]()
-        for path in directory.glob("model*.safetensors"):
-            with safe_open(path, "pt") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    name, pattern = rename_source_key(key, renamings, converters)
-                    if pattern is None and name in parameters:
-                        parameters[name].copy_(file.get_tensor(key))
-                        loaded.add(name)
-        tied = getattr(model, "all_tied_weights_keys", None) or {}
-        if missing := sorted(parameters.keys() - loaded - self.local.keys() - set(tied)):
-            raise CheckpointError(f"{directory} lacks {missing[0]}", fix="the checkpoint is incomplete: resume from another")
+        owners = {name.rpartition(".experts.")[0] for name in self.trained}
+        state = load_file(directory / "adapter_model.safetensors")
+        set_peft_model_state_dict(model, {name: tensor for name, tensor in state.items() if name.rpartition(".experts.")[0] not in owners})
 
     def resume_optimizer(self, checkpoint: str | None) -> None:
         """``Trainer._load_optimizer_and_scheduler``, of which the first process's file has its own experts only."""

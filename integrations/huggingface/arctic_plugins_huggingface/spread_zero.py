@@ -46,6 +46,8 @@ class SpreadOverZero(SpreadExperts):
         self.prepare = trainer.accelerator._prepare_deepspeed
         trainer.accelerator._prepare_deepspeed = self.prepare_with_experts
         trainer.model.register_load_state_dict_pre_hook(self.keep_own)
+        self.load_best_model = trainer._load_best_model
+        trainer._load_best_model = self.best
 
     def prepare_with_experts(self, *objects: Any) -> Any:
         """``Accelerator._prepare_deepspeed``: the engine looks for layers of its own kind when it is made, and must find none later."""
@@ -76,6 +78,11 @@ class SpreadOverZero(SpreadExperts):
                 )
             if saved is not None:
                 state[f"{prefix}{name}"] = parameter.data
+
+    def best(self) -> None:
+        """``Trainer._load_best_model``."""
+        self.load_best_model()
+        self.trainer.deepspeed.optimizer.update_lp_params()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After resuming, give the model what the optimizer has read."""

@@ -13,11 +13,14 @@ from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.errors import CheckpointError
 from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
+from arctic_plugins_huggingface.modules import split_conversions
+from arctic_plugins_huggingface.restoring import restore_weights
 from arctic_plugins_huggingface.spread import is_spread, spread
 
 __all__ = ["ArcticTrainingArguments", "GracefulStop", "attach", "last_checkpoint"]
@@ -74,10 +77,25 @@ def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
     """
     if is_spread(trainer.model):
         trainer.add_callback(spread(trainer))  # before the one that marks checkpoints as complete
+    else:
+        _restore_converted(trainer)
     trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))
     trainer.args.save_total_limit = None
     stack.hf_attach_trainer(trainer)
     return trainer
+
+
+def _restore_converted(trainer: Trainer) -> None:
+    """Resuming, and the best model at the end, where checkpoints hold weights under other names than the model, or cut otherwise."""
+    others = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # they have files of their own
+    if others or isinstance(trainer.model, PeftModel) or not split_conversions(trainer.model)[1]:
+        return
+
+    def restore(checkpoint: str, model: Any = None) -> None:
+        restore_weights(model or trainer.model, checkpoint)
+
+    trainer._load_from_checkpoint = restore
+    trainer._load_best_model = lambda: restore(trainer.state.best_model_checkpoint)
 
 
 def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:

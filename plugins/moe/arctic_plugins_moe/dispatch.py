@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from arctic_plugins.errors import ClaimError, ConfigError
 from arctic_plugins.frozen import Exchange, ExpertsDispatch, Stay
@@ -93,6 +94,11 @@ class ExpertParallel(ExpertsDispatch):
     def send(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[Exchange]:
         if self.size == 1:
             return [Stay(rows_RK, own) for own in counts]
+        if not self.attached and DistributedDataParallel._get_active_ddp_module() is not None:
+            raise ConfigError(
+                "DDP has given all processes the experts of the first: it was not told that they have different ones",
+                fix="call attach(trainer, stack) before trainer.train()",
+            )
         sent = torch.cat([torch.tensor(own, device=rows_RK.device).view(self.size, -1) for own in counts], 1)
         received = torch.empty_like(sent)
         # Waited for: sizes of what comes have to be known. Of all pieces at once, or those of the next would wait behind the rows of the first.

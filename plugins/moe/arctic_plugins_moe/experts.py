@@ -28,6 +28,7 @@ def mix_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_we
     return start_plain(experts, hidden_states, top_k_index, top_k_weights).finish()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def start_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
     """The same in steps; see :class:`arctic_plugins.frozen.Mixture`."""
     sizes, up, down = piece_sizes(experts), experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj
@@ -48,15 +49,15 @@ def _products(experts: Any, up: Tensor, down: Tensor, rows: Tensor, counts: Sequ
 
 
 def grouped_linear(rows_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
-    """``rows @ weight[e].T`` for the rows of each expert, by torch's grouped product.
+    """``rows @ weight[e].T`` for the rows of each expert, by torch's grouped product, which wants rows of whole 16 bytes; else one by one.
 
     Args:
         rows_RK: sorted by expert.
         weight_ENK: one matrix per expert; computed with in the dtype of the rows.
         counts: rows of each expert. Experts without rows are not read, forward or backward; their gradient is zero.
-
-    Raises:
-        RuntimeError: torch wants rows of N and of K numbers that are multiples of 16 bytes.
     """
+    if any(size * rows_RK.element_size() % 16 for size in weight_ENK.shape[1:]):
+        own = [rows @ weight_ENK[expert].to(rows.dtype).mT for expert, rows in enumerate(rows_RK.split(list(counts))) if len(rows)]
+        return torch.cat(own) if own else rows_RK @ weight_ENK[0].to(rows_RK.dtype).mT
     ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows_RK.device)
     return nn.functional.grouped_mm(rows_RK, weight_ENK.to(rows_RK.dtype).mT, offs=ends)

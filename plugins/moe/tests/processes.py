@@ -53,7 +53,7 @@ def trainer(checkpoint, plugins, output, **options):
     model, tokenizer = load_model(checkpoint, stack)
     model.config.use_cache = False
     # Not shuffled: the global batches are the same in any number of processes.
-    built = attach(_InOrder(model=model, args=args, train_dataset=rows(8 * 20), processing_class=tokenizer), stack)
+    built = attach(_InOrder(model=model, args=args, train_dataset=rows(8 * 20), eval_dataset=rows(6), processing_class=tokenizer), stack)
     return built, stack, tokenizer
 
 
@@ -80,6 +80,54 @@ def resume(checkpoint, output, plugins, options="{}"):
     built.train(resume_from_checkpoint=f"{output}/checkpoint-10")
     if built.is_world_process_zero():
         say(figures(built.state.log_history))
+
+
+def best(checkpoint, output, plugins, options="{}"):
+    """Two checkpoints, of which the first is said to be the better one, which is back at the end."""
+    saves = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
+    wanted = {"load_best_model_at_end": True, "metric_for_best_model": "turn", "greater_is_better": False}
+    built, _, _ = trainer(checkpoint, json.loads(plugins), output, **saves, **wanted, **json.loads(options))
+    seen, evaluate = {}, built.evaluate
+
+    def turns(*args, **kwargs):
+        seen[built.state.global_step] = {name: p.detach().clone() for name, p in built.model.named_parameters() if p.requires_grad}
+        return {**evaluate(*args, **kwargs), "eval_turn": float(len(seen))}
+
+    built.evaluate = turns
+    built.train()
+    after = dict(built.model.named_parameters())
+    say({kind: [torch.equal(after[name], value) for name, value in seen[step].items()] for kind, step in (("best", 2), ("last", 4))})
+
+
+def unattached(checkpoint, output, plugins):
+    attached, _, _ = trainer(checkpoint, json.loads(plugins), output)
+    model, _ = load_model(checkpoint, Stack.from_dict(json.loads(plugins)))
+    Trainer(model=model, args=attached.args, train_dataset=rows(8)).train()
+
+
+def only_experts(checkpoint, output, plugins):
+    stack = Stack.from_dict(json.loads(plugins))
+    model, _ = load_model(checkpoint, stack)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".experts." in name)
+    attach(Trainer(model=model, args=ArcticTrainingArguments(output_dir=output, use_cpu=True, report_to="none")), stack)
+
+
+def half(checkpoint, output, plugins):
+    stack = Stack.from_dict(json.loads(plugins))
+    args = ArcticTrainingArguments(output_dir=output, use_cpu=True, report_to="none")
+    args.fp16 = True  # transformers wants a GPU for it
+    attach(Trainer(model=load_model(checkpoint, stack)[0], args=args), stack)
+
+
+def generate(checkpoint, plugins):
+    """Processes with texts of different lengths."""
+    plain, _ = load_model(checkpoint)
+    model, _ = load_model(checkpoint, Stack.from_dict(json.loads(plugins)))
+    ids = torch.arange(5, 12)[None] + dist.get_rank()
+    options = {"max_new_tokens": 3 + 5 * dist.get_rank(), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    length = ids.shape[1] + options["max_new_tokens"]
+    say({"same": torch.equal(model.generate(ids, **options)[:, :length], plain.generate(ids, **options))})
 
 
 def save(checkpoint, output, plugins):
@@ -122,6 +170,6 @@ if __name__ == "__main__":
     if WORLD > 1:
         dist.init_process_group("gloo")
     task, *arguments = sys.argv[1:]
-    {"train": train, "resume": resume, "save": save, "compare": compare}[task](*arguments)
+    globals()[task](*arguments)
     if WORLD > 1:
         dist.destroy_process_group()

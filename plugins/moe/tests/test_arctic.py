@@ -115,6 +115,36 @@ def test_gradients_do_not_depend_on_who_computes_or_on_checkpointing(implementat
             assert torch.allclose(parameter.grad, other.grad, atol=1e-5, rtol=1e-4), name
 
 
+@pytest.mark.parametrize("plugins", [{}, {"fp8": {}, "lora": {"r": 4}}, {"fp8": {}, "lora": {"r": 4, "experts": True}}], ids=str)
+def test_compiled_layers_have_the_same_gradients(tmp_path, plugins):
+    from arctic_plugins.testing import draw_adapter, tiny_model
+
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}
+    checkpoint = tiny_model(tmp_path / "model", "arctic", **sizes)
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)  # adapters are drawn at random
+        model, _ = load_model(checkpoint, Stack.from_dict(plugins))
+        draw_adapter(model)
+        called = torch.compile(model.train(), backend="aot_eager") if compiled else model.train()
+        called(input_ids=IDS[None], labels=IDS[None], use_cache=False).loss.backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_rows_that_are_no_whole_sixteen_bytes_are_computed_one_expert_at_a_time():
+    model = build(intermediate_size=45, hidden_size=72, num_attention_heads=4, num_key_value_heads=2).train()
+    model.set_experts_implementation("eager")
+    model(IDS[None], labels=IDS[None]).loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    model.set_experts_implementation("arctic")
+    model(IDS[None], labels=IDS[None]).loss.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_the_auxiliary_loss_is_the_sum_over_layers():
     model = build(router_aux_loss_coef=0.5, router_z_loss_coef=0.25).eval()
     out = model(IDS[None], labels=IDS[None], output_router_logits=True)

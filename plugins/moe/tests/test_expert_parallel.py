@@ -25,6 +25,12 @@ MODELS = {
 PLUGINS = {"moe": {"expert_parallel": 2}}
 
 
+def zero(stage):
+    """Options of a run with DeepSpeed."""
+    auto = ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+    return {"deepspeed": {"zero_optimization": {"stage": stage}, **dict.fromkeys(auto, "auto")}}
+
+
 def run(processes, task, *arguments, fails=False):
     """``task`` of ``processes.py``: what each process said, or with ``fails`` the standard error."""
     command = [sys.executable, str(SCRIPT), task]
@@ -96,12 +102,6 @@ def test_training_equals_one_process(checkpoints, alone, tmp_path, processes, pa
     load_model(tmp_path / "final")
 
 
-def zero(stage):
-    """Options of a run with DeepSpeed."""
-    auto = ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
-    return {"deepspeed": {"zero_optimization": {"stage": stage}, **dict.fromkeys(auto, "auto")}}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "stage", "options"), [(4, 1, {}), (2, 2, {"gradient_accumulation_steps": 2})], ids=str)
 def test_training_under_deepspeed_equals_one_process(checkpoints, alone, tmp_path, processes, stage, options):
@@ -140,6 +140,49 @@ def test_a_run_resumes_where_it_stopped(checkpoints, tmp_path, name):
     assert resumed["grad_norm"] == whole["grad_norm"]
     error = run(4, "resume", checkpoints[name], tmp_path, {"moe": {"expert_parallel": 4}}, fails=True)
     assert "has no experts_0_of_4.pt (of these it has experts_0_of_2.pt, experts_1_of_2.pt)" in error
+
+
+@pytest.mark.parametrize("name", ["mixtral", "arctic"])
+def test_a_run_of_one_process_resumes_too(checkpoints, tmp_path, name):
+    """Checkpoints have one matrix for each expert, the model has not; transformers would leave experts as they were."""
+    (whole,) = run(1, "train", checkpoints[name], tmp_path, {"moe": {}}, {"save_strategy": "steps", "save_steps": 10})
+    (resumed,) = run(1, "resume", checkpoints[name], tmp_path, {"moe": {}})
+    assert resumed["loss"] == whole["loss"]
+    assert resumed["grad_norm"] == whole["grad_norm"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "plugins", "options"),
+    [
+        (1, {"moe": {}}, {}),
+        (2, PLUGINS, {}),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((2, PLUGINS, zero(2)), (2, {"fp8": {}, "lora": {"r": 4, "experts": True}, **PLUGINS}, {}))
+        ),
+    ],
+    ids=str,
+)
+def test_the_best_model_is_back_at_the_end(checkpoints, tmp_path, processes, plugins, options):
+    for found in run(processes, "best", checkpoints["arctic"], tmp_path, plugins, options):
+        assert all(found["best"])
+        assert not any(found["last"]), "the best differs from the last"
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("unattached", "DDP has given all processes the experts of the first: it was not told that they have different ones; call attach"),
+        ("only_experts", "training changes nothing but experts, and DDP wants something that all processes have"),
+        ("half", "training uses fp16, whose loss every process would scale by itself: experts have different gradients; expected bf16"),
+    ],
+)
+def test_what_would_train_wrongly_is_refused(checkpoints, tmp_path, task, message):
+    assert message in run(2, task, checkpoints["arctic"], tmp_path, PLUGINS, fails=True)
+
+
+def test_processes_generate_texts_of_different_lengths(checkpoints):
+    assert all(found["same"] for found in run(2, "generate", checkpoints["arctic"], PLUGINS))
 
 
 def test_adapters_of_encoded_experts(checkpoints, tmp_path):
@@ -183,6 +226,8 @@ def test_tokens_are_dropped_beyond_the_capacity(checkpoints, tmp_path):
 
 
 def test_what_cannot_be_divided_is_said_before_weights_are_read(checkpoints, tiny_checkpoint, monkeypatch):
+    with pytest.raises(ConfigError, match="experts_implementation is 'eager', and a plugin dispatches experts; expected 'arctic'"):
+        load_model(checkpoints["arctic"], Stack.from_dict({"moe": {"capacity_factor": 1.0}}), experts_implementation="eager")
     with pytest.raises(ConfigError, match=r"expert_parallel is 2 with 1 process; expected a divisor of the number of processes"):
         load_model(checkpoints["arctic"], Stack.from_dict(PLUGINS))
     monkeypatch.setenv("WORLD_SIZE", "2")
