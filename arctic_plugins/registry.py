@@ -38,6 +38,7 @@ class Registry:
     _exporters: dict[str, str] = field(default_factory=dict)
     _converters: dict[str, str] = field(default_factory=dict)
     _experts_functions: dict[str, str] = field(default_factory=dict)
+    _rope_types: dict[str, str] = field(default_factory=dict)
     models: dict[str, ModelClasses] = field(default_factory=dict)
     """``model_type`` -> its classes."""
 
@@ -59,6 +60,20 @@ class Registry:
             PluginError: the name is taken by another target; the message names both.
         """
         _add("experts function", self._experts_functions, name, target)
+
+    def rope_type(self, name: str, target: str) -> None:
+        """Add a way of scaling rotary position embeddings, for both hosts; one that has ``name`` itself keeps its own.
+
+        Args:
+            name: the ``rope_type`` that stands in a config's ``rope_parameters``.
+            target: ``"module:attribute"`` of a function ``(rope_parameters, dim) -> (inverse frequencies [dim / 2] in float32, a factor for cosines
+                and sines)``. It gets what stands in the config, ``rope_theta`` and ``factor`` among it, and how many dimensions of a head are
+                rotated. ``max_position_embeddings`` of such a config is the trained length, of which ``factor`` times as much can be served.
+
+        Raises:
+            PluginError: the name is taken by another target; the message names both.
+        """
+        _add("RoPE type", self._rope_types, name, target)
 
     def codec(self, type_name: str, target: str) -> None:
         """Add a codec type.
@@ -112,6 +127,13 @@ class Registry:
     def experts_functions(self) -> dict[str, Any]:
         """Name -> function, imported."""
         return {name: load(target) for name, target in self._experts_functions.items()}
+
+    def rope_types(self) -> list[str]:
+        return sorted(self._rope_types)
+
+    def load_rope_type(self, name: str) -> Any:
+        """Import and return the function registered as ``name``; raises PluginNotFoundError when nobody registered it."""
+        return _load_format(self._rope_types, name, "scales rotary position embeddings by")
 
     def load_exporter(self, format_name: str) -> Any:
         """Import and return the exporter class registered as ``format_name``; raises PluginNotFoundError when nobody registered it."""

@@ -32,7 +32,7 @@ from arctic_plugins_huggingface.modules import (
 )
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
 
-__all__ = ["claims", "freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "only_hub", "planned_quantization", "skeleton"]
+__all__ = ["claims", "configured", "freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "only_hub", "planned_config", "skeleton"]
 
 logger = logging.getLogger(__name__)
 
@@ -215,21 +215,33 @@ def _quantization(
     return claimed.quantization()
 
 
-def planned_quantization(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[str, Any]:
-    """The ``quantization_config`` that the plain ``checkpoint`` (directory or hub id) would have when ``stack`` encodes it; reads no weights.
+def configured(config: PreTrainedConfig, stack: Stack) -> dict[str, Any]:
+    """What ``stack`` changes in ``config``, which is changed: key of ``config.json`` -> value."""
+    before = config.to_dict()
+    stack.hf_configure_model(config)
+    return {key: value for key, value in config.to_dict().items() if key not in before or before[key] != value}
+
+
+def planned_config(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[str, Any]:
+    """What ``config.json`` of the plain ``checkpoint`` (directory or hub id) would say otherwise had ``stack`` been applied; reads no weights.
 
     Raises:
-        ConfigError: no plugin of ``stack`` encodes anything, or the checkpoint is quantized already.
+        ConfigError: ``stack`` changes nothing, or the checkpoint is quantized already.
         ClaimError: see :meth:`arctic_plugins.stack.Stack.claim`.
     """
     kwargs = check_checkpoint(checkpoint, **kwargs)
     config = load_config(checkpoint, **only_hub(kwargs))
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{checkpoint} is quantized already", expected="a plain checkpoint", fix="leave the plugins out")
+    changes = configured(config, stack)
     quantization = claims(config, stack.without("placement").without("experts_dispatch")).quantization()
-    if quantization is None:
-        raise ConfigError("the plugins encode nothing of this model", expected="a plugin that fills 'weight_codec'", fix="fp8, for instance")
-    return quantization.to_dict()
+    if quantization is not None:
+        changes["quantization_config"] = quantization.to_dict()
+    if not changes:
+        raise ConfigError(
+            "the plugins change nothing of this model", expected="a plugin that fills 'weight_codec' or 'rope'", fix="fp8, for instance"
+        )
+    return changes
 
 
 def _owners(codecs: Mapping[str, Codec], stored: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, Codec], list[str]]:

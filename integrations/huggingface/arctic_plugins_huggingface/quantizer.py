@@ -29,6 +29,7 @@ from arctic_plugins_huggingface.modules import (
     thaw_modules,
     weight_specs,
 )
+from arctic_plugins_huggingface.rope import register_rope_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -201,7 +202,7 @@ class _Encode(ConversionOps):
 
 def register() -> None:
     """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints, and what installed plugins
-    add: models that it does not have, experts functions. Idempotent.
+    add: models that it does not have, experts functions, RoPE types. Idempotent.
 
     :func:`~arctic_plugins_huggingface.load_model` calls it. Without it transformers refuses such a checkpoint: the encoded weights do not have
     the shapes that the model declares.
@@ -210,3 +211,4 @@ def register() -> None:
         register_quantization_config(METHOD)(ArcticQuantizationConfig)
         register_quantizer(METHOD)(ArcticQuantizer)
         register_models()
+        register_rope_types()

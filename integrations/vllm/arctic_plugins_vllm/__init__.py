@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 def register() -> None:
     """The ``vllm.general_plugins`` entry point: adds the quantization method ``arctic``, a reader for every format that
-    ``arctic convert`` reads and vLLM does not, and plugins' models that vLLM does not have. Idempotent.
+    ``arctic convert`` reads and vLLM does not, and plugins' models and RoPE types that vLLM does not have. Idempotent.
 
     vLLM calls it in every process that it starts, without configuration. It swallows errors of the import of an entry point but not those of its
     call, so all work, and all that can fail, is in here.
@@ -32,8 +32,10 @@ def register() -> None:
     if is_registered("arctic"):
         return
     from arctic_plugins.discovery import process_registry
+    from arctic_plugins_vllm import rope
     from arctic_plugins_vllm.quantization import ArcticConfig, ConvertedConfig
 
+    rope.install()
     register_quantization_config("arctic")(ArcticConfig)
     for name in process_registry().converter_names():
         if not is_registered(name):

@@ -10,12 +10,14 @@ from torch import Tensor
 from vllm import EngineArgs, ModelRegistry
 from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
 from vllm.distributed import cleanup_dist_env_and_memory, get_tp_group, init_distributed_environment, initialize_model_parallel
+from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
@@ -23,6 +25,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.utils import set_weight_attrs
 
 __all__ = [
+    "ROPE_TYPES",
     "DefaultModelLoader",
     "EngineArgs",
     "FusedMoEMethodBase",
@@ -31,6 +34,7 @@ __all__ = [
     "ModelRegistry",
     "QuantizationConfig",
     "QuantizeMethodBase",
+    "RotaryEmbedding",
     "RoutedExperts",
     "ShardedStateLoader",
     "UnquantizedLinearMethod",
@@ -45,9 +49,14 @@ __all__ = [
     "is_registered",
     "loading",
     "register_quantization_config",
+    "rotary_embedding",
     "set_current_vllm_config",
     "set_weight_attrs",
 ]
+
+
+ROPE_TYPES = frozenset({"default", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope", "proportional"})
+"""Of language models, those that ``get_rope`` knows itself."""
 
 
 def is_registered(method: str) -> bool:

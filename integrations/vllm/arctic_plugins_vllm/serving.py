@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -22,21 +23,29 @@ CPU_CACHE_GIB = "2"
 
 
 def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
-    """``hf_overrides`` with which vLLM encodes the plain ``checkpoint`` while it loads it, as ``stack`` says: ``LLM(model, hf_overrides=...)``.
+    """``hf_overrides`` for ``LLM``, with which vLLM serves the plain ``checkpoint`` as ``stack`` says, encoding it while it is loaded.
 
     Raises:
-        ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is quantized already, or ``stack`` encodes nothing.
+        ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is quantized already, or ``stack`` changes nothing.
         ClaimError: plugins clash over a module.
     """
-    try:
-        from arctic_plugins_huggingface.loading import planned_quantization
-    except ImportError as error:
-        raise ConfigError(
-            f"encoding while loading needs arctic-plugins-huggingface ({error})", fix="pip install arctic-plugins-huggingface"
-        ) from error
+    loading = _loading()
     from arctic_plugins_vllm.quantization import ON_THE_FLY
 
-    return {"quantization_config": {**planned_quantization(checkpoint, stack), ON_THE_FLY: True}}
+    overrides: dict[str, Any] = loading.planned_config(checkpoint, stack)
+    if "quantization_config" in overrides:
+        overrides["quantization_config"] = {**overrides["quantization_config"], ON_THE_FLY: True}
+    return overrides
+
+
+def _loading() -> Any:
+    try:
+        from arctic_plugins_huggingface import loading
+    except ImportError as error:
+        raise ConfigError(
+            f"plugins that change a model need arctic-plugins-huggingface ({error})", fix="pip install arctic-plugins-huggingface"
+        ) from error
+    return loading
 
 
 def server_command(
@@ -48,7 +57,7 @@ def server_command(
         checkpoint: directory or hub id of a model, or directory of an adapter.
         options: of vLLM's server, verbatim; they win over what plugins set.
         base: the encoded base model of an adapter whose stack has a codec.
-        plugins: how to encode a plain checkpoint while it is loaded.
+        plugins: what to make of a plain checkpoint while it is loaded.
 
     Returns:
         Arguments for this Python, and environment variables to add.
@@ -87,6 +96,11 @@ def server_command(
             f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
             fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or 'arctic merge {checkpoint} OUT'",
         )
+    others = functools.reduce(Stack.without, ("weight_codec", "placement", "adapter", "experts_dispatch"), stack)
+    if is_adapter and len(others):  # what a checkpoint of its own would say in its config
+        loading = _loading()
+        if overrides := loading.configured(loading.load_config(str(model)), others):
+            arguments["hf_overrides"] = overrides
     if is_adapter and _is_mixture(model):
         targets = read_json(path / "adapter_config.json").get("target_modules")
         if isinstance(targets, list):  # or vLLM prepares experts for adapters too, which takes memory, and on CPU Triton

@@ -48,7 +48,7 @@ def run(jobs, cache, **environment):
     }
     defaults = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True}
     jobs = [{"prompts": PROMPTS, "tokens": TOKENS, **job, "llm": {**defaults, **job["llm"], "model": str(job["llm"]["model"])}} for job in jobs]
-    command = [sys.executable, str(Path(__file__).with_name("vllm_engine.py")), json.dumps(jobs)]
+    command = [sys.executable, str(Path(__file__).parents[3] / "tests" / "engine_jobs.py"), json.dumps(jobs)]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=580, env={**os.environ, **settings})
 
 

@@ -1,6 +1,6 @@
 """Run in a process of its own: starts the real vLLM engine once for each job of the JSON list given, and prints what it answers, one line each.
 
-A job: ``{"llm": {LLM arguments}, "prompts": [[ids]], "tokens": n, "adapter": path or null, "twice": bool}``.
+A job: ``{"llm": {LLM arguments}, "prompts": [[ids]], "tokens": n, "adapter": path or null, "twice": bool}``. Of each it also says the longest text.
 """
 
 import gc
@@ -31,7 +31,7 @@ def answers(llm, job, *, scored=True, adapter=None):
 if __name__ == "__main__":
     for job in json.loads(sys.argv[1]):
         llm = LLM(**job["llm"])
-        result = {"base": answers(llm, job)}
+        result = {"base": answers(llm, job), "max_model_len": llm.model_config.max_model_len}
         if job.get("twice"):
             result["again"] = answers(llm, job, scored=False)
             result["cached"] = answers(llm, job, scored=False)

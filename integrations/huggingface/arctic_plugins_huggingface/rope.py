@@ -1,0 +1,51 @@
+"""RoPE types that installed plugins register, in transformers. Read in 5.19.0 (``modeling_rope_utils.py``)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
+
+from arctic_plugins.discovery import process_registry
+from arctic_plugins.errors import PluginError
+
+__all__ = ["register_rope_types"]
+
+
+def register_rope_types() -> None:
+    """Call it once in a process. What transformers has under the same name stays.
+
+    Raises:
+        PluginError: a name has "dynamic" in it, for which transformers computes frequencies anew whenever a text is longer than those before.
+    """
+    registry = process_registry()
+    for name in registry.rope_types():
+        if name in ROPE_INIT_FUNCTIONS:
+            continue
+        if "dynamic" in name:
+            raise PluginError(
+                f"RoPE type '{name}' is registered",
+                expected="a name without 'dynamic', by which transformers knows what follows the length of a text",
+            )
+        ROPE_INIT_FUNCTIONS[name] = partial(_frequencies, name)
+        setattr(RotaryEmbeddingConfigMixin, f"_validate_{name}_rope_parameters", _validate)
+
+
+def _frequencies(
+    name: str,
+    config: Any,
+    device: torch.device | None = None,
+    seq_len: int | None = None,  # noqa: ARG001 - transformers gives it
+    layer_type: str | None = None,
+) -> tuple[Tensor, float]:
+    parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    inv_freq, scaling = process_registry().load_rope_type(name)(parameters, int(head * parameters.get("partial_rotary_factor", 1.0)))
+    return inv_freq.to(device), scaling
+
+
+def _validate(self: Any, rope_parameters: dict[str, Any], ignore_keys: set[str] | None = None) -> None:
+    """Whatever the function takes may stand there; transformers would warn that it knows no rules."""

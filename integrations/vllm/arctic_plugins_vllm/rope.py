@@ -1,0 +1,72 @@
+"""RoPE types that installed plugins register, in vLLM. Read in 0.32.0 (``model_executor/layers/rotary_embedding``)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arctic_plugins.discovery import process_registry
+from arctic_plugins_vllm.compat import ROPE_TYPES, RotaryEmbedding, rotary_embedding
+
+__all__ = ["install"]
+
+
+def install() -> None:
+    """Let ``get_rope``, which vLLM's models take from its package when they are imported, know the types of plugins. Idempotent."""
+    if not hasattr(rotary_embedding.get_rope, "__wrapped__"):
+        rotary_embedding.get_rope = _with_registered_types(rotary_embedding.get_rope)
+
+
+def _with_registered_types(stock: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(stock)
+    def get_rope(
+        head_size: int,
+        max_position: int,
+        is_neox_style: bool = True,
+        rope_parameters: dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        parameters = dict(rope_parameters or {})
+        kind = parameters.get("rope_type", "default")
+        if kind in process_registry().rope_types() and kind not in ROPE_TYPES:
+            return _scaled(head_size, max_position, is_neox_style, json.dumps(parameters, sort_keys=True), dtype or torch.get_default_dtype())
+        if kind in ("dynamic", "ntk") and "factor" in parameters and "max_trained_positions" not in parameters:
+            # vLLM takes factor * max_position_embeddings for the longest text, and computes max_position_embeddings of the positions.
+            if kind == "dynamic":
+                parameters["max_trained_positions"] = max_position
+            max_position = int(max_position * parameters["factor"])
+        return stock(head_size, max_position, is_neox_style, parameters or None, dtype, *args, **kwargs)
+
+    return get_rope
+
+
+@functools.cache
+def _scaled(head_size: int, max_position: int, is_neox_style: bool, parameters: str, dtype: torch.dtype) -> Any:
+    """One for all layers that rotate alike."""
+    read = json.loads(parameters)
+    rotary_dim = int(head_size * read.get("partial_rotary_factor", 1.0))
+    length = int(max_position * (read.get("factor") or 1.0))
+    return _RegisteredRotaryEmbedding(head_size, rotary_dim, length, read["rope_theta"], is_neox_style, dtype, read)
+
+
+class _RegisteredRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
+    """Frequencies and attention scaling of a registered function."""
+
+    def __init__(
+        self, head_size: int, rotary_dim: int, length: int, base: float, is_neox_style: bool, dtype: torch.dtype, parameters: Mapping[str, Any]
+    ) -> None:
+        self.inv_freq, self.attention_scaling = process_registry().load_rope_type(parameters["rope_type"])(parameters, rotary_dim)
+        super().__init__(head_size, rotary_dim, length, base, is_neox_style, dtype)
+
+    def _compute_inv_freq(self, base: float) -> Tensor:
+        return self.inv_freq
+
+    def _compute_cos_sin_cache(self) -> Tensor:
+        return super()._compute_cos_sin_cache() * self.attention_scaling

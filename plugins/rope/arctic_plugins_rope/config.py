@@ -1,0 +1,51 @@
+"""Options of the ``rope`` plugin."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from arctic_plugins.plugin import PluginConfig
+
+__all__ = ["RoPEConfig"]
+
+Positive = Annotated[float, Field(gt=0)]
+Length = Annotated[int, Field(ge=2)]
+
+
+class RoPEConfig(PluginConfig):
+    """What stands under ``rope:`` in a recipe. What is left out follows from the rest and from the model."""
+
+    type: str
+    """``llama3``, ``yarn``, ``linear``, ``dynamic``, ``longrope``, ``ntk``, or one that an installed plugin registered."""
+    max_position_embeddings: Length | None = None
+    """The length to reach, in tokens. This or ``factor`` has to be given."""
+    factor: Annotated[float, Field(ge=1)] | None = None
+    """Left out: ``max_position_embeddings`` over the original length."""
+    original_max_position_embeddings: Length | None = None
+    """The length that the model was trained with. Left out: what its config says."""
+    rope_theta: Positive | None = None
+    """Base of the frequencies. Left out: the model's."""
+    attention_factor: Positive | None = None
+    """yarn and longrope: multiplies cosines and sines. Left out: ``0.1 ln(factor) + 1`` and ``sqrt(1 + ln(factor) / ln(original length))``."""
+    beta_fast: Positive | None = None
+    """yarn: dimensions that turn more often than this within the original length are not interpolated. Left out: 32."""
+    beta_slow: Positive | None = None
+    """yarn: those that turn less often than this are interpolated. Left out: 1."""
+    truncate: bool | None = None
+    """yarn: round the borders between them to whole dimensions. Left out: true."""
+    low_freq_factor: Positive | None = None
+    """llama3: wavelengths beyond the original length over this are interpolated. Left out: 1."""
+    high_freq_factor: Positive | None = None
+    """llama3: wavelengths below the original length over this are not. Left out: 4."""
+    mixed_b: Positive | None = None
+    """ntk: the exponent of mixed scaling. Left out: fixed scaling."""
+    long_factor: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """longrope: a divisor for every frequency, used beyond the original length."""
+    short_factor: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """longrope: the same, used up to the original length. Left out: ones."""
+    parameters: dict[str, Any] = {}
+    """Of a type that an installed plugin registered: what else it takes."""
+    layer_types: tuple[str, ...] | None = None
+    """Models whose layers differ (Gemma 3, for instance): which of the config's ``layer_types`` are scaled. Left out: those without a window."""
