@@ -113,6 +113,10 @@ class Stack:
         """This stack less what fills ``slot``."""
         return Stack(tuple(plugin for plugin in self.plugins if slot not in plugin.slots))
 
+    def to_use(self) -> Stack:
+        """This stack less what only training needs: how experts are spread over its processes, and how its loss is computed."""
+        return self.without("experts_dispatch").without("loss")
+
     # Typed calls over the hooks, in lifecycle order: nothing else in the project calls a hook.
 
     def check_host(self, host: str) -> None:

@@ -1,11 +1,14 @@
 """Run in a process of its own: starts the real vLLM engine once for each job of the JSON list given, and prints what it answers, one line each.
 
-A job: ``{"llm": {LLM arguments}, "prompts": [[ids]], "tokens": n, "adapter": path or null, "twice": bool}``. Of each it also says the longest text.
+A job: ``{"llm": {LLM arguments}, "prompts": [[ids]], "tokens": n, "adapter": path or null, "twice": bool, "scored": bool}``. ``@FILE`` instead of the
+list has it in a file. Of each job it also says the longest text and the peak of resident memory.
 """
 
 import gc
 import json
+import resource
 import sys
+from pathlib import Path
 
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
@@ -29,9 +32,11 @@ def answers(llm, job, *, scored=True, adapter=None):
 
 
 if __name__ == "__main__":
-    for job in json.loads(sys.argv[1]):
+    text = sys.argv[1]
+    for job in json.loads(Path(text[1:]).read_text() if text.startswith("@") else text):
         llm = LLM(**job["llm"])
-        result = {"base": answers(llm, job), "max_model_len": llm.model_config.max_model_len}
+        result = {"base": answers(llm, job, scored=job.get("scored", True)), "max_model_len": llm.model_config.max_model_len}
+        result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
         if job.get("twice"):
             result["again"] = answers(llm, job, scored=False)
             result["cached"] = answers(llm, job, scored=False)

@@ -68,7 +68,7 @@ def test_options_of_data_are_in_the_guide():
 
 
 def test_options_of_plugins_are_in_their_readme():
-    for name in ("fp8", "lora", "moe", "offload", "rope", "shard"):
+    for name in ("fp8", "longseq", "lora", "moe", "offload", "rope", "shard"):
         text = (ROOT / "plugins" / name / "README.md").read_text()
         assert all(f"| `{option}` |" in text for option in load_plugin(name).config.model_fields)
 

@@ -99,7 +99,7 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     adapter = adapter_directory(checkpoint)
     if adapter is None:
         return load_model(checkpoint)
-    model, tokenizer = load_model(adapter_base(adapter), Stack.from_checkpoint(adapter).without("adapter"))
+    model, tokenizer = load_model(adapter_base(adapter), Stack.from_checkpoint(adapter).to_use().without("adapter"))
     return load_adapter(model, adapter).eval(), own_tokenizer(adapter) or tokenizer
 
 

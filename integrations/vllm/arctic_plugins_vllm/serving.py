@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import re
@@ -96,7 +95,7 @@ def server_command(
             f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
             fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or 'arctic merge {checkpoint} OUT'",
         )
-    others = functools.reduce(Stack.without, ("weight_codec", "placement", "adapter", "experts_dispatch"), stack)
+    others = stack.to_use().without("weight_codec").without("placement").without("adapter")
     if is_adapter and len(others):  # what a checkpoint of its own would say in its config
         loading = _loading()
         if overrides := loading.configured(loading.load_config(str(model)), others):

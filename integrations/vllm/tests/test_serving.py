@@ -167,7 +167,7 @@ def test_what_cannot_be_encoded_on_the_fly_is_told(base, tmp_path):
     save_file({}, encoded / "model.safetensors")
     with pytest.raises(ConfigError, match="is quantized already"):
         server_command(str(encoded), plugins=fp8)
-    with pytest.raises(ConfigError, match="the plugins encode nothing"):
+    with pytest.raises(ConfigError, match="the plugins change nothing"):
         server_command(str(plain), plugins=Stack.from_dict({"lora": {}}))
     with pytest.raises(ConfigError, match="--plugins and --hf-overrides both"):
         server_command(str(plain), ["--hf-overrides={}"], plugins=fp8)

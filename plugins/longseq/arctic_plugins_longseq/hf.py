@@ -1,0 +1,150 @@
+"""Tiles in models of transformers. Read in 5.19.0 (``loss/loss_utils.py``, ``modeling_utils.py``, ``modeling_layers.py``)."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+import textwrap
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from arctic_plugins.errors import ConfigError
+from arctic_plugins_longseq.loss import default_tile, tiled_cross_entropy
+
+__all__ = ["tile_evaluation", "tile_loss", "tile_mlps"]
+
+MLPS = ("mlp", "feed_forward", "residual_mlp")
+
+
+class _TiledHead:
+    """Makes a causal language model hand hidden states from its head to its loss, which applies the head tile by tile.
+
+    Only where labels are given, and in training; elsewhere the model has its logits as ever.
+    """
+
+    def __init__(self, model: Any, tile: int | None) -> None:
+        self.model, self.head, self.tile = model, model.get_output_embeddings(), tile
+        self.in_evaluation = self.tiling = False
+        self.forward, self.head_forward = model.forward, self.head.forward
+        self.signature = inspect.signature(model.forward)
+        model.forward = _in_place_of(self.forward, self.model_forward)
+        self.head.forward = _in_place_of(self.head_forward, lambda hidden, *args: hidden if self.tiling else self.head_forward(hidden, *args))
+        model.loss_function = self.loss
+        model._arctic_tiled_head = self
+
+    def model_forward(self, *args: Any, **kwargs: Any) -> Any:
+        labels = self.signature.bind_partial(*args, **kwargs).arguments.get("labels")
+        if labels is None or not (self.model.training or self.in_evaluation):
+            return self.forward(*args, **kwargs)
+        self.tiling = True
+        try:
+            outputs = self.forward(*args, **{**kwargs, "return_dict": True})
+        finally:
+            self.tiling = False
+        outputs.logits = None  # they were hidden states
+        return outputs
+
+    def loss(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int,
+        num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``ForCausalLMLoss``."""
+        if not self.tiling:
+            return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)  # type: ignore[no-any-return]
+        self.tiling = False  # the head is the head again
+        if shift_labels is None:
+            assert labels is not None
+            shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        shift_labels = shift_labels.to(logits.device)
+        tile = self.tile or default_tile(vocab_size)
+        total = tiled_cross_entropy(logits, shift_labels, self.head, list(self.head.parameters()), tile, ignore_index)
+        if num_items_in_batch is None:
+            return total / (shift_labels != ignore_index).sum()
+        return total / (num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
+
+
+def _in_place_of(stock: Any, function: Any) -> Any:
+    @functools.wraps(stock)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return forward
+
+
+def _causal_lm(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def tile_loss(model: Any, tile: int | None) -> None:
+    """Let ``model``, or what an adapter wraps, compute its loss without logits.
+
+    Raises:
+        ConfigError: it has a loss of its own, or changes logits behind its head; tiles would leave that out.
+    """
+    model = _causal_lm(model)
+    fix = "set plugins.longseq.tiled_loss: false"
+    if model.loss_function is not ForCausalLMLoss:
+        raise ConfigError(f"plugins.longseq: {type(model).__name__} has a loss of its own", expected="cross-entropy of the next token", fix=fix)
+    assigned = _assigned(type(model).forward, "logits")
+    changes = [text for text in assigned if not text.startswith("logits = self.lm_head(")]
+    if changes or not assigned:
+        raise ConfigError(
+            f"plugins.longseq: {type(model).__name__} changes logits behind its head ({changes[0] if changes else 'it has no lm_head'})",
+            expected="a loss of the head's own logits",
+            fix=fix,
+        )
+    _TiledHead(model, tile)
+
+
+def _assigned(function: Any, name: str) -> list[str]:
+    """The statements of ``function`` that give ``name`` a value."""
+    found = []
+    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else []
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            found.append(ast.unparse(node))
+    return found
+
+
+def tile_evaluation(trainer: Any) -> None:
+    """Evaluate without logits, too, where nobody asks for them."""
+    head = _causal_lm(trainer.model)._arctic_tiled_head
+    head.in_evaluation = trainer.compute_metrics is None and trainer.preprocess_logits_for_metrics is None
+    if head.in_evaluation:
+        trainer.args.prediction_loss_only = True
+
+
+def tile_mlps(model: nn.Module, tile: int | None) -> None:
+    """Compute every MLP of ``model`` some tokens at a time, by activation checkpoints of its own. Mixtures of experts are left alone.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = 0
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in MLPS and not any("expert" in part for part, _ in module.named_modules()):
+            module.forward = _in_place_of(module.forward, functools.partial(_in_tiles, module, module.forward, tile))
+            found += 1
+    if not found:
+        raise ConfigError(
+            "plugins.longseq: this model has no MLP that can be tiled", expected=f"one of {', '.join(MLPS)}", fix="set tiled_mlp: false"
+        )
+
+
+def _in_tiles(module: nn.Module, forward: Any, tile: int | None, x: Tensor) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    tiles = flat.split(tile or x.shape[-1])
+    if not (module.training and torch.is_grad_enabled()):
+        return (torch.cat([forward(part) for part in tiles]) if len(tiles) > 1 else forward(flat)).view(x.shape)
+    return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in tiles]).view(x.shape)

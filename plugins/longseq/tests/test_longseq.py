@@ -1,0 +1,212 @@
+"""Tiles change nothing but memory."""
+
+import json
+
+import pytest
+import torch
+from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, register
+from arctic_plugins_longseq.loss import tiled_cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Trainer
+
+from arctic_plugins import Stack
+from arctic_plugins.errors import ConfigError, ResolveError
+from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
+
+VOCABULARY, LENGTH = 272, 40
+ARCTIC = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}
+MODELS = {
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "untied": ("llama", {}),
+    "bias": LLAMA_LIKE["phi"],
+    "gemma": LLAMA_LIKE["gemma"],
+    "mixtral": (MIXTURES["mixtral"][0], {**MIXTURES["mixtral"][1], "output_router_logits": True}),
+    "arctic": ("arctic", {**ARCTIC, "output_router_logits": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    register()
+    directory = tmp_path_factory.mktemp("models")
+    return {name: tiny_model(directory / name, model_type, **config) for name, (model_type, config) in MODELS.items()}
+
+
+def batch(rows=2):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, VOCABULARY, (rows, LENGTH), generator=generator)
+    labels = ids.clone()
+    labels[:, :9], labels[0, 20:23] = -100, -100
+    mask = torch.ones_like(ids)
+    ids[-1, 30:], labels[-1, 30:], mask[-1, 30:] = 0, -100, 0
+    return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+
+def loaded(checkpoint, plugins):
+    torch.manual_seed(0)
+    model, _ = load_model(checkpoint, Stack.from_dict(plugins))
+    draw_adapter(model)
+    return model.train()
+
+
+def gradients(model, **more):
+    outputs = model(**batch(), use_cache=False, **more)
+    outputs.loss.backward()
+    return outputs, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("tile", [None, 1, 7])
+def test_loss_and_gradients_are_those_of_all_logits(checkpoints, name, tile):
+    plain, tiled = (loaded(checkpoints[name], plugins) for plugins in ({}, {"longseq": {"loss_tile": tile}}))
+    for more in ({}, {"num_items_in_batch": torch.tensor(123)}):
+        for model in (plain, tiled):
+            model.zero_grad()
+        (expected, wanted), (found, got) = gradients(plain, **more), gradients(tiled, **more)
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        assert found.logits is None
+        same(got, wanted)
+    with torch.no_grad():
+        inputs = {key: value for key, value in batch().items() if key != "labels"}
+        assert torch.equal(tiled(**inputs).logits, plain(**inputs).logits), "without labels there are logits"
+        outputs = tiled.eval()(**batch())
+        assert torch.equal(outputs.logits, plain.eval()(**batch()).logits), "so there are in evaluation"
+
+
+ADAPTERS = {
+    "lora": {"lora": {"r": 4}},
+    "fp8 head": {"fp8": {"include": ["**.mlp.*", "lm_head"]}, "lora": {"r": 4}},
+    "adapted head": {"lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
+    "adapted fp8 head": {"fp8": {"include": ["lm_head"]}, "lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_head_and_tiled_mlps(checkpoints, name, checkpointing, dtype):
+    tiles = {"longseq": {"loss_tile": 16, "tiled_mlp": True, "mlp_tile": 13}}
+    results = []
+    for plugins in (ADAPTERS[name], {**ADAPTERS[name], **tiles}):
+        model = loaded(checkpoints["untied"], plugins)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            results.append(gradients(model))
+    (expected, wanted), (found, got) = results
+    if dtype == torch.float32:
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+        same(got, wanted)
+    else:
+        torch.testing.assert_close(found.loss, expected.loss, rtol=5e-3, atol=0)
+        for key, gradient in wanted.items():
+            assert (got[key] - gradient).norm() < 0.05 * gradient.norm() + 1e-6, key
+
+
+class Largest(TorchDispatchMode):
+    """Of all results of operators: the most rows with a vocabulary's columns."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() and tensor.shape[-1] == VOCABULARY:
+                self.rows = max(self.rows, tensor.numel() // VOCABULARY)
+        return result
+
+
+def test_logits_of_all_tokens_never_exist(checkpoints):
+    seen = {}
+    for plugins in ({}, {"longseq": {"loss_tile": 7}}):
+        model = loaded(checkpoints["untied"], {"lora": {"r": 2}, **plugins})
+        with Largest() as mode:
+            gradients(model)
+        seen[bool(plugins)] = mode.rows
+    assert seen[False] >= 2 * LENGTH
+    assert seen[True] <= 64, "of tokens; a head's own weight has as many rows as the hidden size"
+    assert model.config.hidden_size == 64
+
+
+def test_nothing_is_computed_of_tokens_that_do_not_count():
+    seen = []
+
+    def head(x):
+        seen.append(len(x))
+        return x
+
+    labels = torch.full((10,), -100)
+    assert tiled_cross_entropy(torch.randn(10, 6), labels, head, [], 4) == 0
+    labels[[2, 3, 7, 8, 9]] = 1
+    tiled_cross_entropy(torch.randn(10, 6, requires_grad=True), labels, head, [], 4).backward()
+    assert seen == [4, 1]
+
+
+def run(checkpoint, output, plugins, **options):
+    rows = [{key: value[0] for key, value in batch(1).items()} for _ in range(16)]
+    for at, row in enumerate(rows):
+        row["labels"] = row["labels"].masked_fill(torch.arange(LENGTH) < 10 + at, -100)
+    defaults = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1, "report_to": "none"}
+    args = ArcticTrainingArguments(
+        output_dir=str(output), use_cpu=True, save_strategy="no", learning_rate=1e-2, disable_tqdm=True, plugins=plugins, **{**defaults, **options}
+    )
+    stack = Stack.from_dict(args.plugins)
+    trainer = attach(Trainer(model=loaded(checkpoint, plugins), args=args, train_dataset=rows, eval_dataset=rows[:4]), stack)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.evaluate()["eval_loss"]
+
+
+def test_a_run_of_the_trainer_with_accumulated_batches(checkpoints, tmp_path):
+    plugins = {"fp8": {}, "lora": {"r": 4}}
+    expected, evaluated = run(checkpoints["untied"], tmp_path, plugins)
+    found, again = run(checkpoints["untied"], tmp_path, {**plugins, "longseq": {"tiled_mlp": True}})
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert again == pytest.approx(evaluated, rel=1e-5)
+    assert expected[0] != expected[-1]
+
+
+def test_what_tiles_would_leave_out_is_refused(tmp_path):
+    register()
+    checkpoint = tiny_model(tmp_path / "gemma2", *LLAMA_LIKE["gemma2"][:1], **LLAMA_LIKE["gemma2"][1])
+    with pytest.raises(
+        ConfigError, match=r"Gemma2ForCausalLM changes logits behind its head \(logits = logits / self.config.final_logit_softcapping"
+    ):
+        load_model(checkpoint, Stack.from_dict({"longseq": {}}))
+    load_model(checkpoint, Stack.from_dict({"longseq": {"tiled_loss": False, "tiled_mlp": True}}))
+    gpt2 = tiny_model(tmp_path / "gpt2", "gpt2", n_layer=1, n_head=2, n_embd=32)
+    load_model(gpt2, Stack.from_dict({"longseq": {"tiled_mlp": True}}))
+    model, _ = load_model(tiny_llama(tmp_path / "llama"))
+    model.loss_function = lambda *args, **kwargs: None
+    with pytest.raises(ConfigError, match="has a loss of its own"):
+        Stack.from_dict({"longseq": {}}).hf_transform_model(model)
+
+
+def test_a_tile_that_nothing_uses_is_said(checkpoints, caplog):
+    load_model(checkpoints["untied"], Stack.from_dict({"longseq": {"mlp_tile": 4}}))
+    assert "mlp_tile is set, and mlp is not tiled" in caplog.text
+
+
+def test_another_loss_beside_it_is_an_error(install_plugin):
+    install_plugin("other", "from arctic_plugins import Plugin\nclass plugin(Plugin):\n    name = 'other'\n    slots = frozenset({'loss'})")
+    with pytest.raises(ResolveError, match=r"(?s)longseq.*other|other.*longseq"):
+        Stack.from_dict({"longseq": {}, "other": {}})
+
+
+def test_a_recipe(checkpoints, tmp_path):
+    from arctic_plugins_huggingface.recipe import Recipe
+    from arctic_plugins_huggingface.sft import train
+
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"instruction": f"Say {n}.", "output": str(n)}) for n in range(16)))
+    losses = {}
+    for plugins in ({}, {"longseq": {"tiled_mlp": True}}):
+        training = {"output_dir": str(tmp_path / f"out{len(plugins)}"), "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
+        recipe = {"model": str(checkpoints["untied"]), "plugins": {"lora": {"r": 4}, **plugins}, "data": {"path": "data.jsonl", "max_length": 64}}
+        (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "training": {**training, "bf16": False}}))
+        losses[len(plugins)] = [entry["loss"] for entry in train(Recipe.from_file(tmp_path / "recipe.yaml")).history if "loss" in entry]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
