@@ -1,4 +1,4 @@
-"""Time to the first token by length of the prompt, up to 131,072 tokens, in the real vLLM engine on CPU: a tiny random Llama, yarn and llama3 scaling.
+"""Time to the first token by length of the prompt, up to 131,072 tokens, in the real vLLM engine on CPU: a tiny Llama, yarn and llama3 scaling.
 
     python benchmarks/long_prompts.py [--types yarn llama3] [--lengths 8192 16384 32768 65536 131071] [--json FILE]
 
