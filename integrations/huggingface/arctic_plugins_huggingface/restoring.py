@@ -33,18 +33,18 @@ def restore_weights(model: nn.Module, directory: str | Path, skip: Collection[st
     """
     parameters, (renamings, converters) = dict(model.named_parameters()), split_conversions(model)
     specs = {name: spec for name, spec in weight_specs(model).items() if spec.experts is not None and name in parameters and name not in skip}
-    matrices: dict[str, tuple[str, Tensor]] = {}  # in the file -> the fused parameter, and the part of it
+    matrices: dict[str, Tensor] = {}  # in the file -> the part of a fused parameter
     for name, parts in stored_names(model, specs).items():
         for number, part in enumerate(parts):
             for expert, key in enumerate(each_expert(part, len(parameters[name]))):
-                matrices[f"{key}.weight"] = name, parameters[name][expert].chunk(len(parts))[number]
+                matrices[f"{key}.weight"] = parameters[name][expert].chunk(len(parts))[number]
     missing = {name: None for name in parameters if name not in {*skip, *specs, *(getattr(model, "all_tied_weights_keys", None) or ())}}
     missing |= dict.fromkeys(matrices)
     for path in Path(directory).glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - not a dict
                 if key in matrices:
-                    matrices[key][1].copy_(file.get_tensor(key))
+                    matrices[key].copy_(file.get_tensor(key))
                     missing.pop(key, None)
                     continue
                 name, pattern = rename_source_key(key, renamings, converters)

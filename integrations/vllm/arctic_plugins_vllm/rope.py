@@ -16,10 +16,10 @@ from arctic_plugins_vllm.compat import ROPE_TYPES, RotaryEmbedding, rotary_embed
 __all__ = ["install"]
 
 
+@functools.cache
 def install() -> None:
     """Let ``get_rope``, which vLLM's models take from its package when they are imported, know the types of plugins. Idempotent."""
-    if not hasattr(rotary_embedding.get_rope, "__wrapped__"):
-        rotary_embedding.get_rope = _with_registered_types(rotary_embedding.get_rope)
+    rotary_embedding.get_rope = _with_registered_types(rotary_embedding.get_rope)
 
 
 def _with_registered_types(stock: Callable[..., Any]) -> Callable[..., Any]:
