@@ -209,11 +209,17 @@ def test_deepspeedfp_is_read_as_it_is_converted(tmp_path, cache):
     same_as_transformers(run({"enforce_eager": True}, models=models, cache=cache), converted)
 
 
+NEEDS_AMX = pytest.mark.skipif(
+    not torch.cpu._is_amx_tile_supported(), reason="vLLM's only CPU kernel for fp8 blocks needs AMX (kernels/linear/scaled_mm/cpu.py, 0.32.0)"
+)
 BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("format_name", "dtype", "tolerance"), [("fp8-block", "bfloat16", 0.1), ("compressed-tensors", "float32", 1e-3)])
+@pytest.mark.parametrize(
+    ("format_name", "dtype", "tolerance"),
+    [pytest.param("fp8-block", "bfloat16", 0.1, marks=NEEDS_AMX), ("compressed-tensors", "float32", 1e-3)],
+)
 def test_stock_vllm_reads_what_is_exported(tmp_path, cache, format_name, dtype, tolerance):
     """Without this project: no plugin is loaded. vLLM 0.32 computes fp8 blocks in bfloat16 only, has on CPU no kernel for compressed-tensors of which
     the weights alone are fp8, and none for such experts."""

@@ -96,12 +96,13 @@ class _SFTTrainer(SFTTrainer):
 
 def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
     """Ask for no logits at the positions that come before every completion of the batch: they have no part in the loss."""
-    labels = inputs["labels"]
-    in_loss = (labels != -100).any(dim=0).nonzero()
+    labels, shifted = inputs["labels"], inputs.get("shift_labels")
+    in_loss = ((labels if shifted is None else shifted) != -100).any(dim=0).nonzero()
     if not len(in_loss):
         return inputs
-    start = max(int(in_loss[0]) - 1, 0)  # the position before predicts the first label
-    return {**inputs, "labels": labels[:, start:], "logits_to_keep": labels.shape[1] - start}
+    start = int(in_loss[0]) if shifted is not None else max(int(in_loss[0]) - 1, 0)  # the position before predicts the first label
+    kept = {name: inputs[name][:, start:] for name in ("labels", "shift_labels") if name in inputs}
+    return {**inputs, **kept, "logits_to_keep": labels.shape[1] - start}
 
 
 def prepare(recipe: Recipe) -> Run:

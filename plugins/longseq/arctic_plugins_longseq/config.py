@@ -22,3 +22,5 @@ class LongSeqConfig(PluginConfig):
     """Compute MLPs a few tokens at a time, and again in the backward pass instead of keeping what is between their matrices."""
     mlp_tile: Annotated[int, Field(ge=1)] | None = None
     """Tokens for which an MLP is computed at a time. Left out: as many as the hidden size (Bekman et al., "Arctic Long Sequence Training", 2025)."""
+    sequence_parallel: Annotated[int, Field(ge=1)] = 1
+    """Processes that share every text: each has some of its tokens, and some heads of all tokens in attention. A divisor of the processes."""

@@ -254,7 +254,7 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
                 added = self.config.router_aux_loss_coef * aux_loss
                 if self.config.router_z_loss_coef:
                     added = added + self.config.router_z_loss_coef * z_loss(outputs.router_logits, attention_mask)
-                loss = loss + _share(labels, kwargs.get("num_items_in_batch")) * added.to(loss.device)
+                loss = loss + _share(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")) * added.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -266,8 +266,8 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
         )
 
 
-def _share(labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """This batch's share of a step's labels; they are shifted by one (``loss/loss_utils.py``)."""
+def _share(labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:
+    """This batch's share of a step's labels; they are shifted by one, unless that was done before (``loss/loss_utils.py``)."""
     if labels is None or num_items_in_batch is None:
         return 1.0
-    return (labels[..., 1:] != -100).sum() / num_items_in_batch
+    return ((labels[..., 1:] if shift_labels is None else shift_labels) != -100).sum() / num_items_in_batch

@@ -43,7 +43,7 @@ def run(processes, task, *arguments, fails=False):
     if fails:
         assert done.returncode != 0
         return done.stderr
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.returncode == 0, done.stderr[:8000] + done.stderr[-2000:]  # what a process said comes before the launcher's own report
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
 
 

@@ -1,0 +1,241 @@
+"""Sequence parallelism with the ordinary Trainer. Read in transformers 5.19.0 (``trainer.py``, ``masking_utils.py``) and accelerate 1.15.0.
+
+To everything but attention, a process's tokens of a text are just its batch: what averages gradients or losses over processes, DDP, ZeRO, experts in
+several processes, is as it was. Attention is a function around the model's own one, and the trainer reads the same rows in all processes of a text.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AttentionInterface, Trainer
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    AttentionMaskInterface,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from arctic_plugins.errors import ConfigError
+from arctic_plugins_longseq.ulysses import Heads, Sequence, Share, Whole, computing, current
+
+__all__ = ["parallelize"]
+
+OPTION = "plugins.longseq.sequence_parallel"
+
+
+def parallelize(trainer: Trainer, processes: int) -> None:
+    """Let ``processes`` consecutive processes share every text of ``trainer``.
+
+    Raises:
+        ConfigError: the model or the trainer needs whole texts in one process.
+    """
+    model = trainer.model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _check(trainer, base, processes)
+    sequence = Sequence(processes)
+    _replace_attention(base)
+    _rotate_by_the_whole(base, sequence)
+    if not trainer.is_deepspeed_enabled:  # which may have cut the weights in pieces, that only its engine puts together
+        _compare(base, sequence)
+    _read_together(trainer, sequence)
+    _share_batches(trainer, sequence)
+
+
+def _check(trainer: Trainer, model: Any, processes: int) -> None:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    if processes > heads:
+        raise ConfigError(f"{OPTION} is {processes}, and {type(model).__name__} has {heads} heads", expected="no more processes than heads")
+    given = {
+        "compute_metrics": trainer.compute_metrics,
+        "preprocess_logits_for_metrics": trainer.preprocess_logits_for_metrics,
+        "compute_loss_func": trainer.compute_loss_func,
+        "label_smoothing_factor": trainer.args.label_smoothing_factor,
+    }
+    for name, value in given.items():
+        if value:
+            raise ConfigError(f"{OPTION} is {processes}, and {name} needs whole texts in one process", fix="leave one of them out")
+    if not trainer.args.average_tokens_across_devices:
+        raise ConfigError(f"{OPTION} is {processes}, and average_tokens_across_devices is off", expected="a loss over all tokens", fix="turn it on")
+    if not trainer.model_accepts_loss_kwargs:
+        raise ConfigError(
+            f"{OPTION} is {processes}, and {type(model).__name__} takes no 'num_items_in_batch'", expected="a causal language model of transformers"
+        )
+
+
+# Attention
+
+
+def _replace_attention(model: Any) -> None:
+    stock = model.config._attn_implementation.removeprefix("ulysses_")
+    name = f"ulysses_{stock}"
+    AttentionInterface.register(name, functools.partial(_attention, stock))
+    AttentionMaskInterface.register(name, functools.partial(_mask, stock))
+    model.set_attn_implementation(name)
+
+
+def _attention(
+    stock: str, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    function = ALL_ATTENTION_FUNCTIONS[stock] if stock in ALL_ATTENTION_FUNCTIONS else sys.modules[type(module).__module__].eager_attention_forward
+    whole = current()
+    if whole is None:
+        result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **kwargs)
+        return result
+    all_heads = query.shape[1]
+    query, key, value, heads = whole.sequence.to_heads(query, key, value)
+    if heads.shared is None:
+        key, value = heads.spread(key), heads.spread(value)
+    mask = _whole_mask(whole, stock, module, query, kwargs.get("sliding_window"))
+    kwargs["position_ids"] = whole.positions
+    out, _ = function(_ModuleOf(module, heads), query, key, value, mask, **kwargs)
+    return whole.sequence.to_tokens(out, all_heads), None
+
+
+class _ModuleOf:
+    """An attention module to the functions that ask it how many query heads share a key-value head."""
+
+    def __init__(self, module: Any, heads: Heads) -> None:
+        self._module, self.num_key_value_groups = module, heads.shared or 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _mask(stock: str, *args: Any, **kwargs: Any) -> Tensor | None:
+    """What the model makes for its own tokens: nothing, where attention makes it for all."""
+    if current() is not None or stock not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return None
+    mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[stock](*args, **kwargs)
+    return mask
+
+
+def _whole_mask(whole: Whole, stock: str, module: Any, query_BHLD: Tensor, window: int | None) -> Tensor | None:
+    key = (window, query_BHLD.dtype)
+    if key not in whole.masks:
+        config = copy.copy(module.config)
+        config._attn_implementation_internal = stock
+        create = create_causal_mask if window is None else create_sliding_window_causal_mask
+        if window is not None:
+            config.sliding_window = window
+        whole.masks[key] = create(
+            config=config, inputs_embeds=query_BHLD[:, 0], attention_mask=whole.mask, past_key_values=None, position_ids=whole.positions
+        )
+    return whole.masks[key]
+
+
+def _rotate_by_the_whole(model: Any, sequence: Sequence) -> None:
+    """RoPE whose frequencies depend on how long the text is (``dynamic``, ``longrope``) asks for the longest position that a process sees."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+        if any("dynamic" in str(kind) or kind == "longrope" for kind in kinds):
+            module.forward = functools.wraps(module.forward)(functools.partial(_rotate, module.forward, sequence))
+
+
+def _rotate(stock: Callable[..., tuple[Tensor, Tensor]], sequence: Sequence, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+    whole = current()
+    if whole is None:
+        return stock(x, position_ids, *args, **kwargs)
+    positions = whole.positions.clamp(max=int(whole.positions[:, : whole.length].max()))  # padding makes no text longer
+    return tuple(part.chunk(sequence.size, 1)[sequence.rank] for part in stock(x, positions, *args, **kwargs))
+
+
+@torch.no_grad()
+def _compare(model: Any, sequence: Sequence) -> None:
+    """Raise ConfigError unless shares of a small text have the logits of the whole one: layers that mix tokens elsewhere than in attention do not."""
+    tokens, vocabulary = 4 * sequence.size, model.config.get_text_config().vocab_size
+    ids = (torch.arange(2 * tokens, device=model.device).view(2, tokens) * 7919) % vocabulary
+    positions = torch.cat([torch.arange(tokens - 3), torch.arange(3)]).to(model.device).expand(2, -1)  # two texts in a row
+    training = model.training
+    model.eval()
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    batch = sequence.share({"input_ids": ids, "position_ids": positions}, model.device)
+    with computing(batch):
+        logits = model(**batch, use_cache=False).logits
+    model.train(training)
+    difference = (logits - expected.chunk(sequence.size, 1)[sequence.rank]).abs().max() / expected.abs().max()
+    dist.all_reduce(difference, op=dist.ReduceOp.MAX)
+    # Products of fewer rows round otherwise, and may move a token to another expert; tokens that were not seen change everything.
+    if difference > (1e-3 if expected.dtype == torch.float32 else 0.1):
+        raise ConfigError(
+            f"{OPTION}: {type(model).__name__} computes something else from a part of a text: its logits differ by {difference:.1g} of the largest",
+            expected="a model whose tokens meet in attention only, which it gets from transformers' AttentionInterface",
+            fix="set sequence_parallel: 1",
+        )
+
+
+# The Trainer
+
+
+class _Groups:
+    """An ``Accelerator`` in which the processes that share a text are one."""
+
+    dispatch_batches = False
+
+    def __init__(self, accelerator: Any, sequence: Sequence) -> None:
+        self._accelerator, self._sequence = accelerator, sequence
+        self.num_processes = accelerator.num_processes // sequence.size
+        self.process_index = accelerator.process_index // sequence.size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+    def gather(self, tensor: Any) -> Any:
+        """The first process of each group speaks for it."""
+        gathered = self._accelerator.gather(tensor)
+        return gathered.view(-1, self._sequence.size, *tensor.shape)[:, 0].flatten(0, 1)
+
+
+def _read_together(trainer: Trainer, sequence: Sequence) -> None:
+    """Rows of the dataset go to groups of processes, in the order in which as many single processes get them."""
+    accelerator = trainer.accelerator
+    groups, kind = _Groups(accelerator, sequence), type(accelerator)
+    accelerator.prepare_data_loader = functools.partial(kind.prepare_data_loader, groups)
+    accelerator.gather_for_metrics = trainer.gather_function = functools.partial(kind.gather_for_metrics, groups)
+    total = trainer.get_total_train_batch_size
+    trainer.get_total_train_batch_size = lambda args: total(args) // sequence.size
+
+
+def _share_batches(trainer: Trainer, sequence: Sequence) -> None:
+    fetch, train, predict = trainer.get_batch_samples, trainer.training_step, trainer.prediction_step
+    trainer.args.prediction_loss_only = True
+
+    def shares(batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
+            _check_batch(batch)
+            yield sequence.share(batch, trainer.args.device)
+
+    def get_batch_samples(epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        return fetch(shares(epoch_iterator), num_batches, device)
+
+    def training_step(model: Any, inputs: Share, *args: Any, **kwargs: Any) -> Tensor:
+        with computing(inputs):
+            return train(model, inputs, *args, **kwargs)
+
+    def prediction_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        _check_batch(inputs)
+        batch = sequence.share(inputs, trainer.args.device)
+        with computing(batch):
+            loss, _, _ = predict(model, batch, *args, **kwargs)
+        return None if loss is None else sequence.mean(loss), None, None
+
+    trainer.get_batch_samples, trainer.training_step, trainer.prediction_step = get_batch_samples, training_step, prediction_step
+
+
+def _check_batch(batch: Any) -> None:
+    for name in ("input_ids", "attention_mask", "position_ids"):
+        value = batch.get(name)
+        if value is None and name == "input_ids":
+            raise ConfigError(f"{OPTION}: a batch has no 'input_ids'", expected="token ids")
+        if value is not None and value.ndim != 2:
+            raise ConfigError(f"{OPTION}: '{name}' of a batch has the shape {list(value.shape)}", expected="[rows, length]", fix="leave it out")

@@ -1,0 +1,199 @@
+"""Sequence parallelism (Jacobs et al., "DeepSpeed Ulysses", 2023): a process has some tokens of a text, and in attention some heads of all tokens.
+
+Nothing here knows a model or a host. Shapes: B rows, H heads, S tokens of one process, L tokens of all (``L = S * processes``), D of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = ["Heads", "Sequence", "Share", "Whole", "computing", "current"]
+
+IGNORED = -100
+"""The label of a token that has no part in the loss."""
+
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What collators may add for flash attention, where packed texts begin. Positions say it, too, and stay right behind padding."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which heads of attention a process computes: query heads ``first`` to ``last`` of all, and the key-value heads that they look at."""
+
+    first: int
+    last: int
+    groups: int
+    """Query heads that share a key-value head, in the whole model."""
+
+    @property
+    def count(self) -> int:
+        """Query heads."""
+        return self.last - self.first
+
+    @property
+    def keys(self) -> slice:
+        """Key-value heads of all."""
+        return slice(self.first // self.groups, (self.last - 1) // self.groups + 1)
+
+    @property
+    def shared(self) -> int | None:
+        """Query heads that share a key-value head here, or None if not all do with as many."""
+        count = self.keys.stop - self.keys.start
+        if count == 1 or (self.first % self.groups == 0 and self.last % self.groups == 0):
+            return self.count // count
+        return None
+
+    def spread(self, x_BHLD: Tensor) -> Tensor:
+        """Key-value heads of this process, one for each query head: ``[B, keys, L, D] -> [B, count, L, D]``."""
+        return x_BHLD[:, [head // self.groups - self.keys.start for head in range(self.first, self.last)]]
+
+    @staticmethod
+    @functools.cache
+    def of(processes: int, heads: int, key_heads: int) -> tuple[Heads, ...]:
+        """Those of each process: as many for all as is possible. ``processes`` may be no divisor of ``heads``."""
+        cuts = [heads * rank // processes for rank in range(processes + 1)]
+        return tuple(Heads(first, last, heads // key_heads) for first, last in itertools.pairwise(cuts))
+
+
+@dataclass
+class Whole:
+    """What attention has to know of all tokens of a batch. ``L`` counts the padding behind them."""
+
+    sequence: Sequence
+    length: int
+    """Without the padding behind."""
+    positions: Tensor
+    """``[B, L]``, or ``[1, L]``."""
+    mask: Tensor | None
+    """``[B, L]``, the batch's own, if it has one: False where there is padding."""
+    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    """Kept for the other layers by whoever makes them."""
+
+
+class Share(dict[str, Any]):
+    """A process's part of a batch."""
+
+    whole: Whole
+
+
+class Sequence:
+    """The processes that share a text, ``processes`` consecutive ones. Every process of the world makes this at the same time."""
+
+    def __init__(self, processes: int) -> None:
+        self.size = processes
+        world = range(dist.get_world_size())
+        group, _ = dist.new_subgroups_by_enumeration([[*world[at : at + processes]] for at in world[::processes]])
+        self.group: Any = group
+        self.rank = dist.get_rank() % processes
+
+    def share(self, batch: Mapping[str, Any], device: torch.device) -> Share:
+        """This process's tokens of the first process's ``batch`` (``input_ids [B, L]`` and what goes with it).
+
+        The next token's label goes with each token (``shift_labels``), and its position in the text (``position_ids``). A text whose length is no
+        multiple of the processes gets padding behind it, which no token of the text sees.
+        """
+        sent = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}]
+        dist.broadcast_object_list(sent, group=self.group, group_src=0, device=device)  # a collator may draw at random
+        whole = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sent[0].items() if name not in PACKING}
+        rows, length = whole["input_ids"].shape
+        whole.setdefault("position_ids", torch.arange(length, device=device).expand(rows, -1))
+        if "labels" in whole:
+            whole.setdefault("shift_labels", torch.nn.functional.pad(whole["labels"], (0, 1), value=IGNORED)[:, 1:])
+        for name, value in whole.items():
+            if isinstance(value, Tensor) and value.shape[1:2] == (length,):
+                whole[name] = _padded(name, value, -length % self.size)
+        mask, tokens = whole.get("attention_mask"), whole["input_ids"].shape[1] // self.size
+        own = slice(self.rank * tokens, (self.rank + 1) * tokens)
+        share = Share(
+            (name, value[:, own].contiguous() if isinstance(value, Tensor) and value.shape[1:2] == (tokens * self.size,) else value)
+            for name, value in whole.items()
+        )
+        share.whole = Whole(self, length, whole["position_ids"], None if mask is None else mask.bool())
+        return share
+
+    def mean(self, value: Tensor) -> Tensor:
+        """Over the processes, no gradients."""
+        value = value.clone()
+        dist.all_reduce(value, group=self.group)
+        return value / self.size
+
+    def to_heads(self, query_BHSD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Heads]:
+        """All tokens of this process's heads, ``[B, heads of this process, L, D]``, for its tokens of all heads; one exchange."""
+        heads = Heads.of(self.size, query_BHSD.shape[1], key_BHSD.shape[1])
+        own = heads[self.rank]
+        sent = [[query_BHSD[:, h.first : h.last], key_BHSD[:, h.keys], value_BHSD[:, h.keys]] for h in heads]
+        received = self._exchange([torch.cat([part.flatten() for part in parts]) for parts in sent], [_elements(sent[self.rank])] * self.size)
+        columns = received.view(self.size, -1).split([part.numel() for part in sent[self.rank]], 1)
+        shapes = [part.shape for part in sent[self.rank]]
+        query, key, value = (column.reshape(self.size, *shape).movedim(0, 2).flatten(2, 3) for column, shape in zip(columns, shapes, strict=True))
+        return query, key, value, own
+
+    def to_tokens(self, x_BLHD: Tensor, heads: int) -> Tensor:
+        """The inverse, of what attention returns: this process's tokens of all ``heads``, ``[B, S, H, D]``."""
+        rows, length, own, size = x_BLHD.shape
+        tokens = length // self.size
+        counts = [h.count for h in Heads.of(self.size, heads, heads)]
+        sent = x_BLHD.view(rows, self.size, tokens, own, size).movedim(1, 0)
+        received = self._exchange([part.flatten() for part in sent], [rows * tokens * count * size for count in counts])
+        parts = received.split([rows * tokens * count * size for count in counts])
+        return torch.cat([part.view(rows, tokens, count, size) for part, count in zip(parts, counts, strict=True)], 2)
+
+    def _exchange(self, parts: list[Tensor], sizes: list[int]) -> Tensor:
+        """To each process its part, and from each one of ``sizes`` elements."""
+        received: Tensor = _AllToAll.apply(torch.cat(parts), [part.numel() for part in parts], sizes, self.group)
+        return received
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sent: Tensor, sent_sizes: list[int], sizes: list[int], group: Any) -> Tensor:
+        ctx.backwards = (sizes, sent_sizes, group)
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, sizes, sent_sizes, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _AllToAll.apply(grads[0].contiguous(), *ctx.backwards), None, None, None
+
+
+# Of the process and not of a thread: on GPUs autograd recomputes checkpoints in threads of its own.
+_current: Whole | None = None
+
+
+def current() -> Whole | None:
+    """What is being computed, or None where every process computes for itself."""
+    return _current
+
+
+@contextmanager
+def computing(share: Share) -> Iterator[None]:
+    """Attention is that of all tokens for the time of the block: forward, backward and recomputation of ``share``."""
+    global _current
+    _current = share.whole
+    try:
+        yield
+    finally:
+        _current = None
+        share.whole.masks.clear()
+
+
+def _elements(parts: list[Tensor]) -> int:
+    return sum(part.numel() for part in parts)
+
+
+def _padded(name: str, value: Tensor, missing: int) -> Tensor:
+    if not missing:
+        return value
+    if name == "position_ids":
+        return torch.cat([value, value[:, -1:] + torch.arange(1, missing + 1, device=value.device)], 1)
+    return torch.nn.functional.pad(value, (0, missing), value=IGNORED if "labels" in name else 0)
