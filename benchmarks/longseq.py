@@ -24,9 +24,10 @@ CONTENDERS: dict[str, tuple[dict[str, Any], bool]] = {
     "PEFT": (LORA, False),
     "tiled loss": ({**LORA, "longseq": {}}, False),
     "tiled loss, MLP": ({**LORA, "longseq": {"tiled_mlp": True}}, False),
+    "tiled loss, 65 % recomputed": ({**LORA, "longseq": {"recompute": 0.65}}, False),
     "PEFT, checkpoints": (LORA, True),
-    "tiled loss, checkpoints": ({**LORA, "longseq": {}}, True),
-    "tiled loss, MLP, checkpoints": ({**LORA, "longseq": {"tiled_mlp": True}}, True),
+    "tiled loss, all recomputed": ({**LORA, "longseq": {"recompute": 1}}, False),
+    "tiled loss, MLP, all recomputed": ({**LORA, "longseq": {"tiled_mlp": True, "recompute": 1}}, False),
 }
 """Name -> (plugins, gradient checkpointing of whole layers)."""
 

@@ -101,7 +101,7 @@ def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
     if not len(in_loss):
         return inputs
     start = int(in_loss[0]) if shifted is not None else max(int(in_loss[0]) - 1, 0)  # the position before predicts the first label
-    kept = {name: inputs[name][:, start:] for name in ("labels", "shift_labels") if name in inputs}
+    kept: dict[str, Any] = {name: inputs[name][:, start:] for name in ("labels", "shift_labels") if name in inputs}
     return {**inputs, **kept, "logits_to_keep": labels.shape[1] - start}
 
 

@@ -22,5 +22,10 @@ class LongSeqConfig(PluginConfig):
     """Compute MLPs a few tokens at a time, and again in the backward pass instead of keeping what is between their matrices."""
     mlp_tile: Annotated[int, Field(ge=1)] | None = None
     """Tokens for which an MLP is computed at a time. Left out: as many as the hidden size (Bekman et al., "Arctic Long Sequence Training", 2025)."""
+    recompute: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the layers that are computed again in the backward pass and keep only their input until then (Chen et al., 2016); 1 is
+    ``gradient_checkpointing: true``."""
+    offload_activations: bool = False
+    """Keep what the backward pass needs in host memory instead of the GPU's, with TRL's streams; with ``recompute``, the inputs of layers."""
     sequence_parallel: Annotated[int, Field(ge=1)] = 1
     """Processes that share every text: each has some of its tokens, and some heads of all tokens in attention. A divisor of the processes."""

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_longseq.loss import default_tile, tiled_cross_entropy
 
-__all__ = ["tile_evaluation", "tile_loss", "tile_mlps"]
+__all__ = ["offload_activations", "recompute", "tile_evaluation", "tile_loss", "tile_mlps"]
 
 MLPS = ("mlp", "feed_forward", "residual_mlp")
 
@@ -148,3 +149,32 @@ def _in_tiles(module: nn.Module, forward: Any, tile: int | None, x: Tensor) -> T
     if not (module.training and torch.is_grad_enabled()):
         return (torch.cat([forward(part) for part in tiles]) if len(tiles) > 1 else forward(flat)).view(x.shape)
     return torch.cat([checkpoint(forward, part, use_reentrant=False) for part in tiles]).view(x.shape)
+
+
+def recompute(model: Any, share: float) -> None:
+    """Let this ``share`` of the layers keep their input only, evenly spread over the model.
+
+    Raises:
+        ConfigError: there are no layers that can.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ConfigError("plugins.longseq: this model's layers cannot be recomputed", expected="gradient checkpointing", fix="set recompute: 0")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = int((number + 1) * share) > int(number * share)
+
+
+def offload_activations(trainer: Any) -> None:
+    """Keep what the backward pass of ``trainer`` needs in host memory meanwhile; without an accelerator it is there already."""
+    if not torch.accelerator.is_available() or getattr(trainer.args, "activation_offloading", False):  # TRL's own trainer does it then
+        return
+    from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+    context, step = get_act_offloading_ctx_manager(model=trainer.model, warn_if_no_head=False), trainer.training_step
+
+    def training_step(*args: Any, **kwargs: Any) -> Any:
+        with context:
+            return step(*args, **kwargs)
+
+    trainer.training_step = training_step

@@ -58,15 +58,14 @@ class _TiledLoss(torch.autograd.Function):
             x = hidden_MK[rows].detach().requires_grad_(for_hidden)
             with torch.set_grad_enabled(differentiate):
                 logits = head(x)
-            scores, label = logits.detach().float(), labels_M[rows, None]
-            log_sum = scores.logsumexp(-1, keepdim=True)
-            total += (log_sum - scores.gather(1, label)).sum()
+            scores, label = logits.detach().log_softmax(-1, dtype=torch.float32), labels_M[rows, None]
+            total -= scores.gather(1, label).sum()
             if not differentiate:
                 continue
-            scores.sub_(log_sum).exp_()  # of the softmax; less one at the label is the gradient of the logits
-            scores.scatter_add_(1, label, scores.new_full(label.shape, -1.0))
+            scores.exp_().scatter_add_(1, label, scores.new_full(label.shape, -1.0))  # softmax less one at the label: the gradient of the logits
             inputs = [*([x] if for_hidden else []), *trained]
             found = list(torch.autograd.grad(logits, inputs, scores.to(logits.dtype)))
+            del logits, scores
             if grad_MK is not None:
                 grad_MK[rows] = found.pop(0)
             for sum_, part in zip(sums, found, strict=True):

@@ -24,7 +24,7 @@ class LongSeq(Plugin):
     options: LongSeqConfig
 
     @hookimpl
-    def validate(self) -> Iterable[str]:
+    def validate(self, hardware: str) -> Iterable[str]:
         size, shared = int(os.environ.get("WORLD_SIZE", "1")), self.options.sequence_parallel
         if size % shared:
             raise ConfigError(
@@ -32,10 +32,21 @@ class LongSeq(Plugin):
                 expected="a divisor of the number of processes",
                 fix=f"'arctic train RECIPE --nproc {shared}', torchrun or accelerate launch start several; or correct it",
             )
-        on = {"loss_tile": self.options.tiled_loss, "mlp_tile": self.options.tiled_mlp}
-        return [
-            f"{name} is set, and {name.replace('_tile', '')} is not tiled" for name, used in on.items() if getattr(self.options, name) and not used
-        ]
+        found = []
+        for name, used in {"loss_tile": self.options.tiled_loss, "mlp_tile": self.options.tiled_mlp}.items():
+            if getattr(self.options, name) and not used:
+                found.append(f"{name} is set, and {name.replace('_tile', '')} is not tiled")
+        if self.options.offload_activations and hardware == "cpu":
+            found.append("offload_activations has no effect without a GPU: activations are in host memory")
+        return found
+
+    @hookimpl
+    def hf_training_arguments(self, args: Any) -> None:
+        if self.options.recompute and args.gradient_checkpointing:
+            raise ConfigError(
+                f"plugins.longseq.recompute is {self.options.recompute:g} and training.gradient_checkpointing is on, which is another word for 1",
+                fix="leave one of them out",
+            )
 
     @hookimpl
     def hf_transform_model(self, model: Any) -> Any:
@@ -45,6 +56,8 @@ class LongSeq(Plugin):
             hf.tile_loss(model, self.options.loss_tile)
         if self.options.tiled_mlp:
             hf.tile_mlps(model, self.options.mlp_tile)
+        if self.options.recompute:
+            hf.recompute(model, self.options.recompute)
         return model
 
     @hookimpl
@@ -53,6 +66,8 @@ class LongSeq(Plugin):
 
         if self.options.tiled_loss:
             hf.tile_evaluation(trainer)
+        if self.options.offload_activations:
+            hf.offload_activations(trainer)
         if self.options.sequence_parallel > 1:
             from arctic_plugins_longseq.training import parallelize
 

@@ -153,9 +153,8 @@ def run(checkpoint, output, plugins, **options):
     for at, row in enumerate(rows):
         row["labels"] = row["labels"].masked_fill(torch.arange(LENGTH) < 10 + at, -100)
     defaults = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1, "report_to": "none"}
-    args = ArcticTrainingArguments(
-        output_dir=str(output), use_cpu=True, save_strategy="no", learning_rate=1e-2, disable_tqdm=True, plugins=plugins, **{**defaults, **options}
-    )
+    defaults |= {"use_cpu": True, "save_strategy": "no", "learning_rate": 1e-2, "disable_tqdm": True}
+    args = ArcticTrainingArguments(output_dir=str(output), plugins=plugins, **{**defaults, **options})
     stack = Stack.from_dict(args.plugins)
     trainer = attach(Trainer(model=loaded(checkpoint, plugins), args=args, train_dataset=rows, eval_dataset=rows[:4]), stack)
     trainer.train()
@@ -190,6 +189,52 @@ def test_what_tiles_would_leave_out_is_refused(tmp_path):
 def test_a_tile_that_nothing_uses_is_said(checkpoints, caplog):
     load_model(checkpoints["untied"], Stack.from_dict({"longseq": {"mlp_tile": 4}}))
     assert "mlp_tile is set, and mlp is not tiled" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["tied", "arctic"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_recomputed_layers_give_the_same_and_keep_less(checkpoints, name, share):
+    adapters, results = {"fp8": {}, "lora": {"r": 4}}, {}
+    for recompute in (0, share):
+        model, kept = loaded(checkpoints[name], {**adapters, "longseq": {"tiled_loss": False, "recompute": recompute}}), {}
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            results[recompute] = (*gradients(model), sum(kept.values()))
+    torch.testing.assert_close(results[share][0].loss, results[0][0].loss, rtol=1e-6, atol=0)
+    same(results[share][1], results[0][1])
+    assert results[share][2] < (1 - 0.4 * share) * results[0][2]
+
+
+def test_a_share_of_layers_beside_the_hosts_own_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"recompute is 0.5 and training.gradient_checkpointing is on"):
+        ArcticTrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", plugins={"longseq": {"recompute": 0.5}}, gradient_checkpointing=True
+        )
+
+
+def test_layers_that_cannot_be_recomputed_are_said(checkpoints):
+    with pytest.raises(ConfigError, match="layers cannot be recomputed"):
+        Stack.from_dict({"longseq": {"recompute": 1, "tiled_loss": False}}).hf_transform_model(torch.nn.Linear(2, 2))
+
+
+def test_without_a_gpu_activations_stay_where_they_are(checkpoints, tmp_path, caplog):
+    plugins = {"lora": {"r": 4}, "longseq": {"recompute": 1}}
+    expected = run(checkpoints["untied"], tmp_path, plugins)
+    assert run(checkpoints["untied"], tmp_path, {**plugins, "longseq": {"recompute": 1, "offload_activations": True}}) == expected
+    assert "offload_activations has no effect without a GPU" in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_activations_in_host_memory_change_nothing(checkpoints, tmp_path):
+    plugins = {"lora": {"r": 4}, "longseq": {"recompute": 1}}
+    expected = run(checkpoints["untied"], tmp_path, plugins, use_cpu=False)
+    found = run(checkpoints["untied"], tmp_path, {**plugins, "longseq": {"recompute": 1, "offload_activations": True}}, use_cpu=False)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6)
 
 
 def test_another_loss_beside_it_is_an_error(install_plugin):
