@@ -164,10 +164,14 @@ class FrozenModule(nn.Module):
         for suffix, buffer in buffers.items():
             self.register_parameter(f"{leaf}{suffix}", nn.Parameter(buffer, requires_grad=False))
 
+    def encoded(self) -> list[nn.Parameter]:
+        """The parameters that hold encoded buffers: none of a weight that a placement has, or that is not encoded yet."""
+        resident = [weight for weight in self.frozen.values() if weight.handle is None and weight.parameters is not None]
+        return [parameter for weight in resident for parameter in self._resident(weight).values()]  # type: ignore[misc]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """``.to(device)`` moves the encoded buffers; ``.to(dtype)`` leaves them exactly as they are."""
-        resident = [weight for weight in self.frozen.values() if weight.handle is None and weight.parameters is not None]
-        encoded = {id(buffer) for weight in resident for buffer in self._resident(weight).values()}
+        encoded = {id(parameter) for parameter in self.encoded()}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
             changed = fn(tensor)

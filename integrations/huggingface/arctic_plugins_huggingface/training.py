@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.errors import CheckpointError
+from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
 from arctic_plugins_huggingface.modules import split_conversions
@@ -79,10 +80,26 @@ def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
         trainer.add_callback(spread(trainer))  # before the one that marks checkpoints as complete
     else:
         _restore_converted(trainer)
+    if trainer.is_deepspeed_enabled:
+        _keep_encoded(trainer)
     trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))
     trainer.args.save_total_limit = None
     stack.hf_attach_trainer(trainer)
     return trainer
+
+
+def _keep_encoded(trainer: Trainer) -> None:
+    """DeepSpeed casts every floating parameter to its own dtype, the scales of encoded weights, too (``runtime/engine.py``, 0.19.8): give them back."""
+    prepare = trainer.accelerator._prepare_deepspeed
+
+    def prepare_deepspeed(*args: Any) -> Any:
+        encoded = [(parameter, parameter.data) for module in trainer.model.modules() if isinstance(module, FrozenModule) for parameter in module.encoded()]
+        prepared = prepare(*args)
+        for parameter, data in encoded:
+            parameter.data = data.to(parameter.device)
+        return prepared
+
+    trainer.accelerator._prepare_deepspeed = prepare_deepspeed
 
 
 def _restore_converted(trainer: Trainer) -> None:
