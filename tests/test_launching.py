@@ -155,8 +155,8 @@ def test_deepspeed_zero_2_over_shards(recipe, tmp_path, launcher, monkeypatch):
     assert losses(arctic(recipe("two", deepspeed="zero2.json"), *how)) == pytest.approx(one, rel=1e-3)
     if launcher == "nproc":
         shared = {"fp8": {"group_size": 64}, "lora": {"r": 4, "alpha": 8}, "longseq": {"sequence_parallel": 2}}
-        whole = recipe("shared", deepspeed="zero2.json", plugins=shared, per_device_train_batch_size=4)
-        assert losses(arctic(whole, *how)) == pytest.approx(one, rel=1e-3), "resident weights, and processes that share texts"
+        whole = recipe("shared", deepspeed="zero2.json", plugins=shared, per_device_train_batch_size=4, bf16=True)
+        assert losses(arctic(whole, *how)) == pytest.approx(one, rel=0.02), "resident weights, and processes that share texts"
         resume_at_4(tmp_path / "two", tmp_path / "again")
         refused = arctic(recipe("again", deepspeed="zero2.json"), "--nproc", 1, "--resume", status=2)
         assert "was made by 2 processes, and this run has 1" in refused.stderr

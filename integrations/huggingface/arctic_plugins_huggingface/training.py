@@ -89,11 +89,12 @@ def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
 
 
 def _keep_encoded(trainer: Trainer) -> None:
-    """DeepSpeed casts every floating parameter to its own dtype, the scales of encoded weights, too (``runtime/engine.py``, 0.19.8): give them back."""
+    """DeepSpeed casts every floating parameter to its dtype, scales of encoded weights, too (``runtime/engine.py``, 0.19.8): give them back."""
     prepare = trainer.accelerator._prepare_deepspeed
 
     def prepare_deepspeed(*args: Any) -> Any:
-        encoded = [(parameter, parameter.data) for module in trainer.model.modules() if isinstance(module, FrozenModule) for parameter in module.encoded()]
+        frozen = [module for module in trainer.model.modules() if isinstance(module, FrozenModule)]
+        encoded = [(parameter, parameter.data) for module in frozen for parameter in module.encoded()]
         prepared = prepare(*args)
         for parameter, data in encoded:
             parameter.data = data.to(parameter.device)
