@@ -1,6 +1,6 @@
 """What RoPE scaling buys without training: SmolLM2-135M, trained on texts of up to 8,192 tokens, on longer ones.
 
-    python benchmarks/rope.py TEXT [--lengths 4096 8192 16384] [--windows 1] [--depths 0.1 0.5 0.9] [--plot docs/rope.png] [--json FILE]
+    python benchmarks/rope.py TEXT [--lengths 4096 8192 16384] [--passkeys 4096 8192] [--depths 0.1 0.5 0.9] [--plot docs/rope.png] [--json FILE]
 
 Perplexity by position: windows of TEXT (a file; WikiText-2's test split for the figures in the docs), mean over the positions of every bucket.
 Passkey: five digits stand somewhere in repeated filler (Mohtashami and Jaggi, "Landmark Attention", 2023), and the most likely next tokens, one after
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--windows", type=int, default=1)
+    parser.add_argument("--passkeys", type=int, nargs="*", help="lengths of texts with a passkey, where they are not those of --lengths")
     parser.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9])
     parser.add_argument("--adapter", help="measure this adapter over the last type as well")
     parser.add_argument("--no-perplexity", action="store_true")
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     longest, found = max(options.lengths), {}
+    passkeys = options.lengths if options.passkeys is None else options.passkeys
     edges = [0, *options.lengths]
     text = options.text.read_text(encoding="utf-8")
     contenders = [(kind, None) for kind in options.types] + ([(options.types[-1], options.adapter)] if options.adapter else [])
@@ -99,7 +101,8 @@ def main() -> None:
                 for at, (first, last) in enumerate(itertools.pairwise(edges)):
                     sums[at] += losses[first : last - 1].mean().item() / options.windows
             found[name]["perplexity"] = {f"{first}-{last}": math.exp(s) for (first, last), s in zip(itertools.pairwise(edges), sums, strict=True)}
-        for length in options.lengths:
+        print(name, json.dumps(found[name]), flush=True)
+        for length in passkeys:
             right = [finds_passkey(model, *passkey_prompt(tokenizer, length, depth, seed=at)) for at, depth in enumerate(options.depths)]
             found[name]["passkey"][str(length)] = right
         print(name, json.dumps(found[name]), flush=True)
@@ -108,7 +111,7 @@ def main() -> None:
         print("\n| type | " + " | ".join(f"perplexity at {bucket}" for bucket in buckets) + " |\n|" + "---|" * (len(buckets) + 1))
         for name, result in found.items():
             print(f"| {name} | " + " | ".join(f"{result['perplexity'][bucket]:.1f}" for bucket in buckets) + " |")
-    print("\n| type | " + " | ".join(f"passkey in {length}" for length in options.lengths) + " |\n|" + "---|" * (len(options.lengths) + 1))
+    print("\n| type | " + " | ".join(f"passkey in {length}" for length in passkeys) + " |\n|" + "---|" * (len(passkeys) + 1))
     for name, result in found.items():
         cells = (f"{sum(right)} of {len(right)}" for right in result["passkey"].values())
         print(f"| {name} | " + " | ".join(cells) + " |")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,15 +47,24 @@ def parallelize(trainer: Trainer, processes: int) -> None:
     _rotate_by_the_whole(base, sequence)
     if not trainer.is_deepspeed_enabled:  # which may have cut the weights in pieces, that only its engine puts together
         _compare(base, sequence)
-    _read_together(trainer, sequence)
-    _share_batches(trainer, sequence)
+    groups = _Groups(trainer.accelerator, sequence)
+    _read_together(trainer, groups, sequence)
+    _share_batches(trainer, groups, sequence)
 
 
 def _check(trainer: Trainer, model: Any, processes: int) -> None:
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    if processes > heads:
-        raise ConfigError(f"{OPTION} is {processes}, and {type(model).__name__} has {heads} heads", expected="no more processes than heads")
+    config, kind = model.config.get_text_config(), type(model).__name__
+    if processes > config.num_attention_heads:
+        raise ConfigError(f"{OPTION} is {processes}, and {kind} has {config.num_attention_heads} heads", expected="no more processes than heads")
+    others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
+    if any(hasattr(module, "sinks") for module in model.modules()):
+        others.append("attention sinks")
+    if others or "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(
+            f"{OPTION} is {processes}, and {kind} has {', '.join(others) or 'no position_ids'}",
+            expected="attention to all tokens or to a window, with positions",
+            fix="set sequence_parallel: 1",
+        )
     given = {
         "compute_metrics": trainer.compute_metrics,
         "preprocess_logits_for_metrics": trainer.preprocess_logits_for_metrics,
@@ -68,7 +78,7 @@ def _check(trainer: Trainer, model: Any, processes: int) -> None:
         raise ConfigError(f"{OPTION} is {processes}, and average_tokens_across_devices is off", expected="a loss over all tokens", fix="turn it on")
     if not trainer.model_accepts_loss_kwargs:
         raise ConfigError(
-            f"{OPTION} is {processes}, and {type(model).__name__} takes no 'num_items_in_batch'", expected="a causal language model of transformers"
+            f"{OPTION} is {processes}, and {kind} takes no 'num_items_in_batch'", expected="a causal language model of transformers"
         )
 
 
@@ -180,7 +190,7 @@ def _compare(model: Any, sequence: Sequence) -> None:
 class _Groups:
     """An ``Accelerator`` in which the processes that share a text are one."""
 
-    dispatch_batches = False
+    dispatch_batches = False  # or the first process would cut what it reads for all
 
     def __init__(self, accelerator: Any, sequence: Sequence) -> None:
         self._accelerator, self._sequence = accelerator, sequence
@@ -193,20 +203,18 @@ class _Groups:
     def gather(self, tensor: Any) -> Any:
         """The first process of each group speaks for it."""
         gathered = self._accelerator.gather(tensor)
-        return gathered.view(-1, self._sequence.size, *tensor.shape)[:, 0].flatten(0, 1)
+        return gathered.view(-1, self._sequence.size, *tensor.shape)[:, 0].reshape(-1, *tensor.shape[1:])
 
 
-def _read_together(trainer: Trainer, sequence: Sequence) -> None:
+def _read_together(trainer: Trainer, groups: _Groups, sequence: Sequence) -> None:
     """Rows of the dataset go to groups of processes, in the order in which as many single processes get them."""
-    accelerator = trainer.accelerator
-    groups, kind = _Groups(accelerator, sequence), type(accelerator)
-    accelerator.prepare_data_loader = functools.partial(kind.prepare_data_loader, groups)
-    accelerator.gather_for_metrics = trainer.gather_function = functools.partial(kind.gather_for_metrics, groups)
+    trainer.accelerator.prepare_data_loader = functools.partial(type(trainer.accelerator).prepare_data_loader, groups)
     total = trainer.get_total_train_batch_size
     trainer.get_total_train_batch_size = lambda args: total(args) // sequence.size
 
 
-def _share_batches(trainer: Trainer, sequence: Sequence) -> None:
+def _share_batches(trainer: Trainer, groups: _Groups, sequence: Sequence) -> None:
+    """Cut batches where they are fetched, and let attention know while they are computed."""
     fetch, train, predict = trainer.get_batch_samples, trainer.training_step, trainer.prediction_step
     trainer.args.prediction_loss_only = True
 
@@ -227,6 +235,7 @@ def _share_batches(trainer: Trainer, sequence: Sequence) -> None:
         batch = sequence.share(inputs, trainer.args.device)
         with computing(batch):
             loss, _, _ = predict(model, batch, *args, **kwargs)
+        trainer.gather_function = functools.partial(type(trainer.accelerator).gather_for_metrics, groups)  # evaluation_loop resets it at its end
         return None if loss is None else sequence.mean(loss), None, None
 
     trainer.get_batch_samples, trainer.training_step, trainer.prediction_step = get_batch_samples, training_step, prediction_step

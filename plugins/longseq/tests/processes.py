@@ -45,8 +45,8 @@ def texts(kind, count=24):
     return rows
 
 
-def built(checkpoint, output, plugins, kind="plain", attention="sdpa", **options):
-    """Global batches of 4 rows, whatever the number of processes."""
+def built(checkpoint, output, plugins, kind="plain", attention="sdpa", mixes=False, **options):
+    """Global batches of 4 rows, whatever the number of processes. With ``mixes``, tokens meet outside attention."""
     shared = plugins.get("longseq", {}).get("sequence_parallel", 1)
     defaults = {
         "output_dir": str(output),
@@ -68,6 +68,9 @@ def built(checkpoint, output, plugins, kind="plain", attention="sdpa", **options
     stack = Stack.from_dict(args.plugins)
     torch.manual_seed(0)  # adapters are drawn at random
     model, tokenizer = load_model(checkpoint, stack, attn_implementation=attention)
+    if mixes:
+        mlp = model.model.layers[0].mlp
+        mlp.forward = lambda x, stock=mlp.forward: stock(x + x.cumsum(1))
     rows = texts(kind)
     trainer = _InOrder(model=model, args=args, train_dataset=rows, eval_dataset=rows[:7], processing_class=tokenizer)
     return attach(trainer, stack)

@@ -94,12 +94,13 @@ def test_what_would_be_computed_wrongly_is_refused(checkpoints, tmp_path):
         "refuse",
         [
             {**whole, "checkpoint": checkpoints["lfm2"]},
+            {**whole, "mixes": True},
             {**whole, "plugins": {"longseq": {"sequence_parallel": 3}}},
             {**whole, "label_smoothing_factor": 0.1},
             {**whole, "average_tokens_across_devices": False},
         ],
     )
-    texts = ["computes something else from a part of a text", "a divisor of the number of processes", "label_smoothing_factor", "is off"]
+    texts = ["Lfm2ForCausalLM has conv", "computes something else from a part", "a divisor of the number", "label_smoothing_factor", "is off"]
     assert len(errors) == len(texts)
     for found, text in zip(errors, texts, strict=True):
         assert text in found["error"]
