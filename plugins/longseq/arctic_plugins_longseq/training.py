@@ -77,9 +77,7 @@ def _check(trainer: Trainer, model: Any, processes: int) -> None:
     if not trainer.args.average_tokens_across_devices:
         raise ConfigError(f"{OPTION} is {processes}, and average_tokens_across_devices is off", expected="a loss over all tokens", fix="turn it on")
     if not trainer.model_accepts_loss_kwargs:
-        raise ConfigError(
-            f"{OPTION} is {processes}, and {kind} takes no 'num_items_in_batch'", expected="a causal language model of transformers"
-        )
+        raise ConfigError(f"{OPTION} is {processes}, and {kind} takes no 'num_items_in_batch'", expected="a causal language model of transformers")
 
 
 # Attention
