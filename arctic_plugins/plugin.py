@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -66,6 +67,16 @@ class Plugin:
             return cls(cls.config.model_validate(dict(options or {})))
         except ValidationError as error:
             raise config_error(error, f"plugins.{cls.name}", cls.config) from error
+
+    def check_processes(self, option: str) -> None:
+        """For a ``validate`` hook: raise ConfigError unless the processes that were started can be put in groups of as many as ``option`` says."""
+        size, group = int(os.environ.get("WORLD_SIZE", "1")), getattr(self.options, option)
+        if size % group:
+            raise ConfigError(
+                f"plugins.{self.name}.{option} is {group} with {size} process{'es' if size > 1 else ''}",
+                expected="a divisor of the number of processes",
+                fix=f"'arctic train RECIPE --nproc {group}', torchrun or accelerate launch start several; or correct it",
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.options!r})"

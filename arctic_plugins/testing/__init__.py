@@ -1,4 +1,4 @@
-"""For plugin authors: checks that a part keeps the contract, and small real models to try it on.
+"""For plugin authors: checks that a part keeps the contract, small real models to try it on, and real processes to try it in.
 
 ``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec` and :func:`check_placement` need torch, :func:`tiny_model`
 transformers.
@@ -7,5 +7,17 @@ transformers.
 from arctic_plugins.testing.codecs import check_codec
 from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
 from arctic_plugins.testing.placements import check_placement
+from arctic_plugins.testing.processes import QUIET_RUN, run_processes, say
 
-__all__ = ["LLAMA_LIKE", "MIXTURES", "check_codec", "check_placement", "draw_adapter", "tiny_llama", "tiny_model"]
+__all__ = [
+    "LLAMA_LIKE",
+    "MIXTURES",
+    "QUIET_RUN",
+    "check_codec",
+    "check_placement",
+    "draw_adapter",
+    "run_processes",
+    "say",
+    "tiny_llama",
+    "tiny_model",
+]

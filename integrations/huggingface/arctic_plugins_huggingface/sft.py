@@ -96,11 +96,12 @@ class _SFTTrainer(SFTTrainer):
 
 def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
     """Ask for no logits at the positions that come before every completion of the batch: they have no part in the loss."""
-    labels, shifted = inputs["labels"], inputs.get("shift_labels")
-    in_loss = ((labels if shifted is None else shifted) != -100).any(dim=0).nonzero()
+    labels = inputs["labels"]
+    predicted = inputs.get("shift_labels", labels[:, 1:])  # by each position
+    in_loss = (predicted != -100).any(dim=0).nonzero()
     if not len(in_loss):
         return inputs
-    start = int(in_loss[0]) if shifted is not None else max(int(in_loss[0]) - 1, 0)  # the position before predicts the first label
+    start = int(in_loss[0])
     kept: dict[str, Any] = {name: inputs[name][:, start:] for name in ("labels", "shift_labels") if name in inputs}
     return {**inputs, **kept, "logits_to_keep": labels.shape[1] - start}
 

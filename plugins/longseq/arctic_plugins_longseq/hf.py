@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_longseq.loss import default_tile, tiled_cross_entropy
 
-__all__ = ["offload_activations", "recompute", "tile_evaluation", "tile_loss", "tile_mlps"]
+__all__ = ["causal_lm", "offload_activations", "recompute", "tile_evaluation", "tile_loss", "tile_mlps"]
 
 MLPS = ("mlp", "feed_forward", "residual_mlp")
 
@@ -83,7 +83,8 @@ def _in_place_of(stock: Any, function: Any) -> Any:
     return forward
 
 
-def _causal_lm(model: Any) -> Any:
+def causal_lm(model: Any) -> Any:
+    """``model``, or what an adapter wraps."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -93,7 +94,7 @@ def tile_loss(model: Any, tile: int | None) -> None:
     Raises:
         ConfigError: it has a loss of its own, or changes logits behind its head; tiles would leave that out.
     """
-    model = _causal_lm(model)
+    model = causal_lm(model)
     fix = "set plugins.longseq.tiled_loss: false"
     if model.loss_function is not ForCausalLMLoss:
         raise ConfigError(f"plugins.longseq: {type(model).__name__} has a loss of its own", expected="cross-entropy of the next token", fix=fix)
@@ -120,7 +121,7 @@ def _assigned(function: Any, name: str) -> list[str]:
 
 def tile_evaluation(trainer: Any) -> None:
     """Evaluate without logits, too, where nobody asks for them."""
-    head = _causal_lm(trainer.model)._arctic_tiled_head
+    head = causal_lm(trainer.model)._arctic_tiled_head
     head.in_evaluation = trainer.compute_metrics is None and trainer.preprocess_logits_for_metrics is None
     if head.in_evaluation:
         trainer.args.prediction_loss_only = True

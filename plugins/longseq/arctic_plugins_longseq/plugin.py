@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,13 +24,7 @@ class LongSeq(Plugin):
 
     @hookimpl
     def validate(self, hardware: str) -> Iterable[str]:
-        size, shared = int(os.environ.get("WORLD_SIZE", "1")), self.options.sequence_parallel
-        if size % shared:
-            raise ConfigError(
-                f"plugins.longseq.sequence_parallel is {shared} with {size} process{'es' if size > 1 else ''}",
-                expected="a divisor of the number of processes",
-                fix=f"'arctic train RECIPE --nproc {shared}', torchrun or accelerate launch start several; or correct it",
-            )
+        self.check_processes("sequence_parallel")
         found = []
         for name, used in {"loss_tile": self.options.tiled_loss, "mlp_tile": self.options.tiled_mlp}.items():
             if getattr(self.options, name) and not used:

@@ -26,6 +26,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from arctic_plugins.errors import ConfigError
+from arctic_plugins_longseq.hf import causal_lm
 from arctic_plugins_longseq.ulysses import Heads, Sequence, Share, Whole, computing, current
 
 __all__ = ["parallelize"]
@@ -39,14 +40,13 @@ def parallelize(trainer: Trainer, processes: int) -> None:
     Raises:
         ConfigError: the model or the trainer needs whole texts in one process.
     """
-    model = trainer.model
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    _check(trainer, base, processes)
+    model = causal_lm(trainer.model)
+    _check(trainer, model, processes)
     sequence = Sequence(processes)
-    _replace_attention(base)
-    _rotate_by_the_whole(base, sequence)
+    _replace_attention(model)
+    _rotate_by_the_whole(model)
     if not trainer.is_deepspeed_enabled:  # which may have cut the weights in pieces, that only its engine puts together
-        _compare(base, sequence)
+        _compare(model, sequence)
     groups = _Groups(trainer.accelerator, sequence)
     _read_together(trainer, groups, sequence)
     _share_batches(trainer, groups, sequence)
@@ -141,20 +141,21 @@ def _whole_mask(whole: Whole, stock: str, module: Any, query_BHLD: Tensor, windo
     return whole.masks[key]
 
 
-def _rotate_by_the_whole(model: Any, sequence: Sequence) -> None:
+def _rotate_by_the_whole(model: Any) -> None:
     """RoPE whose frequencies depend on how long the text is (``dynamic``, ``longrope``) asks for the longest position that a process sees."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         if any("dynamic" in str(kind) or kind == "longrope" for kind in kinds):
-            module.forward = functools.wraps(module.forward)(functools.partial(_rotate, module.forward, sequence))
+            module.forward = functools.wraps(module.forward)(functools.partial(_rotate, module.forward))
 
 
-def _rotate(stock: Callable[..., tuple[Tensor, Tensor]], sequence: Sequence, x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _rotate(stock: Callable[..., tuple[Tensor, Tensor]], x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
     whole = current()
     if whole is None:
         return stock(x, position_ids, *args, **kwargs)
     positions = whole.positions.clamp(max=int(whole.positions[:, : whole.length].max()))  # padding makes no text longer
+    sequence = whole.sequence
     return tuple(part.chunk(sequence.size, 1)[sequence.rank] for part in stock(x, positions, *args, **kwargs))
 
 
@@ -214,26 +215,25 @@ def _read_together(trainer: Trainer, groups: _Groups, sequence: Sequence) -> Non
 def _share_batches(trainer: Trainer, groups: _Groups, sequence: Sequence) -> None:
     """Cut batches where they are fetched, and let attention know while they are computed."""
     fetch, train, predict = trainer.get_batch_samples, trainer.training_step, trainer.prediction_step
+    gather = functools.partial(type(trainer.accelerator).gather_for_metrics, groups)
     trainer.args.prediction_loss_only = True
 
-    def shares(batches: Iterator[Any]) -> Iterator[Any]:
-        for batch in batches:
-            _check_batch(batch)
-            yield sequence.share(batch, trainer.args.device)
+    def share(batch: Any) -> Share:
+        _check_batch(batch)
+        return sequence.share(batch, trainer.args.device)
 
     def get_batch_samples(epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        return fetch(shares(epoch_iterator), num_batches, device)
+        return fetch(map(share, epoch_iterator), num_batches, device)
 
     def training_step(model: Any, inputs: Share, *args: Any, **kwargs: Any) -> Tensor:
         with computing(inputs):
             return train(model, inputs, *args, **kwargs)
 
     def prediction_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        _check_batch(inputs)
-        batch = sequence.share(inputs, trainer.args.device)
+        batch = share(inputs)
         with computing(batch):
             loss, _, _ = predict(model, batch, *args, **kwargs)
-        trainer.gather_function = functools.partial(type(trainer.accelerator).gather_for_metrics, groups)  # evaluation_loop resets it at its end
+        trainer.gather_function = gather  # evaluation_loop resets it at its end
         return None if loss is None else sequence.mean(loss), None, None
 
     trainer.get_batch_samples, trainer.training_step, trainer.prediction_step = get_batch_samples, training_step, prediction_step

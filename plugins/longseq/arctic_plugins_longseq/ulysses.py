@@ -108,16 +108,14 @@ class Sequence:
         whole.setdefault("position_ids", torch.arange(length, device=device).expand(rows, -1))
         if "labels" in whole:
             whole.setdefault("shift_labels", torch.nn.functional.pad(whole["labels"], (0, 1), value=IGNORED)[:, 1:])
-        for name, value in whole.items():
-            if isinstance(value, Tensor) and value.shape[1:2] == (length,):
-                whole[name] = _padded(name, value, -length % self.size)
-        mask, tokens = whole.get("attention_mask"), whole["input_ids"].shape[1] // self.size
+        missing = -length % self.size
+        tensors = {name: value for name, value in whole.items() if isinstance(value, Tensor)}
+        by_token = {name: _padded(name, value, missing) for name, value in tensors.items() if value.shape[1:2] == (length,)}
+        tokens = (length + missing) // self.size
         own = slice(self.rank * tokens, (self.rank + 1) * tokens)
-        share = Share(
-            (name, value[:, own].contiguous() if isinstance(value, Tensor) and value.shape[1:2] == (tokens * self.size,) else value)
-            for name, value in whole.items()
-        )
-        share.whole = Whole(self, length, whole["position_ids"], None if mask is None else mask.bool())
+        share = Share({**whole, **{name: value[:, own].contiguous() for name, value in by_token.items()}})
+        mask = by_token.get("attention_mask")
+        share.whole = Whole(self, length, by_token["position_ids"], None if mask is None else mask.bool())
         return share
 
     def mean(self, value: Tensor) -> Tensor:
@@ -131,9 +129,10 @@ class Sequence:
         heads = Heads.of(self.size, query_BHSD.shape[1], key_BHSD.shape[1])
         own = heads[self.rank]
         sent = [[query_BHSD[:, h.first : h.last], key_BHSD[:, h.keys], value_BHSD[:, h.keys]] for h in heads]
-        received = self._exchange([torch.cat([part.flatten() for part in parts]) for parts in sent], [_elements(sent[self.rank])] * self.size)
-        columns = received.view(self.size, -1).split([part.numel() for part in sent[self.rank]], 1)
         shapes = [part.shape for part in sent[self.rank]]
+        sizes = [shape.numel() for shape in shapes]
+        received = self._exchange([torch.cat([part.flatten() for part in parts]) for parts in sent], [sum(sizes)] * self.size)
+        columns = received.view(self.size, -1).split(sizes, 1)
         query, key, value = (column.reshape(self.size, *shape).movedim(0, 2).flatten(2, 3) for column, shape in zip(columns, shapes, strict=True))
         return query, key, value, own
 
@@ -143,8 +142,8 @@ class Sequence:
         tokens = length // self.size
         counts = [h.count for h in Heads.of(self.size, heads, heads)]
         sent = x_BLHD.view(rows, self.size, tokens, own, size).movedim(1, 0)
-        received = self._exchange([part.flatten() for part in sent], [rows * tokens * count * size for count in counts])
-        parts = received.split([rows * tokens * count * size for count in counts])
+        sizes = [rows * tokens * count * size for count in counts]
+        parts = self._exchange([part.flatten() for part in sent], sizes).split(sizes)
         return torch.cat([part.view(rows, tokens, count, size) for part, count in zip(parts, counts, strict=True)], 2)
 
     def _exchange(self, parts: list[Tensor], sizes: list[int]) -> Tensor:
@@ -185,10 +184,6 @@ def computing(share: Share) -> Iterator[None]:
     finally:
         _current = None
         share.whole.masks.clear()
-
-
-def _elements(parts: list[Tensor]) -> int:
-    return sum(part.numel() for part in parts)
 
 
 def _padded(name: str, value: Tensor, missing: int) -> Tensor:

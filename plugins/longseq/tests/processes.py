@@ -11,14 +11,10 @@ from transformers import Trainer
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import UserError
+from arctic_plugins.testing import QUIET_RUN, say
 
 VOCABULARY = 272
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(what):
-    sys.stdout.write(json.dumps(what) + "\n")  # one write: lines of several processes do not mix
-    sys.stdout.flush()
 
 
 class _InOrder(Trainer):
@@ -54,17 +50,8 @@ def built(checkpoint, output, plugins, kind="plain", attention="sdpa", mixes=Fal
         "per_device_train_batch_size": 4 * shared // WORLD // options.get("gradient_accumulation_steps", 1),
         "per_device_eval_batch_size": 2,
         "max_steps": 5,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.5,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "ddp_find_unused_parameters": False,
-        "seed": 1,
     }
-    args = ArcticTrainingArguments(**{**defaults, **options})
+    args = ArcticTrainingArguments(**{**QUIET_RUN, **defaults, **options})
     stack = Stack.from_dict(args.plugins)
     torch.manual_seed(0)  # adapters are drawn at random
     model, tokenizer = load_model(checkpoint, stack, attn_implementation=attention)

@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,7 @@ import torch
 from arctic_plugins_huggingface import register
 from arctic_plugins_longseq.ulysses import Heads
 
-from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, tiny_model
+from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, run_processes, tiny_model
 
 SCRIPT = Path(__file__).with_name("processes.py")
 MODELS = {
@@ -42,12 +39,7 @@ def checkpoints(tmp_path_factory):
 
 def run(processes, task, *arguments):
     """``task`` of ``processes.py``: what the processes said."""
-    command = [sys.executable, str(SCRIPT), task]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(SCRIPT), task]
-    texts = [argument if isinstance(argument, (str, Path)) else json.dumps(argument, default=str) for argument in arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, texts)], capture_output=True, text=True, check=False, timeout=900, env=environment)
+    done = run_processes(SCRIPT, processes, task, *arguments, timeout=900)
     assert done.returncode == 0, done.stderr[:8000] + done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
 

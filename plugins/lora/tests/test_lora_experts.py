@@ -2,9 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +21,7 @@ from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
 from arctic_plugins.frozen import FrozenExperts
 from arctic_plugins.frozen.lora import ExpertPairs, FrozenLoraExperts, expert_pairs, load_adapter, with_frozen_layer
-from arctic_plugins.testing import MIXTURES, tiny_model
+from arctic_plugins.testing import MIXTURES, run_processes, tiny_model
 
 IDS = torch.arange(10, 42)[None]
 FP8 = {"group_size": 32}
@@ -339,9 +336,7 @@ def test_experts_of_several_processes(mixture, tmp_path, plugins):
     """Each has the pairs of its own experts; logits and gradients are those of one process."""
     pytest.importorskip("arctic_plugins_moe")
     adapted(mixture).save_pretrained(tmp_path)
-    script = [str(Path(__file__).with_name("processes.py")), str(mixture), str(tmp_path), json.dumps(plugins)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = run_processes(Path(__file__).with_name("processes.py"), 2, mixture, tmp_path, plugins)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(found) == 2

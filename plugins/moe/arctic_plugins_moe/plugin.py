@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -41,13 +40,7 @@ class MoE(Plugin):
 
     @hookimpl
     def validate(self, model_config: Any) -> Iterable[str]:
-        size, group = int(os.environ.get("WORLD_SIZE", "1")), self.options.expert_parallel
-        if size % group:
-            raise ConfigError(
-                f"plugins.moe.expert_parallel is {group} with {size} process{'es' if size > 1 else ''}",
-                expected="a divisor of the number of processes",
-                fix=f"'arctic train RECIPE --nproc {group}', torchrun or accelerate launch start several; or correct it",
-            )
+        self.check_processes("expert_parallel")
         if self.options.min_capacity and self.options.capacity_factor is None:
             raise ConfigError("plugins.moe.min_capacity is set and capacity_factor is not", fix="set capacity_factor, or leave min_capacity out")
         if self.options.router_z_loss_coef is not None and not hasattr(model_config, "router_z_loss_coef"):

@@ -12,14 +12,10 @@ from transformers import Trainer
 
 from arctic_plugins import Stack
 from arctic_plugins.frozen import local_parameters
+from arctic_plugins.testing import QUIET_RUN, say
 
 VOCABULARY, LENGTH = 272, 16
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def say(what):
-    sys.stdout.write(json.dumps(what) + "\n")  # one write: lines of several processes do not mix
-    sys.stdout.flush()
 
 
 def rows(count):
@@ -36,18 +32,9 @@ def trainer(checkpoint, plugins, output, **options):
         "per_device_train_batch_size": 8 // WORLD // accumulate,
         "gradient_accumulation_steps": accumulate,
         "max_steps": 20,
-        "learning_rate": 1e-2,
-        "max_grad_norm": 0.5,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "ddp_find_unused_parameters": False,
         "lr_scheduler_type": "constant",
-        "seed": 1,
     }
-    args = ArcticTrainingArguments(**{**defaults, **options})
+    args = ArcticTrainingArguments(**{**QUIET_RUN, **defaults, **options})
     stack = Stack.from_dict(args.plugins)
     torch.manual_seed(0)  # adapters are drawn at random
     model, tokenizer = load_model(checkpoint, stack)

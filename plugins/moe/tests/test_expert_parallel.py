@@ -2,9 +2,6 @@
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 from arctic_plugins import Stack
 from arctic_plugins.errors import ClaimError, ConfigError
 from arctic_plugins.frozen.lora import load_adapter
-from arctic_plugins.testing import MIXTURES, tiny_model
+from arctic_plugins.testing import MIXTURES, run_processes, tiny_model
 
 SCRIPT = Path(__file__).with_name("processes.py")
 MODELS = {
@@ -34,12 +31,7 @@ def zero(stage):
 
 def run(processes, task, *arguments, fails=False):
     """``task`` of ``processes.py``: what each process said, or with ``fails`` the standard error."""
-    command = [sys.executable, str(SCRIPT), task]
-    if processes > 1:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(SCRIPT), task]
-    texts = [argument if isinstance(argument, (str, Path)) else json.dumps(argument) for argument in arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, texts)], capture_output=True, text=True, check=False, timeout=600, env=environment)
+    done = run_processes(SCRIPT, processes, task, *arguments, timeout=600)
     if fails:
         assert done.returncode != 0
         return done.stderr

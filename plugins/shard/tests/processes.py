@@ -1,6 +1,5 @@
 """Run by ``torchrun``: ``processes.py TASK CHECKPOINT [...]``."""
 
-import json
 import sys
 import time
 
@@ -10,6 +9,7 @@ from arctic_plugins_huggingface import load_model, save_checkpoint
 
 from arctic_plugins import Stack
 from arctic_plugins.frozen import FrozenModule
+from arctic_plugins.testing import say
 
 IDS = torch.arange(10, 42)[None]
 
@@ -25,11 +25,6 @@ def load(checkpoint, plugins):
 
 def frozen(model):
     return [weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values()]
-
-
-def say(what):
-    sys.stdout.write(json.dumps(what) + "\n")  # one write: lines of several processes do not mix
-    sys.stdout.flush()
 
 
 def compare_logits(checkpoint):

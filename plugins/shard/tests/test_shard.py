@@ -1,9 +1,6 @@
 """Parts of weights in several real processes (gloo): whole again bit for bit, and errors instead of deadlocks."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,15 +10,14 @@ from arctic_plugins_shard.placement import _part
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import ClaimError, ConfigError
+from arctic_plugins.testing import run_processes
 
 SCRIPT = Path(__file__).with_name("processes.py")
 
 
 def run(processes, task, *arguments, timeout=300):
     """``task`` of ``processes.py`` in so many processes; their standard output together, and the exit status."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), str(SCRIPT), task]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=timeout, env=environment)
+    done = run_processes(SCRIPT, processes, task, *arguments, timeout=timeout)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -1,0 +1,47 @@
+"""Real processes for tests of what several do together, and the runs that are compared in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["QUIET_RUN", "run_processes", "say"]
+
+QUIET_RUN: dict[str, Any] = {
+    "learning_rate": 1e-2,
+    "max_grad_norm": 0.5,
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "ddp_find_unused_parameters": False,
+    "seed": 1,
+}
+"""``TrainingArguments`` of a short run whose log is all that is wanted: every step in it, gradients clipped."""
+
+
+def run_processes(script: Path, processes: int, *arguments: Any, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    """``python SCRIPT ARGUMENT ...`` in ``processes`` processes of ``torchrun``, or in one without it, with one thread each.
+
+    Args:
+        script: calls ``torch.distributed.init_process_group`` itself.
+        processes: how many.
+        arguments: texts and paths as they are, anything else as JSON, paths in it as texts.
+        timeout: seconds, after which ``subprocess.TimeoutExpired`` is raised.
+    """
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    texts = [str(argument) if isinstance(argument, (str, Path)) else json.dumps(argument, default=str) for argument in arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, str(script), *texts]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
+
+
+def say(what: Any) -> None:
+    """Print ``what`` as a line of JSON in one write: lines of several processes do not mix."""
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
