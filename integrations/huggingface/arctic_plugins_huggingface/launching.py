@@ -66,7 +66,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         except ChildFailedError as error:
             rank, failure = error.get_first_failure()
             shown.stop()
-            if rank or failure.exitcode < 0:
+            if (rank or failure.exitcode < 0) and not shown.says_itself(rank):
                 _show_failure(rank, shown.errors(rank) if rank else "", failure.exitcode)
             shown.rest()
             return failure.exitcode if failure.exitcode in (1, 2, 130) else 1
@@ -130,6 +130,11 @@ class _Shown:
         """What the process of that rank wrote to its standard error."""
         path = next(self.folder.glob(f"*/attempt_0/{rank}/stderr.log"), None)
         return path.read_text(errors="replace") if path is not None else ""
+
+    def says_itself(self, rank: int) -> bool:
+        """Whether the first process ended with the one-line error of this other one: all find what is wrong with a recipe, whoever is first."""
+        own, first = ([line for line in self.errors(number).splitlines() if line.startswith("arctic: ")][-1:] for number in (rank, 0))
+        return rank != 0 and own == first != []
 
     def stop(self) -> None:
         """Show no more for now."""
