@@ -68,6 +68,11 @@ class Plugin:
         except ValidationError as error:
             raise config_error(error, f"plugins.{cls.name}", cls.config) from error
 
+    @property
+    def row_processes(self) -> int:
+        """How many processes work on one row of the data together. A plugin that lets them says so: a run takes as many times more steps."""
+        return 1
+
     def check_processes(self, option: str) -> None:
         """For a ``validate`` hook: raise ConfigError unless the processes that were started can be put in groups of as many as ``option`` says."""
         size, group = int(os.environ.get("WORLD_SIZE", "1")), getattr(self.options, option)

@@ -84,6 +84,11 @@ def test_a_dry_run_shows_what_each_process_keeps(recipe):
     assert all(module["nbytes"] <= 2 * module["resident_nbytes"] <= module["nbytes"] + 64 * module["count"] for module in placed)
 
 
+def test_a_dry_run_counts_processes_that_share_texts_as_one(recipe):
+    path = recipe("dry", plugins={"lora": {}, "longseq": {"sequence_parallel": 2}}, max_steps=-1, num_train_epochs=1)
+    assert json.loads(arctic(path, "--nproc", 2, "--dry-run", "--json").stdout)["steps"] == 64 // 2
+
+
 @pytest.mark.parametrize("how", ["process", "launcher", "terminated"])
 def test_whoever_is_killed_nobody_stays_behind_and_the_run_resumes(recipe, tmp_path, how):
     path = recipe("run", max_steps=2000, save_steps=5)

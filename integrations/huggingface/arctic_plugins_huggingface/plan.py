@@ -138,9 +138,9 @@ def _steps(run: Run, rows: int) -> int:
     arguments = run.arguments
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    batches = math.ceil(rows / (arguments.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))))
-    if arguments.dataloader_drop_last:
-        batches = rows // (arguments.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1")))
+    readers = int(os.environ.get("WORLD_SIZE", "1")) // math.prod(plugin.row_processes for plugin in run.stack)
+    batches = rows / (arguments.per_device_train_batch_size * readers)
+    batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
     updates = max(1, batches // arguments.gradient_accumulation_steps + int(batches % arguments.gradient_accumulation_steps > 0))
     return math.ceil(arguments.num_train_epochs * updates)
 

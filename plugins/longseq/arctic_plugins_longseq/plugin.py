@@ -22,6 +22,10 @@ class LongSeq(Plugin):
 
     options: LongSeqConfig
 
+    @property
+    def row_processes(self) -> int:
+        return self.options.sequence_parallel
+
     @hookimpl
     def validate(self, hardware: str) -> Iterable[str]:
         self.check_processes("sequence_parallel")
