@@ -1,10 +1,11 @@
 """What RoPE scaling buys without training: SmolLM2-135M, trained on texts of up to 8,192 tokens, on longer ones.
 
-    python benchmarks/rope.py TEXT [--lengths 4096 8192 16384] [--passkeys 4096 8192] [--depths 0.1 0.5 0.9] [--plot docs/rope.png] [--json FILE]
+    python benchmarks/rope.py TEXT [--lengths 4096 8192 16384] [--passkeys 4096 8192] [--adapter DIR] [--plot docs/rope.png] [--json FILE]
 
 Perplexity by position: windows of TEXT (a file; WikiText-2's test split for the figures in the docs), mean over the positions of every bucket.
-Passkey: five digits stand somewhere in repeated filler (Mohtashami and Jaggi, "Landmark Attention", 2023), and the most likely next tokens, one after
-the other, have to be the digits. Every type is scaled to the longest length. Without a network: the model is the demo's.
+Pass keys: five digits for each of several cities stand in a passage of TEXT, at --depths of it, and all are asked for, as in
+`examples/long_context.py`; a key is found where each of its digits is the most likely next token. Every type is scaled to the longest length. No
+network: the model is the demo's.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import json
 import math
 import random
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from arctic_plugins import Stack
 
 ORIGINAL = 8192
 TYPES = ("none", "linear", "dynamic", "ntk", "yarn")
-FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+passage = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "long_context.py"))["passage"]
 
 
 def scaled(kind: str, longest: int, adapter: str | None = None) -> tuple[Any, Any]:
@@ -50,24 +52,30 @@ def token_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def passkey_prompt(tokenizer: Any, length: int, depth: float, seed: int) -> tuple[torch.Tensor, list[int]]:
-    """Token ids of about ``length`` and those of the digits."""
-    key = str(random.Random(seed).randrange(10000, 99999))
-    head = "There is important information hidden inside a lot of irrelevant text. Find it and memorize it. "
-    needle = f"The pass key is {key}. Remember it. {key} is the pass key. "
-    tail = "What is the pass key? The pass key is"
-    count = (length - len(tokenizer(head + needle + tail).input_ids) - 16) / (len(tokenizer(FILLER * 64).input_ids) / 64)
-    before = int(count * depth)
-    text = head + FILLER * before + needle + FILLER * (int(count) - before) + tail
-    return torch.tensor(tokenizer(text).input_ids), tokenizer(f" {key}").input_ids
+def with_keys(tokenizer: Any, text: str, length: int, depths: list[float], seed: int) -> tuple[torch.Tensor, dict[str, float], dict[str, list[int]]]:
+    """Token ids of at most ``length``, the depth of each key in them, and the positions of the tokens that answer with each."""
+    draw, characters = random.Random(seed), 3 * length
+    while True:
+        state = draw.getstate()
+        prompt, completion, keys = passage(text, characters, depths, draw)
+        tokens = tokenizer(prompt + completion, return_offsets_mapping=True)
+        if len(tokens.input_ids) <= length and (len(tokens.input_ids) > 0.98 * length):
+            break
+        draw.setstate(state)
+        characters = int(characters * 0.99 * length / len(tokens.input_ids))
+    starts = {key: (prompt + completion).rindex(key) for key in keys}
+    positions = {
+        key: [at for at, (first, last) in enumerate(tokens.offset_mapping) if first < start + len(key) and last > start]
+        for key, start in starts.items()
+    }
+    return torch.tensor(tokens.input_ids), keys, positions
 
 
 @torch.no_grad()
-def finds_passkey(model: Any, prompt: torch.Tensor, answer: list[int]) -> bool:
-    """Whether every token of the answer is the most likely one after those before it, all in one pass."""
-    ids = torch.cat([prompt, torch.tensor(answer)])
-    hidden = model.model(ids[None], use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-    return model.lm_head(hidden).argmax(-1).tolist() == answer
+def found_keys(model: Any, ids: torch.Tensor, positions: dict[str, list[int]]) -> list[str]:
+    """The keys whose every token is the most likely one after those before it, all in one pass."""
+    hidden = model.model(ids[None], use_cache=False).last_hidden_state[0]
+    return [key for key, at in positions.items() if model.lm_head(hidden[[p - 1 for p in at]]).argmax(-1).tolist() == ids[at].tolist()]
 
 
 def main() -> None:
@@ -77,8 +85,9 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--windows", type=int, default=1)
-    parser.add_argument("--passkeys", type=int, nargs="*", help="lengths of texts with a passkey, where they are not those of --lengths")
-    parser.add_argument("--depths", type=float, nargs="+", default=[0.1, 0.5, 0.9])
+    parser.add_argument("--passkeys", type=int, nargs="*", help="lengths of texts with pass keys, where they are not those of --lengths")
+    parser.add_argument("--depths", type=float, nargs="+", default=[0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
+    parser.add_argument("--texts", type=int, default=4, help="texts with pass keys of each length")
     parser.add_argument("--adapter", help="measure this adapter over the last type as well")
     parser.add_argument("--no-perplexity", action="store_true")
     parser.add_argument("--plot")
@@ -103,18 +112,24 @@ def main() -> None:
             found[name]["perplexity"] = {f"{first}-{last}": math.exp(s) for (first, last), s in zip(itertools.pairwise(edges), sums, strict=True)}
         print(name, json.dumps(found[name]), flush=True)
         for length in passkeys:
-            right = [finds_passkey(model, *passkey_prompt(tokenizer, length, depth, seed=at)) for at, depth in enumerate(options.depths)]
-            found[name]["passkey"][str(length)] = right
+            right = dict.fromkeys(options.depths, 0)
+            for seed in range(options.texts):
+                ids, depths, positions = with_keys(tokenizer, text, length, options.depths, seed)
+                for key in found_keys(model, ids, positions):
+                    right[depths[key]] += 1
+            found[name]["passkey"][str(length)] = {str(depth): count for depth, count in right.items()}
         print(name, json.dumps(found[name]), flush=True)
     if not options.no_perplexity:
         buckets = list(next(iter(found.values()))["perplexity"])
         print("\n| type | " + " | ".join(f"perplexity at {bucket}" for bucket in buckets) + " |\n|" + "---|" * (len(buckets) + 1))
         for name, result in found.items():
             print(f"| {name} | " + " | ".join(f"{result['perplexity'][bucket]:.1f}" for bucket in buckets) + " |")
-    print("\n| type | " + " | ".join(f"passkey in {length}" for length in passkeys) + " |\n|" + "---|" * (len(passkeys) + 1))
-    for name, result in found.items():
-        cells = (f"{sum(right)} of {len(right)}" for right in result["passkey"].values())
-        print(f"| {name} | " + " | ".join(cells) + " |")
+    for length in map(str, passkeys):
+        print(f"\nPass keys found in {options.texts} texts of {length} tokens, by depth\n")
+        print("| type | " + " | ".join(map(str, options.depths)) + " | all |\n|" + "---|" * (len(options.depths) + 2))
+        for name, result in found.items():
+            counts = result["passkey"][length].values()
+            print(f"| {name} | " + " | ".join(map(str, counts)) + f" | {sum(counts)} of {options.texts * len(counts)} |")
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1))
     if options.plot and not options.no_perplexity:

@@ -1,8 +1,9 @@
-"""Data for `long_context.yaml`: passages of a text in which five digits stand somewhere, and the question for them.
+"""Data for `long_context.yaml`: passages of a text in which pass keys of several cities stand, and the question for all of them.
 
-    python examples/long_context.py TEXT examples/long_context.jsonl [--rows 64] [--shortest 1000] [--longest 16000] [--seed 0]
+    python examples/long_context.py TEXT examples/long_context.jsonl [--rows 64] [--keys 8] [--shortest 2000] [--longest 16000] [--seed 0]
 
-TEXT is a file of prose; the lengths are in characters, about four to a token, spread evenly over their logarithms.
+TEXT is a file of prose; the lengths are in characters, about four to a token, spread evenly over their logarithms. Several keys in one text, all of
+which are asked for, are the "multi-query needles" of Hsieh et al., "RULER", 2024: every text teaches, or measures, many retrievals.
 """
 
 import argparse
@@ -11,7 +12,41 @@ import math
 import random
 from pathlib import Path
 
-QUESTION = "What is the pass key? The pass key is"
+CITIES = (
+    "Amsterdam",
+    "Athens",
+    "Berlin",
+    "Boston",
+    "Cairo",
+    "Delhi",
+    "Dublin",
+    "Geneva",
+    "Houston",
+    "Lima",
+    "Lisbon",
+    "London",
+    "Madrid",
+    "Oslo",
+    "Paris",
+)
+
+
+def passage(text: str, length: int, depths: list[float], draw: random.Random) -> tuple[str, str, dict[str, float]]:
+    """A piece of ``text`` of ``length`` characters with a key at each of the depths (0 to 1), as a prompt; what completes it; and key -> its depth.
+
+    The question asks for the keys in another order than the text gives them.
+    """
+    start = draw.randrange(len(text) - length)
+    filler, parts, at = text[start : start + length], ["There are pass keys hidden in this text. Find and memorize them."], 0
+    keys = dict(zip(draw.sample(CITIES, len(depths)), draw.sample(range(10000, 100000), len(depths)), strict=True))
+    for depth, (city, key) in zip(sorted(depths), keys.items(), strict=True):
+        until = filler.rfind(" ", 0, max(int(depth * length), at) + 1)  # between two words
+        parts += [filler[at : max(until, at)].strip(), f"The pass key of {city} is {key}. Remember it."]
+        at = max(until, at)
+    parts += [filler[at:].strip(), "What are the pass keys?"]
+    asked = [f"The pass key of {city} is {key}." for city, key in draw.sample(list(keys.items()), len(keys))]
+    question, answers = " ".join(asked).split(" is ", 1)
+    return " ".join(parts) + f" {question} is", f" {answers}", {str(key): depth for depth, key in zip(sorted(depths), keys.values(), strict=True)}
 
 
 def main() -> None:
@@ -20,20 +55,19 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--shortest", type=int, default=1000)
+    parser.add_argument("--keys", type=int, default=8, help=f"in each text, at most {len(CITIES)}")
+    parser.add_argument("--shortest", type=int, default=2000)
     parser.add_argument("--longest", type=int, default=16000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw, text = random.Random(options.seed), options.text.read_text(encoding="utf-8")
+    if options.longest >= len(text):
+        parser.error(f"{options.text} has {len(text):,} characters; passages of --longest {options.longest:,} need more")
     with options.out.open("w", encoding="utf-8") as file:
         for _ in range(options.rows):
             length = int(math.exp(draw.uniform(math.log(options.shortest), math.log(options.longest))))
-            start, key = draw.randrange(len(text) - length), draw.randrange(10000, 100000)
-            passage = text[start : start + length]
-            at = passage.find(" ", draw.randrange(length)) % length  # between two words
-            needle = f" The pass key is {key}. Remember it. {key} is the pass key. "
-            prompt = f"There is important information hidden inside a lot of irrelevant text. {passage[:at]}{needle}{passage[at:]} {QUESTION}"
-            file.write(json.dumps({"prompt": prompt, "completion": f" {key}"}) + "\n")
+            prompt, completion, _ = passage(text, length, [draw.random() for _ in range(options.keys)], draw)
+            file.write(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """What the documents say is so."""
 
 import ast
+import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -43,6 +46,22 @@ def test_python_snippets_and_examples_are_python():
             if isinstance(node, ast.ImportFrom) and node.module.startswith("arctic_plugins"):
                 module = __import__(node.module, fromlist=[alias.name for alias in node.names])
                 assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_long_context_example_asks_for_keys_that_stand_in_the_text(tmp_path):
+    words = [f"word{number}" for number in range(2000)]
+    (tmp_path / "prose.txt").write_text(" ".join(words))
+    script = [sys.executable, str(ROOT / "examples" / "long_context.py"), str(tmp_path / "prose.txt"), str(tmp_path / "out.jsonl")]
+    subprocess.run([*script, "--rows", "20", "--keys", "5", "--shortest", "100", "--longest", "4000"], check=True)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(rows) == 20
+    for row in rows:
+        passage, question = row["prompt"].split(" What are the pass keys? ")
+        given, asked = (re.findall(r"The pass key of (\w+) is (\d{5})\.", text) for text in (passage, question + row["completion"]))
+        assert len(given) == 5
+        assert dict(given) == dict(asked)
+        filler = re.sub(r"The pass key of \w+ is \d{5}\. Remember it\.", "", passage.split(" them. ")[1]).split()
+        assert set(filler[1:-1]) <= set(words), "keys stand between two words"
 
 
 def test_commands_in_the_readme_exist():
