@@ -34,7 +34,7 @@ class _TiledHead:
         self.forward, self.head_forward = model.forward, self.head.forward
         self.signature = inspect.signature(model.forward)
         model.forward = _in_place_of(self.forward, self.model_forward)
-        self.head.forward = _in_place_of(self.head_forward, lambda hidden, *args: hidden if self.tiling else self.head_forward(hidden, *args))
+        self.head.forward = _in_place_of(self.head_forward, self.hidden_or_logits)
         model.loss_function = self.loss
         model._arctic_tiled_head = self
 
@@ -49,6 +49,9 @@ class _TiledHead:
             self.tiling = False
         outputs.logits = None  # they were hidden states
         return outputs
+
+    def hidden_or_logits(self, hidden: Tensor, *args: Any) -> Any:
+        return hidden if self.tiling else self.head_forward(hidden, *args)
 
     def loss(
         self,
@@ -76,11 +79,8 @@ class _TiledHead:
 
 
 def _in_place_of(stock: Any, function: Any) -> Any:
-    @functools.wraps(stock)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-    return forward
+    """``function`` under the signature of ``stock``. A copy of the model has a copy of it: partials and methods are copied, closures are not."""
+    return functools.update_wrapper(functools.partial(function), stock)
 
 
 def causal_lm(model: Any) -> Any:

@@ -1,5 +1,6 @@
 """Tiles change nothing but memory."""
 
+import copy
 import json
 
 import pytest
@@ -132,6 +133,20 @@ def test_logits_of_all_tokens_never_exist(checkpoints):
     assert seen[False] >= 2 * LENGTH
     assert seen[True] <= 64, "of tokens; a head's own weight has as many rows as the hidden size"
     assert model.config.hidden_size == 64
+
+
+def test_a_copied_model_computes_with_its_own_weights(checkpoints):
+    model = loaded(checkpoints["untied"], {"longseq": {"tiled_mlp": True, "recompute": 0.5}})
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.1)
+    plain = loaded(checkpoints["untied"], {})
+    plain.load_state_dict(other.state_dict())
+    (expected, reference), (outputs, found) = gradients(plain), gradients(other)
+    torch.testing.assert_close(outputs.loss, expected.loss, rtol=1e-6, atol=0)
+    same(found, reference)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_nothing_is_computed_of_tokens_that_do_not_count():
