@@ -1,4 +1,4 @@
-"""What RoPE scaling buys without training: SmolLM2-135M, trained on texts of up to 8,192 tokens, on longer ones.
+"""What RoPE scaling buys, without training and with an adapter: SmolLM2-135M, trained on texts of up to 8,192 tokens, on longer ones.
 
     python benchmarks/rope.py TEXT [--lengths 4096 8192 16384] [--passkeys 4096 8192] [--adapter DIR] [--plot docs/rope.png] [--json FILE]
 

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--keys", type=int, default=8, help=f"in each text, at most {len(CITIES)}")
+    parser.add_argument("--keys", type=int, default=8, choices=range(1, len(CITIES) + 1), metavar="N", help=f"in each text, at most {len(CITIES)}")
     parser.add_argument("--shortest", type=int, default=2000)
     parser.add_argument("--longest", type=int, default=16000)
     parser.add_argument("--seed", type=int, default=0)
