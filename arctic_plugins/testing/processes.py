@@ -36,7 +36,7 @@ def run_processes(script: Path, processes: int, *arguments: Any, timeout: float 
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     texts = [str(argument) if isinstance(argument, (str, Path)) else json.dumps(argument, default=str) for argument in arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # of a process that aborts: where its threads were
     command = [sys.executable, *launcher, str(script), *texts]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
 
