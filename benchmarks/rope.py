@@ -54,20 +54,15 @@ def token_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def with_keys(tokenizer: Any, text: str, length: int, depths: list[float], seed: int) -> tuple[torch.Tensor, dict[str, float], dict[str, list[int]]]:
     """Token ids of at most ``length``, the depth of each key in them, and the positions of the tokens that answer with each."""
-    draw, characters = random.Random(seed), 3 * length
-    while True:
-        state = draw.getstate()
-        prompt, completion, keys = passage(text, characters, depths, draw)
-        tokens = tokenizer(prompt + completion, return_offsets_mapping=True)
-        if len(tokens.input_ids) <= length and (len(tokens.input_ids) > 0.98 * length):
-            break
-        draw.setstate(state)
-        characters = int(characters * 0.99 * length / len(tokens.input_ids))
-    starts = {key: (prompt + completion).rindex(key) for key in keys}
-    positions = {
-        key: [at for at, (first, last) in enumerate(tokens.offset_mapping) if first < start + len(key) and last > start]
-        for key, start in starts.items()
-    }
+    characters, count = 3 * length, 0
+    while not 0.98 * length < count <= length:
+        prompt, completion, keys = passage(text, characters, depths, random.Random(seed))
+        whole = prompt + completion
+        tokens = tokenizer(whole)
+        count = len(tokens.input_ids)
+        characters = int(characters * 0.99 * length / count)
+    starts = {key: whole.rindex(key) for key in keys}
+    positions = {key: sorted({tokens.char_to_token(at) for at in range(start, start + len(key))}) for key, start in starts.items()}
     return torch.tensor(tokens.input_ids), keys, positions
 
 

@@ -36,17 +36,17 @@ def passage(text: str, length: int, depths: list[float], draw: random.Random) ->
 
     The question asks for the keys in another order than the text gives them.
     """
-    start = draw.randrange(len(text) - length)
+    start, count, depths = draw.randrange(len(text) - length), len(depths), sorted(depths)
     filler, parts, at = text[start : start + length], ["There are pass keys hidden in this text. Find and memorize them."], 0
-    keys = dict(zip(draw.sample(CITIES, len(depths)), draw.sample(range(10000, 100000), len(depths)), strict=True))
-    for depth, (city, key) in zip(sorted(depths), keys.items(), strict=True):
-        until = filler.rfind(" ", 0, max(int(depth * length), at) + 1)  # between two words
-        parts += [filler[at : max(until, at)].strip(), f"The pass key of {city} is {key}. Remember it."]
-        at = max(until, at)
+    cities, keys = draw.sample(CITIES, count), [str(key) for key in draw.sample(range(10000, 100000), count)]
+    needles = [f"The pass key of {city} is {key}." for city, key in zip(cities, keys, strict=True)]
+    for depth, needle in zip(depths, needles, strict=True):
+        until = max(at, filler.rfind(" ", 0, int(depth * length) + 1))  # between two words
+        parts += [filler[at:until].strip(), f"{needle} Remember it."]
+        at = until
     parts += [filler[at:].strip(), "What are the pass keys?"]
-    asked = [f"The pass key of {city} is {key}." for city, key in draw.sample(list(keys.items()), len(keys))]
-    question, answers = " ".join(asked).split(" is ", 1)
-    return " ".join(parts) + f" {question} is", f" {answers}", {str(key): depth for depth, key in zip(sorted(depths), keys.values(), strict=True)}
+    question, answers = " ".join(draw.sample(needles, count)).split(" is ", 1)
+    return " ".join(parts) + f" {question} is", f" {answers}", dict(zip(keys, depths, strict=True))
 
 
 def main() -> None:

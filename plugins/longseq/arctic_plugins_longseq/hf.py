@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_longseq.loss import default_tile, tiled_cross_entropy
 
-__all__ = ["causal_lm", "offload_activations", "recompute", "tile_evaluation", "tile_loss", "tile_mlps"]
+__all__ = ["causal_lm", "in_place_of", "offload_activations", "recompute", "tile_evaluation", "tile_loss", "tile_mlps"]
 
 MLPS = ("mlp", "feed_forward", "residual_mlp")
 
@@ -33,8 +33,8 @@ class _TiledHead:
         self.in_evaluation = self.tiling = False
         self.forward, self.head_forward = model.forward, self.head.forward
         self.signature = inspect.signature(model.forward)
-        model.forward = _in_place_of(self.forward, self.model_forward)
-        self.head.forward = _in_place_of(self.head_forward, self.hidden_or_logits)
+        model.forward = in_place_of(self.forward, self.model_forward)
+        self.head.forward = in_place_of(self.head_forward, self.hidden_or_logits)
         model.loss_function = self.loss
         model._arctic_tiled_head = self
 
@@ -78,9 +78,12 @@ class _TiledHead:
         return total / (num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
 
 
-def _in_place_of(stock: Any, function: Any) -> Any:
-    """``function`` under the signature of ``stock``. A copy of the model has a copy of it: partials and methods are copied, closures are not."""
-    return functools.update_wrapper(functools.partial(function), stock)
+def in_place_of(stock: Any, function: Any, *arguments: Any) -> Any:
+    """``function``, with ``arguments`` before those of the caller, under the signature of ``stock``.
+
+    A copy of the model has a copy of it: partials and methods are copied, closures are not.
+    """
+    return functools.update_wrapper(functools.partial(function, *arguments), stock)
 
 
 def causal_lm(model: Any) -> Any:
@@ -136,7 +139,7 @@ def tile_mlps(model: nn.Module, tile: int | None) -> None:
     found = 0
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in MLPS and not any("expert" in part for part, _ in module.named_modules()):
-            module.forward = _in_place_of(module.forward, functools.partial(_in_tiles, module, module.forward, tile))
+            module.forward = in_place_of(module.forward, _in_tiles, module, module.forward, tile)
             found += 1
     if not found:
         raise ConfigError(

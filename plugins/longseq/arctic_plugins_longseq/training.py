@@ -26,7 +26,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from arctic_plugins.errors import ConfigError
-from arctic_plugins_longseq.hf import causal_lm
+from arctic_plugins_longseq.hf import causal_lm, in_place_of
 from arctic_plugins_longseq.ulysses import Heads, Sequence, Share, Whole, computing, current
 
 __all__ = ["parallelize"]
@@ -147,7 +147,7 @@ def _rotate_by_the_whole(model: Any) -> None:
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         if any("dynamic" in str(kind) or kind == "longrope" for kind in kinds):
-            module.forward = functools.wraps(module.forward)(functools.partial(_rotate, module.forward))
+            module.forward = in_place_of(module.forward, _rotate, module.forward)
 
 
 def _rotate(stock: Callable[..., tuple[Tensor, Tensor]], x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
