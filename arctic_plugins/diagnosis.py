@@ -19,6 +19,7 @@ from dataclasses import asdict
 from importlib.metadata import Distribution, distributions, entry_points
 from pathlib import Path
 
+from arctic_plugins.compute import compute_dtype, dtype_name, measure_products
 from arctic_plugins.discovery import identity, installed_plugins, load_plugin, new_plugin_manager, process_registry
 from arctic_plugins.errors import ArcticError, HostVersionError
 from arctic_plugins.plugin import PROJECT, Finding
@@ -206,6 +207,10 @@ def _check_torch() -> Iterator[Finding]:
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, computes on {device}")
+    computed = dtype_name(compute_dtype(torch.bfloat16))
+    native = "multiplied natively" if computed == "bfloat16" else f"not multiplied natively: checkpoints in it compute in {computed}"
+    measured = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in measure_products().items())
+    yield Finding("ok", "compute dtype", f"bfloat16 is {native}; 256 x 256 products on the CPU: {measured}")
 
 
 def _check_commands() -> Iterator[Finding]:

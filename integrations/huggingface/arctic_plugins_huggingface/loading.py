@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
+from arctic_plugins.compute import compute_dtype, default_device, dtype_name, reason_for, warning_for
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError
 from arctic_plugins.frozen import METHOD, Codec, ExpertsDispatch, FrozenModule, ModuleCodecs, Placement, PlainCodec, chain
 from arctic_plugins.stack import Stack
@@ -32,7 +33,21 @@ from arctic_plugins_huggingface.modules import (
 )
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
 
-__all__ = ["claims", "configured", "freeze", "is_encoded", "load_config", "load_model", "load_tokenizer", "only_hub", "planned_config", "skeleton"]
+__all__ = [
+    "STORED",
+    "claims",
+    "configured",
+    "freeze",
+    "is_encoded",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "only_hub",
+    "planned_config",
+    "resolve_dtype",
+    "skeleton",
+    "stored_dtype",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +60,9 @@ def load_model(
     Args:
         checkpoint: directory or hub id; plain, or encoded by :func:`~arctic_plugins_huggingface.save_checkpoint`.
         stack: what to apply; ``None`` applies nothing, and loads an encoded checkpoint as it is.
-        dtype: compute dtype, and that of what is not encoded; ``"auto"`` is the checkpoint's.
+        dtype: compute dtype, and that of what is not encoded; ``"auto"`` is the checkpoint's where the device multiplies it natively, otherwise
+            float32 (:mod:`arctic_plugins.compute`); :data:`STORED` the checkpoint's in any case, for what is not computed with.
+            :func:`~arctic_plugins_huggingface.save_checkpoint` writes what ``"auto"`` made wider in the checkpoint's dtype again.
         **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim.
 
     Returns:
@@ -70,11 +87,15 @@ def load_model(
     kwargs = check_checkpoint(checkpoint, **kwargs)
     config = kwargs.pop("config", None) or load_config(checkpoint, **only_hub(kwargs))
     tokenizer = load_tokenizer(checkpoint, **only_hub(kwargs))
+    stored, asked_dtype = stored_dtype(config), dtype
+    dtype, line = resolve_dtype(stored, dtype, _device_of(kwargs))
+    if line:
+        logger.warning(line)
     stack.hf_configure_model(config)
     for warning in stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"):
         logger.warning(warning)
     asked = kwargs.get("experts_implementation")
-    quantization = _quantization(config, stack, dtype, Path(checkpoint) / kwargs.get("subfolder", ""), kwargs.get("variant"), asked)
+    quantization = _quantization(config, stack, asked_dtype, Path(checkpoint) / kwargs.get("subfolder", ""), kwargs.get("variant"), asked)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint, config=config, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
@@ -90,6 +111,7 @@ def load_model(
             f"{checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one", fix="the checkpoint is incomplete: make it again"
         )
     _forget_empty_quantization(model)
+    model.arctic_stored_dtype = stored if asked_dtype == "auto" and stored != dtype else None
     if any(module.frozen[leaf].handle is not None for module, leaf in frozen_weights(model).values()):
         _let_go_of_files(model)
     for line in encoding_report(model):
@@ -149,6 +171,43 @@ def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizer
         return AutoTokenizer.from_pretrained(checkpoint, **kwargs)
     except Exception as error:  # tokenizers raises bare Exceptions
         raise CheckpointError(f"the tokenizer of {checkpoint} cannot be read: {reason(error)}", fix="save it beside the model again") from error
+
+
+STORED = "stored"
+"""As ``dtype``: that of the checkpoint, whatever the device; for a model that is saved again and not computed with."""
+
+
+def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """The dtype that a checkpoint says it has."""
+    found = getattr(config, "dtype", None)
+    if isinstance(found, str):
+        found = getattr(torch, found.removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def resolve_dtype(stored: torch.dtype, dtype: torch.dtype | str | None = "auto", device: str | None = None) -> tuple[torch.dtype, str]:
+    """What ``dtype`` stands for with a checkpoint in ``stored``, and a line to tell where that is not the obvious.
+
+    Raises:
+        ConfigError: ``dtype`` is not the name of a floating dtype.
+    """
+    if dtype in ("auto", None):
+        chosen = compute_dtype(stored, device)
+        return chosen, reason_for(stored, chosen, device)
+    if dtype == STORED:
+        return stored, ""
+    chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise ConfigError(f"dtype is {dtype!r}", expected="'auto', or the name of a floating dtype such as 'float32'", fix="correct load.dtype")
+    return chosen, warning_for(chosen, "dtype", "leave it out, or say float32", device)
+
+
+def _device_of(kwargs: Mapping[str, Any]) -> str:
+    """Where the model will be computed: where ``device_map`` puts it, else where the Trainer does, on the accelerator if there is one."""
+    device_map = kwargs.get("device_map")
+    if isinstance(device_map, (str, torch.device)) and str(device_map) not in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return torch.device(device_map).type
+    return default_device()
 
 
 def is_encoded(config: PreTrainedConfig) -> bool:
@@ -322,19 +381,21 @@ def claims(config: PreTrainedConfig, stack: Stack, dtype: torch.dtype | str = "a
         ClaimError: plugins clash, or the stack would encode otherwise what the checkpoint has encoded already.
         UserError: what a placement's plan raises.
     """
+    stored = stored_dtype(config)  # building a model changes what the config says
     model = skeleton(config, dtype)
     specs = weight_specs(model)
-    stored = stored_names(model, specs)
+    names = stored_names(model, specs)
     claimed = stack.claim(config, specs)
     codecs = claimed.exclusive("weight_codec")
     if is_encoded(config):
-        codecs = _stored_codecs(config, codecs, specs, stored)
+        codecs = _stored_codecs(config, codecs, specs, names)
     elif not codecs:  # placements move plain weights, too; the output head stays, as it does when a codec encodes the rest
         heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
-        plain = PlainCodec(str(model.dtype).removeprefix("torch."))
+        kept = stored if dtype == "auto" else model.dtype  # bytes as they are on disk, products in the compute dtype
+        plain = PlainCodec(dtype_name(kept))
         codecs = {name: plain for name in specs if name in claimed.by_slot.get("placement", {}) and not specs[name].tied and name not in heads}
     placements, resident = _place(claimed, codecs, specs)
-    return Claimed(specs, claimed, codecs, stored, placements, claimed.exclusive("experts_dispatch"), resident)
+    return Claimed(specs, claimed, codecs, names, placements, claimed.exclusive("experts_dispatch"), resident)
 
 
 def _stored_codecs(
@@ -361,11 +422,10 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -
     Raises:
         CheckpointError: no causal language model can be built from it.
     """
-    if isinstance(dtype, str):
-        dtype = None if dtype == "auto" else getattr(torch, dtype)
+    chosen = stored_dtype(config) if dtype is None else resolve_dtype(stored_dtype(config), dtype)[0]
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype or config.dtype)
+            return AutoModelForCausalLM.from_config(config, dtype=chosen)
     except Exception as error:  # models are code: a bad size can raise anything
         raise CheckpointError(
             f"no causal language model can be built from config.json (model_type {config.model_type}): {reason(error)}", fix="correct config.json"

@@ -21,7 +21,7 @@ from arctic_plugins.frozen.lora import ExpertPairs, load_adapter
 from arctic_plugins.provenance import read_json, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory, check_checkpoint
-from arctic_plugins_huggingface.loading import Claimed, claims, freeze, is_encoded, load_config, load_model
+from arctic_plugins_huggingface.loading import STORED, Claimed, claims, freeze, is_encoded, load_config, load_model
 from arctic_plugins_huggingface.modules import EXPERT
 from arctic_plugins_huggingface.rewriting import Read, open_files, rewrite
 from arctic_plugins_huggingface.saving import adapter_base, check_new, own_tokenizer, save_checkpoint, staged
@@ -102,7 +102,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
                         tokenizer.save_pretrained(draft)
                     write_provenance(draft, codecs)
                 return Path(directory)
-    model, base_tokenizer = load_model(base, others)
+    model, base_tokenizer = load_model(base, others, dtype=STORED)
     merged = load_adapter(model, found).merge_and_unload()
     if not is_encoded(merged.config):
         freeze(merged, codecs)

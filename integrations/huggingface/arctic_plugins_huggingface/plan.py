@@ -15,8 +15,9 @@ from rich.table import Table
 from trl import pack_dataset
 
 from arctic_plugins.claims import compress_names, matches
+from arctic_plugins.compute import dtype_name
 from arctic_plugins.frozen import Codec
-from arctic_plugins_huggingface.loading import claims, load_config, only_hub, skeleton
+from arctic_plugins_huggingface.loading import claims, load_config, only_hub, resolve_dtype, skeleton, stored_dtype
 from arctic_plugins_huggingface.modules import freeze_modules, split_weight
 from arctic_plugins_huggingface.sft import Run
 
@@ -54,6 +55,8 @@ class Plan:
     rows: int
     """What the Trainer sees, after cutting and packing; 0 for a stream."""
     data: str
+    compute: str
+    """The dtype of products, and why if it is not the checkpoint's."""
     bytes: dict[str, int]
     """On the compute device, in one process: ``base``, ``trainable``, ``gradients`` and, for the AdamW family, ``optimizer``; not activations."""
 
@@ -74,6 +77,8 @@ def make_plan(run: Run) -> Plan:
     stack.hf_configure_model(config)
     list(stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"))
     dtype = run.recipe.load.get("dtype", "auto")
+    stored = stored_dtype(config)
+    computes, line = resolve_dtype(stored, dtype)
     claimed = claims(config, stack, dtype)
     specs, codecs = claimed.specs, claimed.codecs
     config.quantization_config = None
@@ -121,6 +126,7 @@ def make_plan(run: Run) -> Plan:
         steps=_steps(run, rows),
         rows=rows,
         data=str(run.data.counts) if rows else "read while training",
+        compute=line or f"computing in {dtype_name(torch.bfloat16 if run.arguments.bf16 else computes)}",
         bytes=sizes,
     )
 
@@ -166,6 +172,7 @@ def show_plan(plan: Plan, console: Console) -> None:
     console.print(
         f"parameters {plan.parameters:,}, trainable {plan.trainable_parameters:,} ({share:.2f} %)\n"
         f"data       {plan.data}\n"
+        f"dtype      {plan.compute}\n"
         f"steps      {plan.steps:,}" + (f" over {plan.rows:,} rows after cutting and packing" if plan.rows else " over a stream") + "\n"
         f"memory     {sizes} (computed, without activations)",
         highlight=False,

@@ -47,8 +47,9 @@ def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     with staged(directory) if saves else nullcontext(directory) as draft:
         with whole_weights(model, draft / "gathered", only_trainable=is_adapter) as whole:
             if saves:
-                with _says_what_is_encoded(model.config), _exporting(model, whole):
-                    model.save_pretrained(draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **whole} if whole else None)
+                state = {**model.state_dict(), **whole} if whole else None
+                with _says_what_is_encoded(model.config), _exporting(model, whole), _in_stored_dtype(model, state) as state:
+                    model.save_pretrained(draft, max_shard_size=SHARD_SIZE, state_dict=state)
         if saves:
             tokenizer.save_pretrained(draft)
             write_provenance(draft, stack)
@@ -74,6 +75,27 @@ def _exporting(model: PreTrainedModel | PeftModel, whole: dict[str, Tensor]) -> 
         yield
     finally:
         quantizer.exported = {}
+
+
+@contextmanager
+def _in_stored_dtype(model: PreTrainedModel | PeftModel, state: dict[str, Tensor] | None) -> Iterator[dict[str, Tensor] | None]:
+    """What is saved, in the dtype of the checkpoint that ``model`` was loaded from, where the processor made it compute in a wider one."""
+    stored = None if isinstance(model, PeftModel) else getattr(model, "arctic_stored_dtype", None)
+    if stored is None:
+        yield state
+        return
+    encoded = {parameter.data_ptr() for module in model.modules() if isinstance(module, FrozenModule) for parameter in module.encoded()}
+    kept: list[tuple[Tensor, Tensor]] = []
+    for tensor in model.parameters():
+        if tensor.is_floating_point() and tensor.data_ptr() not in encoded:
+            kept.append((tensor, tensor.data))
+            tensor.data = tensor.data.to(stored)
+    try:
+        plain = {name for name in state or () if name in dict(model.named_parameters()) and state[name].data_ptr() not in encoded}
+        yield None if state is None else {name: tensor.to(stored) if name in plain else tensor for name, tensor in state.items()}
+    finally:
+        for tensor, data in kept:
+            tensor.data = data
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
+from arctic_plugins.compute import is_native, warning_for
 from arctic_plugins.errors import CheckpointError, ConfigError, Interrupted, suggest
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
@@ -258,8 +259,10 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         raise ConfigError("training.output_dir is missing", fix="name the directory that checkpoints go to")
     data = recipe.data
     evaluates = data.eval_path or data.eval_split or data.eval_size
+    native = is_native(torch.bfloat16, "cpu" if given.get("use_cpu") else None)
     defaults = {
         "report_to": "none",
+        "bf16": native and not given.get("fp16"),  # SFTConfig turns it on whatever the device
         "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
         "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it trains in bfloat16 without a GPU
         "include_num_input_tokens_seen": "non_padding",
@@ -274,6 +277,11 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         raise ConfigError(f"training is not valid: {reason(error)}", fix="correct the value it names, or install the package") from error
     if absent := sorted({*arguments.report_to} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):
         raise ConfigError(f"training.report_to names {', '.join(absent)}, not installed here", fix=f"pip install {' '.join(absent)}, or leave it out")
+    for key in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"):
+        if given.get(key):
+            dtype = torch.bfloat16 if key.startswith("bf16") else torch.float16
+            if line := warning_for(dtype, f"training.{key}", "leave it out", "cpu" if arguments.use_cpu else None):
+                logger.warning(line)
     return arguments
 
 

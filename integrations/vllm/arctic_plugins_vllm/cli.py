@@ -36,6 +36,11 @@ def serve(context: click.Context, checkpoint: str, base: str | None, plugins: st
         raise ConfigError(f"{checkpoint} stands where CHECKPOINT is expected", fix="write 'arctic serve CHECKPOINT', then vLLM's options")
     stack = None if plugins is None else Stack.from_dict(parse_plugins(plugins))
     command, environment = server_command(checkpoint, context.args, base=base, plugins=stack)
+    if "--dtype" in command and not any(option.partition("=")[0] == "--dtype" for option in context.args):
+        dtype = command[command.index("--dtype") + 1]
+        click.echo(
+            f"arctic: --dtype {dtype}: this processor does not multiply the dtype of the checkpoint (set it yourself for another)", err=True
+        )
     for name, value in environment.items():
         click.echo(f"arctic: {name}={value} (set it yourself for another value)", err=True)
     sys.stdout.flush()

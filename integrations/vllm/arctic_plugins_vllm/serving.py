@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arctic_plugins.compute import compute_dtype, dtype_name, is_native
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import METHOD, ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
@@ -121,6 +122,8 @@ def server_command(
                 fix="encode the base with the plugins of the adapter's arctic_plugins.json",
             )
     environment = {}
+    if _option(options, "dtype") is None and (dtype := _dtype(model)) is not None:
+        arguments["dtype"] = dtype
     if _runs_on_cpu():
         if (is_encoded or plugins is not None) and "--no-enforce-eager" not in options:
             # Compiling takes about a minute. A model of 1.1B parameters in fp8 then generates a sixth faster (docs/fp8.md).
@@ -171,6 +174,17 @@ def _check_model(model: Path) -> bool:
         check_files(model)
     ModuleCodecs.from_config(quantization)
     return True
+
+
+def _dtype(model: Path) -> str | None:
+    """What to tell vLLM to compute in: None where its own choice (the checkpoint's dtype, bfloat16 for float32: ``config/model.py``
+    ``_resolve_auto_dtype``, vllm 0.32.0) is one that the device multiplies natively."""
+    import torch
+
+    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), torch.bfloat16)
+    vllms = torch.bfloat16 if named == torch.float32 else named
+    return None if is_native(vllms) else dtype_name(compute_dtype(vllms))
 
 
 def _option(options: Sequence[str], name: str) -> str | None:

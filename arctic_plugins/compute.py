@@ -1,0 +1,108 @@
+"""The dtype to compute in where the user says nothing: the checkpoint's if the device multiplies it natively, otherwise float32.
+
+Loading, training, generating, plans, the doctor and serving all ask here. What lands on disk never depends on the answer.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["compute_dtype", "default_device", "dtype_name", "is_native", "measure_products", "reason_for", "warning_for"]
+
+
+def is_native(dtype: torch.dtype, device: str | None = None) -> bool:
+    """Whether ``device`` multiplies matrices of ``dtype`` with instructions made for it.
+
+    torch multiplies bfloat16 and float16 on other processors too, by a loop that takes ten to several hundred times as long as float32.
+
+    Args:
+        dtype: of both factors.
+        device: a torch device type; default: the accelerator if there is one, else ``"cpu"``.
+    """
+    import torch
+
+    device = device or default_device()
+    if dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if device == "cuda":
+        return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return True
+    # oneDNN's own word, which honours ONEDNN_MAX_CPU_ISA; on x86-64 it also says yes where AVX-512 emulates the dtype.
+    library = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available():
+        return False
+    known = library._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else library._is_mkldnn_fp16_supported()
+    if not known or platform.machine().lower() not in ("x86_64", "amd64"):
+        return bool(known)
+    found, short = torch.cpu.get_capabilities(), "bf16" if dtype == torch.bfloat16 else "fp16"
+    return bool(found.get(f"avx512_{short}") or found.get(f"amx_{short}"))
+
+
+def compute_dtype(stored: torch.dtype, device: str | None = None) -> torch.dtype:
+    """What ``dtype: auto`` means for a checkpoint in ``stored``; see :func:`is_native`."""
+    import torch
+
+    return stored if is_native(stored, device) else torch.float32
+
+
+def reason_for(stored: torch.dtype, chosen: torch.dtype, device: str | None = None) -> str:
+    """A line about a ``chosen`` dtype that is not the checkpoint's; "" where it is."""
+    if stored == chosen:
+        return ""
+    name, where = dtype_name(stored), _described(device or default_device())
+    why = f"which {where} does not multiply natively" if not is_native(stored, device) else "as was asked for"
+    return f"computing in {dtype_name(chosen)}: the checkpoint is in {name}, {why}"
+
+
+def warning_for(chosen: torch.dtype, what: str, fix: str, device: str | None = None) -> str:
+    """A line about a dtype that the user chose and the device does not multiply natively; "" where it does.
+
+    Args:
+        chosen: the dtype.
+        what: where it was chosen, such as ``load.dtype``.
+        fix: what to write there instead.
+        device: see :func:`is_native`.
+    """
+    if is_native(chosen, device):
+        return ""
+    where = _described(device or default_device())
+    return f"{what} asks for {dtype_name(chosen)}, which {where} does not multiply natively: ten to several hundred times slower than float32; {fix}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def measure_products(size: int = 256, runs: int = 3) -> dict[str, float]:
+    """Seconds of one product of two ``size`` x ``size`` matrices on the CPU by dtype, as ``grad @ weight``; the best of ``runs``."""
+    import torch
+
+    seconds: dict[str, float] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        grad, weight = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+        best = float("inf")
+        for _ in range(runs):
+            started = time.perf_counter()
+            grad @ weight
+            best = min(best, time.perf_counter() - started)
+        seconds[dtype_name(dtype)] = best
+    return seconds
+
+
+def default_device() -> str:
+    """The accelerator's device type if there is one, else ``"cpu"``."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator.type if accelerator is not None else "cpu"
+
+
+def _described(device: str) -> str:
+    return "this processor" if device == "cpu" else f"this device ({device})"
