@@ -5,6 +5,9 @@ PARTS := integrations/huggingface integrations/vllm plugins/fp8 plugins/longseq 
 OURS := . $(PARTS)
 PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plugins_*))
 
+# Two workers of pytest with a thread each: nearly all of a test's time is one process that imports or computes something small.
+ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
+
 .PHONY: install demo test test-slow lint format benchmarks clean
 .DEFAULT_GOAL := test
 
@@ -25,10 +28,10 @@ demo: install
 	$(BIN)/arctic demo --out out/demo --overwrite
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
 
 test-slow: install
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
 
 lint: install
 	$(BIN)/ruff check .

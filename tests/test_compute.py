@@ -37,9 +37,7 @@ def dtypes(directory):
 
 
 def test_a_processor_with_the_instructions_of_avx2_computes_in_float32():
-    code = (
-        "import torch; from arctic_plugins.compute import *; print([str(compute_dtype(d)) for d in (torch.bfloat16, torch.float16)])"
-    )
+    code = "import torch; from arctic_plugins.compute import *; print([str(compute_dtype(d)) for d in (torch.bfloat16, torch.float16)])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300, env={**os.environ, **ORDINARY})
     assert json.loads(done.stdout.replace("'", '"')) == ["torch.float32"] * 2
 

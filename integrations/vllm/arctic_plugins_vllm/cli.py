@@ -38,9 +38,7 @@ def serve(context: click.Context, checkpoint: str, base: str | None, plugins: st
     command, environment = server_command(checkpoint, context.args, base=base, plugins=stack)
     if "--dtype" in command and not any(option.partition("=")[0] == "--dtype" for option in context.args):
         dtype = command[command.index("--dtype") + 1]
-        click.echo(
-            f"arctic: --dtype {dtype}: this processor does not multiply the dtype of the checkpoint (set it yourself for another)", err=True
-        )
+        click.echo(f"arctic: --dtype {dtype}: this processor does not multiply the dtype of the checkpoint (set it yourself for another)", err=True)
     for name, value in environment.items():
         click.echo(f"arctic: {name}={value} (set it yourself for another value)", err=True)
     sys.stdout.flush()
