@@ -196,10 +196,10 @@ def resolve_dtype(stored: torch.dtype, dtype: torch.dtype | str | None = "auto",
         return chosen, reason_for(stored, chosen, device)
     if dtype == STORED:
         return stored, ""
-    chosen = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ConfigError(f"dtype is {dtype!r}", expected="'auto', or the name of a floating dtype such as 'float32'", fix="correct load.dtype")
-    return chosen, warning_for(chosen, "dtype", "leave it out, or say float32", device)
+    return named, warning_for(named, "dtype", "leave it out, or say float32", device)
 
 
 def _device_of(kwargs: Mapping[str, Any]) -> str:

@@ -84,18 +84,21 @@ def _in_stored_dtype(model: PreTrainedModel | PeftModel, state: dict[str, Tensor
     if stored is None:
         yield state
         return
-    encoded = {parameter.data_ptr() for module in model.modules() if isinstance(module, FrozenModule) for parameter in module.encoded()}
-    kept: list[tuple[Tensor, Tensor]] = []
-    for tensor in model.parameters():
-        if tensor.is_floating_point() and tensor.data_ptr() not in encoded:
-            kept.append((tensor, tensor.data))
-            tensor.data = tensor.data.to(stored)
+    encoded = {id(parameter) for module in model.modules() if isinstance(module, FrozenModule) for parameter in module.encoded()}
+    frozen = frozen_weights(model)
+    plain = {
+        name: parameter
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter.is_floating_point() and id(parameter) not in encoded and name not in frozen
+    }
+    wide = {id(parameter): (parameter, parameter.data) for parameter in plain.values()}
+    for parameter, data in wide.values():
+        parameter.data = data.to(stored)
     try:
-        plain = {name for name in state or () if name in dict(model.named_parameters()) and state[name].data_ptr() not in encoded}
         yield None if state is None else {name: tensor.to(stored) if name in plain else tensor for name, tensor in state.items()}
     finally:
-        for tensor, data in kept:
-            tensor.data = data
+        for parameter, data in wide.values():
+            parameter.data = data
 
 
 @contextmanager
