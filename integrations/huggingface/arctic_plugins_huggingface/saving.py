@@ -45,11 +45,10 @@ def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     together = is_spread(model) or (not is_adapter and any(_is_shared_out(*found) for found in frozen_weights(model).values()))
     saves = not together or torch.distributed.get_rank() == 0
     with staged(directory) if saves else nullcontext(directory) as draft:
-        with whole_weights(model, draft / "gathered", only_trainable=is_adapter) as whole:
+        with _in_stored_dtype(model), whole_weights(model, draft / "gathered", only_trainable=is_adapter) as whole:
             if saves:
-                state = {**model.state_dict(), **whole} if whole else None
-                with _says_what_is_encoded(model.config), _exporting(model, whole), _in_stored_dtype(model, state) as state:
-                    model.save_pretrained(draft, max_shard_size=SHARD_SIZE, state_dict=state)
+                with _says_what_is_encoded(model.config), _exporting(model, whole):
+                    model.save_pretrained(draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **whole} if whole else None)
         if saves:
             tokenizer.save_pretrained(draft)
             write_provenance(draft, stack)
@@ -78,26 +77,20 @@ def _exporting(model: PreTrainedModel | PeftModel, whole: dict[str, Tensor]) -> 
 
 
 @contextmanager
-def _in_stored_dtype(model: PreTrainedModel | PeftModel, state: dict[str, Tensor] | None) -> Iterator[dict[str, Tensor] | None]:
-    """What is saved, in the dtype of the checkpoint that ``model`` was loaded from, where the processor made it compute in a wider one."""
+def _in_stored_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """With ``model`` in the dtype of the checkpoint that it was loaded from, where the processor made it compute in a wider one."""
     stored = None if isinstance(model, PeftModel) else getattr(model, "arctic_stored_dtype", None)
     if stored is None:
-        yield state
+        yield
         return
     encoded = {id(parameter) for module in model.modules() if isinstance(module, FrozenModule) for parameter in module.encoded()}
-    frozen = frozen_weights(model)
-    plain = {
-        name: parameter
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if parameter.is_floating_point() and id(parameter) not in encoded and name not in frozen
-    }
-    wide = {id(parameter): (parameter, parameter.data) for parameter in plain.values()}
-    for parameter, data in wide.values():
+    wide = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point() and id(parameter) not in encoded]
+    for parameter, data in wide:
         parameter.data = data.to(stored)
     try:
-        yield None if state is None else {name: tensor.to(stored) if name in plain else tensor for name, tensor in state.items()}
+        yield
     finally:
-        for parameter, data in wide.values():
+        for parameter, data in wide:
             parameter.data = data
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import threading
@@ -16,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from arctic_plugins.compute import warning_for
 from arctic_plugins.errors import CheckpointError
 from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
@@ -25,6 +27,8 @@ from arctic_plugins_huggingface.restoring import restore_weights
 from arctic_plugins_huggingface.spread import is_spread, spread
 
 __all__ = ["ArcticTrainingArguments", "GracefulStop", "attach", "last_checkpoint"]
+
+logger = logging.getLogger(__name__)
 
 AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
@@ -76,6 +80,8 @@ def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
     Call it once, after building the trainer around a model from :func:`~arctic_plugins_huggingface.load_model` and before ``train()``. It takes
     ``save_total_limit`` over: the Trainer would remove the last complete checkpoint before the new one is marked as complete.
     """
+    if trainer.args.bf16 and (line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)):
+        logger.warning(line)  # TRL's SFTConfig turns it on by itself
     if is_spread(trainer.model):
         trainer.add_callback(spread(trainer))  # before the one that marks checkpoints as complete
     else:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm import EngineArgs, ModelRegistry
 from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
@@ -48,6 +49,7 @@ __all__ = [
     "initialize_model_parallel",
     "is_registered",
     "loading",
+    "model_dtype",
     "register_quantization_config",
     "rotary_embedding",
     "set_current_vllm_config",
@@ -71,6 +73,12 @@ def loading() -> tuple[str, int, bool]:
         return "", 1, False
     by_process = config.load_config.load_format in ("sharded_state", "runai_streamer_sharded")
     return config.model_config.model, config.parallel_config.tensor_parallel_size, by_process
+
+
+def model_dtype() -> torch.dtype | None:
+    """The dtype that the model that is being built computes in."""
+    config = get_current_vllm_config_or_none()
+    return None if config is None or config.model_config is None else config.model_config.dtype
 
 
 def expert_activation(layer: Any) -> dict[str, Any]:

@@ -6,12 +6,14 @@ and tensor parallelism takes rows, or slices along K that end at the codec's bor
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from arctic_plugins.compute import warning_for
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs
@@ -25,11 +27,14 @@ from arctic_plugins_vllm.compat import (
     UnquantizedLinearMethod,
     VocabParallelEmbedding,
     loading,
+    model_dtype,
 )
 from arctic_plugins_vllm.experts import EncodedExpertsMethod
 from arctic_plugins_vllm.linear import EncodedLinearMethod
 from arctic_plugins_vllm.loaders import Reader, convert, encode
 from arctic_plugins_vllm.serving import made_for
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["ON_THE_FLY", "ArcticConfig", "ConvertedConfig"]
 
@@ -102,6 +107,8 @@ class ArcticConfig(CodecConfig):
                     fix="'arctic serve' sets both; or make it again with another --tensor-parallel, or without",
                 )
             self.checked = True
+            if (dtype := model_dtype()) is not None and (line := warning_for(dtype, "vLLM's dtype", "give --dtype float32, as 'arctic serve' does")):
+                logger.warning(line)
         return super().get_quant_method(layer, prefix)
 
     @classmethod
