@@ -8,10 +8,13 @@ import time
 
 import pytest
 
+from arctic_plugins.cli import main
+
 COMMANDS = ["demo", "generate", "merge", "plugins", "quantize", "serve", "train"]
 
 
 def arctic(*arguments, **environment):
+    """The command in a process of its own, for what depends on one."""
     return subprocess.run(
         [sys.executable, "-m", "arctic_plugins.cli", *arguments],
         capture_output=True,
@@ -20,6 +23,18 @@ def arctic(*arguments, **environment):
         timeout=120,
         env={**os.environ, **environment},
     )
+
+
+@pytest.fixture
+def here(capsys):
+    """A function that runs the command in this process and gives (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as raised:
+            main(list(arguments))
+        return raised.value.code, *capsys.readouterr()
+
+    return run
 
 
 def test_help_lists_every_command_and_loads_nothing_heavy():
@@ -34,10 +49,10 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_shows_an_example(command):
-    result = arctic(command, "--help")
-    assert result.returncode == 0
-    assert f"Example:\n    arctic {command}" in result.stdout
+def test_every_command_shows_an_example(here, command):
+    status, output, _ = here(command, "--help")
+    assert status == 0
+    assert f"Example:\n    arctic {command}" in output
 
 
 @pytest.mark.parametrize(
@@ -50,17 +65,23 @@ def test_every_command_shows_an_example(command):
         (["quantize", "nowhere", "out", "--plugins", "lora"], "encodes nothing"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(arguments, message):
-    result = arctic(*arguments)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+def test_bad_input_is_one_line_and_status_2(here, arguments, message):
+    status, _, error = here(*arguments)
+    assert status == 2
+    assert message in error
+    assert len(error.splitlines()) == 1
 
 
-def test_traceback_on_request():
-    result = arctic("train", "nowhere.yaml", "--traceback")
-    assert result.returncode == 2
-    assert "Traceback (most recent call last)" in result.stderr
+def test_a_process_ends_with_the_status_and_the_line_of_its_error():
+    result = arctic("trian")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "arctic: 'trian' is not a command; did you mean 'train'?\n"
+
+
+def test_traceback_on_request(here):
+    status, _, error = here("train", "nowhere.yaml", "--traceback")
+    assert status == 2
+    assert "Traceback (most recent call last)" in error
 
 
 def test_a_broken_plugin_is_listed_with_its_cause_and_harms_nothing_else(install_plugin):
