@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from textwrap import dedent
 
@@ -11,7 +11,7 @@ import pytest
 
 from arctic_plugins.discovery import process_registry
 
-__all__ = ["install_plugin", "tiny_checkpoint"]
+__all__ = ["PluginSites", "install_plugin", "tiny_checkpoint"]
 
 
 @pytest.fixture(scope="session")
@@ -22,31 +22,41 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture
-def install_plugin(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
-    """A function that installs a plugin's source as a distribution of its own, for the time of the test.
+class PluginSites:
+    """Installs plugins' sources as distributions of their own, under ``root``, until :meth:`close`; see :func:`install_plugin`."""
 
-    ``install_plugin("name", source)`` writes a module ``name_plugin`` whose ``plugin`` object is the entry point, with metadata for a
-    distribution ``name-dist`` 1.0, and returns the directory that holds both (put it on ``PYTHONPATH`` for child processes).
-    """
-    added: list[str] = []
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.added: list[str] = []
 
-    def install(name: str, source: str, *, distribution: str | None = None, module: str | None = None) -> Path:
+    def __call__(self, name: str, source: str, *, distribution: str | None = None, module: str | None = None) -> Path:
         module, distribution = module or f"{name}_plugin", distribution or f"{name}-dist"
-        site = tmp_path / f"site-{distribution}"
+        site = self.root / f"site-{distribution}"
         metadata = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
         metadata.mkdir(parents=True)
         (site / f"{module}.py").write_text(dedent(source), encoding="utf-8")
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n", encoding="utf-8")
         (metadata / "entry_points.txt").write_text(f"[arctic_plugins]\n{name} = {module}:plugin\n", encoding="utf-8")
         sys.path.insert(0, str(site))
-        added.append(str(site))
+        self.added.append(str(site))
         process_registry.cache_clear()
         return site
 
-    yield install
-    for site in added:
-        sys.path.remove(site)
-        for module in [name for name, loaded in sys.modules.items() if (getattr(loaded, "__file__", None) or "").startswith(site)]:
-            del sys.modules[module]
-    process_registry.cache_clear()
+    def close(self) -> None:
+        for site in self.added:
+            sys.path.remove(site)
+            for module in [name for name, loaded in sys.modules.items() if (getattr(loaded, "__file__", None) or "").startswith(site)]:
+                del sys.modules[module]
+        process_registry.cache_clear()
+
+
+@pytest.fixture
+def install_plugin(tmp_path: Path) -> Iterator[PluginSites]:
+    """A function that installs a plugin's source as a distribution of its own, for the time of the test.
+
+    ``install_plugin("name", source)`` writes a module ``name_plugin`` whose ``plugin`` object is the entry point, with metadata for a
+    distribution ``name-dist`` 1.0, and returns the directory that holds both (put it on ``PYTHONPATH`` for child processes).
+    """
+    sites = PluginSites(tmp_path)
+    yield sites
+    sites.close()

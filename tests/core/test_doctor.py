@@ -5,31 +5,38 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 
 from arctic_plugins import Finding, diagnosis
 from arctic_plugins.diagnosis import diagnose
 from arctic_plugins.resolver import host_version
+from arctic_plugins.testing.fixtures import PluginSites
 
 PLUGIN = "from arctic_plugins import Finding, Plugin, hookimpl\n"
+IN_CHILD = diagnosis._in_child
 
 
-def broken(body, head=""):
-    return f"{PLUGIN}{head}\nclass plugin(Plugin):\n    name = 'odd'\n{body}"
+def broken(body, head="", name="odd"):
+    return f"{PLUGIN}{head}\nclass plugin(Plugin):\n    name = '{name}'\n{body}"
+
+
+def only(*subjects):
+    """The doctor's way into its children, for the checks that have a part in the test: ``recipe``, ``plugin`` and its name."""
+    return lambda subject, *arguments: IN_CHILD(subject, *arguments) if not {subject, arguments[0]}.isdisjoint(subjects) else []
 
 
 @pytest.fixture
 def doctor(install_plugin, monkeypatch):
-    """A function that installs sources as plugins and gives the findings of those subjects, without the slow checks that have no part in it."""
+    """A function that installs sources as plugins named ``odd`` and gives the findings, with no other check in a child than is asked for."""
 
-    def run(*sources, recipe=None, keep=("plugin", "recipe")):
+    def run(*sources, recipe=None, keep=("plugin odd",)):
         sites = []
         for number, source in enumerate(sources):
             sites.append(str(install_plugin("odd", source, distribution=f"odd-{number}", module=f"odd_{number}")))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([*sites, os.environ.get("PYTHONPATH", "")]))
-        child = diagnosis._in_child
-        monkeypatch.setattr(diagnosis, "_in_child", lambda subject, *args: child(subject, *args) if args[0] in keep else [])
+        monkeypatch.setattr(diagnosis, "_in_child", only(*keep))
         return diagnose(recipe)
 
     return run
@@ -45,24 +52,37 @@ WAYS = {
     "ends the process": ("import os; os._exit(3)", "its process ended with exit status 3"),
     "crashes": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "its process ended with signal 11"),
     "is no plugin": ("plugin = 3", "is not a plugin"),
-    "has another name": (broken("    name = 'even'\n"), "calls itself 'even'"),
+    "has another name": (broken("", name="even"), "calls itself 'even'"),
     "knows a hook that is none": (broken("    @hookimpl\n    def clam(self): ...\n"), "unknown hook"),
     "fails in diagnose": (broken("    @classmethod\n    @hookimpl\n    def diagnose(cls): return 1 / 0\n"), "ZeroDivisionError"),
     "yields nonsense": (broken("    @classmethod\n    @hookimpl\n    def diagnose(cls): return [3]\n"), "AttributeError"),
-    "wants another host": (broken("    hosts = {'transformers': '<2'}\n"), "plugin 'odd' does not work with transformers"),
+    "wants another host": (broken("    hosts = {'transformers': '<2'}\n"), "plugin '{name}' does not work with transformers"),
     "declares a bad range": (broken("    hosts = {'transformers': 'two'}\n"), "declares an invalid range"),
 }
+NAMES = {way: f"odd-{'-'.join(way.split())}" for way in WAYS}
+
+
+@pytest.fixture(scope="module")
+def among_broken(tmp_path_factory):
+    """The findings where every broken plugin is installed beside the others and the sound ones, each under a name of its own."""
+    install = PluginSites(tmp_path_factory.mktemp("broken"))
+    with pytest.MonkeyPatch.context() as patch, closing(install):
+        for number, (way, (source, _)) in enumerate(WAYS.items()):
+            own = source.replace("name = 'odd'", f"name = '{NAMES[way]}'")
+            install(NAMES[way], own, distribution=f"broken-{number}", module=f"broken_{number}")
+        patch.setenv("PYTHONPATH", os.pathsep.join([*install.added, os.environ.get("PYTHONPATH", "")]))
+        patch.setattr(diagnosis, "_in_child", only("plugin"))
+        return diagnose()
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_it_never_dies_of_a_broken_plugin(doctor, way):
-    source, message = WAYS[way]
-    findings = doctor(source)
-    wrong = [found for found in about(findings, "plugin odd") if found.status == "error"]
-    assert wrong, findings
+def test_it_never_dies_of_a_broken_plugin(among_broken, way):
+    message = WAYS[way][1].format(name=NAMES[way])
+    wrong = [found for found in about(among_broken, f"plugin {NAMES[way]}") if found.status == "error"]
+    assert wrong, among_broken
     assert message in wrong[0].text
-    assert about(findings, "plugin fp8")[0].status == "ok"
-    assert about(findings, "python")
+    assert about(among_broken, "plugin fp8")[0].status == "ok"
+    assert about(among_broken, "python")
 
 
 def test_a_plugin_that_hangs_is_given_up(doctor, monkeypatch):
@@ -95,9 +115,8 @@ def test_stale_and_broken_metadata(install_plugin, monkeypatch):
     again = site / "arctic_plugins_fp8-0.0.9.dist-info"
     again.mkdir()
     (again / "METADATA").write_text("Metadata-Version: 2.1\nName: arctic-plugins-fp8\nVersion: 0.0.9\n")
-    monkeypatch.setenv("PYTHONPATH", str(site))
-    child = diagnosis._in_child
-    monkeypatch.setattr(diagnosis, "_in_child", lambda subject, *args: child(subject, *args) if args[0] == "plugin" else [])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setattr(diagnosis, "_in_child", only("plugin gone"))
     findings = diagnose()
     assert "No module named 'gone_module'" in about(findings, "plugin gone")[0].text
     texts = [found.text for found in about(findings, "metadata")]
@@ -109,7 +128,7 @@ def test_stale_and_broken_metadata(install_plugin, monkeypatch):
 def test_a_recipe_says_what_is_enabled(doctor, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("plugins: {fp8: {}}")
-    findings = doctor(recipe=recipe)
+    findings = doctor(recipe=recipe, keep=("recipe", "plugin fp8", "plugin lora"))
     assert about(findings, "plugin fp8")[0].text.endswith("(enabled)")
     assert about(findings, "plugin lora")[0].text.endswith("(not enabled)")
     assert about(findings, "recipe")[0].text == "its stack resolves, in this order: fp8"
@@ -120,7 +139,7 @@ def test_a_recipe_says_what_is_enabled(doctor, tmp_path):
         ("plugins: 3", "plugins"),
     ):
         recipe.write_text(text)
-        wrong = [found for found in doctor(recipe=recipe) if found.status == "error"]
+        wrong = [found for found in doctor(recipe=recipe, keep=("recipe",)) if found.status == "error"]
         assert any(message in found.text for found in wrong), (text, wrong)
 
 
@@ -143,7 +162,7 @@ def arctic_doctor(*arguments, **environment):
 
 @pytest.mark.vllm
 @pytest.mark.skipif(host_version("vllm") is None, reason="vLLM is not installed")
-def test_the_whole_of_it_as_json_with_the_real_vllm(install_plugin):
+def test_the_whole_of_it_as_json_with_the_real_vllm(install_plugin, monkeypatch):
     site = install_plugin("crash", "import os; os._exit(3)")
     done = arctic_doctor("--json", PYTHONPATH=str(site))
     findings = [Finding(**found) for found in json.loads(done.stdout)]
@@ -153,5 +172,5 @@ def test_the_whole_of_it_as_json_with_the_real_vllm(install_plugin):
     sound = arctic_doctor()
     assert sound.returncode == 0, sound.stdout
     assert "the method 'arctic' is registered" in " ".join(sound.stdout.split())
-    hidden = arctic_doctor("--json", VLLM_PLUGINS="")
-    assert "is not registered" in about([Finding(**found) for found in json.loads(hidden.stdout)], "vllm worker")[0].text
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert "is not registered" in IN_CHILD("vllm worker", "worker")[0].text
