@@ -8,8 +8,7 @@ import os
 import random
 import re
 import shutil
-import subprocess
-import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from arctic_plugins import Stack
 from arctic_plugins.cli import main
 from arctic_plugins.errors import UserError
 from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins.testing.forks import Forks
 
 RECORD = {"instruction": "Say hello.", "output": "hello"}
 STACK = {"fp8": {"group_size": 64}, "lora": {"r": 4}}
@@ -282,14 +282,21 @@ def test_there_are_enough_cases():
     assert len(CASES) >= 40
 
 
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """A process that has imported with a hub that nobody reaches, and forks."""
+    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path_factory.mktemp("home"))}
+    with closing(Forks(["arctic_plugins_huggingface.sft"], environment)) as forks:
+        yield forks
+
+
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
 
 
 @pytest.mark.parametrize("arguments", [["quantize", "plain", "out"], ["merge", "adapter", "out"], ["train", "recipe.yaml"]], ids=lambda a: a[0])
-def test_a_disk_that_takes_no_more(here, arguments):
+def test_a_disk_that_takes_no_more(here, offline, arguments):
     """A limit on file sizes makes writes fail in the middle, as a full disk does."""
-    code = f"{LIMIT} from arctic_plugins.cli import main; main({arguments!r})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    done = offline.run(f"{LIMIT} from arctic_plugins.cli import main; main({arguments!r})", cwd=here)
     assert done.returncode == 2, done.stderr
     assert "out cannot be written: " in done.stderr.splitlines()[-1] or "final cannot be written: " in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
@@ -297,15 +304,15 @@ def test_a_disk_that_takes_no_more(here, arguments):
     assert not list((here / "out").rglob(FILE_NAME)), "something incomplete is marked as complete"
 
 
-def test_a_hub_id_offline_is_told_at_once(tmp_path):
-    environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
-    for arguments in (["generate", "someone/model", "hi"], ["generate", "oneword", "hi"], ["merge", "someone/adapter", "out"]):
-        command = [sys.executable, "-m", "arctic_plugins.cli", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=tmp_path)
-        last = done.stderr.splitlines()[-1]
-        assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-        assert f"there is no directory '{arguments[1]}' here" in last
-        assert "http://127.0.0.1:9 cannot be reached" in last
+@pytest.mark.parametrize(
+    "arguments", [["generate", "someone/model", "hi"], ["generate", "oneword", "hi"], ["merge", "someone/adapter", "out"]], ids=lambda a: a[1]
+)
+def test_a_hub_id_offline_is_told_at_once(offline, tmp_path, arguments):
+    done = offline.run(arguments, cwd=tmp_path)
+    last = done.stderr.splitlines()[-1]
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+    assert f"there is no directory '{arguments[1]}' here" in last
+    assert "http://127.0.0.1:9 cannot be reached" in last
 
 
 def logits(checkpoint):

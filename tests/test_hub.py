@@ -2,10 +2,11 @@
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 import torch
@@ -14,31 +15,38 @@ from safetensors.torch import load_file
 
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins.testing.forks import Forks
 
 FP8 = Stack.from_dict({"fp8": {}})
 PLUGINS = {"fp8": {}, "lora": {"r": 4}}
 
 
-@pytest.fixture
-def hub(tmp_path):
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """The stub, and a process of its clients that has read its address: (hub, the home of their caches, forks)."""
     specification = importlib.util.spec_from_file_location("hub_stub", Path(__file__).with_name("hub.py"))
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    with module.Hub(tmp_path / "hub") as hub:
-        yield hub
+    home = tmp_path_factory.mktemp("home")
+    with module.Hub(tmp_path_factory.mktemp("hub")) as hub, closing(Forks(["arctic_plugins_huggingface.sft"], hub.environment(home))) as forks:
+        yield hub, home, forks
+
+
+@pytest.fixture
+def hub(server, tmp_path):
+    """The stub without repositories, its clients without caches."""
+    hub, home, _ = server
+    hub.root, hub.requests, hub.unknown = tmp_path / "hub", [], []
+    for cache in home.iterdir():
+        shutil.rmtree(cache)
+    yield hub
     assert not hub.unknown, "the stub was asked for what it does not know"
 
 
 @pytest.fixture
-def run(hub, tmp_path):
+def run(hub, server, tmp_path):
     """Run Python source, or the command line, in a process that sees the stub as the hub."""
-
-    def start(*command):
-        start = ["-c", dedent(command[0])] if len(command) == 1 else ["-m", "arctic_plugins.cli", *map(str, command)]
-        environment = hub.environment(tmp_path / "home")
-        return subprocess.run([sys.executable, *start], capture_output=True, text=True, check=False, timeout=300, env=environment, cwd=tmp_path)
-
-    return start
+    return lambda *command: server[2].run(command[0] if len(command) == 1 else command, cwd=tmp_path)
 
 
 def ok(done):
@@ -148,10 +156,10 @@ def test_what_the_hub_does_not_have_is_one_line(hub, run, tiny_checkpoint, tmp_p
     assert "data.path someone/nothing is no file here and cannot be loaded as a dataset" in done.stderr.splitlines()[-1]
 
 
-def test_a_model_in_the_cache_is_used_when_the_hub_is_gone(hub, run, tiny_checkpoint, tmp_path):
+def test_a_model_in_the_cache_is_used_when_the_hub_is_gone(hub, server, run, tiny_checkpoint, tmp_path):
     hub.put("someone/base", tiny_checkpoint)
     answer = ok(run("generate", "someone/base", "hi", "--max-new-tokens", "4"))
-    environment = {**hub.environment(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
+    environment = {**hub.environment(server[1]), "HF_ENDPOINT": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "arctic_plugins.cli", "generate", "someone/base", "hi", "--max-new-tokens", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment, cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, answer), done.stderr
