@@ -21,7 +21,7 @@ from arctic_plugins import Stack
 from arctic_plugins.cli import main
 from arctic_plugins.errors import UserError
 from arctic_plugins.provenance import FILE_NAME
-from arctic_plugins.testing.forks import Forks
+from arctic_plugins.testing import Forks
 
 RECORD = {"instruction": "Say hello.", "output": "hello"}
 STACK = {"fp8": {"group_size": 64}, "lora": {"r": 4}}
@@ -296,7 +296,7 @@ LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_
 @pytest.mark.parametrize("arguments", [["quantize", "plain", "out"], ["merge", "adapter", "out"], ["train", "recipe.yaml"]], ids=lambda a: a[0])
 def test_a_disk_that_takes_no_more(here, offline, arguments):
     """A limit on file sizes makes writes fail in the middle, as a full disk does."""
-    done = offline.run(f"{LIMIT} from arctic_plugins.cli import main; main({arguments!r})", cwd=here)
+    done = offline.run(["-c", f"{LIMIT} from arctic_plugins.cli import main; main({arguments!r})"], cwd=here)
     assert done.returncode == 2, done.stderr
     assert "out cannot be written: " in done.stderr.splitlines()[-1] or "final cannot be written: " in done.stderr.splitlines()[-1], done.stderr
     assert "Traceback" not in done.stderr
@@ -308,7 +308,7 @@ def test_a_disk_that_takes_no_more(here, offline, arguments):
     "arguments", [["generate", "someone/model", "hi"], ["generate", "oneword", "hi"], ["merge", "someone/adapter", "out"]], ids=lambda a: a[1]
 )
 def test_a_hub_id_offline_is_told_at_once(offline, tmp_path, arguments):
-    done = offline.run(arguments, cwd=tmp_path)
+    done = offline.arctic(*arguments, cwd=tmp_path)
     last = done.stderr.splitlines()[-1]
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     assert f"there is no directory '{arguments[1]}' here" in last

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
+from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, draw_adapter, engines, tiny_llama, tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -47,8 +45,7 @@ def run(llm, *, site=None, cache, adapter=None, models=(), **environment):
         "PYTHONPATH": str(site or ""),
         **environment,
     }
-    command = [sys.executable, str(Path(__file__).with_name("engine.py")), json.dumps(job)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=580, env={**os.environ, **settings})
+    return engines().run([Path(__file__).with_name("engine.py"), json.dumps(job)], timeout=900, env={**os.environ, **settings})
 
 
 def results(result):

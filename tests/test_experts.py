@@ -285,13 +285,15 @@ def test_a_placement_holds_them_and_saving_gives_them_back(int8_plugin, plain, t
     resident = Stack.from_dict({"int8": {"include": ["**.experts.*"]}})
     (placed, tokenizer), (model, _) = load_model(plain, spooled), load_model(plain, resident)
     assert all(module.frozen[leaf].handle is not None for module, leaf in frozen_weights(placed).values())
-    assert torch.equal(logits(placed), logits(model))
+    # Not to the bit: Qwen2's plain gate of one row is summed in an order that depends on where in memory it is.
+    torch.testing.assert_close(logits(placed), logits(model), rtol=0, atol=2e-6)
     save_checkpoint(placed, tokenizer, tmp_path / "out", spooled)
-    assert torch.equal(logits(load_model(tmp_path / "out", resident)[0]), logits(model))
+    torch.testing.assert_close(logits(load_model(tmp_path / "out", resident)[0]), logits(model), rtol=0, atol=2e-6)
     x = torch.randn(3, model.config.hidden_size, requires_grad=True)
     index, weights = torch.tensor([[0, 1], [1, 2], [0, 3]]), torch.rand(3, 2)
-    gradients = [torch.autograd.grad(found.model.layers[0].mlp.experts(x, index, weights).sum(), x)[0] for found in (placed, model)]
-    assert torch.equal(*gradients)
+    outputs = [found.model.layers[0].mlp.experts(x, index, weights) for found in (placed, model)]
+    assert torch.equal(*outputs)
+    assert torch.equal(*(torch.autograd.grad(output.sum(), x)[0] for output in outputs))
 
 
 def test_only_one_of_the_two_weights_is_an_error(plain):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
-from arctic_plugins.testing.forks import Forks
+from arctic_plugins.testing import Forks
 
 FP8 = Stack.from_dict({"fp8": {}})
 PLUGINS = {"fp8": {}, "lora": {"r": 4}}
@@ -46,7 +47,8 @@ def hub(server, tmp_path):
 @pytest.fixture
 def run(hub, server, tmp_path):
     """Run Python source, or the command line, in a process that sees the stub as the hub."""
-    return lambda *command: server[2].run(command[0] if len(command) == 1 else command, cwd=tmp_path)
+    forks = server[2]
+    return lambda *command: forks.run(["-c", dedent(command[0])], cwd=tmp_path) if len(command) == 1 else forks.arctic(*command, cwd=tmp_path)
 
 
 def ok(done):

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,7 @@ from arctic_plugins_huggingface import load_model, save_checkpoint
 
 from arctic_plugins import Stack
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import tiny_llama
+from arctic_plugins.testing import engines, tiny_llama
 
 ORIGINAL, LENGTH = 2048, 131072
 
@@ -39,8 +37,7 @@ def test_the_last_token_of_a_prompt_of_128k_is_that_of_transformers(tmp_path, ki
         "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "2",
     }
-    command = [sys.executable, str(Path(__file__).with_name("engine_jobs.py")), f"@{tmp_path / 'jobs.json'}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment)
+    result = engines().run([Path(__file__).with_name("engine_jobs.py"), f"@{tmp_path / 'jobs.json'}"], timeout=1800, env=environment)
     answers = [json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(answers) == 1, result.stderr[-4000:]
     assert answers[0]["max_model_len"] == LENGTH

@@ -5,6 +5,7 @@ transformers.
 """
 
 from arctic_plugins.testing.codecs import check_codec
+from arctic_plugins.testing.forks import Fork, Forks, engines, trainers
 from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
 from arctic_plugins.testing.placements import check_placement
 from arctic_plugins.testing.processes import QUIET_RUN, run_processes, say
@@ -13,11 +14,15 @@ __all__ = [
     "LLAMA_LIKE",
     "MIXTURES",
     "QUIET_RUN",
+    "Fork",
+    "Forks",
     "check_codec",
     "check_placement",
     "draw_adapter",
+    "engines",
     "run_processes",
     "say",
     "tiny_llama",
     "tiny_model",
+    "trainers",
 ]

@@ -1,99 +1,352 @@
-"""One interpreter that has imported what is heavy, and forks of it that run tests' programs: the import is paid once."""
+"""One interpreter that has imported what is heavy, and forks of it that run tests' programs: the imports are paid once."""
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import gc
 import json
 import os
+import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from textwrap import dedent
+from types import ModuleType
 from typing import Any
 
-__all__ = ["Forks"]
+__all__ = ["Fork", "Forks", "engines", "trainers"]
+
+GRACE = 5
+"""Seconds that the other processes have to end by themselves after one has failed, and once more after SIGTERM."""
+
+
+class Fork:
+    """What runs: a program, once or as several processes. Its outputs are those of all its processes.
+
+    Attributes:
+        pids: of its processes, in the order of their ranks; each leads a process group.
+        returncode: None while it runs; then as of ``subprocess.Popen``, of the first process that failed.
+    """
+
+    def __init__(self, request: Mapping[str, Any], address: str) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="fork-")
+        self._outputs = [Path(self._directory.name) / name for name in ("stdout", "stderr")]
+        self._program = request["arguments"]
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(address)
+        self._lines = self._connection.makefile("rw", encoding="utf-8")
+        self._lines.write(json.dumps({**request, "outputs": list(map(str, self._outputs))}) + "\n")
+        self._lines.flush()
+        self.pids: list[int] = self._read()
+        self.returncode: int | None = None
+
+    def _read(self) -> Any:
+        line = self._lines.readline()
+        if not line:
+            raise RuntimeError(f"the process that forks has ended; it was to run {self._program}")
+        return json.loads(line)
+
+    @property
+    def pid(self) -> int:
+        """Of the first process."""
+        return self.pids[0]
+
+    def poll(self) -> int | None:
+        """The status, or None while one of the processes runs."""
+        if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
+            self.returncode = self._read()
+        return self.returncode
+
+    def wait(self, timeout: float = 300) -> int:
+        """The status.
+
+        Raises:
+            subprocess.TimeoutExpired: after ``timeout`` seconds, when all processes have been killed.
+        """
+        if self.returncode is None:
+            if not select.select([self._connection], [], [], timeout)[0]:
+                self._connection.close()
+                self._lines.close()
+                raise subprocess.TimeoutExpired(self._program, timeout, *(path.read_bytes()[-4000:] for path in self._outputs))
+            self.returncode = self._read()
+        return self.returncode
+
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
+        """Both outputs, when it has ended."""
+        self.wait(timeout)
+        output, error = (path.read_text(encoding="utf-8", errors="replace") for path in self._outputs)
+        return output, error
+
+    def send_signal(self, number: int) -> None:
+        """To the first process."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL to the first process."""
+        self.send_signal(signal.SIGKILL)
 
 
 class Forks:
     """Starts a Python that imports ``modules`` with the environment ``environment``; each :meth:`run` is a fork of it.
 
-    What a program changes in its process, its working directory and its limits goes with it. What the modules read from the environment
-    when they are imported is the same for all: tests that are about that start another of these, or a process of their own.
+    What a program changes in its process, its working directory and its limits goes with it. Of its environment a module sees what it reads
+    when it is used, not what it reads when it is imported: tests that are about that start another of these, or a process of their own. Nor
+    does a fork run what the interpreter does at its end. ``OMP_NUM_THREADS`` counts.
+
+    Args:
+        modules: names; those that are not installed are left out.
+        environment: of the imports, by default that of this process.
     """
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, *modules],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=dict(environment or os.environ),
-            start_new_session=True,
-        )
+        self._directory = tempfile.TemporaryDirectory(prefix="forks-")
+        self._address = str(Path(self._directory.name) / "socket")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(self._address)
+            listener.listen(64)
+            # A thread more in the one that forks would not be there in its forks, with what it has locked.
+            settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_WARM_POOL": "0"}
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import _begin; _begin()", str(listener.fileno()), *modules],
+                stdin=subprocess.PIPE,
+                env={**(environment or os.environ), **settings},
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
 
-    def run(self, program: str | Sequence[Any], *, cwd: Path | None = None, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Run Python source, or the arguments of ``arctic``, in a fork.
+    def start(self, arguments: Sequence[Any], *, processes: int = 1, env: Mapping[str, str] | None = None, cwd: Path | str | None = None) -> Fork:
+        """Run ``python ARGUMENT ...`` in forks.
 
         Args:
-            program: source, dedented, or arguments, of which paths and numbers become texts.
-            cwd: the working directory.
-            timeout: seconds, after which all forks are killed and ``subprocess.TimeoutExpired`` is raised.
+            arguments: as Python has them: ``[script, ...]``, ``["-m", module, ...]`` or ``["-c", source, ...]``; they become texts.
+            processes: how many; several have the variables that ``torchrun`` sets and, like there, end when one fails.
+            env: the environment, by default that of this process.
+            cwd: the working directory, by default that of this process.
         """
-        source = dedent(program) if isinstance(program, str) else f"from arctic_plugins.cli import main; main({[str(part) for part in program]!r})"
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        with tempfile.TemporaryDirectory() as directory:
-            outputs = [Path(directory) / name for name in ("stdout", "stderr")]
-            self._process.stdin.write(json.dumps([source, str(cwd or Path.cwd()), *map(str, outputs)]) + "\n")
-            self._process.stdin.flush()
-            if not select.select([self._process.stdout], [], [], timeout)[0]:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                raise subprocess.TimeoutExpired(source, timeout)
-            answer = self._process.stdout.readline()
-            if not answer:
-                raise RuntimeError(f"the process that forks ended with status {self._process.wait()}")
-            return subprocess.CompletedProcess(source, int(answer), *(path.read_text(encoding="utf-8", errors="replace") for path in outputs))
+        request = {
+            "arguments": list(map(str, arguments)),
+            "processes": processes,
+            "environment": dict(os.environ if env is None else env),
+            "directory": str(Path(cwd or ".").absolute()),
+        }
+        return Fork(request, self._address)
+
+    def run(
+        self,
+        arguments: Sequence[Any],
+        *,
+        processes: int = 1,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | str | None = None,
+        timeout: float = 300,
+    ) -> subprocess.CompletedProcess[str]:
+        """:meth:`start`, then the status and the outputs.
+
+        Raises:
+            subprocess.TimeoutExpired: after ``timeout`` seconds, when all processes have been killed.
+        """
+        fork = self.start(arguments, processes=processes, env=env, cwd=cwd)
+        output, error = fork.communicate(timeout)
+        return subprocess.CompletedProcess(fork._program, fork.wait(), output, error)
+
+    def arctic(self, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        """:meth:`run` of the command line."""
+        return self.run(["-m", "arctic_plugins.cli", *arguments], **options)
 
     def close(self) -> None:
-        """End the process; nothing runs in a fork any more."""
-        self._process.communicate(timeout=60)
+        """End the process; nothing can be started any more."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(60)
+        self._directory.cleanup()
 
 
-def _serve(modules: Sequence[str]) -> None:
-    """Answer each line ``[source, directory, stdout, stderr]`` with the exit status of its fork, negative for a signal."""
-    for name in modules:
-        import_module(name)
-    for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            os._exit(_child(*json.loads(line)))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+@cache
+def trainers() -> Forks:
+    """Forks of a process that has imported what a training run needs. There is one of it, until the interpreter ends."""
+    forks = Forks(
+        [
+            "arctic_plugins_huggingface.sft",
+            "arctic_plugins_huggingface.merging",
+            "arctic_plugins_huggingface.generation",
+            "transformers.models.llama.modeling_llama",
+            "transformers.models.auto.modeling_auto",
+            "transformers.trainer",
+            "torch._dynamo",
+            "torch.testing",
+            "trl.trainer.sft_trainer",
+            "peft.tuners.lora",
+            "deepspeed",
+        ]
+    )
+    atexit.register(forks.close)
+    return forks
 
 
-def _child(source: str, directory: str, *outputs: str) -> int:
+@cache
+def engines() -> Forks:
+    """Forks of a process that has imported vLLM. There is one of it, until the interpreter ends."""
+    forks = Forks(
+        [
+            "vllm.entrypoints.llm",
+            "vllm.v1.engine.llm_engine",
+            "vllm.v1.worker.cpu_worker",
+            "vllm.v1.core.sched.scheduler",
+            "vllm.v1.attention.backends.cpu_attn",
+            "vllm.model_executor.models.llama",
+            "vllm.model_executor.layers.quantization.online.base",
+            "arctic_plugins_vllm.quantization",
+            "arctic_plugins_huggingface.saving",
+            "compressed_tensors",
+            "torch.testing",
+        ]
+    )
+    atexit.register(forks.close)
+    return forks
+
+
+# What runs in the process that forks, and in the forks.
+
+
+def _begin() -> None:
+    """Import, then a fork for each connection, until the standard input is at its end."""
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    for module in sys.argv[2:]:
+        with contextlib.suppress(ImportError):
+            import_module(module)
+    gc.collect()
+    gc.freeze()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    while True:
+        ready, _, _ = select.select([listener, sys.stdin], [], [])
+        if listener not in ready:
+            os._exit(0)
+        connection, _ = listener.accept()
+        if not os.fork():
+            listener.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            with contextlib.suppress(BrokenPipeError):
+                _supervise(connection)
+            os._exit(0)
+        connection.close()
+
+
+def _supervise(connection: socket.socket) -> None:
+    """Start the processes, say their ids, wait, say the status. When nobody listens any more, end them."""
+    lines = connection.makefile("rw", encoding="utf-8")
+    request = json.loads(lines.readline())
+    count, port = request["processes"], _free_port()
+    pids = []
+    for rank in range(count):
+        pid = os.fork()
+        if not pid:
+            connection.detach()
+            lines.detach()
+            world = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": count,
+                "LOCAL_WORLD_SIZE": count,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            if count > 1:
+                request["environment"] |= {name: str(value) for name, value in world.items()}
+            os._exit(_child(**request))
+        pids.append(pid)
+    lines.write(json.dumps(pids) + "\n")
+    lines.flush()
+    running = {os.pidfd_open(pid): pid for pid in pids}
+    status = 0
+    limits: list[float] = []
+    while running:
+        left = max(0.0, limits[0] - time.monotonic()) if limits else None
+        ready, _, _ = select.select([connection.fileno(), *running], [], [], left)
+        if connection.fileno() in ready:
+            _signal(running.values(), signal.SIGKILL)
+            return
+        if limits and not ready:
+            _signal(running.values(), signal.SIGTERM if len(limits) > 1 else signal.SIGKILL)
+            limits = limits[1:] or [time.monotonic() + GRACE]
+        for descriptor in ready:
+            found = os.waitstatus_to_exitcode(os.waitpid(running.pop(descriptor), 0)[1])
+            os.close(descriptor)
+            if found and not status:
+                status, limits = found, [time.monotonic() + GRACE, time.monotonic() + 2 * GRACE]
+    lines.write(json.dumps(status) + "\n")
+    lines.flush()
+
+
+def _signal(pids: Any, number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, number)
+
+
+def _free_port() -> int:
+    """Below those that the system gives by itself (``ip_local_port_range``), so that nobody is given it before it is used."""
+    port = 10_000 + os.getpid() % 20_000
+    while True:
+        with socket.socket() as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                trial.bind(("127.0.0.1", port))
+            except OSError:
+                port = 10_000 + (port - 9_999) % 20_000
+            else:
+                return port
+
+
+def _child(arguments: list[str], environment: dict[str, str], directory: str, outputs: list[str], **_: Any) -> int:
+    """Run it as the interpreter would; the exit status."""
+    os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
-    for target, opened in enumerate((null, *(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600) for path in outputs))):
+    for target, opened in enumerate((null, *(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for path in outputs))):
         os.dup2(opened, target)
     os.chdir(directory)
+    before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ.clear()
+    os.environ.update(environment)
+    kind, rest = (arguments[0], arguments[1:]) if arguments[0] in ("-m", "-c") else ("", arguments)
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    first = str(Path(rest[0]).parent.absolute()) if not kind else directory
+    sys.path[:] = [first, *paths, *(path for path in sys.path[1:] if path not in before)]
+    sys.argv = [kind or rest[0], *rest[1:]]
+    if "PYTHONFAULTHANDLER" in environment:
+        import faulthandler
+
+        faulthandler.enable()
+    if "torch" in sys.modules and environment.get("OMP_NUM_THREADS"):
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
     status = 0
     try:
-        exec(compile(source, "<fork>", "exec"), {"__name__": "__main__"})  # noqa: S102 - the test's own program
+        if kind == "-m":
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        else:
+            main = sys.modules["__main__"] = ModuleType("__main__")
+            if not kind:
+                main.__file__ = rest[0]
+            exec(compile(rest[0] if kind else Path(rest[0]).read_bytes(), "<string>" if kind else rest[0], "exec"), main.__dict__)  # noqa: S102
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if end.code is not None and not isinstance(end.code, int):
             print(end.code, file=sys.stderr)
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        status = 130
     except BaseException:  # as the interpreter does
         traceback.print_exc()
         status = 1
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    return status
-
-
-if __name__ == "__main__":
-    _serve(sys.argv[1:])
+        with contextlib.suppress(ValueError):
+            stream.flush()
+    return status & 0xFF

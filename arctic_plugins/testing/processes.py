@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from arctic_plugins.testing.forks import trainers
+
 __all__ = ["QUIET_RUN", "run_processes", "say"]
 
 QUIET_RUN: dict[str, Any] = {
@@ -26,7 +28,7 @@ QUIET_RUN: dict[str, Any] = {
 
 
 def run_processes(script: Path, processes: int, *arguments: Any, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """``python SCRIPT ARGUMENT ...`` in ``processes`` processes of ``torchrun``, or in one without it, with one thread each.
+    """``python SCRIPT ARGUMENT ...`` in ``processes`` processes as of ``torchrun``, with one thread each, forked from one that has imported.
 
     Args:
         script: calls ``torch.distributed.init_process_group`` itself.
@@ -34,11 +36,9 @@ def run_processes(script: Path, processes: int, *arguments: Any, timeout: float 
         arguments: texts and paths as they are, anything else as JSON, paths in it as texts.
         timeout: seconds, after which ``subprocess.TimeoutExpired`` is raised.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     texts = [str(argument) if isinstance(argument, (str, Path)) else json.dumps(argument, default=str) for argument in arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # of a process that aborts: where its threads were
-    command = [sys.executable, *launcher, str(script), *texts]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, env=environment)
+    return trainers().run([script, *texts], processes=processes, env=environment, timeout=timeout)
 
 
 def say(what: Any) -> None:

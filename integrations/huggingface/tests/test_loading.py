@@ -41,7 +41,7 @@ def test_save_and_reload_is_bitwise(tiny_checkpoint, tmp_path, stack, dtype):
     model, tokenizer = load_model(tiny_checkpoint, stack, dtype=dtype)
     expected = logits(model)
     save_checkpoint(model, tokenizer, tmp_path / "out", stack)
-    again, _ = load_model(tmp_path / "out")
+    again, _ = load_model(tmp_path / "out", dtype=dtype)
     assert torch.equal(logits(again), expected)
     register()
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 from arctic_plugins_vllm import serving
 from arctic_plugins_vllm.serving import server_command
 from safetensors.torch import save_file
 
-from arctic_plugins import Stack
+from arctic_plugins import Stack, compute
 from arctic_plugins.cli import main
 from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
 from arctic_plugins.provenance import write_provenance
@@ -30,6 +31,9 @@ def make(directory, config, *, adapter_of=None, plugins=None):
     return directory
 
 
+DTYPE = serving._dtype
+
+
 @pytest.fixture
 def base(tmp_path):
     return make(tmp_path / "base", ENCODED, plugins={"fp8": {}})
@@ -37,7 +41,9 @@ def base(tmp_path):
 
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
+    """Of a processor that multiplies bfloat16, whatever this one does."""
     monkeypatch.setattr(serving, "_runs_on_cpu", lambda: True)
+    monkeypatch.setattr(serving, "_dtype", lambda model: None)
 
 
 def flags(*arguments, **options):
@@ -53,6 +59,14 @@ def test_a_checkpoint_needs_no_option(base, monkeypatch):
     assert environment == {"VLLM_CPU_KVCACHE_SPACE": "2"}
     monkeypatch.setattr(serving, "_runs_on_cpu", lambda: False)
     assert flags(str(base)) == (f"--model {base}", {})
+
+
+def test_what_the_processor_does_not_multiply_is_served_in_float32(base, monkeypatch):
+    monkeypatch.setattr(serving, "_dtype", DTYPE)
+    for module in (serving, compute):
+        monkeypatch.setattr(module, "is_native", lambda dtype, *_: dtype == torch.float32)
+    assert flags(str(base))[0] == f"--model {base} --dtype float32 --enforce-eager"
+    assert flags(str(base), ["--dtype", "bfloat16"])[0] == f"--model {base} --enforce-eager --dtype bfloat16"
 
 
 def test_what_the_user_says_wins(base, monkeypatch):

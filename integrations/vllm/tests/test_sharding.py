@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from arctic_plugins import Stack
 from arctic_plugins.cli import main
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.provenance import check_files
-from arctic_plugins.testing import tiny_llama, tiny_model
+from arctic_plugins.testing import engines, tiny_llama, tiny_model
 
 ENGINE = Path(__file__).parents[3] / "tests" / "engine.py"
 SETTINGS = {
@@ -33,8 +32,7 @@ PLUGINS = {"fp8": {"group_size": 32}}
 
 
 def quantize(model, out, *options):
-    command = [sys.executable, "-m", "arctic_plugins.cli", "quantize", str(model), str(out), "--plugins", json.dumps(PLUGINS), *options]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    return engines().arctic("quantize", model, out, "--plugins", json.dumps(PLUGINS), *options)
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +81,7 @@ def engine(models, cache, **options):
     job = {"llm": {"max_model_len": 128, "dtype": "float32", "enforce_eager": True, **options}, "models": [str(model) for model in models]}
     job |= {"prompts": PROMPTS, "tokens": TOKENS}
     environment = {**os.environ, **SETTINGS, "VLLM_CACHE_ROOT": str(cache)}
-    command = [sys.executable, str(ENGINE), json.dumps(job)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=580, env=environment)
+    return engines().run([ENGINE, json.dumps(job)], timeout=900, env=environment)
 
 
 def results(result, count):

@@ -19,7 +19,7 @@ from transformers import AutoConfig
 
 from arctic_plugins import Stack
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import draw_adapter, tiny_model
+from arctic_plugins.testing import draw_adapter, engines, tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -48,8 +48,8 @@ def run(jobs, cache, **environment):
     }
     defaults = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True}
     jobs = [{"prompts": PROMPTS, "tokens": TOKENS, **job, "llm": {**defaults, **job["llm"], "model": str(job["llm"]["model"])}} for job in jobs]
-    command = [sys.executable, str(Path(__file__).parents[3] / "tests" / "engine_jobs.py"), json.dumps(jobs)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=580, env={**os.environ, **settings})
+    script = Path(__file__).parents[3] / "tests" / "engine_jobs.py"
+    return engines().run([script, json.dumps(jobs)], timeout=900, env={**os.environ, **settings})
 
 
 def results(result, count):
