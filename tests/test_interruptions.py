@@ -4,12 +4,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from arctic_plugins_huggingface import last_checkpoint
@@ -19,6 +16,7 @@ from rich.console import Console
 
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins.testing import trainers
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -60,11 +58,6 @@ def losses(output):
     return [(entry["step"], entry.get("loss"), entry.get("grad_norm"), entry.get("eval_loss")) for entry in history]
 
 
-def arctic(*arguments, launcher=(), **options):
-    command = [sys.executable, *launcher, "-m", "arctic_plugins.cli", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options)
-
-
 def wait_for(path, process):
     deadline = time.monotonic() + 300
     while not path.exists():
@@ -94,9 +87,7 @@ def test_a_signal_stops_with_a_checkpoint_and_resuming_gives_exactly_the_same_lo
         "run = sft.train; sft.train = lambda *a, **k: run(*a, callbacks=[Begun()], **k)\n"
         "from arctic_plugins.cli import main; main(sys.argv[1:])"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "train", str(stopped)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
-    )
+    process = trainers().start(["-c", code, "train", stopped], env=ENVIRONMENT)
     wait_for(begun, process)
     process.send_signal(number)
     _, error = process.communicate(timeout=300)
@@ -116,15 +107,7 @@ def test_a_signal_stops_with_a_checkpoint_and_resuming_gives_exactly_the_same_lo
 
 def test_killed_twenty_times_at_random_it_loses_at_most_the_step_in_progress(recipe, tmp_path):
     killed = recipe("killed", max_steps=100_000, save_total_limit=2, lr_scheduler_type="constant")
-    script = str(Path(__file__).with_name("kill_script.py"))
-    done = subprocess.run(
-        [sys.executable, script, str(killed), str(tmp_path / "killed"), "20"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=580,
-        env=ENVIRONMENT,
-    )
+    done = trainers().run([Path(__file__).with_name("kill_script.py"), killed, tmp_path / "killed", 20], timeout=900, env=ENVIRONMENT)
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) == 20, done.stderr[-3000:]
     for kill in kills:
@@ -218,18 +201,13 @@ def test_nothing_to_resume_starts_from_the_beginning(recipe, tmp_path):
 
 def test_one_signal_stops_both_of_two_processes_at_the_same_step(recipe, tmp_path):
     path = recipe("two", max_steps=100_000, save_strategy="no", logging_steps=1)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    with arctic("train", path, launcher=launcher) as process:
-        workers = []
-        deadline = time.monotonic() + 300
-        line = ""
-        while "loss" not in line:
-            assert time.monotonic() < deadline
-            line = process.stdout.readline()
-        workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "train" in child.cmdline()]
-        assert len(workers) == 2
-        workers[1].send_signal(signal.SIGTERM)
-        _, error = process.communicate(timeout=300)
+    process = trainers().start(["-m", "arctic_plugins.cli", "train", path], processes=2, env=ENVIRONMENT)
+    deadline = time.monotonic() + 300
+    while "loss" not in process.texts()[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pids[1], signal.SIGTERM)
+    _, error = process.communicate()
     assert error.count("'arctic train RECIPE --resume' continues") == 2, error[-3000:]
     newest, ignored = last_checkpoint(tmp_path / "two")
     assert not ignored

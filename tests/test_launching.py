@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins.testing import trainers
 
 ARCTIC = [sys.executable, "-m", "arctic_plugins.cli", "train"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -37,8 +38,16 @@ def recipe(tiny_checkpoint, tmp_path):
     return write
 
 
-def arctic(*arguments, status=0, timeout=400):
-    done = subprocess.run([*ARCTIC, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=timeout, env=ENVIRONMENT)
+def launched(*arguments, status=0):
+    """``arctic train`` as a user types it: with --nproc it starts its processes itself."""
+    done = subprocess.run([*ARCTIC, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=900, env=ENVIRONMENT)
+    assert done.returncode == status, (done.stdout + done.stderr)[-4000:]
+    return done
+
+
+def arctic(*arguments, processes=1, status=0):
+    """``arctic train`` in forks, with what ``torchrun`` sets for each of several processes."""
+    done = trainers().arctic("train", *arguments, processes=processes, timeout=900, env=ENVIRONMENT)
     assert done.returncode == status, (done.stdout + done.stderr)[-4000:]
     return done
 
@@ -61,19 +70,19 @@ def processes(recipe):
 def test_two_processes_train_like_one_and_resume_as_one_or_four(recipe, tmp_path):
     plain = {"fp8": {"group_size": 64}, "lora": {"r": 4, "alpha": 8}}
     one = losses(arctic(recipe("one", plugins=plain, per_device_train_batch_size=4)))
-    done = arctic(recipe("two"), "--nproc", 2)
+    done = launched(recipe("two"), "--nproc", 2)
     assert len(one) == 6
     assert losses(done) == pytest.approx(one, rel=1e-4)
     assert done.stdout.count("step 6/6") == 1, "one progress bar"
     for name, count, batch in (("again", 2, 2), ("alone", 1, 4), ("four", 4, 1)):
         resume_at_4(tmp_path / "two", tmp_path / name)
-        done = arctic(recipe(name, per_device_train_batch_size=batch), "--nproc", count, "--resume")
+        done = arctic(recipe(name, per_device_train_batch_size=batch), "--resume", processes=count)
         assert losses(done) == pytest.approx(one[4:], rel=1e-4), name
         assert "resuming from" in done.stdout
 
 
 def test_bad_input_is_one_line_from_all(recipe):
-    done = arctic(recipe("bad", plugins={"fp8": {"bit": 8}, "lora": {}}), "--nproc", 2, status=2)
+    done = launched(recipe("bad", plugins={"fp8": {"bit": 8}, "lora": {}}), "--nproc", 2, status=2)
     assert done.stderr.count("arctic: plugins.fp8.bit is not an option") == 1
 
 
@@ -118,7 +127,7 @@ def test_whoever_is_killed_nobody_stays_behind_and_the_run_resumes(recipe, tmp_p
         assert status == 130
         assert "'arctic train RECIPE --resume' continues" in text
     newest = max(int(found.name.rpartition("-")[2]) for found in (tmp_path / "run").glob("checkpoint-*") if (found / FILE_NAME).is_file())
-    done = arctic(recipe("run", max_steps=newest + 2, save_steps=5), "--nproc", 2, "--resume")
+    done = arctic(recipe("run", max_steps=newest + 2, save_steps=5), "--resume", processes=2)
     assert f"checkpoint-{newest}" in "".join(done.stdout.splitlines())  # folded, where the path is long
     assert len(losses(done)) == 2
 
@@ -157,13 +166,13 @@ def test_deepspeed_zero_2_over_shards(recipe, tmp_path, launcher, monkeypatch):
     monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     how = ("--nproc", 2) if launcher == "nproc" else ("--hostfile", tmp_path / "hosts")
     one = losses(arctic(recipe("one", plugins={"fp8": {"group_size": 64}, "lora": {"r": 4, "alpha": 8}}, per_device_train_batch_size=4)))
-    assert losses(arctic(recipe("two", deepspeed="zero2.json"), *how)) == pytest.approx(one, rel=1e-3)
+    assert losses(launched(recipe("two", deepspeed="zero2.json"), *how)) == pytest.approx(one, rel=1e-3)
     if launcher == "nproc":
         shared = {"fp8": {"group_size": 64}, "lora": {"r": 4, "alpha": 8}, "longseq": {"sequence_parallel": 2}}
         whole = recipe("shared", deepspeed="zero2.json", plugins=shared, per_device_train_batch_size=4, bf16=True)
-        assert losses(arctic(whole, *how)) == pytest.approx(one, rel=0.02), "resident weights, and processes that share texts"
+        assert losses(arctic(whole, processes=2)) == pytest.approx(one, rel=0.02), "resident weights, and processes that share texts"
         resume_at_4(tmp_path / "two", tmp_path / "again")
         refused = arctic(recipe("again", deepspeed="zero2.json"), "--nproc", 1, "--resume", status=2)
         assert "was made by 2 processes, and this run has 1" in refused.stderr
-        assert "was made with DeepSpeed" in arctic(recipe("again"), "--nproc", 2, "--resume", status=2).stderr
-        assert losses(arctic(recipe("again", deepspeed="zero2.json"), "--nproc", 2, "--resume")) == pytest.approx(one[4:], rel=1e-3)
+        assert "was made with DeepSpeed" in arctic(recipe("again"), "--resume", processes=2, status=2).stderr
+        assert losses(arctic(recipe("again", deepspeed="zero2.json"), "--resume", processes=2)) == pytest.approx(one[4:], rel=1e-3)

@@ -80,11 +80,15 @@ class Fork:
             self.returncode = self._read()
         return self.returncode
 
+    def texts(self) -> tuple[str, str]:
+        """Both outputs so far."""
+        output, error = (path.read_text(encoding="utf-8", errors="replace") if path.exists() else "" for path in self._outputs)
+        return output, error
+
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """Both outputs, when it has ended."""
         self.wait(timeout)
-        output, error = (path.read_text(encoding="utf-8", errors="replace") for path in self._outputs)
-        return output, error
+        return self.texts()
 
     def send_signal(self, number: int) -> None:
         """To the first process."""
@@ -202,7 +206,6 @@ def engines() -> Forks:
             "vllm.v1.worker.cpu_worker",
             "vllm.v1.core.sched.scheduler",
             "vllm.v1.attention.backends.cpu_attn",
-            "vllm.model_executor.models.llama",
             "vllm.model_executor.layers.quantization.online.base",
             "arctic_plugins_vllm.quantization",
             "arctic_plugins_huggingface.saving",

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from arctic_plugins.errors import CheckpointError
+from arctic_plugins.testing import trainers
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +40,7 @@ def run(tmp_path_factory):
     model.save_pretrained(directory / "model")
     script = Path(__file__).with_name("deepspeed_run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(
-        [*command, str(directory / "model"), str(directory / "run")], capture_output=True, text=True, check=False, timeout=600, env=environment
-    )
+    done = trainers().run([script, directory / "model", directory / "run"], processes=2, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     shutil.copy(directory / "model" / "config.json", directory / "run")
     return directory / "model", directory / "run"
