@@ -7,11 +7,13 @@ import gc
 import json
 import sys
 
+from forked_workers import fork_workers
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
 if __name__ == "__main__":
+    fork_workers()
     job = json.loads(sys.argv[1])
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0)

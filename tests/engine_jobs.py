@@ -10,6 +10,7 @@ import resource
 import sys
 from pathlib import Path
 
+from forked_workers import fork_workers
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
@@ -32,6 +33,7 @@ def answers(llm, job, *, scored=True, adapter=None):
 
 
 if __name__ == "__main__":
+    fork_workers()
     text = sys.argv[1]
     for job in json.loads(Path(text[1:]).read_text() if text.startswith("@") else text):
         llm = LLM(**job["llm"])

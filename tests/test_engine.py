@@ -32,11 +32,11 @@ PROMPTS = [list(range(10, 30)), list(range(40, 47)), [9]]
 TOKENS = 24
 
 
-def run(llm, *, site=None, cache, adapter=None, models=(), **environment):
+def run(llm, *, site=None, cache, adapter=None, models=(), tokens=TOKENS, **environment):
     # vLLM's dtype "auto" would make bfloat16 of a float32 checkpoint (vllm/config/model.py, 0.32.0)
     models = [str(model) for model in models] or [llm["model"]]
     arguments = {key: value for key, value in llm.items() if key != "model"}
-    job = {"llm": {"max_model_len": 256, "dtype": "float32", **arguments}, "models": models, "prompts": PROMPTS, "tokens": TOKENS, "adapter": adapter}
+    job = {"llm": {"max_model_len": 256, "dtype": "float32", **arguments}, "models": models, "prompts": PROMPTS, "tokens": tokens, "adapter": adapter}
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -59,13 +59,13 @@ def tokens(result):
 
 
 @torch.no_grad()
-def reference(model, logprobs=None):
+def reference(model, logprobs=None, tokens=TOKENS):
     """Greedy tokens by the definition: the whole sequence through the model for every token. Their log-probabilities go to ``logprobs``."""
     model.eval()
     answers = []
     for prompt in PROMPTS:
         ids, values = list(prompt), []
-        for _ in range(TOKENS):
+        for _ in range(tokens):
             distribution = model(torch.tensor([ids])).logits[0, -1].float().log_softmax(-1)
             ids.append(int(distribution.argmax()))
             values.append(distribution.max().item())
@@ -133,14 +133,14 @@ def test_a_missing_scale_stops_the_engine_with_its_name(grouped, tmp_path, cache
     assert "model.layers.1.mlp.gate_up_proj.weight_scale is missing from the checkpoint (1 of 2 parts" in result.stderr
 
 
-def same_as_transformers(result, models, **plugins):
+def same_as_transformers(result, models, count=TOKENS, **plugins):
     """Greedy tokens of every model, and their log-probabilities, are those of transformers."""
     served = results(result)
     assert len(served) == len(models)
     for checkpoint, answer in zip(models, served, strict=True):
         logprobs = []
         model, _ = load_model(checkpoint, Stack.from_dict(plugins))
-        assert answer["base"] == reference(model, logprobs), checkpoint
+        assert answer["base"] == reference(model, logprobs, count), checkpoint
         torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(logprobs), rtol=1e-4, atol=1e-4)
 
 
@@ -171,14 +171,14 @@ def test_a_mixture_encoded_on_the_fly_and_compiled(mixtures, cache):
 
 
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": True}
-TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
 
 
 def test_tensor_parallel_on_two_processes(tiny_checkpoint, mixtures, tmp_path, cache):
     """Each has half of every layer, and half of every expert."""
     stack = Stack.from_dict({"fp8": {"include": ["**.self_attn.*"], "group_size": 64}})
     models = [save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path / "out", stack), mixtures["mixtral"][1]]
-    same_as_transformers(run(TWO, models=models, cache=cache, **TWO_PROCESSES), models)
+    same_as_transformers(run(TWO, models=models, cache=cache, tokens=8, **TWO_PROCESSES), models, count=8)
 
 
 @pytest.mark.slow
@@ -187,7 +187,7 @@ def test_experts_on_two_processes(mixtures, cache):
     plain, _ = mixtures["mixtral"]
     overrides = on_the_fly(str(plain), Stack.from_dict({"fp8": SPLIT}))
     options = {"model": str(plain), "hf_overrides": overrides, "enable_expert_parallel": True, **TWO}
-    same_as_transformers(run(options, cache=cache, **TWO_PROCESSES), [plain], fp8=SPLIT)
+    same_as_transformers(run(options, cache=cache, tokens=8, **TWO_PROCESSES), [plain], count=8, fp8=SPLIT)
 
 
 def exported(directory, model_type, stack, format_name, **config):

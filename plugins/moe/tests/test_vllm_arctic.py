@@ -155,12 +155,12 @@ def test_caches_chunks_encoded_weights_and_adapters(plain, encoded, tmp_path, ca
     same(encoding["base"], fp8)
 
 
-MANY = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+MANY = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 def test_two_processes_share_layers_or_experts(plain, encoded, cache):
-    jobs = [{"llm": {"model": plain, **TWO}}, {"llm": {"model": encoded, **TWO, "enable_expert_parallel": True}}]
+    jobs = [{"llm": {"model": plain, **TWO}, "tokens": 4}, {"llm": {"model": encoded, **TWO, "enable_expert_parallel": True}, "tokens": 4}]
     halves, experts = results(run(jobs, cache, **MANY), 2)
     same(halves["base"], by_equations(plain))
     same(experts["base"], by_transformers(load_model(encoded)[0]))
