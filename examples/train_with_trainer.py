@@ -7,6 +7,7 @@ from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_mod
 from transformers import HfArgumentParser, Trainer
 
 from arctic_plugins import Stack
+from arctic_plugins.ending import is_distributed, leave
 
 checkpoint = sys.argv[1]
 (args,) = HfArgumentParser(ArcticTrainingArguments).parse_args_into_dataclasses(sys.argv[2:])
@@ -16,3 +17,6 @@ texts = ["The quick brown fox jumps over the lazy dog.", "Pack my box with five 
 rows = [{"input_ids": ids, "labels": ids} for ids in tokenizer(texts)["input_ids"]]
 trainer = attach(Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer), stack)
 print(f"mean loss {trainer.train().training_loss:.3f}")
+del trainer, model
+if is_distributed():
+    leave()

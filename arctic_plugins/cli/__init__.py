@@ -10,6 +10,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import click
 
+from arctic_plugins.ending import is_distributed, leave
 from arctic_plugins.errors import ArcticError, suggest
 
 __all__ = ["COMMAND_GROUP", "main"]
@@ -92,6 +93,8 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:  # the last resort: one line, and how to see more
         reason = " ".join(str(error).split()) or "no message"
         status = _fail(f"{type(error).__name__}: {reason}; 'arctic --traceback ...' shows more", 1, show_traceback)
+    if is_distributed():
+        leave(status)
     sys.exit(status)
 
 
