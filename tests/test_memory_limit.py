@@ -33,8 +33,8 @@ def train(checkpoint, plugins, limit=None):
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
-    command = [sys.executable, str(BENCHMARK), "child", str(checkpoint), json.dumps(plugins), "32", "2"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=bound, timeout=300)
+    command = [sys.executable, str(BENCHMARK), "child", str(checkpoint), json.dumps(plugins), "8", "1"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=bound, timeout=900)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA and /proc are Linux's")
