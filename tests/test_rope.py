@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from arctic_plugins_huggingface.loading import load_config
 from arctic_plugins import Stack
 from arctic_plugins.errors import PluginError
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import LLAMA_LIKE, engines, tiny_llama, tiny_model
+from arctic_plugins.testing import LLAMA_LIKE, tiny_llama, tiny_model
 
 ORIGINAL, LENGTH, DIM = 64, 256, 32
 OWN = """
@@ -73,7 +75,9 @@ def test_texts_of_the_new_length_are_the_same_in_both_hosts(tmp_path, install_pl
         "OMP_NUM_THREADS": "2",
         "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]),
     }
-    result = engines().run([Path(__file__).with_name("engine_jobs.py"), json.dumps(jobs)], timeout=900, env=environment)
+    # Not in a fork: types of plugins have to be known before vLLM's models are imported.
+    command = [sys.executable, str(Path(__file__).with_name("engine_jobs.py")), json.dumps(jobs)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment)
     answers = [json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
     assert len(answers) == len(jobs), result.stderr[-4000:]
     while_loading = answers.pop()
