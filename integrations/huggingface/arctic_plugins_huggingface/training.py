@@ -175,6 +175,7 @@ class GracefulStop(TrainerCallback):
         if torch.distributed.is_initialized():  # the signal reaches processes at different steps, and all must save the same one
             flag = torch.tensor([float(stop)], device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            stop = self.requested = bool(flag.item())
+            stop = bool(flag.item())
         if stop:
+            self.requested = True  # never back to False: a signal may have come since the flag was made, and counts in the next step
             control.should_save = control.should_training_stop = True
