@@ -38,8 +38,8 @@ def expose(site: Path) -> None:
         metadata = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
         metadata.mkdir()
         (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
-        groups = dict(project.get("entry-points", {}))
-        lines = [f"[{group}]\n" + "\n".join(f"{name} = {value}" for name, value in points.items()) for group, points in groups.items()]
+        groups = project.get("entry-points", {}).items()
+        lines = [f"[{group}]\n" + "\n".join(f"{name} = {value}" for name, value in points.items()) for group, points in groups]
         (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
     paths = [str(site), *map(str, parts)]
     sys.path[:0] = paths

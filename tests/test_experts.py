@@ -285,10 +285,11 @@ def test_a_placement_holds_them_and_saving_gives_them_back(int8_plugin, plain, t
     resident = Stack.from_dict({"int8": {"include": ["**.experts.*"]}})
     (placed, tokenizer), (model, _) = load_model(plain, spooled), load_model(plain, resident)
     assert all(module.frozen[leaf].handle is not None for module, leaf in frozen_weights(placed).values())
-    # Not to the bit: Qwen2's plain gate of one row is summed in an order that depends on where in memory it is.
-    torch.testing.assert_close(logits(placed), logits(model), rtol=0, atol=2e-6)
+    # To the bit, but for Qwen2: its plain gate of one row is summed in an order that depends on where in memory it is.
+    tolerance = 2e-6 if model.config.model_type == "qwen2_moe" else 0
+    torch.testing.assert_close(logits(placed), logits(model), rtol=0, atol=tolerance)
     save_checkpoint(placed, tokenizer, tmp_path / "out", spooled)
-    torch.testing.assert_close(logits(load_model(tmp_path / "out", resident)[0]), logits(model), rtol=0, atol=2e-6)
+    torch.testing.assert_close(logits(load_model(tmp_path / "out", resident)[0]), logits(model), rtol=0, atol=tolerance)
     x = torch.randn(3, model.config.hidden_size, requires_grad=True)
     index, weights = torch.tensor([[0, 1], [1, 2], [0, 3]]), torch.rand(3, 2)
     outputs = [found.model.layers[0].mlp.experts(x, index, weights) for found in (placed, model)]

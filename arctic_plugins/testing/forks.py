@@ -94,17 +94,13 @@ class Fork:
         """To the first process."""
         os.kill(self.pid, number)
 
-    def kill(self) -> None:
-        """SIGKILL to the first process."""
-        self.send_signal(signal.SIGKILL)
-
 
 class Forks:
     """Starts a Python that imports ``modules`` with the environment ``environment``; each :meth:`run` is a fork of it.
 
     What a program changes in its process, its working directory and its limits goes with it. Of its environment a module sees what it reads
     when it is used, not what it reads when it is imported: tests that are about that start another of these, or a process of their own. Nor
-    does a fork run what the interpreter does at its end. ``OMP_NUM_THREADS`` counts.
+    does a fork run what the interpreter does at its end. ``OMP_NUM_THREADS`` counts. It is closed when this interpreter ends, if not before.
 
     Args:
         modules: names; those that are not installed are left out.
@@ -126,6 +122,7 @@ class Forks:
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
+        atexit.register(self.close)
 
     def start(self, arguments: Sequence[Any], *, processes: int = 1, env: Mapping[str, str] | None = None, cwd: Path | str | None = None) -> Fork:
         """Run ``python ARGUMENT ...`` in forks.
@@ -167,7 +164,7 @@ class Forks:
         return self.run(["-m", "arctic_plugins.cli", *arguments], **options)
 
     def close(self) -> None:
-        """End the process; nothing can be started any more."""
+        """End the process; nothing can be started any more. Idempotent."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
@@ -176,45 +173,32 @@ class Forks:
 
 @cache
 def trainers() -> Forks:
-    """Forks of a process that has imported what a training run needs. There is one of it, until the interpreter ends."""
-    forks = Forks(
+    """Forks of a process that has imported what a training run needs. There is one of it."""
+    return Forks(
         [
             "arctic_plugins_huggingface.sft",
             "arctic_plugins_huggingface.merging",
             "arctic_plugins_huggingface.generation",
             "transformers.models.llama.modeling_llama",
-            "transformers.models.auto.modeling_auto",
-            "transformers.trainer",
-            "torch._dynamo",
-            "torch.testing",
-            "trl.trainer.sft_trainer",
-            "peft.tuners.lora",
             "deepspeed",
         ]
     )
-    atexit.register(forks.close)
-    return forks
 
 
 @cache
 def engines() -> Forks:
-    """Forks of a process that has imported vLLM. There is one of it, until the interpreter ends."""
-    forks = Forks(
+    """Forks of a process that has imported vLLM. There is one of it."""
+    return Forks(
         [
             "vllm.entrypoints.llm",
-            "vllm.v1.engine.llm_engine",
             "vllm.v1.worker.cpu_worker",
             "vllm.v1.core.sched.scheduler",
             "vllm.v1.attention.backends.cpu_attn",
             "vllm.model_executor.layers.quantization.online.base",
             "arctic_plugins_vllm.quantization",
             "arctic_plugins_huggingface.saving",
-            "compressed_tensors",
-            "torch.testing",
         ]
     )
-    atexit.register(forks.close)
-    return forks
 
 
 # What runs in the process that forks, and in the forks.
@@ -247,23 +231,18 @@ def _supervise(connection: socket.socket) -> None:
     """Start the processes, say their ids, wait, say the status. When nobody listens any more, end them."""
     lines = connection.makefile("rw", encoding="utf-8")
     request = json.loads(lines.readline())
-    count, port = request["processes"], _free_port()
+    count = request.pop("processes")
+    if count > 1:
+        shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        request["environment"] |= {name: str(value) for name, value in shared.items()}
     pids = []
     for rank in range(count):
         pid = os.fork()
         if not pid:
             connection.detach()
             lines.detach()
-            world = {
-                "RANK": rank,
-                "LOCAL_RANK": rank,
-                "WORLD_SIZE": count,
-                "LOCAL_WORLD_SIZE": count,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
             if count > 1:
-                request["environment"] |= {name: str(value) for name, value in world.items()}
+                request["environment"] |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             os._exit(_child(**request))
         pids.append(pid)
     lines.write(json.dumps(pids) + "\n")
@@ -309,7 +288,7 @@ def _free_port() -> int:
                 return port
 
 
-def _child(arguments: list[str], environment: dict[str, str], directory: str, outputs: list[str], **_: Any) -> int:
+def _child(arguments: list[str], environment: dict[str, str], directory: str, outputs: list[str]) -> int:
     """Run it as the interpreter would; the exit status."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)

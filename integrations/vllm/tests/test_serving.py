@@ -31,9 +31,6 @@ def make(directory, config, *, adapter_of=None, plugins=None):
     return directory
 
 
-DTYPE = serving._dtype
-
-
 @pytest.fixture
 def base(tmp_path):
     return make(tmp_path / "base", ENCODED, plugins={"fp8": {}})
@@ -43,7 +40,7 @@ def base(tmp_path):
 def on_cpu(monkeypatch):
     """Of a processor that multiplies bfloat16, whatever this one does."""
     monkeypatch.setattr(serving, "_runs_on_cpu", lambda: True)
-    monkeypatch.setattr(serving, "_dtype", lambda model: None)
+    monkeypatch.setattr(serving, "is_native", lambda *_: True)
 
 
 def flags(*arguments, **options):
@@ -62,7 +59,6 @@ def test_a_checkpoint_needs_no_option(base, monkeypatch):
 
 
 def test_what_the_processor_does_not_multiply_is_served_in_float32(base, monkeypatch):
-    monkeypatch.setattr(serving, "_dtype", DTYPE)
     for module in (serving, compute):
         monkeypatch.setattr(module, "is_native", lambda dtype, *_: dtype == torch.float32)
     assert flags(str(base))[0] == f"--model {base} --dtype float32 --enforce-eager"
