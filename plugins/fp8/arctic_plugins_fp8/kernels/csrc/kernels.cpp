@@ -20,13 +20,7 @@ namespace {
 
 constexpr int kChunk = 32;  // codes in a vector of 16-bit lanes
 
-// ---- Formats: sign, exponent (bias), mantissa bits; packed least significant bits first --------------------------------------------------------
-
-template <int BITS> struct Format;
-// `top` is the largest code, `max` its value; `unit` codes fill whole bytes.
-template <> struct Format<8> { static constexpr int mantissa = 3, bias = 7, top = 0x7E, unit = 1; static constexpr float max = 448; };
-template <> struct Format<6> { static constexpr int mantissa = 2, bias = 3, top = 0x1F, unit = 4; static constexpr float max = 28; };
-template <> struct Format<12> { static constexpr int mantissa = 7, bias = 7, top = 0x7FF, unit = 2; static constexpr float max = 510; };
+// ---- Formats -----------------------------------------------------------------------------------------------------------------------------------
 
 uint16_t to_bf16(float value) {  // exact for what it is used for
   uint32_t bits;

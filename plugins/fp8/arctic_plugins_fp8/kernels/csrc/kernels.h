@@ -6,6 +6,12 @@ namespace arctic {
 
 enum class Dtype { f32, bf16, f16 };
 
+// Sign, exponent (bias), mantissa bits; packed least significant bits first. `top` is the largest code, `max` its value; `unit` codes fill whole bytes.
+template <int BITS> struct Format;
+template <> struct Format<8> { static constexpr int mantissa = 3, bias = 7, top = 0x7E, unit = 1; static constexpr float max = 448; };
+template <> struct Format<6> { static constexpr int mantissa = 2, bias = 3, top = 0x1F, unit = 4; static constexpr float max = 28; };
+template <> struct Format<12> { static constexpr int mantissa = 7, bias = 7, top = 0x7FF, unit = 2; static constexpr float max = 510; };
+
 // An encoded weight [rows, K]: codes [rows, groups, group * bits / 8] bytes, scale [rows, groups], both contiguous.
 struct Weight {
   const uint8_t* codes;
@@ -19,6 +25,9 @@ struct Weight {
 
 // Up to so many rows of grad, gradient() is faster than decoding and the library's matrix product.
 constexpr int64_t kLargestGradientM = 8;
+
+// Up to so many rows of x, linear_floats() sums along K instead of decoding panels.
+constexpr int64_t kDotRows = 3;
 
 struct Kernels {
   const char* name;
@@ -36,8 +45,24 @@ struct Kernels {
   // linear() is faster than decoding and the library's matrix product up to this many rows of x, for which n must be split at multiples of `rows`.
   int64_t largest_m;
   int64_t rows;
+
+  // Where a processor has no other products, those of float32; where it has, these are null. x, grad and y may be of any dtype.
+  // The rows of x or grad [M, size] in blocks [block0, block1) of float_block(M) rows to packed[block][size][rows of the block] (size padded to 16).
+  void (*pack_floats)(Dtype, const void* x, int64_t M, int64_t size, int64_t block0, int64_t block1, float* packed) = nullptr;
+  // As linear() and gradient(), of what pack_floats() made.
+  void (*linear_floats)(const Weight&, int64_t n0, int64_t n1, const float* packed, int64_t M, Dtype, void* y, int64_t N) = nullptr;
+  void (*gradient_floats)(const Weight&, int64_t k0, int64_t k1, const float* packed, int64_t M, Dtype, void* y) = nullptr;
+  // n numbers to and from float32.
+  void (*widen)(Dtype, const void* from, int64_t n, float* to) = nullptr;
+  void (*narrow)(Dtype, const float* from, int64_t n, void* to) = nullptr;
 };
 
-extern const Kernels avx512, avx512_bf16, amx;
+// Rows of x that linear_floats() multiplies with a weight at a time: at most six, as even as they can be. Few rows are single.
+inline int64_t float_block(int64_t M) {
+  const int64_t blocks = (M + 5) / 6;
+  return M <= kDotRows ? 1 : (M + blocks - 1) / blocks;
+}
+
+extern const Kernels avx512, avx512_bf16, amx, avx2, portable;
 
 }  // namespace arctic
