@@ -14,7 +14,7 @@ from arctic_plugins_fp8.kernels import build, reference
 
 SHAPES = [(64, 128), (37, 77), (33, 1000), (100, 515), (5, 33), (1, 1), (48, 96), (1100, 64)]
 CODECS = [FP8Codec(bits=bits, group_size=group) for bits, group in itertools.product((8, 6, 12), ("channel", 32, 100, 128, 512))]
-NAMES = [name for name in ("avx512", "avx512_bf16", "amx") if kernels.use(name)]
+NAMES = [name for name in ("portable", "avx2", "avx512", "avx512_bf16", "amx") if kernels.use(name)]
 kernels.use()
 
 

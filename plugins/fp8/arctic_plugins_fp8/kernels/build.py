@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -19,14 +20,18 @@ __all__ = ["BuildError", "library", "obstacle"]
 logger = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden"]
+FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-INSTRUCTION_SETS = {
-    "avx512": AVX512,
-    "avx512_bf16": [*AVX512, "-mavx512bf16"],
-    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+PORTABLE = {"portable": ("portable.cpp", [])}
+X86 = {
+    "avx2": ("portable.cpp", ["-mavx2", "-mfma", "-mf16c"]),
+    "avx512": ("kernels.cpp", AVX512),
+    "avx512_bf16": ("kernels.cpp", [*AVX512, "-mavx512bf16"]),
+    "amx": ("kernels.cpp", [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
 }
-"""One object file each. ops.cpp, compiled for any x86-64, chooses at run time, so that a shared home directory serves different machines."""
+INSTRUCTION_SETS: dict[str, tuple[str, list[str]]] = PORTABLE | (X86 if platform.machine() == "x86_64" else {})
+"""One object file each. ops.cpp, compiled for any processor of the architecture, chooses at run time, so that a shared home directory serves
+different machines."""
 TORCH = "-DTORCH_TARGET_VERSION=0x020A000000000000"
 """The oldest torch whose stable ABI has what ops.cpp uses: 2.10."""
 
@@ -38,11 +43,8 @@ class BuildError(Exception):
 @cache
 def obstacle() -> str:
     """Why the kernels cannot be built or run here, or ""."""
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        return f"the compiled kernels are for Linux on x86-64, this is {sys.platform} on {platform.machine()}"
-    flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
-    if missing := {"avx512f", "avx512bw", "avx512vl", "avx512dq"} - set(flags):
-        return f"the processor lacks {', '.join(sorted(missing))}"
+    if sys.platform != "linux" or sys.byteorder != "little":
+        return f"the compiled kernels are for Linux on little-endian processors, this is {sys.platform} on {platform.machine()}"
     if _compiler() is None:
         return "no C++ compiler: install g++ or clang++, or set CXX"
     return ""
@@ -79,19 +81,23 @@ def _build(compiler: str, torch_home: Path, path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as name:
         out = Path(name)
         commands = [
-            [compiler, *FLAGS, "-w", *flags, f"-DISA={isa}", "-c", str(SOURCES / "kernels.cpp"), "-o", str(out / f"{isa}.o")]
-            for isa, flags in INSTRUCTION_SETS.items()
+            [compiler, *FLAGS, "-w", *flags, f"-DISA={isa}", "-c", str(SOURCES / source), "-o", str(out / f"{isa}.o")]
+            for isa, (source, flags) in INSTRUCTION_SETS.items()
         ]
         commands.append([compiler, *FLAGS, "-w", TORCH, f"-I{torch_home / 'include'}", "-c", str(SOURCES / "ops.cpp"), "-o", str(out / "ops.o")])
         objects = [command[-1] for command in commands]
-        commands.append([compiler, "-shared", "-o", str(out / "fp8.so"), *objects, f"-L{torch_home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"])
-        for command in commands:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                log = path.with_suffix(".log")
-                log.write_text(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-                raise BuildError(f"{Path(compiler).name} exited with {done.returncode}, see {log}")
+        libraries = [f"-L{torch_home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for done in [*pool.map(_run, commands), _run([compiler, "-shared", "-o", str(out / "fp8.so"), *objects, *libraries])]:
+                if done.returncode:
+                    log = path.with_suffix(".log")
+                    log.write_text(f"{' '.join(done.args)}\n{done.stdout}{done.stderr}")
+                    raise BuildError(f"{Path(compiler).name} exited with {done.returncode}, see {log}")
         os.replace(out / "fp8.so", path)
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 @cache

@@ -19,7 +19,9 @@ __all__ = ["decode", "describe", "encode", "grad_input", "grad_input_experts", "
 logger = logging.getLogger(__name__)
 
 VARIABLE = "ARCTIC_FP8_KERNELS"
-"""Environment variable: ``amx``, ``avx512_bf16``, ``avx512`` or ``reference`` instead of the best that the processor has."""
+"""Environment variable: ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable`` or ``reference`` instead of the best that the processor has."""
+CAPPED = {"avx2": "avx2", "default": "portable"}
+"""What the kernels use where ``ATEN_CPU_CAPABILITY`` keeps torch from using more."""
 
 _library = torch.library.Library("arctic_fp8", "FRAGMENT")
 _library.define("encode(Tensor weight, Tensor(a!) codes, Tensor(b!) scale, int bits, float largest, int candidates) -> bool")
@@ -130,14 +132,14 @@ def _load() -> str:
     except (build.BuildError, OSError) as error:
         logger.warning("the CPU kernels of fp8 could not be built or loaded, slower ones in torch are used: %s", error)
         return ""
-    found: str = torch.ops.arctic_fp8.use(wanted)
+    found: str = torch.ops.arctic_fp8.use(wanted or CAPPED.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), ""))
     if wanted and not found:
         raise ConfigError(f"{VARIABLE}={wanted}", expected="instructions that this processor has", fix="unset it")
     return found
 
 
 def use(instruction_set: str = "") -> str:
-    """Choose the CPU kernels by name (``amx``, ``avx512_bf16``, ``avx512``), or the best; returns the name, or "" when it cannot be had."""
+    """Choose the CPU kernels by name (``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable``), or the best; returns the name, or "" when it cannot be had."""
     return torch.ops.arctic_fp8.use(instruction_set) if load() else ""
 
 

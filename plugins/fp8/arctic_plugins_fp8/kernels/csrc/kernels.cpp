@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -22,18 +23,14 @@ constexpr int kChunk = 32;  // codes in a vector of 16-bit lanes
 
 // ---- Formats -----------------------------------------------------------------------------------------------------------------------------------
 
-uint16_t to_bf16(float value) {  // exact for what it is used for
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return static_cast<uint16_t>(bits >> 16);
-}
+constexpr uint16_t to_bf16(float value) { return static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16); }  // exact for what it is used for
 
 struct Tables {
   alignas(64) uint16_t subnormal8[32], value6[32], words6[32];
   alignas(64) uint8_t bytes6[64], bytes12[64];
   alignas(64) uint16_t shift6[32], shift12[32];
   alignas(64) uint32_t words12[16];
-  Tables() {
+  constexpr Tables() {
     for (int i = 0; i < 32; i++) {
       // What to add to (code << 4) to get a bfloat16: 0x3C00 (the biases' difference, 120 << 7) except for subnormal codes.
       subnormal8[i] = i < 8 ? static_cast<uint16_t>(to_bf16(i * 0x1p-9f) - (i << 4)) : 0x3C00;
@@ -49,7 +46,7 @@ struct Tables {
     for (int i = 0; i < 16; i++) words12[i] = static_cast<uint32_t>(std::min(3 * (i / 4) + i % 4, 15));
   }
 };
-const Tables tables;
+constexpr Tables tables;  // made by the compiler: nothing of this file may run while it is loaded on a processor without its instructions
 
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 

@@ -6,6 +6,8 @@ namespace arctic {
 
 enum class Dtype { f32, bf16, f16 };
 
+constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
 // Sign, exponent (bias), mantissa bits; packed least significant bits first. `top` is the largest code, `max` its value; `unit` codes fill whole bytes.
 template <int BITS> struct Format;
 template <> struct Format<8> { static constexpr int mantissa = 3, bias = 7, top = 0x7E, unit = 1; static constexpr float max = 448; };
@@ -25,6 +27,9 @@ struct Weight {
 
 // Up to so many rows of grad, gradient() is faster than decoding and the library's matrix product.
 constexpr int64_t kLargestGradientM = 8;
+
+// The same for gradient_floats().
+constexpr int64_t kLargestFloatGradientM = 32;
 
 // Up to so many rows of x, linear_floats() sums along K instead of decoding panels.
 constexpr int64_t kDotRows = 3;

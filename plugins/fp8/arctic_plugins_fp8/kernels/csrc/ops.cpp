@@ -4,11 +4,14 @@
 #include "kernels.h"
 
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#ifdef __x86_64__
+#include <cpuid.h>
+#include <sys/syscall.h>
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -23,7 +26,14 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+#ifdef __x86_64__
+constexpr const char* kNames[] = {"amx", "avx512_bf16", "avx512", "avx2", "portable"};  // the best first
+#else
+constexpr const char* kNames[] = {"portable"};
+#endif
+
 const Kernels* supported(const std::string& name) {
+#ifdef __x86_64__
   const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq");
   const bool bf16 = base && __builtin_cpu_supports("avx512bf16");
@@ -32,7 +42,11 @@ const Kernels* supported(const std::string& name) {
   if (name == "amx" && bf16 && tiles) return &amx;
   if (name == "avx512_bf16" && bf16) return &avx512_bf16;
   if (name == "avx512" && base) return &avx512;
-  return nullptr;
+  unsigned a, b, c = 0, d;
+  __get_cpuid(1, &a, &b, &c, &d);
+  if (name == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && (c & bit_F16C)) return &avx2;
+#endif
+  return name == "portable" ? &portable : nullptr;
 }
 
 std::atomic<const Kernels*> chosen{nullptr};
@@ -45,7 +59,7 @@ const Kernels& kernels() {
 
 // Choose an instruction set by name, or the best one for "". Returns its name, or "" when the processor does not have it.
 std::string use(std::string name) {
-  for (const char* candidate : {"amx", "avx512_bf16", "avx512"})
+  for (const char* candidate : kNames)
     if (name.empty() || name == candidate)
       if (const Kernels* table = supported(candidate)) {
         chosen.store(table);
@@ -95,9 +109,8 @@ Weight weight_of(const Tensor& codes, const Tensor& scale, int64_t bits, int64_t
 int64_t grain(int64_t row_size) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_size)); }
 
 void decode_into(const Weight& w, int64_t row0, int64_t row1, int64_t k0, int64_t k1, Dtype dtype, void* out, int64_t ld) {
-  const int64_t size = dtype == Dtype::f32 ? 4 : 2;
   torch::stable::parallel_for(row0, row1, grain(k1 - k0), [&](int64_t from, int64_t to) {
-    kernels().decode(w, from, to, k0, k1, dtype, static_cast<char*>(out) + (from - row0) * ld * size, ld);
+    kernels().decode(w, from, to, k0, k1, dtype, static_cast<char*>(out) + (from - row0) * ld * size_of(dtype), ld);
   });
 }
 
@@ -149,20 +162,20 @@ Tensor scratch(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::view(torch::stable::narrow(flat, 0, 0, rows * columns), {rows, columns});
 }
 
-// This thread's memory for what pack() makes, kept between calls; in huge pages, without which the tiles' loads miss the translation cache.
-uint16_t* packed_memory(int64_t elements) {
+// This thread's memory for what is packed, kept between calls; in huge pages, without which the tiles' loads miss the translation cache.
+template <typename T> T* packed_memory(int64_t elements) {
   constexpr size_t kHugePage = 1 << 21;
   struct Free { void operator()(void* p) const { std::free(p); } };
   thread_local std::unique_ptr<void, Free> kept;
   thread_local size_t size = 0;
-  const size_t wanted = (static_cast<size_t>(elements) * 2 + kHugePage - 1) / kHugePage * kHugePage;
+  const size_t wanted = (static_cast<size_t>(elements) * sizeof(T) + kHugePage - 1) / kHugePage * kHugePage;
   if (size < wanted) {
     kept.reset(std::aligned_alloc(kHugePage, wanted));
     STD_TORCH_CHECK(kept != nullptr, "arctic_fp8: out of memory");
     madvise(kept.get(), wanted, MADV_HUGEPAGE);  // advice: without it everything works, more slowly
     size = wanted;
   }
-  return static_cast<uint16_t*>(kept.get());
+  return static_cast<T*>(kept.get());
 }
 
 // Rows [first, first + M) of the input, and the matrix that they are multiplied with.
@@ -201,7 +214,7 @@ template <typename Run> void for_all(const std::vector<Part>& parts, int64_t uni
   });
 }
 
-// y[:, n] of parts with few rows.
+// y[:, n] of parts with few rows, bfloat16.
 void linear_of_few(const Kernels& table, const std::vector<Part>& parts, const uint16_t* x, uint16_t* y) {
   const int64_t K = parts[0].w.K, N = parts[0].w.rows, packed_row = (K + 31) / 32 * 32;
   std::vector<int64_t> at(parts.size(), -1);  // where a part's packed rows are
@@ -210,7 +223,7 @@ void linear_of_few(const Kernels& table, const std::vector<Part>& parts, const u
     int64_t elements = 0;
     for (size_t i = 0; i < parts.size(); i++)
       if (parts[i].M > 1) at[i] = elements, elements += (parts[i].M + 15) / 16 * 16 * packed_row;
-    if (elements) packed = packed_memory(elements);
+    if (elements) packed = packed_memory<uint16_t>(elements);
     for (size_t i = 0; i < parts.size(); i++)
       if (at[i] >= 0)
         torch::stable::parallel_for(0, (parts[i].M + 15) / 16, grain(16 * K), [&](int64_t a, int64_t b) {
@@ -227,58 +240,141 @@ void linear_of_few(const Kernels& table, const std::vector<Part>& parts, const u
   });
 }
 
+// The kernels for float32 products beside `table`, and up to how many rows of x they are faster than decoding and the library's.
+const Kernels& floats_beside(const Kernels& table, int64_t& largest_m) {
+  largest_m = table.largest_m;
+#ifdef __x86_64__
+  if (!table.linear_floats) {
+    largest_m = 8;
+    return avx2;  // which every processor with AVX-512 has
+  }
+#endif
+  return table;
+}
+
+// Where the rows of each part begin in what pack_floats() makes of them, `size` columns wide.
+float* pack_floats(const Kernels& table, const std::vector<Part>& parts, Dtype dtype, const char* x, int64_t size, std::vector<int64_t>& at) {
+  const int64_t packed_row = (size + 15) / 16 * 16;
+  int64_t elements = 0;
+  for (const Part& part : parts) at.push_back(elements), elements += part.M * packed_row;
+  float* packed = packed_memory<float>(elements);
+  for (size_t i = 0; i < parts.size(); i++) {
+    const int64_t M = parts[i].M, block = float_block(M);
+    torch::stable::parallel_for(0, (M + block - 1) / block, grain(block * size), [&](int64_t a, int64_t b) {
+      table.pack_floats(dtype, x + parts[i].first * size * size_of(dtype), M, size, a, b, packed + at[i]);
+    });
+  }
+  return packed;
+}
+
+// y[:, n] of parts with few rows, any dtype.
+void linear_of_few_floats(const Kernels& table, const std::vector<Part>& parts, Dtype dtype, const char* x, char* y) {
+  const int64_t K = parts[0].w.K, N = parts[0].w.rows;
+  std::vector<int64_t> at;
+  const float* packed = pack_floats(table, parts, dtype, x, K, at);
+  for_all(parts, (N + 15) / 16, grain(16 * K), [&](int64_t i, int64_t from, int64_t to) {
+    table.linear_floats(parts[i].w, from * 16, std::min(N, to * 16), packed + at[i], parts[i].M, dtype, y + parts[i].first * N * size_of(dtype), N);
+  });
+}
+
+// Call product(x, y) for float32: x itself or a widened copy, y itself or what is narrowed to it afterwards.
+template <typename Product> void in_floats(const Kernels& table, const Tensor& x, const Tensor& y, const Product& product) {
+  const Dtype dtype = dtype_of(x);
+  if (dtype == Dtype::f32) return product(x, y);
+  Tensor wide_x = torch::stable::empty({x.size(0), x.size(1)}, ScalarType::Float), wide_y = torch::stable::empty({y.size(0), y.size(1)}, ScalarType::Float);
+  const auto* from_x = static_cast<const char*>(x.const_data_ptr());
+  auto* to_y = static_cast<char*>(y.mutable_data_ptr());
+  torch::stable::parallel_for(0, x.numel(), 32768, [&](int64_t a, int64_t b) {
+    table.widen(dtype, from_x + a * size_of(dtype), b - a, wide_x.mutable_data_ptr<float>() + a);
+  });
+  product(wide_x, wide_y);
+  torch::stable::parallel_for(0, y.numel(), 32768, [&](int64_t a, int64_t b) {
+    table.narrow(dtype, wide_y.const_data_ptr<float>() + a, b - a, to_y + a * size_of(dtype));
+  });
+}
+
+void linear_by_tiles(const Weight& w, const Tensor& x, const Tensor& y) {
+  const Dtype dtype = dtype_of(x);
+  for (int64_t n = 0; n < w.rows; n += kTile) {
+    const int64_t here = std::min(kTile, w.rows - n);
+    Tensor tile = scratch(x, here, w.K), columns = torch::stable::narrow(const_cast<Tensor&>(y), 1, n, here);
+    decode_into(w, n, n + here, 0, w.K, dtype, tile.mutable_data_ptr(), w.K);
+    matmul_into(columns, x, torch::stable::transpose(tile, 0, 1));
+  }
+}
+
 void linear_of_parts(const std::vector<Part>& parts, Tensor x, Tensor y) {
   const Kernels& table = kernels();
   const Dtype dtype = dtype_of(x);
+  const bool by_floats = dtype != Dtype::bf16 || !table.linear;
+  int64_t largest_m = table.largest_m;
+  const Kernels& floats = by_floats ? floats_beside(table, largest_m) : table;
   std::vector<Part> few;
   int64_t elements = 0;
   const auto flush = [&] {
-    if (!few.empty()) linear_of_few(table, few, static_cast<const uint16_t*>(x.const_data_ptr()), static_cast<uint16_t*>(y.mutable_data_ptr()));
+    if (few.empty()) return;
+    const auto* from = static_cast<const char*>(x.const_data_ptr());
+    auto* to = static_cast<char*>(y.mutable_data_ptr());
+    if (by_floats) linear_of_few_floats(floats, few, dtype, from, to);
+    else linear_of_few(table, few, reinterpret_cast<const uint16_t*>(from), reinterpret_cast<uint16_t*>(to));
     few.clear();
     elements = 0;
   };
   for (const Part& part : parts) {
-    const int64_t K = part.w.K, N = part.w.rows;
-    if (dtype == Dtype::bf16 && part.M <= table.largest_m) {
+    if (part.M <= largest_m) {
       few.push_back(part);
-      if ((elements += part.M * K) >= kPanelElements) flush();
+      if ((elements += part.M * part.w.K) >= kPanelElements) flush();
       continue;
     }
     Tensor own_x = torch::stable::narrow(x, 0, part.first, part.M), own_y = torch::stable::narrow(y, 0, part.first, part.M);
-    for (int64_t n = 0; n < N; n += kTile) {
-      const int64_t here = std::min(kTile, N - n);
-      Tensor tile = scratch(x, here, K), columns = torch::stable::narrow(own_y, 1, n, here);
-      decode_into(part.w, n, n + here, 0, K, dtype, tile.mutable_data_ptr(), K);
-      matmul_into(columns, own_x, torch::stable::transpose(tile, 0, 1));
-    }
+    const auto product = [&](const Tensor& from, const Tensor& to) { linear_by_tiles(part.w, from, to); };
+    if (table.linear) product(own_x, own_y);
+    else in_floats(table, own_x, own_y, product);
   }
   flush();
 }
 
-void gradient_of_parts(const std::vector<Part>& parts, Tensor grad, Tensor result) {
+void gradient_by_tiles(const Weight& w, const Tensor& grad, const Tensor& result) {
   const Dtype dtype = dtype_of(grad);
+  const int64_t step = w.groups > 1 ? std::max<int64_t>(1, kTile / w.group) * w.group : kTile;
+  for (int64_t k = 0; k < w.K; k += step) {
+    const int64_t here = std::min(step, w.K - k);
+    Tensor tile = scratch(grad, w.rows, here), columns = torch::stable::narrow(const_cast<Tensor&>(result), 1, k, here);
+    decode_into(w, 0, w.rows, k, k + here, dtype, tile.mutable_data_ptr(), here);
+    matmul_into(columns, grad, tile);
+  }
+}
+
+void gradient_of_parts(const std::vector<Part>& parts, Tensor grad, Tensor result) {
+  const Kernels& table = kernels();
+  const Dtype dtype = dtype_of(grad);
+  const bool by_floats = dtype != Dtype::bf16 || !table.gradient;
+  int64_t ignored;
+  const Kernels& floats = by_floats ? floats_beside(table, ignored) : table;
+  const int64_t largest_m = by_floats ? kLargestFloatGradientM : kLargestGradientM;
   std::vector<Part> few;
   for (const Part& part : parts) {
-    const Weight& w = part.w;
-    if (dtype == Dtype::bf16 && part.M <= kLargestGradientM) {
+    if (part.M <= largest_m) {
       few.push_back(part);
       continue;
     }
     Tensor own_grad = torch::stable::narrow(grad, 0, part.first, part.M), own_result = torch::stable::narrow(result, 0, part.first, part.M);
-    const int64_t step = w.groups > 1 ? std::max<int64_t>(1, kTile / w.group) * w.group : kTile;
-    for (int64_t k = 0; k < w.K; k += step) {
-      const int64_t here = std::min(step, w.K - k);
-      Tensor tile = scratch(grad, w.rows, here), columns = torch::stable::narrow(own_result, 1, k, here);
-      decode_into(w, 0, w.rows, k, k + here, dtype, tile.mutable_data_ptr(), here);
-      matmul_into(columns, own_grad, tile);
-    }
+    const auto product = [&](const Tensor& from, const Tensor& to) { gradient_by_tiles(part.w, from, to); };
+    if (table.gradient) product(own_grad, own_result);
+    else in_floats(table, own_grad, own_result, product);
   }
   if (few.empty()) return;
   const int64_t K = few[0].w.K, N = few[0].w.rows, unit = few[0].w.groups > 1 ? few[0].w.group : 32;
-  const auto* from_grad = static_cast<const uint16_t*>(grad.const_data_ptr());
-  auto* to_result = static_cast<uint16_t*>(result.mutable_data_ptr());
+  const auto* from_grad = static_cast<const char*>(grad.const_data_ptr());
+  auto* to_result = static_cast<char*>(result.mutable_data_ptr());
+  std::vector<int64_t> at;
+  const float* packed = by_floats ? pack_floats(floats, few, dtype, from_grad, N, at) : nullptr;
   for_all(few, (K + unit - 1) / unit, grain(unit * N), [&](int64_t i, int64_t from, int64_t to) {
-    kernels().gradient(few[i].w, from * unit, std::min(K, to * unit), from_grad + few[i].first * N, few[i].M, to_result + few[i].first * K);
+    const Part& part = few[i];
+    const int64_t k0 = from * unit, k1 = std::min(K, to * unit);
+    char* to_part = to_result + part.first * K * size_of(dtype);
+    if (by_floats) return floats.gradient_floats(part.w, k0, k1, packed + at[i], part.M, dtype, to_part);
+    table.gradient(part.w, k0, k1, reinterpret_cast<const uint16_t*>(from_grad) + part.first * N, part.M, reinterpret_cast<uint16_t*>(to_part));
   });
 }
 
