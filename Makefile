@@ -8,7 +8,7 @@ PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plu
 # Two workers of pytest with a thread each: nearly all of a test's time is one process that imports or computes something small.
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
-.PHONY: install demo test test-slow lint format benchmarks clean
+.PHONY: install demo test test-avx2 test-slow lint format benchmarks clean
 .DEFAULT_GOAL := test
 
 # `make` installs once; it does so again when a requirement or a distribution's metadata changes.
@@ -32,6 +32,10 @@ test: install
 
 test-slow: install
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
+
+# What depends on the processor, as one with AVX2 alone computes it: any x86-64 machine has these manners with the two variables.
+test-avx2: install
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/test_compute.py plugins/fp8/tests/test_kernels.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,11 +1,13 @@
-"""One linear layer: fp8 against bfloat16 and the weight-only formats of other libraries, all in one run.
+"""One linear layer: fp8 against float32, bfloat16 and the weight-only formats of other libraries, all in one run.
 
     pip install torchao bitsandbytes        # peers; those that are missing are left out
-    python benchmarks/fp8_linear.py [--plot docs/fp8_linear.png] [--json result.json]
+    python benchmarks/fp8_linear.py [--dtype bfloat16] [--plot docs/fp8_linear.png] [--json result.json]
 
-Caches are cold: every contender walks over as many layers as make 256 MB of fp8 weights, and contenders take turns, layer set by layer set, so that
-what else the machine does meets all of them. A cell is the median over rounds of the time per layer. The bandwidth of memory is measured in the same
-run: reading is torch's sum of 512 MB in one tensor, and its sum over the same weights; copying is its copy of 512 MB (bytes read and written).
+The columns `float32` and `bf16` are `nn.Linear` with weights and inputs in that dtype. Everybody else gets inputs in the dtype that `dtype: auto` means
+on this processor for a checkpoint in bfloat16, or in ``--dtype``. Caches are cold: every contender walks over as many layers as make 256 MB of fp8 weights,
+and contenders take turns, layer set by layer set, so that what else the machine does meets all of them. A cell is the median over rounds of the time per
+layer. What is very slow walks over fewer layers, twice. The bandwidth of memory is measured in the same run: reading is torch's sum of 512 MB in one tensor,
+and its sum over the same weights; copying is its copy of 512 MB (bytes read and written).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from arctic_plugins_fp8 import kernels
 from arctic_plugins_fp8.codec import CANDIDATES, LARGEST_WEIGHT, FP8Codec
 from torch import Tensor, nn
 
+from arctic_plugins.compute import compute_dtype, dtype_name
 from arctic_plugins.frozen import FrozenLinear
 
 SHAPES = ((4096, 4096), (14336, 4096))
@@ -30,12 +33,18 @@ MEGABYTES = 256
 OURS = ("fp8", "fp8 g128", "fp6", "fp12")
 
 
-def layers(weight_NK: Tensor) -> dict[str, nn.Module]:
-    """The weight in every contender's form."""
+PLAIN = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+
+def layers(weight_NK: Tensor, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The weight in every contender's form, for inputs in ``dtype``."""
     out_features, in_features = weight_NK.shape
-    plain = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=torch.bfloat16)
-    plain.weight = nn.Parameter(weight_NK, requires_grad=False)
-    made: dict[str, nn.Module] = {"bf16": plain}
+    made: dict[str, nn.Module] = {}
+    for name, stored in PLAIN.items():
+        made[name] = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=stored)
+        made[name].weight = nn.Parameter(weight_NK.to(stored), requires_grad=False)
+    plain = nn.Linear(in_features, out_features, bias=False, device="meta", dtype=dtype)
+    plain.weight = nn.Parameter(weight_NK.to(dtype), requires_grad=False)
     codecs = (FP8Codec(), FP8Codec(group_size=128), FP8Codec(bits=6, group_size=128), FP8Codec(bits=12))
     for name, codec in zip(OURS, codecs, strict=True):
         made[name] = FrozenLinear.from_linear(plain, codec)
@@ -66,7 +75,7 @@ def _torchao(plain: nn.Linear) -> dict[str, nn.Module]:
 
     made = {}
     for name, config in (("torchao float8", Float8WeightOnlyConfig()), ("torchao int8", Int8WeightOnlyConfig())):
-        holder = nn.Sequential(nn.Linear(plain.in_features, plain.out_features, bias=False, device="meta", dtype=torch.bfloat16))
+        holder = nn.Sequential(nn.Linear(plain.in_features, plain.out_features, bias=False, device="meta", dtype=plain.weight.dtype))
         holder[0].weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
         quantize_(holder, config)
         made[name] = holder[0]
@@ -79,22 +88,31 @@ def _bitsandbytes(plain: nn.Linear) -> dict[str, nn.Module]:
     size = (plain.in_features, plain.out_features)
     int8 = bnb.nn.Linear8bitLt(*size, bias=False, has_fp16_weights=False)
     int8.weight = bnb.nn.Int8Params(plain.weight.detach(), has_fp16_weights=False, requires_grad=False)
-    nf4 = bnb.nn.Linear4bit(*size, bias=False, quant_type="nf4", compute_dtype=torch.bfloat16)
+    nf4 = bnb.nn.Linear4bit(*size, bias=False, quant_type="nf4", compute_dtype=plain.weight.dtype)
     nf4.weight = bnb.nn.Params4bit(plain.weight.detach(), requires_grad=False, quant_type="nf4")
     return {"bnb int8": int8.to("cpu"), "bnb nf4": nf4.to("cpu")}
 
 
 def interleaved(contenders: dict[str, Callable[[], object]], seconds: float, least: int) -> dict[str, float]:
-    """Median seconds of each, taking turns for about ``seconds`` each and at least ``least`` rounds after one to warm up."""
+    """Median seconds of each, taking turns for about ``seconds`` in all and ``least`` rounds after one to warm up; what takes over 3 s, one."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     start, rounds = time.perf_counter(), 0
     while rounds <= least or time.perf_counter() - start < seconds:
         for name, run in contenders.items():
+            if rounds > 1 and times[name][0] > 3:
+                continue
             begin = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - begin)
         rounds += 1
     return {name: statistics.median(values[1:]) for name, values in times.items()}
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Of one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def bandwidth() -> tuple[float, float]:
@@ -105,57 +123,61 @@ def bandwidth() -> tuple[float, float]:
     return source.nbytes / times["read"], 2 * source.nbytes / times["copy"]
 
 
-def measure(shape: tuple[int, int]) -> dict[str, object]:
-    """All of it for one shape ``(N, K)``."""
+def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, object]:
+    """All of it for one shape ``(N, K)`` and inputs in ``dtype``."""
     out_features, in_features = shape
     count = max(2, -(-MEGABYTES * 2**20 // (out_features * in_features)))
-    made = [layers(torch.randn(shape).mul_(0.02).bfloat16()) for _ in range(count)]
+    made = [layers(torch.randn(shape).mul_(0.02).bfloat16(), dtype) for _ in range(count)]
     read, copy = bandwidth()
     print(f"\n### N = {out_features}, K = {in_features}: {count} layers; memory reads {read / 1e9:.1f} GB/s, copies {copy / 1e9:.1f} GB/s\n")
     names = list(made[0])
-    print(f"| M | {' | '.join(names)} | fp8 / bf16 |\n|{'---|' * (len(names) + 2)}")
+    print(f"| M | {' | '.join(names)} | fp8 / the faster plain |\n|{'---|' * (len(names) + 2)}")
     table: dict[str, dict[str, float]] = {}
 
-    def walk(name: str, x_MK: Tensor) -> Callable[[], None]:
+    def walk(name: str, x_MK: Tensor, steps: int = count) -> Callable[[], None]:
         def run() -> None:
-            for layer in made:
+            for layer in made[:steps]:
                 layer[name](x_MK)
 
         return run
 
     for rows in ROWS:
-        x_MK = torch.randn(rows, in_features).bfloat16()
+        x_MK = torch.randn(rows, in_features)
+        inputs = {name: x_MK.to(PLAIN.get(name, dtype)) for name in names}
         with torch.inference_mode():
-            times = interleaved({name: walk(name, x_MK) for name in names}, 5, 4)
-        table[str(rows)] = {name: seconds / count * 1e3 for name, seconds in times.items()}
+            steps = {name: max(1, min(count, round(0.5 / seconds(walk(name, inputs[name], 1))))) for name in names}
+            times = interleaved({name: walk(name, inputs[name], steps[name]) for name in names}, 15, 4)
+        table[str(rows)] = {name: taken / steps[name] * 1e3 for name, taken in times.items()}
         cells = " | ".join(f"{milliseconds:.3g}" for milliseconds in table[str(rows)].values())
-        print(f"| {rows} | {cells} | {times['fp8'] / times['bf16']:.2f} |", flush=True)
+        best = min(table[str(rows)][name] for name in PLAIN)
+        print(f"| {rows} | {cells} | {table[str(rows)]['fp8'] / best:.2f} |", flush=True)
     ours = {name: made[0][name].codec.nbytes(shape) for name in OURS}
     for name, size in ours.items():
         codes = [layer[name].weight.view(torch.int64) for layer in made]
         with torch.inference_mode():
-            x_MK = torch.randn(1, in_features).bfloat16()
+            x_MK = torch.randn(1, in_features, dtype=dtype)
             times = interleaved({name: walk(name, x_MK), "sum": lambda codes=codes: [code.sum() for code in codes]}, 3, 5)
         speed, same = count * size / times[name], count * size / times["sum"]
         print(f"\nM = 1, {name}: weights read at {speed / 1e9:.1f} GB/s; torch sums the same bytes at {same / 1e9:.1f} GB/s", end="")
-    return {"count": count, "read": read, "copy": copy, "milliseconds": table, "train": train(made, in_features), "encode": encode(made, copy)}
+    return {"count": count, "read": read, "copy": copy, "milliseconds": table, "train": train(made, in_features, dtype), "encode": encode(made, copy)}
 
 
-def train(made: list[dict[str, nn.Module]], in_features: int) -> dict[str, float]:
+def train(made: list[dict[str, nn.Module]], in_features: int, dtype: torch.dtype) -> dict[str, float]:
     """Milliseconds of forward and backward (of the input) at M = 1024."""
+    plain = next(name for name, stored in PLAIN.items() if stored == dtype)
 
     def step(name: str) -> Callable[[], None]:
         def run() -> None:
             for layer in made:
-                x_MK = torch.randn(1, in_features).bfloat16().expand(1024, -1).contiguous().requires_grad_()
+                x_MK = torch.randn(1, in_features, dtype=dtype).expand(1024, -1).contiguous().requires_grad_()
                 y_MN = layer[name](x_MK)
                 y_MN.backward(torch.ones_like(y_MN))
 
         return run
 
-    times = interleaved({name: step(name) for name in ("bf16", *OURS)}, 10, 5)
-    ratios = ", ".join(f"{name} {seconds / times['bf16']:.2f}" for name, seconds in times.items())
-    print(f"\n\nforward + backward, M = 1024, of bf16's time: {ratios}")
+    times = interleaved({name: step(name) for name in (plain, *OURS)}, 20, 5)
+    ratios = ", ".join(f"{name} {seconds / times[plain]:.2f}" for name, seconds in times.items())
+    print(f"\n\nforward + backward, M = 1024, of the time of {plain}: {ratios}")
     return {name: seconds / len(made) * 1e3 for name, seconds in times.items()}
 
 
@@ -176,7 +198,7 @@ def encode(made: list[dict[str, nn.Module]], copy: float) -> dict[str, float]:
 
 
 def plot(results: dict[str, dict[str, object]], path: Path) -> None:
-    """Speed over bf16 by rows of x, one panel per shape."""
+    """Speed over the faster plain layer by rows of x, one panel per shape."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6 * len(results) + 1.5, 4))
@@ -185,10 +207,16 @@ def plot(results: dict[str, dict[str, object]], path: Path) -> None:
         table = result["milliseconds"]
         rows = [int(row) for row in table]
         for name in next(iter(table.values())):
-            axis.plot(rows, [row["bf16"] / row[name] for row in table.values()], marker=".", label=name, linewidth=2.5 if name == "fp8" else 1)
+            axis.plot(
+                rows,
+                [min(row[plain] for plain in PLAIN) / row[name] for row in table.values()],
+                marker=".",
+                label=name,
+                linewidth=2.5 if name == "fp8" else 1,
+            )
         axis.set(title=title, xlabel="rows of x (M)", xscale="log", yscale="log", xticks=rows, xticklabels=rows)
         axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("speed over bf16 nn.Linear")
+    axes[0][0].set_ylabel("speed over the faster nn.Linear")
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -197,11 +225,12 @@ def plot(results: dict[str, dict[str, object]], path: Path) -> None:
 def main() -> None:
     """Measure every shape, print tables, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype_name(compute_dtype(torch.bfloat16)), help="of the inputs")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kernels.describe()[1]}")
-    results = {f"{shape[0]} x {shape[1]}": measure(shape) for shape in SHAPES}
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kernels.describe()[1]}, inputs in {arguments.dtype}")
+    results = {f"{shape[0]} x {shape[1]}": measure(shape, getattr(torch, arguments.dtype)) for shape in SHAPES}
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
     if arguments.plot:

@@ -216,7 +216,7 @@ def test_gradients_are_those_of_the_decoded_weight():
     again = x.detach().clone().requires_grad_()
     codec.linear(x, buffers, (24, 40)).square().sum().backward()
     (again @ weight.T).square().sum().backward()
-    torch.testing.assert_close(x.grad, again.grad)
+    torch.testing.assert_close(x.grad, again.grad, rtol=1e-5, atol=2e-4)  # of sums of magnitudes about 100
 
 
 def test_scratch_of_inference_serves_training():
@@ -277,9 +277,25 @@ def test_a_compiler_that_fails_leaves_the_reference_and_its_output(tmp_path):
     assert "no space left" in next((tmp_path / "arctic_plugins" / "kernels").glob("*.log")).read_text()
 
 
-@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
-def test_a_library_that_cannot_be_loaded_leaves_the_reference(tmp_path, monkeypatch):
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """One that takes a second, writes a line per library, and whose libraries are copies of the one that is there, with a cache of its own."""
+    if build.obstacle():
+        pytest.skip(build.obstacle())
+    script = tmp_path / "compiler"
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exit\nfor last; do :; done\nwhile [ "$1" != -shared ] && [ $# -gt 0 ]; do shift; done\n'
+        f'[ $# -gt 0 ] && sleep 1 && echo linked >> {tmp_path}/log && while [ "$1" != -o ]; do shift; done && cp {build.library()} "$2"\nexit 0\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build._compiler.cache_clear()
+    yield tmp_path / "log"
+    build._compiler.cache_clear()
+
+
+def test_a_library_that_cannot_be_loaded_leaves_the_reference(compiler):
     build.library().write_bytes(b"not a library")
     done = subprocess.run(
         [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"], capture_output=True, text=True, timeout=300
@@ -297,13 +313,21 @@ def test_unknown_instructions_are_told(name, message):
     assert message in done.stderr
 
 
-@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
-def test_processes_that_start_together_build_once(tmp_path):
+def test_processes_that_start_together_build_once(compiler):
     command = [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    started = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert all("(True, " in process.communicate(timeout=300)[0] for process in started)
-    assert len(list((tmp_path / "arctic_plugins" / "kernels").glob("*.so"))) == 1
+    assert compiler.read_text() == "linked\n"
+
+
+@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
+def test_torchs_limit_on_instructions_is_ours():
+    """Whatever of it the processor has: ``ATEN_CPU_CAPABILITY`` says how other processors would compute."""
+    code = "from arctic_plugins_fp8 import kernels; print(kernels.describe()[1])"
+    for capability, expected in (("default", "portable"), ("avx2", "avx2" if "avx2" in NAMES else NAMES[-1])):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+        assert f"compiled, {expected} instructions" in done.stdout, done.stderr
 
 
 def test_triton_in_its_interpreter_is_bitwise_the_reference():

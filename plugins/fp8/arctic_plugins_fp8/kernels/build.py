@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).parent / "csrc"
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
-PORTABLE = {"portable": ("portable.cpp", [])}
+PORTABLE: dict[str, tuple[str, list[str]]] = {"portable": ("portable.cpp", [])}
 X86 = {
     "avx2": ("portable.cpp", ["-mavx2", "-mfma", "-mf16c"]),
     "avx512": ("kernels.cpp", AVX512),

@@ -135,11 +135,14 @@ def _load() -> str:
     found: str = torch.ops.arctic_fp8.use(wanted or CAPPED.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), ""))
     if wanted and not found:
         raise ConfigError(f"{VARIABLE}={wanted}", expected="instructions that this processor has", fix="unset it")
-    return found
+    return found or str(torch.ops.arctic_fp8.use(""))
 
 
 def use(instruction_set: str = "") -> str:
-    """Choose the CPU kernels by name (``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable``), or the best; returns the name, or "" when it cannot be had."""
+    """Choose the CPU kernels by name (``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable``), or the best.
+
+    Returns the name, or "" when it cannot be had.
+    """
     return torch.ops.arctic_fp8.use(instruction_set) if load() else ""
 
 

@@ -281,7 +281,8 @@ void linear_of_few_floats(const Kernels& table, const std::vector<Part>& parts, 
 template <typename Product> void in_floats(const Kernels& table, const Tensor& x, const Tensor& y, const Product& product) {
   const Dtype dtype = dtype_of(x);
   if (dtype == Dtype::f32) return product(x, y);
-  Tensor wide_x = torch::stable::empty({x.size(0), x.size(1)}, ScalarType::Float), wide_y = torch::stable::empty({y.size(0), y.size(1)}, ScalarType::Float);
+  Tensor wide_x = torch::stable::empty({x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor wide_y = torch::stable::empty({y.size(0), y.size(1)}, ScalarType::Float);
   const auto* from_x = static_cast<const char*>(x.const_data_ptr());
   auto* to_y = static_cast<char*>(y.mutable_data_ptr());
   torch::stable::parallel_for(0, x.numel(), 32768, [&](int64_t a, int64_t b) {
