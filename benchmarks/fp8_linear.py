@@ -3,11 +3,11 @@
     pip install torchao bitsandbytes        # peers; those that are missing are left out
     python benchmarks/fp8_linear.py [--dtype bfloat16] [--plot docs/fp8_linear.png] [--json result.json]
 
-The columns `float32` and `bf16` are `nn.Linear` with weights and inputs in that dtype. Everybody else gets inputs in the dtype that `dtype: auto` means
-on this processor for a checkpoint in bfloat16, or in ``--dtype``. Caches are cold: every contender walks over as many layers as make 256 MB of fp8 weights,
-and contenders take turns, layer set by layer set, so that what else the machine does meets all of them. A cell is the median over rounds of the time per
-layer. What is very slow walks over fewer layers, twice. The bandwidth of memory is measured in the same run: reading is torch's sum of 512 MB in one tensor,
-and its sum over the same weights; copying is its copy of 512 MB (bytes read and written).
+The columns `float32` and `bf16` are `nn.Linear` with weights and inputs in that dtype. Everybody else gets inputs in the dtype that `dtype: auto`
+means on this processor for a checkpoint in bfloat16, or in ``--dtype``. Caches are cold: every contender walks over as many layers as make 256 MB of
+fp8 weights, and contenders take turns, layer set by layer set, so that what else the machine does meets all of them. A cell is the median over rounds
+of the time per layer. What is very slow walks over fewer layers, twice. The bandwidth of memory is measured in the same run: reading is torch's sum
+of 512 MB in one tensor, and its sum over the same weights; copying is its copy of 512 MB (bytes read and written).
 """
 
 from __future__ import annotations
