@@ -35,7 +35,8 @@ def leave(status: int = 0) -> NoReturn:
     in a collective. Then, as at any end: threads that are no daemons are joined, ``atexit`` functions run, streams are flushed. Let go of trainer
     and model before, or call it where they are out of scope. Without ``torch.distributed`` it ends the process in the same way.
     """
-    gc.collect()
+    if is_distributed():
+        gc.collect()
     if status == 0 and is_distributed():
         distributed = sys.modules["torch.distributed"]
         with contextlib.suppress(Exception):  # somebody has ended already, or is late: each says so itself
