@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -248,6 +251,12 @@ def only_modules(model: nn.Module, *, always: bool = False) -> Iterator[None]:
     PEFT (utils/transformers_weight_conversion.py) takes 'all-linear', and names like ``gate_proj``, in mixtures of experts for the fused
     parameters that hold what had these names in transformers 4. With ``always``, also where no experts are encoded.
     """
+    with _without_bitsandbytes(), _only_modules(model, always):
+        yield
+
+
+@contextmanager
+def _only_modules(model: nn.Module, always: bool) -> Iterator[None]:
     experts = [module for module in model.modules() if isinstance(module, FrozenExperts)]
     if not experts and not always:
         yield
@@ -266,6 +275,20 @@ def _without_conversion() -> Iterator[None]:
         yield
     finally:
         transformers_weight_conversion.convert_peft_config_for_transformers = stock
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """While nobody has executed bitsandbytes, no layer is one of its: PEFT (tuners/lora/model.py) need not, seconds long, to see that."""
+    if type(sys.modules.get("bitsandbytes")) is ModuleType:
+        yield
+        return
+    stock = lora_model.is_bnb_available, lora_model.is_bnb_4bit_available
+    lora_model.is_bnb_available = lora_model.is_bnb_4bit_available = lambda: False
+    try:
+        yield
+    finally:
+        lora_model.is_bnb_available, lora_model.is_bnb_4bit_available = stock
 
 
 def with_frozen_layer(config: LoraConfig) -> LoraConfig:

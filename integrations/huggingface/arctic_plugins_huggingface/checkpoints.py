@@ -1,4 +1,7 @@
-"""Finding a checkpoint, and everything wrong with one that can be known before its weights are read. Read in transformers 5.19.0."""
+"""Finding a checkpoint, and everything wrong with one that can be known before its weights are read. Read in transformers 5.19.0.
+
+Importing this loads neither torch nor transformers, and a checkpoint in a directory is checked without them.
+"""
 
 from __future__ import annotations
 
@@ -7,38 +10,38 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from huggingface_hub import constants, get_session, snapshot_download
 from safetensors import SafetensorError, safe_open
-from transformers.utils.hub import cached_file
 
+from arctic_plugins.compute import dtype_name
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.frozen import Codec
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
 
-__all__ = ["adapter_directory", "check_checkpoint", "check_encoded", "hub_arguments", "hub_trouble", "reason"]
+if TYPE_CHECKING:
+    from arctic_plugins.frozen import Codec
+
+__all__ = ["adapter_directory", "check_checkpoint", "check_encoded", "hub_arguments", "hub_trouble", "is_directory", "reason"]
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DTYPES = {
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.uint16: "U16",
-    torch.uint32: "U32",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.bool: "BOOL",
+    "uint8": "U8",
+    "int8": "I8",
+    "int16": "I16",
+    "int32": "I32",
+    "int64": "I64",
+    "uint16": "U16",
+    "uint32": "U32",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float32": "F32",
+    "float64": "F64",
+    "bool": "BOOL",
 }
 """As safetensors names them; a codec's buffer of another dtype is compared by shape alone."""
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -60,7 +63,7 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
         PluginNotFoundError: it was made with a plugin that is not installed; names the distribution.
     """
     directory = Path(checkpoint) / kwargs.get("subfolder", "")
-    if not _is_directory(checkpoint):
+    if not is_directory(checkpoint):
         kwargs = _check_hub(str(checkpoint), kwargs)
         if found := _hub_file(str(checkpoint), FILE_NAME, kwargs):
             check_plugins(read_provenance(Path(found).parent))
@@ -96,7 +99,7 @@ def check_encoded(directory: Path, encoded: Mapping[str, tuple[Codec, tuple[int,
             if name not in headers:
                 raise CheckpointError(f"{name} is missing from {directory}", fix="the checkpoint is incomplete: make it again")
             shape, dtype = headers[name]
-            expected = _DTYPES.get(spec.dtype, dtype)
+            expected = _DTYPES.get(dtype_name(spec.dtype), dtype)
             if (shape, dtype) != (spec.shape, expected):
                 raise CheckpointError(
                     f"{name} is {dtype} {shape}",
@@ -111,7 +114,9 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
     Raises:
         CheckpointError: neither is there, or it is damaged.
     """
-    if not _is_directory(checkpoint):
+    if not is_directory(checkpoint):
+        from huggingface_hub import snapshot_download
+
         kwargs = _check_hub(str(checkpoint), kwargs)
         if _hub_file(str(checkpoint), ADAPTER, kwargs) is None:
             return None
@@ -141,6 +146,8 @@ def reason(error: BaseException) -> str:
 
 def hub_trouble() -> str | None:
     """Why the hub cannot be asked, or None if it can; one attempt, where the libraries retry for half a minute."""
+    from huggingface_hub import constants, get_session
+
     if constants.HF_HUB_OFFLINE:
         return "the hub is not asked (HF_HUB_OFFLINE)"
     try:
@@ -150,7 +157,7 @@ def hub_trouble() -> str | None:
     return None
 
 
-def _is_directory(checkpoint: str | Path) -> bool:
+def is_directory(checkpoint: str | Path) -> bool:
     """True for a local directory, False for what may be a hub id; CheckpointError for anything else."""
     if Path(checkpoint).is_dir():
         return True
@@ -166,6 +173,8 @@ def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     trouble = "the hub is not asked (local_files_only)" if kwargs.get("local_files_only") else hub_trouble()
     if trouble is None:
         return kwargs
+    from transformers.utils.hub import cached_file
+
     local = {**kwargs, "local_files_only": True}
     for name in ("config.json", ADAPTER):
         if cached_file(
@@ -182,6 +191,8 @@ def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _hub_file(repository: str, name: str, kwargs: Mapping[str, Any]) -> str | None:
     """The local copy of a file of a hub repository; None if the repository has none of that name."""
+    from transformers.utils.hub import cached_file
+
     try:
         return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs))
     except OSError as error:
@@ -233,7 +244,7 @@ def _check_weights(directory: Path, variant: str | None) -> None:
 def _open(path: Path) -> set[str]:
     """The names of the tensors in a safetensors file, whose header and length are checked by the library."""
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(path, "np") as file:
             return set(file.keys())
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing", fix="the checkpoint is incomplete: copy it again, or save it again") from None

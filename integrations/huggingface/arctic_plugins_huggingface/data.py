@@ -22,12 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from arctic_plugins.errors import DataError, suggest
 from arctic_plugins_huggingface.checkpoints import hub_trouble, reason
-from arctic_plugins_huggingface.recipe import FILE_KINDS, DataConfig
+from arctic_plugins_huggingface.generation import Messages, chat
+from arctic_plugins_huggingface.recipe import DataConfig
 
-__all__ = ["DataCounts", "TrainingData", "alpaca_messages", "chat", "check_source", "load_data"]
+__all__ = ["DataCounts", "TrainingData", "alpaca_messages", "load_data"]
 
 Record = dict[str, Any]
-Messages = list[dict[str, str]]
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 _BATCH = 1000
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
@@ -67,19 +67,6 @@ def alpaca_messages(record: Mapping[str, Any], system: str | None = None) -> dic
     """One Alpaca record as a chat: the user says instruction, blank line, input (if any); the assistant says output."""
     question = "\n\n".join(part for part in (record["instruction"], record.get("input") or "") if part)
     return {"prompt": chat(question, system), "completion": [{"role": "assistant", "content": record["output"]}]}
-
-
-def chat(question: str, system: str | None = None) -> Messages:
-    """What the model is asked: a system message, if any, and the user's."""
-    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
-
-
-def check_source(config: DataConfig) -> None:
-    """Raise DataError if a data file is absent; cheap, so that it can be said first."""
-    for key, path in (("path", config.path), ("eval_path", config.eval_path)):
-        if path is not None and not Path(path).is_file() and (Path(path).suffix in FILE_KINDS or Path(path).is_absolute() or Path(path).exists()):
-            found = "is a directory" if Path(path).is_dir() else "does not exist"
-            raise DataError(f"data.{key} {path} {found}", expected="a JSON, JSONL, CSV, TSV or Parquet file", fix=f"correct data.{key}")
 
 
 def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, keep_end: bool = False) -> TrainingData:

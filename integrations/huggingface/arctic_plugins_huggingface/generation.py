@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from arctic_plugins_huggingface.data import chat
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["answer", "chat_prompt"]
+__all__ = ["Messages", "answer", "chat", "chat_prompt"]
+
+Messages = list[dict[str, str]]
+
+
+def chat(question: str, system: str | None = None) -> Messages:
+    """What the model is asked: a system message, if any, and the user's."""
+    return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system: str | None = None) -> str:

@@ -8,22 +8,24 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.errors import CheckpointError, ConfigError, UserError
 from arctic_plugins.frozen import FrozenModule
-from arctic_plugins.frozen.lora import load_adapter
 from arctic_plugins.provenance import read_json, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory
+from arctic_plugins_huggingface.gathering import is_adapted, is_spread, whole_weights
 from arctic_plugins_huggingface.loading import load_model, load_tokenizer
 from arctic_plugins_huggingface.modules import frozen_weights
 from arctic_plugins_huggingface.quantizer import ArcticQuantizationConfig
-from arctic_plugins_huggingface.spread import is_spread, whole_weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 __all__ = ["adapter_base", "load_checkpoint", "own_tokenizer", "save_checkpoint", "staged", "writing"]
 
@@ -41,7 +43,7 @@ def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTok
     Raises:
         ConfigError: ``directory`` exists and is not empty.
     """
-    directory, is_adapter = Path(directory), isinstance(model, PeftModel)
+    directory, is_adapter = Path(directory), is_adapted(model)
     together = is_spread(model) or (not is_adapter and any(_is_shared_out(*found) for found in frozen_weights(model).values()))
     saves = not together or torch.distributed.get_rank() == 0
     with staged(directory) if saves else nullcontext(directory) as draft:
@@ -79,7 +81,7 @@ def _exporting(model: PreTrainedModel | PeftModel, whole: dict[str, Tensor]) -> 
 @contextmanager
 def _in_stored_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """With ``model`` in the dtype of the checkpoint that it was loaded from, where the processor made it compute in a wider one."""
-    stored = None if isinstance(model, PeftModel) else getattr(model, "arctic_stored_dtype", None)
+    stored = None if is_adapted(model) else getattr(model, "arctic_stored_dtype", None)
     if stored is None:
         yield
         return
@@ -118,6 +120,8 @@ def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrained
     if adapter is None:
         return load_model(checkpoint)
     model, tokenizer = load_model(adapter_base(adapter), Stack.from_checkpoint(adapter).to_use().without("adapter"))
+    from arctic_plugins.frozen.lora import load_adapter
+
     return load_adapter(model, adapter).eval(), own_tokenizer(adapter) or tokenizer
 
 

@@ -13,31 +13,28 @@ from typing import Any, get_type_hints
 import torch
 from datasets import disable_progress_bars
 from huggingface_hub import upload_folder
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins.compute import is_native, warning_for
-from arctic_plugins.errors import CheckpointError, ConfigError, Interrupted, suggest
+from arctic_plugins.errors import CheckpointError, ConfigError, Interrupted
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.checking import check_arguments, check_output, check_recipe
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, reason
-from arctic_plugins_huggingface.data import DataCounts, TrainingData, check_source, load_data
+from arctic_plugins_huggingface.data import DataCounts, TrainingData, load_data
+from arctic_plugins_huggingface.gathering import is_spread
 from arctic_plugins_huggingface.loading import load_model, load_tokenizer, only_hub
 from arctic_plugins_huggingface.progress import TrainingProgress
 from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.saving import save_checkpoint, writing
-from arctic_plugins_huggingface.spread import is_spread
 from arctic_plugins_huggingface.training import GracefulStop, attach, last_checkpoint
 
 __all__ = ["Run", "TrainingResult", "prepare", "train"]
 
 logger = logging.getLogger(__name__)
-
-OURS = {"max_length": "data.max_length", "packing": "data.packing", "completion_only_loss": "data.loss", "assistant_only_loss": "data.loss"}
-"""Fields of SFTConfig that a recipe says under ``data``."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +110,9 @@ def prepare(recipe: Recipe) -> Run:
     Raises:
         UserError: what is wrong with the plugins, the training arguments, the data or the checkpoint.
     """
-    stack = Stack.from_dict(recipe.plugins)
+    stack = check_recipe(recipe)
     arguments = training_arguments(recipe)
     stack.hf_training_arguments(arguments)
-    if (frozen := [*stack.only("weight_codec"), *stack.only("placement")]) and not stack.only("adapter"):
-        names = ", ".join(dict.fromkeys(plugin.name for plugin in frozen))
-        raise ConfigError(f"plugins freeze the weights ({names}) and none adds what could be trained", expected="an adapter", fix="add 'lora: {}'")
-    check_source(recipe.data)
     load = check_checkpoint(recipe.model, contents=False, **recipe.load)  # load_model compares contents, right before it reads them
     tokenizer = load_tokenizer(recipe.model, **only_hub(load))
     disable_progress_bars()
@@ -168,7 +161,7 @@ def train(
     if resume and (output / "final" / FILE_NAME).is_file():
         check_files(output / "final")
         return None
-    _check_output(output, new=not resume and not overwrite)
+    check_output(output, new=not resume and not overwrite)
     run = prepare(recipe)
     if not recipe.data.streaming:
         held_out = f"; {len(run.data.eval):,} rows to evaluate on" if run.data.eval is not None else ""
@@ -248,15 +241,8 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     Raises:
         ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, or a value that the library refuses.
     """
-    known = {field.name for field in fields(SFTConfig) if field.init}
-    for key in recipe.training:
-        if key not in known:
-            raise ConfigError(f"training.{key} is not a training argument", fix=suggest(key, known))
-        if key in OURS:
-            raise ConfigError(f"training.{key} is set", expected=f"{OURS[key]} instead", fix="move it under 'data'")
-    given = {key: _checked(key, value) for key, value in recipe.training.items()}
-    if not given.get("output_dir"):
-        raise ConfigError("training.output_dir is missing", fix="name the directory that checkpoints go to")
+    hints = get_type_hints(SFTConfig)
+    given = check_arguments(recipe.training, {field.name: hints[field.name] for field in fields(SFTConfig) if field.init})
     data = recipe.data
     evaluates = data.eval_path or data.eval_split or data.eval_size
     native = is_native(torch.bfloat16, "cpu" if given.get("use_cpu") else None)
@@ -285,46 +271,8 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     return arguments
 
 
-_HINTS = get_type_hints(SFTConfig)
-_AT_LEAST = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
-}
-
-
-def _checked(key: str, value: Any) -> Any:
-    """``value`` as the type that the argument declares, which transformers does not check: YAML reads 1e-3, without a dot, as a text."""
-    try:
-        checked = TypeAdapter(_HINTS[key], config={"arbitrary_types_allowed": True}).validate_python(value)
-    except ValidationError as error:
-        expected = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise ConfigError(f"training.{key} is {value!r}", expected=expected, fix="correct the value") from error
-    if isinstance(checked, (int, float)) and not checked >= _AT_LEAST.get(key, checked if checked == checked else 0):
-        raise ConfigError(f"training.{key} is {checked}", expected=f"at least {_AT_LEAST.get(key, 0)}", fix="correct the value")
-    return checked
-
-
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _check_output(output: Path, *, new: bool) -> None:
-    """Raise ConfigError unless ``output`` can be written to and, if ``new``, is absent or empty."""
-    if not _is_main_process():
-        return
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"training.output_dir {output} is a file", expected="a directory", fix="name another")
-    if new and output.exists() and any(output.iterdir()):
-        raise ConfigError(
-            f"training.output_dir {output} exists and is not empty",
-            expected="a new directory",
-            fix="--resume continues the run that began there, --overwrite removes its checkpoints, or name another",
-        )
-    existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ConfigError(
-            f"training.output_dir {output} cannot be written: {existing} does not allow it", fix="name another, or change its permissions"
-        )
 
 
 def _resume_from(run: Run, output: Path, console: Console) -> Path | None:

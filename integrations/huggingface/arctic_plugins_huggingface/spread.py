@@ -6,69 +6,23 @@ replaced in the trainer: the norm that gradients are clipped by, which is that o
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import ExpertsDispatch, local_parameters
-from arctic_plugins.frozen.lora import expert_pairs
-from arctic_plugins_huggingface.modules import frozen_weights
+from arctic_plugins_huggingface.gathering import whole_weights
 from arctic_plugins_huggingface.restoring import restore_weights
 
-__all__ = ["SpreadExperts", "is_spread", "spread", "whole_weights"]
-
-
-def is_spread(model: nn.Module) -> bool:
-    """Whether processes share the experts of ``model``."""
-    return bool(local_parameters(model))
-
-
-@contextmanager
-def whole_weights(model: nn.Module, directory: Path, *, only_trainable: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Name -> whatever processes have parts of, whole, in the first process; nothing in the others. Collective, unless there is no such thing.
-
-    One tensor after the other is gathered and written to a file in the new ``directory``, from which it is mapped, for the time of the block.
-    """
-    whole: dict[str, Tensor] = {}
-    try:
-        for number, (name, tensor) in enumerate(_whole(model, only_trainable)):
-            if tensor is not None:
-                directory.mkdir(parents=True, exist_ok=True)
-                path = directory / f"{number}.safetensors"
-                save_file({"whole": tensor}, path)
-                del tensor
-                whole[name] = load_file(path)["whole"]
-        yield whole
-    finally:
-        if whole:  # other processes may have the same directory
-            shutil.rmtree(directory)
-
-
-def _whole(model: nn.Module, only_trainable: bool) -> Iterator[tuple[str, Tensor | None]]:
-    """Of weights that are shared out by a placement, and of experts, wherever their bytes are."""
-    local, pairs = local_parameters(model), expert_pairs(model)
-    first = torch.distributed.is_initialized() and torch.distributed.get_rank() == 0
-    placed = {name: found for name, found in frozen_weights(model).items() if found[0].frozen[found[1]].handle is not None}
-    for name, (module, leaf) in placed.items():
-        if only_trainable or not (name in local or module.frozen[leaf].handle.collective):  # type: ignore[union-attr]
-            continue
-        for suffix, buffer in module.export(leaf).items():
-            parts = local[name][1].gather(buffer) if name in local else [buffer] if first else None
-            yield f"{name}{suffix}", None if parts is None else torch.cat(parts)
-    for name, (parameter, dispatch) in local.items():
-        if name not in placed and (parameter.requires_grad or not only_trainable):
-            parts = dispatch.gather(parameter)
-            yield name, None if parts is None else pairs[name].join(parts) if name in pairs else torch.cat(parts)
+__all__ = ["SpreadExperts", "spread"]
 
 
 def spread(trainer: Trainer) -> SpreadExperts:

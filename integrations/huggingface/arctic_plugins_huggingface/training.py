@@ -22,9 +22,10 @@ from arctic_plugins.errors import CheckpointError
 from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
+from arctic_plugins_huggingface.gathering import is_spread
 from arctic_plugins_huggingface.modules import split_conversions
 from arctic_plugins_huggingface.restoring import restore_weights
-from arctic_plugins_huggingface.spread import is_spread, spread
+from arctic_plugins_huggingface.spread import spread
 
 __all__ = ["ArcticTrainingArguments", "GracefulStop", "attach", "last_checkpoint"]
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
-__all__ = ["quiet_hosts"]
+__all__ = ["postpone_bitsandbytes", "quiet_hosts"]
 
 
 def quiet_hosts() -> None:
@@ -18,3 +21,23 @@ def quiet_hosts() -> None:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
+
+
+class _Postponed(ModuleType):
+    """A module that is executed when something of it is used for the first time."""
+
+    def __getattr__(self, name: str) -> Any:
+        self.__class__ = ModuleType
+        assert self.__spec__ is not None
+        assert self.__spec__.loader is not None
+        self.__path__ = self.__spec__.submodule_search_locations
+        self.__spec__.loader.exec_module(self)
+        return getattr(self, name)
+
+
+def postpone_bitsandbytes() -> None:
+    """Execute bitsandbytes when something of it is used: where it is installed PEFT imports it (peft/helpers.py, 0.21.2), and it torch's compiler,
+    which takes longer than all of PEFT. For our own commands; Python's ``LazyLoader`` does it at the next ``import`` already (3.11)."""
+    if "bitsandbytes" not in sys.modules and (spec := find_spec("bitsandbytes")) is not None:
+        module = sys.modules["bitsandbytes"] = _Postponed("bitsandbytes")
+        module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin

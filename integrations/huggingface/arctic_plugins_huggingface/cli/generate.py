@@ -18,10 +18,13 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int) -> None:
     Example:
       arctic generate out-merged "Name three rivers."
     """
-    from arctic_plugins_huggingface.cli import quiet_hosts
-    from arctic_plugins_huggingface.generation import answer
-    from arctic_plugins_huggingface.saving import load_checkpoint
+    from arctic_plugins.cli import importing
+    from arctic_plugins_huggingface.cli import postpone_bitsandbytes, quiet_hosts
 
-    quiet_hosts()
+    postpone_bitsandbytes()
+    with importing():
+        quiet_hosts()
+        from arctic_plugins_huggingface.generation import answer
+        from arctic_plugins_huggingface.saving import load_checkpoint
     model, tokenizer = load_checkpoint(checkpoint)
     click.echo(next(iter(answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens))))

@@ -36,14 +36,26 @@ def train(
     # Before torch allocates: let it ask the system for huge pages (c10/core/impl/alloc_cpu.cpp, torch 2.13). Gradients and logits of every step are
     # new memory, whose first use costs a page fault for each page.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from arctic_plugins.cli import importing
     from arctic_plugins.errors import ConfigError
+    from arctic_plugins_huggingface.checking import check_output, check_recipe
+    from arctic_plugins_huggingface.cli import postpone_bitsandbytes, quiet_hosts
     from arctic_plugins_huggingface.recipe import Recipe
 
     if as_json and not dry_run:
         raise ConfigError("--json is for --dry-run", fix="add --dry-run, or leave --json out")
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other", fix="leave one out")
     parsed = Recipe.from_file(recipe)
     if nproc is not None and hostfile is not None:
         raise ConfigError("--nproc and --hostfile exclude each other", fix="the hostfile says how many processes each host has")
+    stack = check_recipe(parsed) if hostfile is None else None  # whose files may not be on this host
+    if stack is not None and not dry_run and parsed.training.get("output_dir"):
+        check_output(Path(str(parsed.training["output_dir"])), new=not resume and not overwrite)
     if nproc is None and hostfile is None and parsed.training.get("deepspeed") and "RANK" not in os.environ:
         nproc = 1  # DeepSpeed wants the environment of a launcher, also for one process
     if nproc is not None or hostfile is not None:
@@ -56,17 +68,18 @@ def train(
         from arctic_plugins_huggingface.launching import end_with_launcher
 
         end_with_launcher()
-    from rich.console import Console
-
-    from arctic_plugins_huggingface.cli import quiet_hosts
-
-    quiet_hosts()
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # one of several processes speaks
+    console = Console(quiet=as_json or os.environ.get("RANK", "0") != "0")  # one of several processes speaks
+    names = ", ".join(plugin.name for plugin in stack or ()) or "no plugin"
+    console.print(f"{recipe}: {parsed.model} with {names}; importing torch, transformers and trl", highlight=False, soft_wrap=True)
+    postpone_bitsandbytes()
+    with importing():
+        quiet_hosts()
+        from arctic_plugins_huggingface.sft import prepare
+        from arctic_plugins_huggingface.sft import train as run
     if dry_run:
         import json
 
         from arctic_plugins_huggingface.plan import make_plan, show_plan
-        from arctic_plugins_huggingface.sft import prepare
 
         plan = make_plan(prepare(parsed))
         if os.environ.get("RANK", "0") != "0":
@@ -77,7 +90,6 @@ def train(
             show_plan(plan, console)
         return
     from arctic_plugins_huggingface.progress import show_summary
-    from arctic_plugins_huggingface.sft import train as run
 
     result = run(parsed, resume=resume, overwrite=overwrite, console=console)
     if os.environ.get("RANK", "0") != "0":

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from arctic_plugins.errors import ArcticError
-from arctic_plugins_huggingface.data import chat
+from arctic_plugins_huggingface.generation import chat
 
 __all__ = ["Server"]
 
