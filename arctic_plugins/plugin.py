@@ -27,9 +27,12 @@ MODEL_SLOTS = frozenset({"rope", "model_class", "loss", "attention"})
 
 
 class PluginConfig(BaseModel):
-    """Base of a plugin's options: immutable, and an unknown key is an error rather than ignored."""
+    """Base of a plugin's options: immutable, and an unknown key is an error rather than ignored.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    The text under a field is what ``arctic plugins NAME`` says of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class Plugin:

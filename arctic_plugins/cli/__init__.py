@@ -69,10 +69,11 @@ def _broken(name: str, reason: str) -> click.Command:
     return command
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="arctic-plugins")
 @click.option("--traceback", is_flag=True, expose_value=False, help="Show the whole traceback of an error (taken anywhere on the line).")
-def arctic() -> None:
+@click.pass_context
+def arctic(context: click.Context) -> None:
     """Fine-tune, encode, merge and serve models with interchangeable plugins.
 
     \b
@@ -81,6 +82,8 @@ def arctic() -> None:
       arctic merge out/final out-merged
       arctic serve out-merged
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 def main(args: list[str] | None = None) -> None:

@@ -34,12 +34,14 @@ def doctor(context: click.Context, recipe: str | None, as_json: bool) -> None:
         from rich.markup import escape
         from rich.table import Table
 
-        table = Table("", "what", "found", "what to do", box=None, pad_edge=False)
-        for column in table.columns:
-            column.overflow = "fold"
+        table = Table(box=None, pad_edge=False, show_header=False)
+        for _ in range(2):
+            table.add_column(no_wrap=True)
+        table.add_column(overflow="fold")
         marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "error": "[red]error[/]"}
         for found in findings:
-            table.add_row(marks[found.status], escape(found.subject), escape(found.text), escape(found.fix))
+            text = f"{found.text}\nto do: {found.fix}" if found.fix else found.text
+            table.add_row(marks[found.status], escape(found.subject), escape(text))
         console = Console()
         console.print(table)
         console.print("nothing is broken" if not broken else f"{broken} broken")

@@ -1,24 +1,54 @@
-"""``arctic plugins``: what is installed, and whether it works."""
+"""``arctic plugins``: what is installed, whether it works, and which options it takes."""
 
 from __future__ import annotations
 
+import inspect
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from arctic_plugins.plugin import Plugin
 
 __all__ = ["plugins"]
 
 
-@click.command(short_help="List installed plugins, and why a broken one is broken.")
+@click.command(short_help="List installed plugins, or the options of one.")
+@click.argument("name", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plugins(as_json: bool) -> None:
+def plugins(name: str | None, as_json: bool) -> None:
     """List the installed plugins: name, distribution, version, the slots they fill, and the cause if one is broken.
+
+    With NAME, the options of that plugin: what each means, its default and its type.
 
     \b
     Example:
-      arctic plugins --json
+      arctic plugins
+      arctic plugins fp8
     """
+    from arctic_plugins.discovery import load_plugin
+
+    if name is not None:
+        described = _described(load_plugin(name))
+        click.echo(json.dumps(described, indent=2) if as_json else _in_words(described))
+        return
+    rows = _installed()
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    if not rows:
+        click.echo("no plugin is installed: pip install 'arctic-plugins[all]'")
+        return
+    owners = [f"{row['distribution']} {row['version']}" for row in rows]
+    widths = max(len(row["name"]) for row in rows), max(map(len, owners))
+    for row, owner in zip(rows, owners, strict=True):
+        status = f"broken: {row['error']}" if row["error"] else f"ok  {', '.join(row['slots'])}"
+        click.echo(f"{row['name']:{widths[0]}}  {owner:{widths[1]}}  {status}".rstrip())
+    click.echo("\n'arctic plugins NAME' says which options a plugin takes.")
+
+
+def _installed() -> list[dict[str, Any]]:
     from arctic_plugins.discovery import installed_plugins, load_plugin
     from arctic_plugins.errors import PluginError
 
@@ -36,14 +66,46 @@ def plugins(as_json: bool) -> None:
             )
         except PluginError as error:
             rows.append({**row, "slots": [], "hosts": {}, "options": [], "error": str(error)})
-    if as_json:
-        click.echo(json.dumps(rows, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
+    return rows
 
-    table = Table("plugin", "distribution", "version", "slots", "options", "status")
-    for row in rows:
-        status = f"[red]broken:[/] {row['error']}" if row["error"] else "ok"
-        table.add_row(str(row["name"]), str(row["distribution"]), str(row["version"]), ", ".join(row["slots"]), ", ".join(row["options"]), status)
-    Console().print(table if rows else "no plugin is installed: pip install 'arctic-plugins[all]'")
+
+def _described(plugin: type[Plugin]) -> dict[str, Any]:
+    """JSON types only. A required option has no default."""
+    schema = plugin.config.model_json_schema(by_alias=False)
+    options = [
+        {
+            "name": name,
+            "type": _kind(schema["properties"][name]),
+            "required": field.is_required(),
+            "default": schema["properties"][name].get("default"),
+            "meaning": " ".join((field.description or "").replace("``", "").split()),
+        }
+        for name, field in plugin.config.model_fields.items()
+    ]
+    meaning = (inspect.getdoc(plugin) or "").partition("\n\n")[0].replace("``", "")
+    return {"name": plugin.name, "meaning": " ".join(meaning.split()), "slots": sorted(plugin.slots), "options": options}
+
+
+_BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def _kind(schema: dict[str, Any]) -> str:
+    """What a JSON schema lets through, in words: ``"max" or "mse"``, ``integer >= 1``."""
+    if "anyOf" in schema:
+        return " or ".join(_kind(one) for one in schema["anyOf"])
+    if "enum" in schema or "const" in schema:
+        return " or ".join(json.dumps(value) for value in schema.get("enum", [schema.get("const")]))
+    if schema.get("type") == "array":
+        return "list" if "items" not in schema else f"list of {_kind(schema['items'])}"
+    bounds = ", ".join(f"{sign} {schema[key]}" for key, sign in _BOUNDS.items() if key in schema)
+    return f"{schema.get('type', 'object').replace('object', 'mapping')} {bounds}".rstrip()
+
+
+def _in_words(described: dict[str, Any]) -> str:
+    paragraphs = [f"{described['name']}: {described['meaning']}", f"Slots: {', '.join(described['slots']) or 'none'}", ""]
+    lines = [click.wrap_text(text, 80) for text in [*paragraphs, "Options:" if described["options"] else "It takes no options."]]
+    for option in described["options"]:
+        default = "required" if option["required"] else f"default {json.dumps(option['default'])}"
+        lines += ["", click.wrap_text(f"{option['name']}: {option['type']}; {default}", 80, "  ", "    ")]
+        lines += [click.wrap_text(option["meaning"], 80, "      ", "      ")] if option["meaning"] else []
+    return "\n".join(lines)
