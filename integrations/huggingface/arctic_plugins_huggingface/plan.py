@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
-from rich.console import Console
+from rich.console import Console, JustifyMethod
+from rich.markup import escape
 from rich.table import Table
 from trl import pack_dataset
 
@@ -29,6 +31,8 @@ class ModulePlan:
     """Weights of which the same is true."""
 
     pattern: str
+    layers: tuple[int, ...]
+    """The numbers that the first ``*`` of ``pattern`` stands for, or the first number in it; empty if it has neither."""
     count: int
     shape: tuple[int, ...]
     """``(N, K)`` of one, or ``(experts, N, K)``."""
@@ -112,7 +116,7 @@ def make_plan(run: Run) -> Plan:
         members = [name for name in specs if matches(pattern, name)]
         size = sum(codecs[name].nbytes(specs[name].shape) if name in codecs else plain[name] for name in members)
         resident = sum(claimed.resident.get(name, plain[name]) for name in members)
-        modules.append(ModulePlan(pattern, len(members), *describe(members[0]), size, resident))
+        modules.append(ModulePlan(pattern, _layers(members), len(members), *describe(members[0]), size, resident))
     trained = sum(parameter.numel() * parameter.element_size() for parameter in trainable.values())
     sizes = {"base": base, "trainable": trained, "gradients": trained}
     if str(run.arguments.optim) in ("adamw_torch", "adamw_torch_fused", "OptimizerNames.ADAMW_TORCH", "OptimizerNames.ADAMW_TORCH_FUSED"):
@@ -129,6 +133,11 @@ def make_plan(run: Run) -> Plan:
         compute=line or f"computing in {dtype_name(torch.bfloat16 if run.arguments.bf16 else computes)}",
         bytes=sizes,
     )
+
+
+def _layers(names: Iterable[str]) -> tuple[int, ...]:
+    found = {next((int(part) for part in name.split(".") if part.isdigit()), None) for name in names}
+    return tuple(sorted(layer for layer in found if layer is not None))
 
 
 def _trainer_rows(run: Run) -> int:
@@ -152,28 +161,83 @@ def _steps(run: Run, rows: int) -> int:
 
 
 def show_plan(plan: Plan, console: Console) -> None:
-    """Print ``plan``."""
-    settings = Table("plugin", "option", "value", "set by", title="stack, in the order in which it acts")
+    """Print ``plan``, of the modules only what is not the same for all: 80 columns are enough."""
+    settings = Table("plugin", "option", "value", "set by", title="stack, in the order in which it acts", **_LOOK)
     for row in plan.settings:
-        settings.add_row(row["plugin"], row["key"], str(row["value"]), row["source"])
+        settings.add_row(row["plugin"], row["key"], escape(str(row["value"])), row["source"])
     console.print(settings)
-    modules = Table(title="linear modules")
-    for column in ("modules", "count", "N x K", "codec", "placement", "adapter", "MB", "resident MB"):
-        modules.add_column(column, overflow="fold")
-    for module in plan.modules:
-        adapter = f"{module.adapter_parameters:,} each" if module.adapter_parameters else "-"
-        where = module.placement or "resident"
-        shape = " x ".join(map(str, module.shape))
-        megabytes = f"{module.nbytes / 1e6:.2f}", f"{module.resident_nbytes / 1e6:.2f}"
-        modules.add_row(module.pattern, str(module.count), shape, module.codec or "-", where, adapter, *megabytes)
-    console.print(modules)
+    for part in _modules_tables(plan.modules):
+        console.print(part)
     share = 100 * plan.trainable_parameters / max(1, plan.parameters)
     sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in plan.bytes.items())
-    console.print(
-        f"parameters {plan.parameters:,}, trainable {plan.trainable_parameters:,} ({share:.2f} %)\n"
-        f"data       {plan.data}\n"
-        f"dtype      {plan.compute}\n"
-        f"steps      {plan.steps:,}" + (f" over {plan.rows:,} rows after cutting and packing" if plan.rows else " over a stream") + "\n"
-        f"memory     {sizes} (computed, without activations)",
-        highlight=False,
-    )
+    figures = Table.grid(padding=(0, 2))
+    figures.add_row("parameters", f"{plan.parameters:,}, trainable {plan.trainable_parameters:,} ({share:.2f} %)")
+    figures.add_row("data", plan.data)
+    figures.add_row("dtype", plan.compute)
+    figures.add_row("steps", f"{plan.steps:,} over " + (f"{plan.rows:,} rows after cutting and packing" if plan.rows else "a stream"))
+    figures.add_row("memory", f"{sizes} (computed, without activations)")
+    console.print(figures)
+
+
+_LOOK: dict[str, Any] = {"box": None, "title_justify": "left", "pad_edge": False, "padding": (0, 2, 0, 0)}
+_NAME_WIDTH = 20
+_LAYERS_WIDTH = 14
+
+
+def _modules_tables(modules: Sequence[ModulePlan]) -> Iterator[Table | str]:
+    """A table for what is encoded and placed alike, with a row for what layers have in common, and no column that says nothing."""
+    alike: dict[tuple[Any, ...], list[ModulePlan]] = defaultdict(list)
+    for module in modules:
+        parts = module.pattern.split(".")
+        at = next((index for index, part in enumerate(parts) if part == "*" or part.isdigit()), None)
+        where = ("", module.pattern) if at is None else (".".join(parts[:at]), ".".join(parts[at + 1 :]))
+        kind = f"{module.codec or 'plain'}, {module.placement}" if module.placement else module.codec or "plain"
+        alike[kind, *where, module.shape, module.adapter_parameters].append(module)
+    stems = sorted({stem for _, stem, *_ in alike if stem})
+    yield "\nlinear modules" + (f"; layers are those of {stems[0]}" if len(stems) == 1 else "")
+    columns: dict[str, list[str]] = defaultdict(list)
+    for (_, stem, name, shape, adapter), members in alike.items():
+        layers = sorted({layer for module in members for layer in module.layers})
+        count, nbytes, resident = (sum(found) for found in zip(*((one.count, one.nbytes, one.resident_nbytes) for one in members), strict=True))
+        columns["module"].append(_folded(f"{stem}.*.{name}" if stem and len(stems) > 1 else name))
+        columns["layers"].append(_ranges(layers))
+        columns["count"].append("" if count == max(1, len(layers)) else str(count))
+        columns["N x K"].append(" x ".join(map(str, shape)))
+        columns["adapter"].append(f"{adapter:,} each" if adapter else "")
+        columns["MB"].append(f"{nbytes / 1e6:.2f}")
+        columns["resident"].append("" if resident == nbytes else f"{resident / 1e6:.2f}")
+    told = {title: cells for title, cells in columns.items() if any(cells)}
+    for kind in dict.fromkeys(kind for kind, *_ in alike):
+        table = Table(title=f"\n{kind}", title_style="bold", **_LOOK)
+        own = [index for index, (found, *_) in enumerate(alike) if found == kind]
+        shown = {title: cells for title, cells in told.items() if title != "resident" or any(cells[index] for index in own)}
+        for title, cells in shown.items():
+            limit = _LAYERS_WIDTH if title == "layers" else None
+            width = max(len(line) for cell in [title, *cells] for line in cell.splitlines())
+            justify: JustifyMethod = "right" if title in ("MB", "resident") else "left"
+            table.add_column(title, min_width=min(width, limit or width), max_width=limit, no_wrap=limit is None, justify=justify)
+        for index in own:
+            table.add_row(*(escape(cells[index]) for cells in shown.values()))
+        yield table
+    yield ""
+
+
+def _folded(name: str) -> str:
+    """A dotted ``name`` in lines of at most 20 characters, where its parts are shorter."""
+    lines = [""]
+    for part in name.split("."):
+        if lines[-1] and len(lines[-1]) + len(part) > _NAME_WIDTH:
+            lines.append("")
+        lines[-1] += f"{part}."
+    return "\n".join(lines).removesuffix(".")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3, 7, 9-29``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
