@@ -81,18 +81,26 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def measure_products(size: int = 256, runs: int = 3) -> dict[str, float]:
-    """Seconds of one product of two ``size`` x ``size`` matrices on the CPU by dtype, as ``grad @ weight``; the best of ``runs``."""
+    """Seconds of one product of two ``size`` x ``size`` matrices on one thread of the CPU by dtype, as ``grad @ weight``; the best of ``runs``.
+
+    One thread, because several wait for each other where another process keeps a core busy.
+    """
     import torch
 
     seconds: dict[str, float] = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        grad, weight = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-        best = float("inf")
-        for _ in range(runs):
-            started = time.perf_counter()
-            grad @ weight
-            best = min(best, time.perf_counter() - started)
-        seconds[dtype_name(dtype)] = best
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            grad, weight = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+            best = float("inf")
+            for _ in range(runs):
+                started = time.perf_counter()
+                grad @ weight
+                best = min(best, time.perf_counter() - started)
+            seconds[dtype_name(dtype)] = best
+    finally:
+        torch.set_num_threads(threads)
     return seconds
 
 

@@ -212,7 +212,7 @@ def _check_torch() -> Iterator[Finding]:
     computed = dtype_name(compute_dtype(torch.bfloat16))
     native = "multiplied natively" if computed == "bfloat16" else f"not multiplied natively: checkpoints in it compute in {computed}"
     measured = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in measure_products().items())
-    yield Finding("ok", "compute dtype", f"bfloat16 is {native}; 256 x 256 products on the CPU: {measured}")
+    yield Finding("ok", "compute dtype", f"bfloat16 is {native}; 256 x 256 products on one thread of the CPU: {measured}")
 
 
 def _check_commands() -> Iterator[Finding]:

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -224,16 +225,20 @@ def _modules_tables(modules: Sequence[ModulePlan]) -> Iterator[Table | str]:
 
 def _folded(name: str) -> str:
     """A dotted ``name`` in lines of at most 20 characters, where its parts are shorter."""
-    lines = [""]
+    lines, last = [], ""
     for part in name.split("."):
-        if lines[-1] and len(lines[-1]) + len(part) > _NAME_WIDTH:
-            lines.append("")
-        lines[-1] += f"{part}."
-    return "\n".join(lines).removesuffix(".")
+        if last and len(last) + len(part) > _NAME_WIDTH:
+            lines.append(last)
+            last = ""
+        last += f"{part}."
+    return "\n".join([*lines, last.removesuffix(".")])
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """``0-3, 7, 9-29``."""
+    """``0-3, 7, 9-29``, or ``0-28 step 4`` for what is regular."""
+    steps = {second - first for first, second in pairwise(numbers)}
+    if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
+        return f"{numbers[0]}-{numbers[-1]} step {steps.pop()}"
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

@@ -51,7 +51,7 @@ def test_a_dry_run_shows_the_stack_and_every_module_and_touches_nothing(recipe, 
     assert sorted(tmp_path.rglob("*")) == before
     assert re.search(r"fp8 +include +\('\*\*\.mlp\.\*',\) +recipe", text)
     assert re.search(r"lora +alpha +16 +default", text)
-    encoded, _, plain = text.partition("fp8 (bits 8, group_size channel)")[2].partition("\nplain")
+    plain, _, encoded = text.partition("\nplain")[2].partition("\nfp8 (bits 8, group_size channel)")
     assert re.search(r"mlp\.up_proj +0-1 +176 x 64 +960 each", encoded)
     assert re.search(r"self_attn\.q_proj +0-1 +128 x 64 +768 each", plain)
     assert re.search(r"lm_head +272 x 64 ", plain)

@@ -56,5 +56,10 @@ def test_names_fold_at_their_dots_and_nothing_is_wider_than_the_terminal(shown):
     long = module("model.layers.*.block_sparse_moe.experts.gate_up_proj", range(0, 96, 2), (128, 28672, 7168), placement="in host memory", resident=0)
     lines = shown(long, module("visual.blocks.*.attention.qkv", range(4)))
     assert all(len(line) <= 80 for line in lines)
-    assert [line.split(" ")[0] for line in lines if "block_sparse_moe" in line or "gate_up_proj" in line] == ["block_sparse_moe.", "gate_up_proj"]
-    assert "…" not in "\n".join(lines)
+    assert [line.split(" ")[0] for line in lines if "block_sparse_moe" in line or "gate_up_proj" in line] == [
+        "block_sparse_moe.",
+        "experts.gate_up_proj",
+    ]
+    text = "\n".join(lines)
+    assert "…" not in text
+    assert "  0-94 step 2  128 x 28672 x 7168  768 each  2.00      0.00" in text

@@ -27,10 +27,10 @@ class _Postponed(ModuleType):
     """A module that is executed when something of it is used for the first time."""
 
     def __getattr__(self, name: str) -> Any:
-        self.__class__ = ModuleType
+        self.__class__ = ModuleType  # type: ignore[assignment]
         assert self.__spec__ is not None
         assert self.__spec__.loader is not None
-        self.__path__ = self.__spec__.submodule_search_locations
+        self.__path__ = self.__spec__.submodule_search_locations  # type: ignore[assignment]
         self.__spec__.loader.exec_module(self)
         return getattr(self, name)
 
