@@ -17,7 +17,20 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 if TYPE_CHECKING:
     from arctic_plugins_huggingface.sft import TrainingResult
 
-__all__ = ["TrainingProgress", "memory", "peak_memory", "show_summary"]
+__all__ = ["TrainingProgress", "memory", "peak_memory", "progress_bar", "show_summary"]
+
+
+def progress_bar(console: Console) -> Progress:
+    """A bar with the steps done, a word on them, the time that has passed and what is left."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(TextColumn("{task.description}"), *columns, console=console)
 
 
 def memory() -> int:
@@ -46,21 +59,20 @@ class TrainingProgress(TrainerCallback):
         self._start, self._first_step, self._first_tokens = time.perf_counter(), state.global_step, state.num_input_tokens_seen
         if not state.is_world_process_zero or args.disable_tqdm or not self.console.is_terminal:
             return
-        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
+        self._bar = progress_bar(self.console)
         self._bar.start()
-        self._task = self._bar.add_task("", total=state.max_steps, completed=state.global_step)
+        self._task = self._bar.add_task("training", total=state.max_steps, completed=state.global_step, figures="")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, description=self._figures(state))
+            self._bar.update(self._task, completed=state.global_step, total=state.max_steps, figures=self._figures(state))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         logs = logs or {}
         self._loss = logs.get("loss", self._loss)
         shown = {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
         if self._bar is not None:
-            self._bar.update(self._task, description=self._figures(state))
+            self._bar.update(self._task, figures=self._figures(state))
         if not state.is_world_process_zero or self._bar is not None or not shown:
             return
         left = (state.max_steps - state.global_step) * (time.perf_counter() - self._start) / max(1, state.global_step - self._first_step)

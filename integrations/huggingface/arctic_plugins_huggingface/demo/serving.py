@@ -11,25 +11,34 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
+from rich.console import Console
+
 from arctic_plugins.errors import ArcticError
 from arctic_plugins_huggingface.generation import chat
+from arctic_plugins_huggingface.progress import progress_bar
 
 __all__ = ["Server"]
 
 
+PROCESSES = 3
+"""vLLM 0.32's server, its engine and the engine's worker start one after the other, and importing libraries is most of what each does until then."""
+
+
 class Server:
-    """Serves ``checkpoint`` on a free port of this machine.
+    """Serves ``checkpoint`` on a free port of this machine, and shows how its start goes on, if there is a ``console``.
 
     Raises:
         ArcticError: the server ended or did not answer within ``timeout`` seconds; gives its last words and its log.
     """
 
-    def __init__(self, checkpoint: Path, log: Path, *, options: tuple[str, ...] = (), timeout: float = 600) -> None:
-        self.checkpoint, self.log, self.timeout = checkpoint, log, timeout
+    def __init__(self, checkpoint: Path, log: Path, *, options: tuple[str, ...] = (), timeout: float = 600, console: Console | None = None) -> None:
+        self.checkpoint, self.log, self.timeout, self.console = checkpoint, log, timeout, console or Console(quiet=True)
         self.port = _free_port()
         command = [sys.executable, "-m", "arctic_plugins.cli", "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port), *options]
         with log.open("w") as output:  # a session of its own, so that the engine's processes end with it
@@ -37,7 +46,10 @@ class Server:
 
     def __enter__(self) -> Server:
         try:
-            self._wait()
+            with progress_bar(self.console) as bar:
+                task = bar.add_task("starting the server", total=PROCESSES, figures="")
+                self._wait(lambda: bar.update(task, completed=min(self._processes(), PROCESSES) - 1))
+                bar.update(task, completed=PROCESSES)
         except BaseException:
             self._stop()
             raise
@@ -64,7 +76,7 @@ class Server:
         with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310
             return json.load(response)
 
-    def _wait(self) -> None:
+    def _wait(self, still: Callable[[], None]) -> None:
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
@@ -72,10 +84,19 @@ class Server:
             try:
                 self._request("/v1/models")
             except (urllib.error.URLError, ConnectionError, TimeoutError):
+                still()
                 time.sleep(0.5)
             else:
                 return
         raise ArcticError(f"the server did not answer within {self.timeout:.0f} s: {self._last_line()}", fix=f"see {self.log}")
+
+    def _processes(self) -> int:
+        """Of vLLM, without the trackers that multiprocessing starts beside its children."""
+        try:
+            children = psutil.Process(self._process.pid).children(recursive=True)
+            return 1 + sum(not any("resource_tracker" in word for word in child.cmdline()) for child in children)
+        except psutil.Error:  # one that ends meanwhile
+            return 1
 
     def _last_line(self) -> str:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
