@@ -19,7 +19,7 @@ WARM, TIMED = 1, 3
 class StepBudget(TrainerCallback):
     """Shortens a run, and its linear schedule with it, to what ``seconds`` allow at the speed of the first steps, but never below ``least`` steps.
 
-    Read in transformers 5.19.0: the loop asks ``state.max_steps`` after each step, and a linear schedule is a ``LambdaLR`` over a ``partial`` with the
+    Read in transformers 5.19.0: the loop asks ``state.max_steps`` after each step, and a linear schedule is a ``LambdaLR`` of a ``partial`` with the
     keyword ``num_training_steps``. Learning rates before the decision are those of the warm-up, which does not depend on it.
     """
 
