@@ -49,7 +49,7 @@ def layers(weight_NK: Tensor, dtype: torch.dtype) -> dict[str, nn.Module]:
     for name, codec in zip(OURS, codecs, strict=True):
         made[name] = FrozenLinear.from_linear(plain, codec)
         made[name].encode(weight_NK)
-    made["aten int8pack"] = Int8Pack(weight_NK)
+    made["aten int8pack"] = Int8Pack(weight_NK, dtype)
     for add in (_torchao, _bitsandbytes):
         try:
             made |= add(plain)
@@ -59,12 +59,12 @@ def layers(weight_NK: Tensor, dtype: torch.dtype) -> dict[str, nn.Module]:
 
 
 class Int8Pack(nn.Module):
-    """``aten._weight_int8pack_mm``: int8 codes and a bfloat16 scale per output channel."""
+    """``aten._weight_int8pack_mm``: int8 codes, and a scale per output channel in the dtype of the inputs."""
 
-    def __init__(self, weight_NK: Tensor) -> None:
+    def __init__(self, weight_NK: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         scale_N = weight_NK.float().abs().amax(1) / 127
-        self.codes, self.scale = (weight_NK.float() / scale_N[:, None]).round().to(torch.int8), scale_N.bfloat16()
+        self.codes, self.scale = (weight_NK.float() / scale_N[:, None]).round().to(torch.int8), scale_N.to(dtype)
 
     def forward(self, x_MK: Tensor) -> Tensor:
         return torch.ops.aten._weight_int8pack_mm(x_MK, self.codes, self.scale)

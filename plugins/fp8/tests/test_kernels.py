@@ -159,6 +159,31 @@ def test_subnormal_codes_and_zeros_count(compiled, bits, rows):
     assert torch.equal(kernels.linear(x, codes, scale, bits), (weight.sum(1).bfloat16()).expand(rows, -1))
 
 
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e-6, 1e6, 1e30])
+def test_rows_of_any_size_are_multiplied_as_exactly(compiled, size):
+    """Kernels may move a row's numbers by a power of two; none may leave the range of float32, whatever else the rows hold."""
+    buffers = FP8Codec().encode(torch.randn(24, 80))
+    weight = FP8Codec().decode(buffers, (24, 80), torch.float32)
+    x = torch.randn(3, 80).mul(size)
+    x[1, 1:] = 0
+    x[2] *= torch.logspace(-6, 0, 80)
+    for rows in (x[:1], x[1:2], x[2:], x[:2], x):
+        y = kernels.linear(rows, buffers[""], buffers["_scale"], 8)
+        expected = rows.double() @ weight.double().T
+        bound = 1e-6 * (rows.double().abs() @ weight.double().abs().T) + 2e-45
+        assert bool(((y.double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_row(compiled, value):
+    buffers = FP8Codec().encode(torch.ones(24, 80))
+    x = torch.ones(3, 80)
+    x[1, 5] = value
+    for rows in (slice(0, 2), slice(0, 3)):
+        y = kernels.linear(x[rows], buffers[""], buffers["_scale"], 8)
+        torch.testing.assert_close(y, x[rows].sum(1, keepdim=True).expand(-1, 24), rtol=0.1, atol=0, equal_nan=True)
+
+
 def test_non_contiguous_inputs(compiled):
     codec = FP8Codec(group_size=32)
     whole = codec.encode(torch.randn(3, 40, 96))

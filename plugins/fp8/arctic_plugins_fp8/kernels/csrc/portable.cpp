@@ -114,7 +114,11 @@ bool encode(const Weight& w, int64_t r0, int64_t r1, Dtype dtype, const void* fr
 
 inline int64_t padded(int64_t size) { return (size + kChunk - 1) / kChunk * kChunk; }
 
-template <int BITS, int ROWS, int M> void dots(const Weight& w, int64_t n0, const float* x, Dtype dtype, void* y, int64_t N) {
+constexpr float kCentred = 0x1p-60f;
+
+// x [M, ld] is what came, times 2^p of each row, and after[m] is 2^(60 - p).
+template <int BITS, int ROWS, int M>
+void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype dtype, void* y, int64_t N) {
   constexpr int kChains = M == 1 ? 2 : 1;  // sums that do not wait for each other, where rows of x are too few for that
   const int64_t ld = padded(w.K), row_bytes = w.row_bytes();
   const uint8_t* stop = end_of(w);
@@ -129,7 +133,7 @@ template <int BITS, int ROWS, int M> void dots(const Weight& w, int64_t n0, cons
       for (int row = 0; row < ROWS; row++) {
         const uint8_t* here = codes + row * row_bytes + k * BITS / 8;
         __builtin_prefetch(here + ROWS * row_bytes);  // where the next rows will be read
-        const Chunk value = values<BITS>(here);
+        const Chunk value = dot_values<BITS>(here);
         for (int m = 0; m < M; m++)
           for (int i = 0; i < kVectors; i++) sum[row][m][i % kChains] += value[i] * load<Floats>(x + m * ld + from + k + i * kLanes);
       }
@@ -139,30 +143,45 @@ template <int BITS, int ROWS, int M> void dots(const Weight& w, int64_t n0, cons
       for (int m = 0; m < M; m++) std::memcpy(columns[m], x + m * ld + from + k, static_cast<size_t>(std::min<int64_t>(kChunk, size - k)) * 4);
       for (int row = 0; row < ROWS; row++) {
         uint8_t copy[32];
-        const Chunk value = values<BITS>(readable<BITS>(codes + row * row_bytes + k * BITS / 8, stop, copy));
+        const Chunk value = dot_values<BITS>(readable<BITS>(codes + row * row_bytes + k * BITS / 8, stop, copy));
         for (int m = 0; m < M; m++)
           for (int i = 0; i < kVectors; i++) sum[row][m][i % kChains] += value[i] * load<Floats>(columns[m] + i * kLanes);
       }
     }
     for (int row = 0; row < ROWS; row++) {
-      const float scale = w.scale[(n0 + row) * w.groups + group] * kUnit<BITS>;
+      const float scale = w.scale[(n0 + row) * w.groups + group];
       for (int m = 0; m < M; m++) {
         Floats both = sum[row][m][0];
         if constexpr (kChains == 2) both += sum[row][m][1];
-        total[row][m] += sum_of(both) * scale;
+        total[row][m] += sum_of(both) * (kDotUnit<BITS> * kCentred) * scale;
       }
     }
   }
   for (int m = 0; m < M; m++) {
     float result[ROWS];
-    for (int row = 0; row < ROWS; row++) result[row] = total[row][m];
+    for (int row = 0; row < ROWS; row++) result[row] = total[row][m] * after[m];
     narrow(dtype, result, ROWS, at(y, dtype, m * N + n0));
   }
 }
 
+// The row x[size] with its largest magnitude moved to 2^60, as it is where that is not finite; returns what undoes half of dots()' share of it.
+float centre(const float* x, int64_t size, float* to) {
+  int32_t largest = 0;
+  for (int64_t k = 0; k < size; k++) largest = std::max(largest, std::bit_cast<int32_t>(x[k]) & 0x7FFFFFFF);
+  const int exponent = (largest >> 23) - 127;
+  const int power = largest == 0 || exponent == 128 ? 0 : std::min(60 - exponent, 127);
+  const float factor = std::bit_cast<float>((power + 127) << 23);
+  for (int64_t k = 0; k < size; k++) to[k] = x[k] * factor;
+  return std::bit_cast<float>((60 - power + 127) << 23);
+}
+
 template <int BITS, int M> void dots(const Weight& w, int64_t n0, int64_t n1, const float* x, Dtype dtype, void* y, int64_t N) {
-  for (; n0 + 4 <= n1; n0 += 4) dots<BITS, 4, M>(w, n0, x, dtype, y, N);
-  for (; n0 < n1; n0++) dots<BITS, 1, M>(w, n0, x, dtype, y, N);
+  float after[M];
+  const int64_t ld = padded(w.K);
+  float* centred = buffer(M * ld);
+  for (int m = 0; m < M; m++) after[m] = centre(x + m * ld, w.K, centred + m * ld);
+  for (; n0 + 4 <= n1; n0 += 4) dots<BITS, 4, M>(w, n0, centred, after, dtype, y, N);
+  for (; n0 < n1; n0++) dots<BITS, 1, M>(w, n0, centred, after, dtype, y, N);
 }
 
 // ---- Products of more rows: the weight is decoded in panels of kWidth columns, which stay in the first-level cache --------------------------------
