@@ -16,6 +16,9 @@ __all__ = ["is_distributed", "leave"]
 PATIENCE = timedelta(seconds=60)
 """How long a process that is done waits for the others."""
 
+LOST = 120
+"""Status of a process whose output could not be written, as CPython has it (``Py_RunMain``)."""
+
 
 def is_distributed() -> bool:
     """Whether this process belongs to a process group of ``torch.distributed``. Does not import torch."""
@@ -31,9 +34,10 @@ def leave(status: int = 0) -> NoReturn:
     ``Python/ceval_gil.h``) ends the thread instead, and the process dies of SIGABRT, "terminate called without an active exception". Nothing is
     lost by then, but a launcher takes the finished run for a failed one.
 
-    With status 0 it waits up to a minute for the other processes and leaves the process group. With another it does neither: they may be stuck
-    in a collective. Then, as at any end: threads that are no daemons are joined, ``atexit`` functions run, streams are flushed. Let go of trainer
-    and model before, or call it where they are out of scope. Without ``torch.distributed`` it ends the process in the same way.
+    With status 0 it waits up to a minute for the other processes and leaves the process group. With another it does neither: they may be stuck in a
+    collective. Then, as at any end: threads that are no daemons are joined, ``atexit`` functions run, streams are flushed; where that fails, 120
+    stands for status 0. Let go of trainer and model before, or call it where they are out of scope. Without ``torch.distributed`` it ends the process
+    in the same way.
     """
     if is_distributed():
         gc.collect()
@@ -47,6 +51,9 @@ def leave(status: int = 0) -> NoReturn:
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # closed, or nobody reads it any more
-            stream.flush()
+        if stream is not None and not stream.closed:
+            try:
+                stream.flush()
+            except Exception:  # a full disk, or nobody reads it any more
+                status = status or LOST
     os._exit(status)

@@ -1,12 +1,14 @@
-"""Whole models: fp8 against bfloat16 and the weight-only formats of other libraries.
+"""Whole models: fp8 against float32, bfloat16 and the weight-only formats of other libraries.
 
-    python benchmarks/fp8_model.py vllm                                   # tokens/s of vLLM, a random Llama of 1.1B parameters
+    python benchmarks/fp8_model.py vllm [MODEL]                           # tokens/s of vLLM; default: a random Llama of 1.1B parameters
     python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt    # of a real model
     python benchmarks/fp8_model.py lora MODEL alpaca.json                 # loss and seconds of LoRA steps
 
-vllm: engines run one after the other, each twice in turns, in processes of their own; a number is the better of its two runs. Decoding is
-what 64 more tokens take after the first; prefill is the time to the first token of 1,024. perplexity: windows of 1,024 tokens, bfloat16
-arithmetic. lora: r=16 on every linear module, bfloat16 arithmetic, the same batches of 4 x 256 tokens for both models, which take turns.
+vllm: engines run one after the other, each twice in turns, in processes of their own; a number is the better of its two runs. fp8 computes in the
+dtype that `dtype: auto` means here for a checkpoint in bfloat16. Decoding is what 64 more tokens take after the first, behind prompts of 8; prefill
+is the time to the first token of 1,024, left out where the processor has no instructions for the dtype (minutes). perplexity: windows of 1,024
+tokens, bfloat16 arithmetic. lora: r=16 on every linear module, bfloat16 arithmetic, the same batches of 4 x 256 tokens for both models, which take
+turns.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from typing import Any
 
 import torch
 
+from arctic_plugins.compute import compute_dtype, is_native
+
 BITS: dict[str, dict[str, Any]] = {
     "fp12": {"bits": 12},
     "fp8": {},
@@ -37,30 +41,37 @@ BITS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_vllm(_: argparse.Namespace) -> None:
+def run_vllm(arguments: argparse.Namespace) -> None:
     """Compare engines."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+    own = "float32" if compute_dtype(torch.bfloat16) == torch.float32 else "bfloat16"
     with tempfile.TemporaryDirectory() as name:
         plain, encoded = Path(name, "bf16"), Path(name, "fp8")
-        config = LlamaConfig(
-            vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
-        )
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(plain)
+        if arguments.model is None:
+            config = LlamaConfig(
+                vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+            )
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(plain)
+        else:
+            AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).save_pretrained(plain)
         _encode(plain, encoded)
-        engines = {"bf16": (plain, False), "bf16 eager": (plain, True), "fp8": (encoded, False), "fp8 eager": (encoded, True)}
+        engines = {"float32": (plain, "float32", False), "bf16": (plain, "bfloat16", False), "fp8": (encoded, own, False)}
+        engines |= {f"{name} eager": (path, dtype, True) for name, (path, dtype, _) in engines.items()}
         best: dict[str, dict[str, float]] = {}
-        for _round in range(2):
-            for engine, (path, eager) in engines.items():
-                for key, seconds in _engine(path, eager).items():
+        for round_ in range(2):
+            for engine, (path, dtype, eager) in engines.items():
+                taken = _engine(path, dtype, eager)
+                print(f"round {round_}, {engine}: {taken}", file=sys.stderr, flush=True)
+                for key, seconds in taken.items():
                     times = best.setdefault(engine, {})
                     times[key] = min(seconds, times.get(key, math.inf))
         print("| engine | batch 1, tokens/s | batch 8, tokens/s | first token of 1,024, s |\n|---|---|---|---|")
+        fastest = {key: min(times.get(key, math.inf) for engine, times in best.items() if "fp8" not in engine) for key in ("1", "8", "prefill")}
         for engine, times in best.items():
-            one, eight, first = times["1"] / 64, times["8"] / 64, times["prefill"]
-            reference = best["bf16"]
-            ratios = [reference[key] / times[key] for key in ("1", "8", "prefill")]
-            print(f"| {engine} | {1 / one:.1f} ({ratios[0]:.2f}x) | {8 / eight:.1f} ({ratios[1]:.2f}x) | {first:.2f} ({ratios[2]:.2f}x) |")
+            cells = [f"{int(batch) * 64 / times[batch]:.1f} ({fastest[batch] / times[batch]:.2f}x)" for batch in ("1", "8")]
+            cells.append(f"{times['prefill']:.2f} ({fastest['prefill'] / times['prefill']:.2f}x)" if "prefill" in times else "")
+            print(f"| {engine} | {' | '.join(cells)} |")
 
 
 def _encode(plain: Path, encoded: Path) -> None:
@@ -74,9 +85,9 @@ def _encode(plain: Path, encoded: Path) -> None:
     freeze(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), Stack.from_dict({"fp8": {}})).save_pretrained(encoded)
 
 
-def _engine(path: Path, eager: bool) -> dict[str, float]:
+def _engine(path: Path, dtype: str, eager: bool) -> dict[str, float]:
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-    command = [sys.executable, __file__, "engine", str(path), *(["--eager"] if eager else [])]
+    command = [sys.executable, __file__, "engine", str(path), "--dtype", dtype, *(["--eager"] if eager else [])]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -86,7 +97,13 @@ def run_engine(arguments: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        arguments.model, skip_tokenizer_init=True, enforce_eager=arguments.eager, max_model_len=2048, max_num_seqs=8, enable_prefix_caching=False
+        arguments.model,
+        dtype=arguments.dtype,
+        skip_tokenizer_init=True,
+        enforce_eager=arguments.eager,
+        max_model_len=2048,
+        max_num_seqs=8,
+        enable_prefix_caching=False,
     )
 
     def seconds(prompts: int, length: int, tokens: int) -> float:
@@ -96,9 +113,10 @@ def run_engine(arguments: argparse.Namespace) -> None:
         llm.generate([{"prompt_token_ids": ids} for ids in drawn], options, use_tqdm=False)
         return time.perf_counter() - start
 
-    seconds(8, 32, 4)
-    result = {str(batch): statistics.median(seconds(batch, 32, 65) - seconds(batch, 32, 1) for _ in range(3)) for batch in (1, 8)}
-    result["prefill"] = statistics.median(seconds(1, 1024, 1) for _ in range(3))
+    seconds(8, 8, 4)
+    result = {str(batch): statistics.median(seconds(batch, 8, 65) - seconds(batch, 8, 1) for _ in range(3)) for batch in (1, 8)}
+    if is_native(getattr(torch, arguments.dtype), "cpu"):
+        result["prefill"] = statistics.median(seconds(1, 1024, 1) for _ in range(3))
     print(json.dumps(result))
 
 
@@ -211,9 +229,12 @@ def main() -> None:
     """Run one of the comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    commands.add_parser("vllm").set_defaults(run=run_vllm)
+    vllm = commands.add_parser("vllm")
+    vllm.add_argument("model", nargs="?")
+    vllm.set_defaults(run=run_vllm)
     engine = commands.add_parser("engine", help=argparse.SUPPRESS)
     engine.add_argument("model")
+    engine.add_argument("--dtype", required=True)
     engine.add_argument("--eager", action="store_true")
     engine.set_defaults(run=run_engine)
     for name, run in (("perplexity", run_perplexity), ("lora", run_lora)):

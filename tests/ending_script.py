@@ -1,6 +1,7 @@
 """Run in an interpreter of its own: forks pairs of processes that end right after a collective, and counts their exit statuses.
 
-``python ending_script.py PAIRS leave|exit DIRECTORY`` prints them as JSON. With ``exit`` the interpreter is finalized while gloo's thread still has
+``python ending_script.py PAIRS leave|exit|alone DIRECTORY`` prints them as JSON. With ``alone`` the second of a pair ends with status 7 before the
+first leaves. With ``exit`` the interpreter is finalized while gloo's thread still has
 the collective's tensor: on two cores about one process in five dies of SIGABRT (-6). The long switch interval keeps the thread waiting for the lock.
 """
 
@@ -22,7 +23,9 @@ def end_after_a_collective(rank, file, how):
         tensor = torch.ones(1000)
         dist.all_reduce(tensor, async_op=True).wait()
         del tensor
-    if how == "leave":
+    if how == "alone" and rank:
+        os._exit(7)
+    if how != "exit":
         leave()
 
 

@@ -3,7 +3,12 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import pytest
+
+from arctic_plugins.ending import LOST, PATIENCE
 
 SCRIPT = Path(__file__).with_name("ending_script.py")
 
@@ -13,6 +18,20 @@ def test_an_end_right_after_a_collective_is_no_abort(tmp_path):
     command = [sys.executable, str(SCRIPT), "15", "leave", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert json.loads(done.stdout) == {"0": 30}, done.stderr[-3000:]
+
+
+def test_who_leaves_does_not_wait_for_the_dead(tmp_path):
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, str(SCRIPT), "2", "alone", str(tmp_path)], capture_output=True, text=True, check=False, timeout=600)
+    assert json.loads(done.stdout) == {"0": 2, "7": 2}, done.stderr[-3000:]
+    assert time.monotonic() - started < 2 * PATIENCE.total_seconds()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_output_that_is_lost_is_no_success():
+    with open("/dev/full", "w") as full:
+        code = "from arctic_plugins.ending import leave; print('said'); leave()"
+        assert subprocess.run([sys.executable, "-c", code], stdout=full, check=False, timeout=120).returncode == LOST
 
 
 LEAVE = """
