@@ -39,6 +39,7 @@ class Registry:
     _converters: dict[str, str] = field(default_factory=dict)
     _experts_functions: dict[str, str] = field(default_factory=dict)
     _rope_types: dict[str, str] = field(default_factory=dict)
+    _widening: dict[str, str] = field(default_factory=dict)
     models: dict[str, ModelClasses] = field(default_factory=dict)
     """``model_type`` -> its classes."""
 
@@ -86,6 +87,22 @@ class Registry:
             PluginError: the name is taken by another target; the message names both.
         """
         _add("codec type", self._codecs, type_name, target)
+
+    def widening_linear(self, target: str) -> None:
+        """Add the function with which plain weights in bfloat16 are multiplied where products are in float32, on CPU.
+
+        Args:
+            target: ``"module:attribute"`` of a function ``(x float32 [..., K], weight bfloat16 [N, K]) -> float32 [..., N]``: differentiable,
+                a torch operator. Without one, the whole weight is widened first.
+
+        Raises:
+            PluginError: another target is registered; the message names both.
+        """
+        _add("product", self._widening, "linear of a bfloat16 weight in float32", target)
+
+    def load_widening_linear(self) -> Any:
+        """Import and return what :meth:`widening_linear` was given; None if nobody gave it anything."""
+        return next((load(target) for target in self._widening.values()), None)
 
     def exporter(self, format_name: str, target: str) -> None:
         """Add a format of ``arctic export``: ``target`` is ``"module:attribute"`` of a :class:`~arctic_plugins.frozen.exporting.Exporter` class.

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from functools import cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import CodecError
 from arctic_plugins.frozen.codec import Buffers, Codec, TensorSpec
 
 __all__ = ["PlainCodec"]
+
+
+@cache
+def _widening_linear() -> Any:
+    return process_registry().load_widening_linear()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +48,11 @@ class PlainCodec(Codec):
         return buffers[""].to(dtype, copy=True) if out is None else out.copy_(buffers[""])
 
     def linear(self, x: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
-        return torch.nn.functional.linear(x, buffers[""].to(x.dtype))
+        weight = buffers[""]
+        if x.dtype == torch.float32 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and (product := _widening_linear()):
+            y: Tensor = product(x, weight)
+            return y
+        return torch.nn.functional.linear(x, weight.to(x.dtype))
 
     def grad_input(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
         return grad @ buffers[""].to(grad.dtype)

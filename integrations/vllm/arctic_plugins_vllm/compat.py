@@ -19,11 +19,12 @@ from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, Unqu
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.utils import set_weight_attrs
+from vllm.platforms import current_platform
 
 __all__ = [
     "ROPE_TYPES",
@@ -38,6 +39,7 @@ __all__ = [
     "RotaryEmbedding",
     "RoutedExperts",
     "ShardedStateLoader",
+    "UnquantizedEmbeddingMethod",
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "activate_experts",
@@ -54,6 +56,7 @@ __all__ = [
     "rotary_embedding",
     "set_current_vllm_config",
     "set_weight_attrs",
+    "stored_dtype",
 ]
 
 
@@ -79,6 +82,16 @@ def model_dtype() -> torch.dtype | None:
     """The dtype that the model that is being built computes in."""
     config = get_current_vllm_config_or_none()
     return None if config is None or config.model_config is None else config.model_config.dtype
+
+
+def stored_dtype() -> torch.dtype | None:
+    """The dtype that the checkpoint of the model that is being built says of itself; None where it does not, and away from the CPU."""
+    config = get_current_vllm_config_or_none()
+    if config is None or config.model_config is None or not current_platform.is_cpu():
+        return None
+    found = getattr(config.model_config.hf_text_config, "dtype", None) or getattr(config.model_config.hf_config, "dtype", None)
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    return found if isinstance(found, torch.dtype) else None
 
 
 def expert_activation(layer: Any) -> dict[str, Any]:

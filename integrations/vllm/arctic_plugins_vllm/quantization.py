@@ -28,7 +28,9 @@ from arctic_plugins_vllm.compat import (
     VocabParallelEmbedding,
     loading,
     model_dtype,
+    stored_dtype,
 )
+from arctic_plugins_vllm.embedding import StoredEmbeddingMethod
 from arctic_plugins_vllm.experts import EncodedExpertsMethod
 from arctic_plugins_vllm.linear import EncodedLinearMethod
 from arctic_plugins_vllm.loaders import Reader, convert, encode
@@ -67,6 +69,8 @@ class CodecConfig(QuantizationConfig):
             raise CheckpointError(
                 f"{prefix} is encoded", expected="a plain output head, the only kind that vLLM serves", fix="exclude it and encode again"
             )
+        if isinstance(layer, VocabParallelEmbedding) and model_dtype() == torch.float32 and stored_dtype() == torch.bfloat16:
+            return StoredEmbeddingMethod(torch.bfloat16)
         return None
 
     @classmethod

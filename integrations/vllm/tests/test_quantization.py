@@ -6,9 +6,11 @@ import sys
 import pytest
 import torch
 from arctic_plugins_fp8.codec import FP8Codec
-from arctic_plugins_vllm import register
+from arctic_plugins_vllm import quantization, register
+from arctic_plugins_vllm.embedding import StoredEmbeddingMethod
 from arctic_plugins_vllm.quantization import ArcticConfig, EncodedLinearMethod
 from torch import nn
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
 from arctic_plugins.frozen import Codec
@@ -106,6 +108,37 @@ def test_a_layer_can_be_loaded_again():
         layer.method.process_weights_after_loading(layer)
     with pytest.raises(CheckpointError, match="0 of 1 parts"):
         layer.method.process_weights_after_loading(layer)
+
+
+class Embedding(VocabParallelEmbedding):
+    """Stands for vLLM's embeddings and heads, which need process groups to be made."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+
+
+@pytest.mark.parametrize(
+    ("computes", "stored", "kept"), [("float32", "bfloat16", True), ("bfloat16", "bfloat16", False), ("float32", "float32", False)]
+)
+def test_heads_keep_the_checkpoints_dtype_where_products_are_wider(monkeypatch, computes, stored, kept):
+    monkeypatch.setattr(quantization, "model_dtype", lambda: getattr(torch, computes))
+    monkeypatch.setattr(quantization, "stored_dtype", lambda: getattr(torch, stored))
+    config, embedding, head = ArcticConfig.from_config({**CONFIG, "modules": {}}), Embedding(), Embedding()
+    config.checked = True
+    method = config.get_quant_method(embedding, "model.embed_tokens")
+    assert isinstance(method, StoredEmbeddingMethod) == kept
+    if not kept:
+        return
+    for layer in (embedding, head):
+        method.create_weights(layer, 80, [50], 80, 50, params_dtype=torch.float32, weight_loader=None)
+        assert layer.weight.dtype == torch.bfloat16
+    embedding.weight.data.copy_(weight := torch.randn(50, 80).bfloat16())
+    method.tie_weights(head, embedding)
+    method.process_weights_after_loading(head)
+    x, bias, ids = torch.randn(3, 80), torch.randn(50), torch.tensor([[4, 0], [49, 4]])
+    torch.testing.assert_close(method.apply(head, x), x @ weight.float().T)
+    torch.testing.assert_close(method.apply(head, x, bias), x @ weight.float().T + bias)
+    torch.testing.assert_close(method.embedding(embedding, ids), weight.float()[ids])
 
 
 class PlainCodec(FP8Codec):

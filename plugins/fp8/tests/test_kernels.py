@@ -159,6 +159,19 @@ def test_subnormal_codes_and_zeros_count(compiled, bits, rows):
     assert torch.equal(kernels.linear(x, codes, scale, bits), (weight.sum(1).bfloat16()).expand(rows, -1))
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_weight_in_bfloat16_is_multiplied_in_float32(compiled, shape):
+    weight = torch.randn(shape).bfloat16()
+    for rows in (0, 1, 2, 3, 4, 7, 33, 300):
+        x = torch.randn(rows, shape[1])
+        y, expected = kernels.linear_bf16(x, weight), x.double() @ weight.double().T
+        assert (y.dtype, y.shape) == (torch.float32, expected.shape)
+        assert bool(((y.double() - expected).abs() <= 2e-6 * (x.double().abs() @ weight.double().abs().T)).all())
+    x = torch.randn(2, 3, shape[1], requires_grad=True)
+    kernels.linear_bf16(x, weight.T.contiguous().T).sum().backward()
+    torch.testing.assert_close(x.grad, weight.float().sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e-6, 1e6, 1e30])
 def test_rows_of_any_size_are_multiplied_as_exactly(compiled, size):
     """Kernels may move a row's numbers by a power of two; none may leave the range of float32, whatever else the rows hold."""
@@ -203,6 +216,7 @@ def test_operators_pass_torchs_own_checks():
     x = torch.randn(3, 40, requires_grad=True)
     operators = torch.ops.arctic_fp8
     torch.library.opcheck(operators.linear, (x, codes, scale, 8))
+    torch.library.opcheck(operators.linear_bf16, (x, torch.randn(24, 40).bfloat16()))
     torch.library.opcheck(operators.linear_fp8, (x, codes, scale))
     torch.library.opcheck(operators.grad_input, (torch.randn(3, 24), codes, scale, 8, 40))
     torch.library.opcheck(operators.linear_experts, (torch.randn(3, 40), codes, scale, 8, [1, 0, 2]))

@@ -14,7 +14,7 @@ from torch import Tensor
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_fp8.kernels import build, reference
 
-__all__ = ["decode", "describe", "encode", "grad_input", "grad_input_experts", "linear", "linear_experts", "linear_fp8", "load", "use"]
+__all__ = ["decode", "describe", "encode", "grad_input", "grad_input_experts", "linear", "linear_bf16", "linear_experts", "linear_fp8", "load", "use"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +27,12 @@ _library = torch.library.Library("arctic_fp8", "FRAGMENT")
 _library.define("encode(Tensor weight, Tensor(a!) codes, Tensor(b!) scale, int bits, float largest, int candidates) -> bool")
 _library.define("decode(Tensor codes, Tensor scale, int bits, Tensor(a!) out) -> ()")
 _library.define("linear(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor")
+_library.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
 _library.define("linear_fp8(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 _library.define("grad_input(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features) -> Tensor")
 _library.define("linear_experts(Tensor x, Tensor codes, Tensor scale, int bits, int[] counts) -> Tensor")
 _library.define("grad_input_experts(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features, int[] counts) -> Tensor")
-OPERATORS = ("encode", "decode", "linear", "grad_input", "linear_experts", "grad_input_experts")
+OPERATORS = ("encode", "decode", "linear", "linear_bf16", "grad_input", "linear_experts", "grad_input_experts")
 for _name in OPERATORS:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
 _library.impl("linear_fp8", reference.linear_fp8, "CompositeExplicitAutograd")
@@ -43,6 +44,10 @@ def _fake_decode(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
 
 def _fake_linear(x: Tensor, codes: Tensor, scale: Tensor, bits: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _fake_linear_bf16(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def _fake_linear_fp8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
@@ -72,6 +77,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.arctic_fp8.grad_input(grad, codes, scale, ctx.bits, ctx.in_features), None, None, None
 
 
+def _save_bf16(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward_bf16(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    return grad @ ctx.saved_tensors[0].to(grad.dtype), None
+
+
 def _save_fp8(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _save(ctx, (*inputs, 8), output)
 
@@ -82,11 +95,13 @@ def _backward_fp8(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 torch.library.register_fake("arctic_fp8::decode", _fake_decode, lib=_library)
 torch.library.register_fake("arctic_fp8::linear", _fake_linear, lib=_library)
+torch.library.register_fake("arctic_fp8::linear_bf16", _fake_linear_bf16, lib=_library)
 torch.library.register_fake("arctic_fp8::linear_fp8", _fake_linear_fp8, lib=_library)
 torch.library.register_fake("arctic_fp8::grad_input", _fake_grad_input, lib=_library)
 torch.library.register_fake("arctic_fp8::linear_experts", _fake_linear_experts, lib=_library)
 torch.library.register_fake("arctic_fp8::grad_input_experts", _fake_grad_input_experts, lib=_library)
 torch.library.register_autograd("arctic_fp8::linear", _backward, setup_context=_save, lib=_library)
+torch.library.register_autograd("arctic_fp8::linear_bf16", _backward_bf16, setup_context=_save_bf16, lib=_library)
 torch.library.register_autograd("arctic_fp8::linear_fp8", _backward_fp8, setup_context=_save_fp8, lib=_library)
 
 
@@ -167,6 +182,9 @@ What is below 2**-126 may become zero in bfloat16.
 """
 linear = torch.ops.arctic_fp8.linear.default
 """``linear(x [..., K], codes, scale, bits) -> [..., N]``: ``x @ decode(codes).T`` in the dtype of ``x``; sums are float32. Differentiable."""
+linear_bf16 = torch.ops.arctic_fp8.linear_bf16.default
+"""``linear_bf16(x [..., K] in float32, weight [N, K] in bfloat16) -> [..., N]`` in float32: ``x @ weight.T`` without a copy of the whole weight in
+float32. The gradient is that of ``x``."""
 linear_fp8 = torch.ops.arctic_fp8.linear_fp8.default
 """``linear_fp8(x [..., K], codes [N, 1, K], scale [N, 1]) -> [..., N]``: like :data:`linear` of 8 bits, but each row of ``x`` is rounded to e4m3
 first, scaled so that its largest magnitude is 448. Where the device has FP8 units they multiply. The gradient is that of :data:`linear`."""

@@ -17,6 +17,7 @@ __all__ = [
     "grad_input",
     "grad_input_experts",
     "linear",
+    "linear_bf16",
     "linear_experts",
     "linear_fp8",
     "pack",
@@ -75,6 +76,11 @@ def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:
 def linear(x: Tensor, codes: Tensor, scale_NG: Tensor, bits: int) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.linear`."""
     return x @ _scratch(x, codes, scale_NG, bits, x.shape[-1]).T
+
+
+def linear_bf16(x: Tensor, weight_NK: Tensor) -> Tensor:
+    """See :func:`arctic_plugins_fp8.kernels.linear_bf16`."""
+    return torch.nn.functional.linear(x, weight_NK.to(x.dtype))
 
 
 def linear_fp8(x: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:

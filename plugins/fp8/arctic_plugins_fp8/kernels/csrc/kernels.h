@@ -12,6 +12,7 @@ constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 template <int BITS> struct Format;
 template <> struct Format<8> { static constexpr int mantissa = 3, bias = 7, top = 0x7E, unit = 1; static constexpr float max = 448; };
 template <> struct Format<6> { static constexpr int mantissa = 2, bias = 3, top = 0x1F, unit = 4; static constexpr float max = 28; };
+template <> struct Format<16> { static constexpr int mantissa = 7, bias = 127, unit = 1; };  // bfloat16, only decoded; its scales are one
 template <> struct Format<12> { static constexpr int mantissa = 7, bias = 7, top = 0x7FF, unit = 2; static constexpr float max = 510; };
 
 // An encoded weight [rows, K]: codes [rows, groups, group * bits / 8] bytes, scale [rows, groups], both contiguous.

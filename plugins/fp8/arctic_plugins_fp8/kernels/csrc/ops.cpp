@@ -108,9 +108,9 @@ Weight weight_of(const Tensor& codes, const Tensor& scale, int64_t bits, int64_t
 
 int64_t grain(int64_t row_size) { return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, row_size)); }
 
-void decode_into(const Weight& w, int64_t row0, int64_t row1, int64_t k0, int64_t k1, Dtype dtype, void* out, int64_t ld) {
+void decode_into(const Kernels& table, const Weight& w, int64_t row0, int64_t row1, int64_t k0, int64_t k1, Dtype dtype, void* out, int64_t ld) {
   torch::stable::parallel_for(row0, row1, grain(k1 - k0), [&](int64_t from, int64_t to) {
-    kernels().decode(w, from, to, k0, k1, dtype, static_cast<char*>(out) + (from - row0) * ld * size_of(dtype), ld);
+    table.decode(w, from, to, k0, k1, dtype, static_cast<char*>(out) + (from - row0) * ld * size_of(dtype), ld);
   });
 }
 
@@ -119,7 +119,7 @@ void decode(const Tensor& codes, const Tensor& scale, int64_t bits, const Tensor
   const int64_t K = out.size(1);
   const Weight w = weight_of(codes, scale, bits, K);
   STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.size(0) == w.rows, "arctic_fp8: out must be contiguous [rows, in_features]");
-  decode_into(w, 0, w.rows, 0, K, dtype_of(out), out.mutable_data_ptr(), K);
+  decode_into(kernels(), w, 0, w.rows, 0, K, dtype_of(out), out.mutable_data_ptr(), K);
 }
 
 // weight [rows, K] into codes and scale; false when it holds what is not finite or beyond `largest`.
@@ -294,12 +294,12 @@ template <typename Product> void in_floats(const Kernels& table, const Tensor& x
   });
 }
 
-void linear_by_tiles(const Weight& w, const Tensor& x, const Tensor& y) {
+void linear_by_tiles(const Kernels& table, const Weight& w, const Tensor& x, const Tensor& y) {
   const Dtype dtype = dtype_of(x);
   for (int64_t n = 0; n < w.rows; n += kTile) {
     const int64_t here = std::min(kTile, w.rows - n);
     Tensor tile = scratch(x, here, w.K), columns = torch::stable::narrow(const_cast<Tensor&>(y), 1, n, here);
-    decode_into(w, n, n + here, 0, w.K, dtype, tile.mutable_data_ptr(), w.K);
+    decode_into(table, w, n, n + here, 0, w.K, dtype, tile.mutable_data_ptr(), w.K);
     matmul_into(columns, x, torch::stable::transpose(tile, 0, 1));
   }
 }
@@ -328,7 +328,7 @@ void linear_of_parts(const std::vector<Part>& parts, Tensor x, Tensor y) {
       continue;
     }
     Tensor own_x = torch::stable::narrow(x, 0, part.first, part.M), own_y = torch::stable::narrow(y, 0, part.first, part.M);
-    const auto product = [&](const Tensor& from, const Tensor& to) { linear_by_tiles(part.w, from, to); };
+    const auto product = [&](const Tensor& from, const Tensor& to) { linear_by_tiles(table, part.w, from, to); };
     if (table.linear) product(own_x, own_y);
     else in_floats(table, own_x, own_y, product);
   }
@@ -341,7 +341,7 @@ void gradient_by_tiles(const Weight& w, const Tensor& grad, const Tensor& result
   for (int64_t k = 0; k < w.K; k += step) {
     const int64_t here = std::min(step, w.K - k);
     Tensor tile = scratch(grad, w.rows, here), columns = torch::stable::narrow(const_cast<Tensor&>(result), 1, k, here);
-    decode_into(w, 0, w.rows, k, k + here, dtype, tile.mutable_data_ptr(), here);
+    decode_into(kernels(), w, 0, w.rows, k, k + here, dtype, tile.mutable_data_ptr(), here);
     matmul_into(columns, grad, tile);
   }
 }
@@ -393,6 +393,24 @@ Tensor linear(const Tensor& input, const Tensor& given_codes, const Tensor& give
   return y;
 }
 
+// input [..., K] in float32, weight [N, K] in bfloat16 -> [..., N] in float32, without a whole weight in float32.
+Tensor linear_bf16(const Tensor& input, const Tensor& given) {
+  const Tensor x = matrix(input), weight = packed(given);
+  const int64_t M = x.size(0), N = weight.size(0), K = x.size(1);
+  STD_TORCH_CHECK(dtype_of(x) == Dtype::f32 && dtype_of(weight) == Dtype::bf16 && weight.dim() == 2 && weight.size(1) == K,
+                  "arctic_fp8: expected float32 [..., in_features] and bfloat16 [out_features, in_features]");
+  thread_local std::vector<float> ones;
+  if (static_cast<int64_t>(ones.size()) < N) ones.resize(N, 1.0f);
+  const Weight w{static_cast<const uint8_t*>(weight.const_data_ptr()), ones.data(), N, K, 1, K, 16};
+  int64_t largest_m;
+  const Kernels& table = floats_beside(kernels(), largest_m);
+  Tensor y = new_last(input, N), y_MN = as_matrix(y, M, N);
+  if (M == 0) return y;
+  if (M > largest_m) linear_by_tiles(table, w, x, y_MN);
+  else linear_of_few_floats(table, {{w, 0, M}}, Dtype::f32, static_cast<const char*>(x.const_data_ptr()), static_cast<char*>(y_MN.mutable_data_ptr()));
+  return y;
+}
+
 // given [..., N] -> [..., K].
 Tensor grad_input(const Tensor& given, const Tensor& given_codes, const Tensor& given_scale, int64_t bits, int64_t K) {
   const Tensor grad = matrix(given), codes = packed(given_codes), scale = packed(given_scale);
@@ -435,6 +453,7 @@ STABLE_TORCH_LIBRARY_IMPL(arctic_fp8, CPU, m) {
   m.impl("encode", TORCH_BOX(&arctic::encode));
   m.impl("decode", TORCH_BOX(&arctic::decode));
   m.impl("linear", TORCH_BOX(&arctic::linear));
+  m.impl("linear_bf16", TORCH_BOX(&arctic::linear_bf16));
   m.impl("grad_input", TORCH_BOX(&arctic::grad_input));
   m.impl("linear_experts", TORCH_BOX(&arctic::linear_experts));
   m.impl("grad_input_experts", TORCH_BOX(&arctic::grad_input_experts));

@@ -177,11 +177,15 @@ float centre(const float* x, int64_t size, float* to) {
 
 template <int BITS, int M> void dots(const Weight& w, int64_t n0, int64_t n1, const float* x, Dtype dtype, void* y, int64_t N) {
   float after[M];
-  const int64_t ld = padded(w.K);
-  float* centred = buffer(M * ld);
-  for (int m = 0; m < M; m++) after[m] = centre(x + m * ld, w.K, centred + m * ld);
-  for (; n0 + 4 <= n1; n0 += 4) dots<BITS, 4, M>(w, n0, centred, after, dtype, y, N);
-  for (; n0 < n1; n0++) dots<BITS, 1, M>(w, n0, centred, after, dtype, y, N);
+  std::fill(after, after + M, 1 / kCentred);
+  if constexpr (kDotUnit<BITS> != kUnit<BITS>) {
+    const int64_t ld = padded(w.K);
+    float* centred = buffer(M * ld);
+    for (int m = 0; m < M; m++) after[m] = centre(x + m * ld, w.K, centred + m * ld);
+    x = centred;
+  }
+  for (; n0 + 4 <= n1; n0 += 4) dots<BITS, 4, M>(w, n0, x, after, dtype, y, N);
+  for (; n0 < n1; n0++) dots<BITS, 1, M>(w, n0, x, after, dtype, y, N);
 }
 
 // ---- Products of more rows: the weight is decoded in panels of kWidth columns, which stay in the first-level cache --------------------------------
@@ -235,12 +239,12 @@ template <int BITS> inline void decode_across(const uint8_t* const (&rows)[kLane
   const Floats by = load<Floats>(scale);  // b[j]: columns j and 8 + j
   if (n == kChunk) {
     for (int j = 0; j < 8; j++) {
-      store(panel + j * kWidth, _mm256_cvtph_ps(_mm256_castsi256_si128(b[j])) * by);
-      store(panel + (8 + j) * kWidth, _mm256_cvtph_ps(_mm256_extracti128_si256(b[j], 1)) * by);
+      store(panel + j * kWidth, widened<BITS>(_mm256_castsi256_si128(b[j])) * by);
+      store(panel + (8 + j) * kWidth, widened<BITS>(_mm256_extracti128_si256(b[j], 1)) * by);
     }
   } else {
     for (int64_t j = 0; j < n; j++)
-      store(panel + j * kWidth, _mm256_cvtph_ps(j < 8 ? _mm256_castsi256_si128(b[j]) : _mm256_extracti128_si256(b[j - 8], 1)) * by);
+      store(panel + j * kWidth, widened<BITS>(j < 8 ? _mm256_castsi256_si128(b[j]) : _mm256_extracti128_si256(b[j - 8], 1)) * by);
   }
 #else
   float decoded[kLanes][kChunk];
@@ -311,6 +315,7 @@ template <int BITS> void product(const Weight& w, int64_t n0, int64_t n1, const 
 void linear(const Weight& w, int64_t n0, int64_t n1, const float* packed, int64_t M, Dtype dtype, void* y, int64_t N) {
   if (w.bits == 8) return product<8>(w, n0, n1, packed, M, dtype, y, N);
   if (w.bits == 6) return product<6>(w, n0, n1, packed, M, dtype, y, N);
+  if (w.bits == 16) return product<16>(w, n0, n1, packed, M, dtype, y, N);
   product<12>(w, n0, n1, packed, M, dtype, y, N);
 }
 

@@ -137,11 +137,13 @@ inline char* at(void* p, Dtype dtype, int64_t i) { return static_cast<char*>(p) 
 #ifdef __AVX2__
 
 // Values come divided by a power of two: moved into the places of a float16, whose bias is larger, which widens them, subnormals included.
-template <int BITS> constexpr float kUnit = BITS == 6 ? 0x1p12f : 0x1p8f;
+template <int BITS> constexpr float kUnit = BITS == 16 ? 1 : BITS == 6 ? 0x1p12f : 0x1p8f;
 
-// The 16 codes at p as float16 bits.
+// The 16 codes at p as float16 bits, those of 16 bits as they are.
 template <int BITS> inline __m256i halves(const uint8_t* p) {
-  if constexpr (BITS == 8) {
+  if constexpr (BITS == 16) {
+    return load<__m256i>(p);
+  } else if constexpr (BITS == 8) {
     const __m256i codes = _mm256_cvtepi8_epi16(load<__m128i>(p));
     return _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xBFFF)));
   } else if constexpr (BITS == 6) {  // each code to the top of 16 bits, by a product, then down to its place with its sign
@@ -159,9 +161,15 @@ template <int BITS> inline __m256i halves(const uint8_t* p) {
   }
 }
 
+// Eight of what halves() gives.
+template <int BITS> inline Floats widened(__m128i half) {
+  if constexpr (BITS == 16) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  else return _mm256_cvtph_ps(half);
+}
+
 template <int BITS> inline Chunk values(const uint8_t* p) {
   const __m256i half = halves<BITS>(p);
-  return {_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))};
+  return {widened<BITS>(_mm256_castsi256_si128(half)), widened<BITS>(_mm256_extracti128_si256(half, 1))};
 }
 
 // What dots() multiplies, divided by kDotUnit. The codes of 8 bits, moved into the places of a float32, are the values / 2^120, which takes half of the
@@ -188,7 +196,11 @@ template <int BITS> constexpr float kDotUnit = 1;
 template <int BITS> inline Chunk values(const uint8_t* p) {
   using F = Format<BITS>;
   int32_t codes[kChunk];
-  if constexpr (BITS == 8) {
+  if constexpr (BITS == 16) {
+    Chunk result;
+    for (int i = 0; i < kVectors; i++) result[i] = load_as<Dtype::bf16>(p + i * kLanes * 2);
+    return result;
+  } else if constexpr (BITS == 8) {
     for (int i = 0; i < kChunk; i++) codes[i] = p[i];
   } else {
     for (int i = 0; i < kChunk / F::unit; i++) {
@@ -212,7 +224,7 @@ template <int BITS> inline Chunk dot_values(const uint8_t* p) { return values<BI
 #endif
 
 // values() reads so many bytes.
-template <int BITS> constexpr int64_t kRead = kChunk * BITS / 8 + (BITS == 8 ? 0 : 4);
+template <int BITS> constexpr int64_t kRead = kChunk * BITS / 8 + (BITS % 8 == 0 ? 0 : 4);
 
 inline const uint8_t* end_of(const Weight& w) { return w.codes + w.rows * w.row_bytes(); }
 
@@ -265,6 +277,7 @@ template <int BITS> void decode_to(const Weight& w, int64_t r0, int64_t r1, int6
 inline void decode(const Weight& w, int64_t r0, int64_t r1, int64_t k0, int64_t k1, Dtype dtype, void* out, int64_t ld) {
   if (w.bits == 8) return decode_to<8>(w, r0, r1, k0, k1, dtype, out, ld);
   if (w.bits == 6) return decode_to<6>(w, r0, r1, k0, k1, dtype, out, ld);
+  if (w.bits == 16) return decode_to<16>(w, r0, r1, k0, k1, dtype, out, ld);
   return decode_to<12>(w, r0, r1, k0, k1, dtype, out, ld);
 }
 
