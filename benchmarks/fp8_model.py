@@ -1,6 +1,6 @@
 """Whole models: fp8 against float32, bfloat16 and the weight-only formats of other libraries.
 
-    python benchmarks/fp8_model.py vllm [MODEL]                           # tokens/s of vLLM; default: a random Llama of 1.1B parameters
+    python benchmarks/fp8_model.py vllm [MODEL] [--eager]                 # tokens/s of vLLM; default: a random Llama of 1.1B parameters
     python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt    # of a real model
     python benchmarks/fp8_model.py lora MODEL alpaca.json                 # loss and seconds of LoRA steps
 
@@ -57,7 +57,8 @@ def run_vllm(arguments: argparse.Namespace) -> None:
             AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).save_pretrained(plain)
         _encode(plain, encoded)
         engines = {"float32": (plain, "float32", False), "bf16": (plain, "bfloat16", False), "fp8": (encoded, own, False)}
-        engines |= {f"{name} eager": (path, dtype, True) for name, (path, dtype, _) in engines.items()}
+        if arguments.eager:
+            engines |= {f"{name} eager": (path, dtype, True) for name, (path, dtype, _) in engines.items()}
         best: dict[str, dict[str, float]] = {}
         for round_ in range(2):
             for engine, (path, dtype, eager) in engines.items():
@@ -231,6 +232,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     vllm = commands.add_parser("vllm")
     vllm.add_argument("model", nargs="?")
+    vllm.add_argument("--eager", action="store_true", help="without compilation, too")
     vllm.set_defaults(run=run_vllm)
     engine = commands.add_parser("engine", help=argparse.SUPPRESS)
     engine.add_argument("model")
