@@ -1,6 +1,7 @@
 """A process of a distributed run ends with its status, and with nothing lost."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,7 +32,8 @@ def test_who_leaves_does_not_wait_for_the_dead(tmp_path):
 def test_output_that_is_lost_is_no_success():
     with open("/dev/full", "w") as full:
         code = "from arctic_plugins.ending import leave; print('said'); leave()"
-        assert subprocess.run([sys.executable, "-c", code], stdout=full, check=False, timeout=120).returncode == LOST
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        assert subprocess.run([sys.executable, "-c", code], stdout=full, env=environment, check=False, timeout=120).returncode == LOST
 
 
 LEAVE = """
