@@ -172,18 +172,21 @@ def test_a_weight_in_bfloat16_is_multiplied_in_float32(compiled, shape):
     torch.testing.assert_close(x.grad, weight.float().sum(0).expand_as(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("bits", [8, 6, 12])
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e-6, 1e6, 1e30])
-def test_rows_of_any_size_are_multiplied_as_exactly(compiled, size):
+def test_rows_of_any_size_are_multiplied_as_exactly(compiled, size, bits):
     """Kernels may move a row's numbers by a power of two; none may leave the range of float32, whatever else the rows hold."""
-    buffers = FP8Codec().encode(torch.randn(24, 80))
-    weight = FP8Codec().decode(buffers, (24, 80), torch.float32)
+    codec = FP8Codec(bits=bits)
+    buffers = codec.encode(torch.randn(24, 80))
+    weight = codec.decode(buffers, (24, 80), torch.float32)
     x = torch.randn(3, 80).mul(size)
     x[1, 1:] = 0
     x[2] *= torch.logspace(-6, 0, 80)
+    smallest = 2e-45 if bits == 8 else 80 * 2.0**-137  # codes of 6 and 12 bits come divided by up to 2**12: products may be subnormal numbers
     for rows in (x[:1], x[1:2], x[2:], x[:2], x):
-        y = kernels.linear(rows, buffers[""], buffers["_scale"], 8)
+        y = kernels.linear(rows, buffers[""], buffers["_scale"], bits)
         expected = rows.double() @ weight.double().T
-        bound = 1e-6 * (rows.double().abs() @ weight.double().abs().T) + 2e-45
+        bound = 1e-6 * (rows.double().abs() @ weight.double().abs().T) + smallest
         assert bool(((y.double() - expected).abs() <= bound).all())
 
 

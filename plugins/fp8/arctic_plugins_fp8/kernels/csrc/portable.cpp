@@ -114,9 +114,11 @@ bool encode(const Weight& w, int64_t r0, int64_t r1, Dtype dtype, const void* fr
 
 inline int64_t padded(int64_t size) { return (size + kChunk - 1) / kChunk * kChunk; }
 
-constexpr float kCentred = 0x1p-60f;
+// Whether dots() takes rows of x that centre() moved, and what undoes the other half of that.
+template <int BITS> constexpr bool kCentred = kDotUnit<BITS> != kUnit<BITS>;
+template <int BITS> constexpr float kDotFactor = kCentred<BITS> ? kDotUnit<BITS> * 0x1p-60f : kDotUnit<BITS>;
 
-// x [M, ld] is what came, times 2^p of each row, and after[m] is 2^(60 - p).
+// x [M, ld] is what came, and after[m] is one; or that times 2^p of each row, and after[m] is 2^(60 - p).
 template <int BITS, int ROWS, int M>
 void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype dtype, void* y, int64_t N) {
   constexpr int kChains = M == 1 ? 2 : 1;  // sums that do not wait for each other, where rows of x are too few for that
@@ -153,7 +155,7 @@ void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype
       for (int m = 0; m < M; m++) {
         Floats both = sum[row][m][0];
         if constexpr (kChains == 2) both += sum[row][m][1];
-        total[row][m] += sum_of(both) * (kDotUnit<BITS> * kCentred) * scale;
+        total[row][m] += sum_of(both) * kDotFactor<BITS> * scale;
       }
     }
   }
@@ -177,8 +179,8 @@ float centre(const float* x, int64_t size, float* to) {
 
 template <int BITS, int M> void dots(const Weight& w, int64_t n0, int64_t n1, const float* x, Dtype dtype, void* y, int64_t N) {
   float after[M];
-  std::fill(after, after + M, 1 / kCentred);
-  if constexpr (kDotUnit<BITS> != kUnit<BITS>) {
+  std::fill(after, after + M, 1.0f);
+  if constexpr (kCentred<BITS>) {
     const int64_t ld = padded(w.K);
     float* centred = buffer(M * ld);
     for (int m = 0; m < M; m++) after[m] = centre(x + m * ld, w.K, centred + m * ld);
