@@ -81,16 +81,21 @@ def _plugins(slow: list[Callable[[], list[Finding]]], findings: list[Finding]) -
 
 def _machine() -> Iterator[Finding]:
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.platform()}")
-    flags: set[str] = set()
-    model = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        fields = dict(line.partition(":")[::2] for line in cpuinfo.read_text(errors="replace").split("\n\n")[0].splitlines() if ":" in line)
-        named = {key.strip(): value.strip() for key, value in fields.items()}
-        model, flags = named.get("model name", model), set(named.get("flags", named.get("Features", "")).split())
+    model, flags = processor()
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "sve", "bf16")
     yield Finding(
         "ok", "cpu", f"{model}, {os.cpu_count()} cores, {' '.join(flag for flag in wanted if flag in flags) or 'no vector flags known here'}"
     )
+
+
+def processor() -> tuple[str, set[str]]:
+    """The name of the first processor, and the flags that Linux gives it; none elsewhere."""
+    model, flags = platform.processor() or platform.machine(), set()
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        fields = dict(line.partition(":")[::2] for line in cpuinfo.read_text(errors="replace").split("\n\n")[0].splitlines() if ":" in line)
+        named = {key.strip(): value.strip() for key, value in fields.items()}
+        model, flags = named.get("model name", model), set(named.get("flags", named.get("Features", "")).split())
+    return model, flags
 
 
 def _compilers() -> Iterator[Finding]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import os
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import EntryPoint, entry_points
 
 import click
@@ -16,7 +13,7 @@ import click
 from arctic_plugins.ending import is_distributed, leave
 from arctic_plugins.errors import ArcticError, suggest
 
-__all__ = ["COMMAND_GROUP", "importing", "main"]
+__all__ = ["COMMAND_GROUP", "main"]
 
 COMMAND_GROUP = "arctic_plugins.commands"
 
@@ -48,16 +45,6 @@ class _Commands(click.Group):
         if args and not args[0].startswith("-") and args[0] not in _commands():
             raise click.UsageError(f"'{args[0]}' is not a command; {suggest(args[0], _commands())}")
         return super().resolve_command(ctx, args)
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """For a command that imports hosts: no garbage collection until it has, which would take a fifth of the time and find nothing."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def _broken(name: str, reason: str) -> click.Command:

@@ -23,7 +23,7 @@ from arctic_plugins.errors import CheckpointError, ConfigError, Interrupted
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checking import check_arguments, check_output, check_recipe
-from arctic_plugins_huggingface.checkpoints import check_checkpoint, reason
+from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_directory, reason
 from arctic_plugins_huggingface.data import DataCounts, TrainingData, load_data
 from arctic_plugins_huggingface.gathering import is_spread
 from arctic_plugins_huggingface.loading import load_model, load_tokenizer, only_hub
@@ -113,7 +113,8 @@ def prepare(recipe: Recipe) -> Run:
     stack = check_recipe(recipe)
     arguments = training_arguments(recipe)
     stack.hf_training_arguments(arguments)
-    load = check_checkpoint(recipe.model, contents=False, **recipe.load)  # load_model compares contents, right before it reads them
+    # That of a directory was checked with the recipe. load_model compares contents, right before it reads them.
+    load = recipe.load if is_directory(recipe.model) else check_checkpoint(recipe.model, contents=False, **recipe.load)
     tokenizer = load_tokenizer(recipe.model, **only_hub(load))
     disable_progress_bars()
     data = load_data(recipe.data, tokenizer, seed=arguments.seed, keep_end=arguments.truncation_mode == "keep_end")

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["postpone_bitsandbytes", "quiet_hosts"]
+__all__ = ["importing", "quiet_hosts"]
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """For commands that import hosts: no garbage collection until it has, which takes a fifth of the time, and no bitsandbytes."""
+    _postpone_bitsandbytes()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def quiet_hosts() -> None:
@@ -35,9 +49,9 @@ class _Postponed(ModuleType):
         return getattr(self, name)
 
 
-def postpone_bitsandbytes() -> None:
+def _postpone_bitsandbytes() -> None:
     """Execute bitsandbytes when something of it is used: where it is installed PEFT imports it (peft/helpers.py, 0.21.2), and it torch's compiler,
-    which takes longer than all of PEFT. For our own commands; Python's ``LazyLoader`` does it at the next ``import`` already (3.11)."""
+    which takes longer than all of PEFT. Python's ``LazyLoader`` does it at the next ``import`` already (3.11)."""
     if "bitsandbytes" not in sys.modules and (spec := find_spec("bitsandbytes")) is not None:
         module = sys.modules["bitsandbytes"] = _Postponed("bitsandbytes")
         module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin

@@ -27,14 +27,12 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
     from rich.console import Console
     from rich.progress import track
 
-    from arctic_plugins.cli import importing
-    from arctic_plugins_huggingface.cli import postpone_bitsandbytes, quiet_hosts
+    from arctic_plugins_huggingface.cli import importing, quiet_hosts
 
     if overwrite and (out / "train.jsonl").is_file():
         shutil.rmtree(out)
     console = Console()
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries: ours say more
-    postpone_bitsandbytes()
     with importing():
         for name in track(("torch", "transformers", "peft", "datasets", "trl"), "importing libraries", console=console):
             import_module(name)

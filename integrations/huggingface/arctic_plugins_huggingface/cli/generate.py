@@ -18,10 +18,8 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int) -> None:
     Example:
       arctic generate out-merged "Name three rivers."
     """
-    from arctic_plugins.cli import importing
-    from arctic_plugins_huggingface.cli import postpone_bitsandbytes, quiet_hosts
+    from arctic_plugins_huggingface.cli import importing, quiet_hosts
 
-    postpone_bitsandbytes()
     with importing():
         quiet_hosts()
         from arctic_plugins_huggingface.generation import answer

@@ -40,10 +40,9 @@ def train(
 
     from rich.console import Console
 
-    from arctic_plugins.cli import importing
     from arctic_plugins.errors import ConfigError
     from arctic_plugins_huggingface.checking import check_output, check_recipe
-    from arctic_plugins_huggingface.cli import postpone_bitsandbytes, quiet_hosts
+    from arctic_plugins_huggingface.cli import importing, quiet_hosts
     from arctic_plugins_huggingface.recipe import Recipe
 
     if as_json and not dry_run:
@@ -71,7 +70,6 @@ def train(
     console = Console(quiet=as_json or os.environ.get("RANK", "0") != "0")  # one of several processes speaks
     names = ", ".join(plugin.name for plugin in stack or ()) or "no plugin"
     console.print(f"{recipe}: {parsed.model} with {names}; importing torch, transformers and trl", highlight=False, soft_wrap=True)
-    postpone_bitsandbytes()
     with importing():
         quiet_hosts()
         from arctic_plugins_huggingface.sft import prepare

@@ -46,4 +46,4 @@ class StepBudget(TrainerCallback):
 
     def steps(self, planned: int, seconds_per_step: float) -> int:
         """How many of ``planned`` steps to do."""
-        return max(min(planned, self.least), min(planned, int(self.seconds / seconds_per_step)))
+        return min(planned, max(self.least, int(self.seconds / seconds_per_step)))

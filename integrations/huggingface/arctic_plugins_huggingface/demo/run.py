@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from arctic_plugins.diagnosis import processor
 from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.demo.budget import StepBudget
@@ -171,20 +171,16 @@ def evaluate(
 ) -> Scores:
     """Execution accuracy by template."""
     questions = [example.prompt for example in examples]
-    predictions = []
     with progress_bar(console) as bar:
         task = bar.add_task(f"accuracy {when}", total=len(questions), figures="")
-        for prediction in answer(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, system=recipe.data.system):
-            predictions.append(prediction)
-            bar.update(task, advance=1)
+        answers = answer(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, system=recipe.data.system)
+        predictions = list(bar.track(answers, total=len(questions), task_id=task))
     return accuracy(predictions, examples)
 
 
 def machine() -> str:
     """The processor, and what computes."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else names[0] if names else platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()[0]
     return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {version('transformers')}"
 
 

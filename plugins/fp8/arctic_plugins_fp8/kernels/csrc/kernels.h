@@ -8,6 +8,15 @@ enum class Dtype { f32, bf16, f16 };
 
 constexpr int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
 
+// run.operator()<D>() with D = dtype. What calls it is compiled for one instruction set each: their `run` are types of their own, and so are these.
+template <typename Run> void with_dtype(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::f32: return run.template operator()<Dtype::f32>();
+    case Dtype::bf16: return run.template operator()<Dtype::bf16>();
+    case Dtype::f16: return run.template operator()<Dtype::f16>();
+  }
+}
+
 // Sign, exponent (bias), mantissa bits; packed least significant bits first. `top` is the largest code, `max` its value; `unit` codes fill whole bytes.
 template <int BITS> struct Format;
 template <> struct Format<8> { static constexpr int mantissa = 3, bias = 7, top = 0x7E, unit = 1; static constexpr float max = 448; };

@@ -267,11 +267,7 @@ template <int BITS, Dtype D> void decode_as(const Weight& w, int64_t row0, int64
 }
 
 template <int BITS> void decode_to(const Weight& w, int64_t r0, int64_t r1, int64_t k0, int64_t k1, Dtype dtype, void* out, int64_t ld) {
-  switch (dtype) {
-    case Dtype::f32: return decode_as<BITS, Dtype::f32>(w, r0, r1, k0, k1, out, ld);
-    case Dtype::bf16: return decode_as<BITS, Dtype::bf16>(w, r0, r1, k0, k1, out, ld);
-    case Dtype::f16: return decode_as<BITS, Dtype::f16>(w, r0, r1, k0, k1, out, ld);
-  }
+  with_dtype(dtype, [&]<Dtype D>() { decode_as<BITS, D>(w, r0, r1, k0, k1, out, ld); });
 }
 
 inline void decode(const Weight& w, int64_t r0, int64_t r1, int64_t k0, int64_t k1, Dtype dtype, void* out, int64_t ld) {
