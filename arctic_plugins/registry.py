@@ -92,8 +92,8 @@ class Registry:
         """Add the function with which plain weights in bfloat16 are multiplied where products are in float32, on CPU.
 
         Args:
-            target: ``"module:attribute"`` of a function ``(x float32 [..., K], weight bfloat16 [N, K]) -> float32 [..., N]``: differentiable,
-                a torch operator. Without one, the whole weight is widened first.
+            target: ``"module:attribute"`` of a function without arguments. It gives None where it has nothing faster than widening the whole weight,
+                otherwise a function ``(x float32 [..., K], weight bfloat16 [N, K]) -> float32 [..., N]``: differentiable, a torch operator.
 
         Raises:
             PluginError: another target is registered; the message names both.
@@ -101,8 +101,8 @@ class Registry:
         _add("product", self._widening, "linear of a bfloat16 weight in float32", target)
 
     def load_widening_linear(self) -> Any:
-        """Import and return what :meth:`widening_linear` was given; None if nobody gave it anything."""
-        return next((load(target) for target in self._widening.values()), None)
+        """Import what :meth:`widening_linear` was given, and return the product that it gives; None if there is none."""
+        return next((load(target)() for target in self._widening.values()), None)
 
     def exporter(self, format_name: str, target: str) -> None:
         """Add a format of ``arctic export``: ``target`` is ``"module:attribute"`` of a :class:`~arctic_plugins.frozen.exporting.Exporter` class.

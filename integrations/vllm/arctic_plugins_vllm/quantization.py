@@ -44,6 +44,11 @@ ON_THE_FLY = "on_the_fly"
 """Beside the keys of a ``quantization_config``, when it stands in ``hf_overrides``: the checkpoint is plain, and is encoded while it is loaded."""
 
 
+def keeps_bfloat16() -> bool:
+    """Whether plain weights stay in bfloat16 where the model computes in float32: a product that widens them in registers is installed."""
+    return model_dtype() == torch.float32 and stored_dtype() == torch.bfloat16 and process_registry().load_widening_linear() is not None
+
+
 class CodecConfig(QuantizationConfig):
     """A quantization method whose layers compute with codecs."""
 
@@ -69,9 +74,7 @@ class CodecConfig(QuantizationConfig):
             raise CheckpointError(
                 f"{prefix} is encoded", expected="a plain output head, the only kind that vLLM serves", fix="exclude it and encode again"
             )
-        if isinstance(layer, VocabParallelEmbedding) and model_dtype() == torch.float32 and stored_dtype() == torch.bfloat16:
-            return StoredEmbeddingMethod(torch.bfloat16)
-        return None
+        return StoredEmbeddingMethod(torch.bfloat16) if isinstance(layer, VocabParallelEmbedding) and keeps_bfloat16() else None
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:

@@ -26,7 +26,7 @@ class FP8(Plugin):
     @hookimpl
     def register(cls, registry: Registry) -> None:
         registry.codec("fp8", "arctic_plugins_fp8.codec:FP8Codec")
-        registry.widening_linear("arctic_plugins_fp8.kernels:linear_bf16")
+        registry.widening_linear("arctic_plugins_fp8.kernels:widening_linear")
         registry.exporter("compressed-tensors", "arctic_plugins_fp8.export:CompressedTensors")
         registry.exporter("fp8-block", "arctic_plugins_fp8.export:FP8Block")
         registry.exporter("deepspeedfp", "arctic_plugins_fp8.deepspeedfp:DeepSpeedFPExporter")

@@ -17,6 +17,19 @@ from arctic_plugins_fp8.kernels.ops import (
     linear_experts,
     linear_fp8,
     use,
+    widening_linear,
 )
 
-__all__ = ["decode", "describe", "encode", "grad_input", "grad_input_experts", "linear", "linear_bf16", "linear_experts", "linear_fp8", "use"]
+__all__ = [
+    "decode",
+    "describe",
+    "encode",
+    "grad_input",
+    "grad_input_experts",
+    "linear",
+    "linear_bf16",
+    "linear_experts",
+    "linear_fp8",
+    "use",
+    "widening_linear",
+]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
 
@@ -14,7 +15,20 @@ from torch import Tensor
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_fp8.kernels import build, reference
 
-__all__ = ["decode", "describe", "encode", "grad_input", "grad_input_experts", "linear", "linear_bf16", "linear_experts", "linear_fp8", "load", "use"]
+__all__ = [
+    "decode",
+    "describe",
+    "encode",
+    "grad_input",
+    "grad_input_experts",
+    "linear",
+    "linear_bf16",
+    "linear_experts",
+    "linear_fp8",
+    "load",
+    "use",
+    "widening_linear",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +180,11 @@ def describe() -> tuple[bool, str]:
     if found := load():
         return True, f"CPU: compiled, {found} instructions"
     return False, f"CPU: reference in torch ({build.obstacle() or f'{VARIABLE} is set, or the build failed'})"
+
+
+def widening_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """:data:`linear_bf16` if it is compiled; None where it would widen the whole weight, as torch does."""
+    return linear_bf16 if load() else None
 
 
 encode = torch.ops.arctic_fp8.encode.default
