@@ -118,10 +118,11 @@ inline int64_t padded(int64_t size) { return (size + kChunk - 1) / kChunk * kChu
 template <int BITS> constexpr bool kCentred = kDotUnit<BITS> != kUnit<BITS>;
 template <int BITS> constexpr float kDotFactor = kCentred<BITS> ? kDotUnit<BITS> * 0x1p-60f : kDotUnit<BITS>;
 
-// x [M, ld] is what came, and after[m] is one; or that times 2^p of each row, and after[m] is 2^(60 - p).
+// x [M, ld] is what came, and after[m] is one; or what centre() made of that, and after[m] is 2^(60 - p).
 template <int BITS, int ROWS, int M>
 void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype dtype, void* y, int64_t N) {
   constexpr int kChains = M == 1 ? 2 : 1;  // sums that do not wait for each other, where rows of x are too few for that
+  constexpr int64_t kBlock = kDotChunk<BITS>;
   const int64_t ld = padded(w.K), row_bytes = w.row_bytes();
   const uint8_t* stop = end_of(w);
   float total[ROWS][M] = {};
@@ -131,23 +132,24 @@ void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype
     const int64_t sure = std::min(size, (stop - codes - (ROWS - 1) * row_bytes - kRead<BITS>) * 8 / BITS + kChunk);
     Floats sum[ROWS][M][kChains] = {};
     int64_t k = 0;
-    for (; k + kChunk <= sure; k += kChunk) {
+    for (; k + kBlock <= sure; k += kBlock) {
       for (int row = 0; row < ROWS; row++) {
         const uint8_t* here = codes + row * row_bytes + k * BITS / 8;
         __builtin_prefetch(here + ROWS * row_bytes);  // where the next rows will be read
-        const Chunk value = dot_values<BITS>(here);
+        const auto value = dot_values<BITS>(here);
         for (int m = 0; m < M; m++)
-          for (int i = 0; i < kVectors; i++) sum[row][m][i % kChains] += value[i] * load<Floats>(x + m * ld + from + k + i * kLanes);
+          for (int i = 0; i < kBlock / kLanes; i++) sum[row][m][i % kChains] += value[i] * load<Floats>(x + m * ld + from + k + i * kLanes);
       }
     }
+    constexpr float factor = kUnit<BITS> / kDotUnit<BITS>;
     for (; k < size; k += kChunk) {
       float columns[M][kChunk] = {};  // what is behind the group counts as zero
       for (int m = 0; m < M; m++) std::memcpy(columns[m], x + m * ld + from + k, static_cast<size_t>(std::min<int64_t>(kChunk, size - k)) * 4);
       for (int row = 0; row < ROWS; row++) {
         uint8_t copy[32];
-        const Chunk value = dot_values<BITS>(readable<BITS>(codes + row * row_bytes + k * BITS / 8, stop, copy));
+        const Chunk value = values<BITS>(readable<BITS>(codes + row * row_bytes + k * BITS / 8, stop, copy));
         for (int m = 0; m < M; m++)
-          for (int i = 0; i < kVectors; i++) sum[row][m][i % kChains] += value[i] * load<Floats>(columns[m] + i * kLanes);
+          for (int i = 0; i < kVectors; i++) sum[row][m][i % kChains] += value[i] * factor * load<Floats>(columns[m] + i * kLanes);
       }
     }
     for (int row = 0; row < ROWS; row++) {
@@ -166,14 +168,23 @@ void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype
   }
 }
 
-// The row x[size] with its largest magnitude moved to 2^60, as it is where that is not finite; returns what undoes half of dots()' share of it.
-float centre(const float* x, int64_t size, float* to) {
+// The row x[K] with its largest magnitude moved to 2^60, as it is where that is not finite, and with whole blocks of a group in dot_values()' order;
+// returns what undoes half of dots()' share of it.
+template <int BITS> float centre(const Weight& w, const float* x, float* to) {
+  constexpr int64_t kBlock = kDotChunk<BITS>;
+  const int64_t size = w.K;
   int32_t largest = 0;
   for (int64_t k = 0; k < size; k++) largest = std::max(largest, std::bit_cast<int32_t>(x[k]) & 0x7FFFFFFF);
   const int exponent = (largest >> 23) - 127;
   const int power = largest == 0 || exponent == 128 ? 0 : std::min(60 - exponent, 127);
   const float factor = std::bit_cast<float>((power + 127) << 23);
-  for (int64_t k = 0; k < size; k++) to[k] = x[k] * factor;
+  for (int64_t from = 0; from < size; from += w.group) {
+    const int64_t end = std::min(size, from + w.group);
+    int64_t k = from;
+    for (; k + kBlock <= end; k += kBlock)
+      for (int64_t i = 0; i < kBlock; i++) to[k + i] = x[k + i % kLanes * (kBlock / kLanes) + i / kLanes] * factor;
+    for (; k < end; k++) to[k] = x[k] * factor;
+  }
   return std::bit_cast<float>((60 - power + 127) << 23);
 }
 
@@ -183,7 +194,7 @@ template <int BITS, int M> void dots(const Weight& w, int64_t n0, int64_t n1, co
   if constexpr (kCentred<BITS>) {
     const int64_t ld = padded(w.K);
     float* centred = buffer(M * ld);
-    for (int m = 0; m < M; m++) after[m] = centre(x + m * ld, w.K, centred + m * ld);
+    for (int m = 0; m < M; m++) after[m] = centre<BITS>(w, x + m * ld, centred + m * ld);
     x = centred;
   }
   for (; n0 + 4 <= n1; n0 += 4) dots<BITS, 4, M>(w, n0, x, after, dtype, y, N);
