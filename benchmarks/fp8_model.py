@@ -1,14 +1,15 @@
 """Whole models: fp8 against float32, bfloat16 and the weight-only formats of other libraries.
 
-    python benchmarks/fp8_model.py vllm [MODEL] [--eager]                 # tokens/s of vLLM; default: a random Llama of 1.1B parameters
+    python benchmarks/fp8_model.py vllm [MODEL] [--eager] [--floor]       # tokens/s of vLLM; default: a random Llama of 1.1B parameters
     python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt    # of a real model
     python benchmarks/fp8_model.py lora MODEL alpaca.json                 # loss and seconds of LoRA steps
 
 vllm: engines run one after the other, each twice in turns, in processes of their own; a number is the better of its two runs. fp8 computes in the
 dtype that `dtype: auto` means here for a checkpoint in bfloat16. Decoding is what 64 more tokens take after the first, behind prompts of 8; prefill
-is the time to the first token of 1,024, left out where the processor has no instructions for the dtype (minutes). perplexity: windows of 1,024
-tokens, bfloat16 arithmetic. lora: r=16 on every linear module, bfloat16 arithmetic, the same batches of 4 x 256 tokens for both models, which take
-turns.
+is the time to the first token of 1,024, left out where the processor has no instructions for the dtype (minutes). "products left out" is fp8 with
+zeros for every product over an encoded weight and of the head: what vLLM takes for everything else, which no kernel can better. perplexity: windows
+of 1,024 tokens, bfloat16 arithmetic. lora: r=16 on every linear module, bfloat16 arithmetic, the same batches of 4 x 256 tokens for both models,
+which take turns.
 """
 
 from __future__ import annotations
@@ -59,10 +60,12 @@ def run_vllm(arguments: argparse.Namespace) -> None:
         engines = {"float32": (plain, "float32", False), "bf16": (plain, "bfloat16", False), "fp8": (encoded, own, False)}
         if arguments.eager:
             engines |= {f"{name} eager": (path, dtype, True) for name, (path, dtype, _) in engines.items()}
+        if arguments.floor:
+            engines["fp8, products left out"] = (encoded, own, False)
         best: dict[str, dict[str, float]] = {}
         for round_ in range(2):
             for engine, (path, dtype, eager) in engines.items():
-                taken = _engine(path, dtype, eager)
+                taken = _engine(path, dtype, *["--eager"] * eager, *["--floor"] * engine.endswith("left out"))
                 print(f"round {round_}, {engine}: {taken}", file=sys.stderr, flush=True)
                 for key, seconds in taken.items():
                     times = best.setdefault(engine, {})
@@ -86,9 +89,9 @@ def _encode(plain: Path, encoded: Path) -> None:
     freeze(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), Stack.from_dict({"fp8": {}})).save_pretrained(encoded)
 
 
-def _engine(path: Path, dtype: str, eager: bool) -> dict[str, float]:
+def _engine(path: Path, dtype: str, *options: str) -> dict[str, float]:
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
-    command = [sys.executable, __file__, "engine", str(path), "--dtype", dtype, *(["--eager"] if eager else [])]
+    command = [sys.executable, __file__, "engine", str(path), "--dtype", dtype, *options]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -97,6 +100,13 @@ def run_engine(arguments: argparse.Namespace) -> None:
     """Time one engine, in this process."""
     from vllm import LLM, SamplingParams
 
+    if arguments.floor:
+        from arctic_plugins_fp8 import kernels
+
+        kernels.describe()  # loads what is replaced
+        without = torch.library.Library("arctic_fp8", "IMPL", "CPU")
+        for name in ("linear", "linear_bf16"):
+            without.impl(name, lambda x, weight, *_: x.new_zeros((*x.shape[:-1], weight.shape[0])), allow_override=True)
     llm = LLM(
         arguments.model,
         dtype=arguments.dtype,
@@ -233,11 +243,13 @@ def main() -> None:
     vllm = commands.add_parser("vllm")
     vllm.add_argument("model", nargs="?")
     vllm.add_argument("--eager", action="store_true", help="without compilation, too")
+    vllm.add_argument("--floor", action="store_true", help="fp8 without its products, too")
     vllm.set_defaults(run=run_vllm)
     engine = commands.add_parser("engine", help=argparse.SUPPRESS)
     engine.add_argument("model")
     engine.add_argument("--dtype", required=True)
     engine.add_argument("--eager", action="store_true")
+    engine.add_argument("--floor", action="store_true")
     engine.set_defaults(run=run_engine)
     for name, run in (("perplexity", run_perplexity), ("lora", run_lora)):
         command = commands.add_parser(name)

@@ -20,6 +20,7 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
     Example:
       arctic demo --out out/demo
     """
+    import logging
     import os
     import shutil
     from importlib import import_module
@@ -38,4 +39,13 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
             import_module(name)
         quiet_hosts()
         from arctic_plugins_huggingface.demo.run import run_demo
+    told: set[str] = set()
+
+    def once(record: logging.LogRecord) -> bool:
+        """The model is loaded four times, and the processor is the same each time."""
+        repeated = record.getMessage() in told
+        told.add(record.getMessage())
+        return not repeated
+
+    logging.getLogger("arctic_plugins_huggingface.loading").addFilter(once)
     run_demo(out, serve=serve, console=console)
