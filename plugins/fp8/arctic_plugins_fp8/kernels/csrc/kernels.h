@@ -41,8 +41,8 @@ constexpr int64_t kLargestGradientM = 8;
 // The same for gradient_floats().
 constexpr int64_t kLargestFloatGradientM = 32;
 
-// Up to so many rows of x, linear_floats() sums along K instead of decoding panels.
-constexpr int64_t kDotRows = 3;
+// Up to so many rows of x, linear_floats() sums along K instead of decoding panels: it decodes for every four of them, which 8 bits make cheap.
+constexpr int64_t dot_rows(int bits) { return bits == 8 ? 16 : 8; }
 
 struct Kernels {
   const char* name;
@@ -62,9 +62,9 @@ struct Kernels {
   int64_t rows;
 
   // Where a processor has no other products, those of float32; where it has, these are null. x, grad and y may be of any dtype.
-  // The rows of x or grad [M, size] in blocks [block0, block1) of float_block(M) rows to packed[block][size][rows of the block] (size padded to 16).
-  void (*pack_floats)(Dtype, const void* x, int64_t M, int64_t size, int64_t block0, int64_t block1, float* packed) = nullptr;
-  // As linear() and gradient(), of what pack_floats() made.
+  // The rows of x or grad [M, size] in blocks [from, to) of `block` rows to packed[block][size][rows of the block] (size padded to 16).
+  void (*pack_floats)(Dtype, const void* x, int64_t M, int64_t size, int64_t block, int64_t from, int64_t to, float* packed) = nullptr;
+  // As linear() and gradient(), of what pack_floats() made of linear_block() or even_block() rows.
   void (*linear_floats)(const Weight&, int64_t n0, int64_t n1, const float* packed, int64_t M, Dtype, void* y, int64_t N) = nullptr;
   void (*gradient_floats)(const Weight&, int64_t k0, int64_t k1, const float* packed, int64_t M, Dtype, void* y) = nullptr;
   // n numbers to and from float32.
@@ -72,11 +72,12 @@ struct Kernels {
   void (*narrow)(Dtype, const float* from, int64_t n, void* to) = nullptr;
 };
 
-// Rows of x that linear_floats() multiplies with a weight at a time: at most six, as even as they can be. Few rows are single.
-inline int64_t float_block(int64_t M) {
+// Rows that are multiplied with a panel at a time: at most six, as even as they can be.
+inline int64_t even_block(int64_t M) {
   const int64_t blocks = (M + 5) / 6;
-  return M <= kDotRows ? 1 : (M + blocks - 1) / blocks;
+  return (M + blocks - 1) / blocks;
 }
+inline int64_t linear_block(int64_t M, int bits) { return M <= dot_rows(bits) ? 1 : even_block(M); }
 
 extern const Kernels avx512, avx512_bf16, amx, avx2, portable;
 

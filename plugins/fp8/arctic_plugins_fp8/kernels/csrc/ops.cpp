@@ -253,15 +253,16 @@ const Kernels& floats_beside(const Kernels& table, int64_t& largest_m) {
 }
 
 // Where the rows of each part begin in what pack_floats() makes of them, `size` columns wide.
-float* pack_floats(const Kernels& table, const std::vector<Part>& parts, Dtype dtype, const char* x, int64_t size, std::vector<int64_t>& at) {
+float* pack_floats(const Kernels& table, const std::vector<Part>& parts, Dtype dtype, const char* x, int64_t size, bool of_linear,
+                   std::vector<int64_t>& at) {
   const int64_t packed_row = (size + 15) / 16 * 16;
   int64_t elements = 0;
   for (const Part& part : parts) at.push_back(elements), elements += part.M * packed_row;
   float* packed = packed_memory<float>(elements);
   for (size_t i = 0; i < parts.size(); i++) {
-    const int64_t M = parts[i].M, block = float_block(M);
+    const int64_t M = parts[i].M, block = of_linear ? linear_block(M, parts[i].w.bits) : even_block(M);
     torch::stable::parallel_for(0, (M + block - 1) / block, grain(block * size), [&](int64_t a, int64_t b) {
-      table.pack_floats(dtype, x + parts[i].first * size * size_of(dtype), M, size, a, b, packed + at[i]);
+      table.pack_floats(dtype, x + parts[i].first * size * size_of(dtype), M, size, block, a, b, packed + at[i]);
     });
   }
   return packed;
@@ -271,7 +272,7 @@ float* pack_floats(const Kernels& table, const std::vector<Part>& parts, Dtype d
 void linear_of_few_floats(const Kernels& table, const std::vector<Part>& parts, Dtype dtype, const char* x, char* y) {
   const int64_t K = parts[0].w.K, N = parts[0].w.rows;
   std::vector<int64_t> at;
-  const float* packed = pack_floats(table, parts, dtype, x, K, at);
+  const float* packed = pack_floats(table, parts, dtype, x, K, true, at);
   for_all(parts, (N + 15) / 16, grain(16 * K), [&](int64_t i, int64_t from, int64_t to) {
     table.linear_floats(parts[i].w, from * 16, std::min(N, to * 16), packed + at[i], parts[i].M, dtype, y + parts[i].first * N * size_of(dtype), N);
   });
@@ -369,7 +370,7 @@ void gradient_of_parts(const std::vector<Part>& parts, Tensor grad, Tensor resul
   const auto* from_grad = static_cast<const char*>(grad.const_data_ptr());
   auto* to_result = static_cast<char*>(result.mutable_data_ptr());
   std::vector<int64_t> at;
-  const float* packed = by_floats ? pack_floats(floats, few, dtype, from_grad, N, at) : nullptr;
+  const float* packed = by_floats ? pack_floats(floats, few, dtype, from_grad, N, false, at) : nullptr;
   for_all(few, (K + unit - 1) / unit, grain(unit * N), [&](int64_t i, int64_t from, int64_t to) {
     const Part& part = few[i];
     const int64_t k0 = from * unit, k1 = std::min(K, to * unit);

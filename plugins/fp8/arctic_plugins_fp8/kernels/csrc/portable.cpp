@@ -110,7 +110,7 @@ bool encode(const Weight& w, int64_t r0, int64_t r1, Dtype dtype, const void* fr
   return encode_as<12>(w, r0, r1, dtype, from, largest, candidates, codes, scale);
 }
 
-// ---- Products of up to kDotRows rows: codes are decoded in registers, each scale multiplies its group's sum --------------------------------------
+// ---- Products of up to dot_rows() rows: codes are decoded in registers, each scale multiplies its group's sum --------------------------------------
 
 inline int64_t padded(int64_t size) { return (size + kChunk - 1) / kChunk * kChunk; }
 
@@ -125,7 +125,7 @@ void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype
   constexpr int64_t kBlock = kDotChunk<BITS>;
   const int64_t ld = padded(w.K), row_bytes = w.row_bytes();
   const uint8_t* stop = end_of(w);
-  float total[ROWS][M] = {};
+  Floats total[ROWS][M] = {};
   for (int64_t group = 0; group < w.groups; group++) {
     const int64_t from = group * w.group, size = std::min(w.group, w.K - from);
     const uint8_t* codes = w.codes + n0 * row_bytes + group * w.group_bytes();
@@ -157,13 +157,13 @@ void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype
       for (int m = 0; m < M; m++) {
         Floats both = sum[row][m][0];
         if constexpr (kChains == 2) both += sum[row][m][1];
-        total[row][m] += sum_of(both) * kDotFactor<BITS> * scale;
+        total[row][m] += both * kDotFactor<BITS> * scale;
       }
     }
   }
   for (int m = 0; m < M; m++) {
     float result[ROWS];
-    for (int row = 0; row < ROWS; row++) result[row] = total[row][m] * after[m];
+    for (int row = 0; row < ROWS; row++) result[row] = sum_of(total[row][m]) * after[m];
     narrow(dtype, result, ROWS, at(y, dtype, m * N + n0));
   }
 }
@@ -188,17 +188,35 @@ template <int BITS> float centre(const Weight& w, const float* x, float* to) {
   return std::bit_cast<float>((60 - power + 127) << 23);
 }
 
-template <int BITS, int M> void dots(const Weight& w, int64_t n0, int64_t n1, const float* x, Dtype dtype, void* y, int64_t N) {
-  float after[M];
+template <int BITS, int M> void dots(const Weight& w, int64_t n0, int64_t n1, const float* x, const float* after, Dtype dtype, void* y, int64_t N) {
+  constexpr int kRows = M < 4 ? 4 : 2;  // whose sums fit the registers
+  for (; n0 + kRows <= n1; n0 += kRows) dots<BITS, kRows, M>(w, n0, x, after, dtype, y, N);
+  for (; n0 < n1; n0++) dots<BITS, 1, M>(w, n0, x, after, dtype, y, N);
+}
+
+// The product with M rows of x, which go over a few rows of the weight in groups that are as even as they can be.
+template <int BITS> void few(const Weight& w, int64_t n0, int64_t n1, const float* x, int64_t M, Dtype dtype, void* y, int64_t N) {
+  const int64_t ld = padded(w.K), groups = (M + 3) / 4, size = (M + groups - 1) / groups;
+  float after[dot_rows(BITS)];
   std::fill(after, after + M, 1.0f);
   if constexpr (kCentred<BITS>) {
-    const int64_t ld = padded(w.K);
     float* centred = buffer(M * ld);
-    for (int m = 0; m < M; m++) after[m] = centre<BITS>(w, x + m * ld, centred + m * ld);
+    for (int64_t m = 0; m < M; m++) after[m] = centre<BITS>(w, x + m * ld, centred + m * ld);
     x = centred;
   }
-  for (; n0 + 4 <= n1; n0 += 4) dots<BITS, 4, M>(w, n0, x, after, dtype, y, N);
-  for (; n0 < n1; n0++) dots<BITS, 1, M>(w, n0, x, after, dtype, y, N);
+  for (; n0 < n1; n0 += 4) {
+    const int64_t end = std::min(n0 + 4, n1);
+    for (int64_t m = 0; m < M; m += size) {
+      const float* rows = x + m * ld;
+      void* to = at(y, dtype, m * N);
+      switch (std::min(size, M - m)) {
+        case 1: dots<BITS, 1>(w, n0, end, rows, after + m, dtype, to, N); break;
+        case 2: dots<BITS, 2>(w, n0, end, rows, after + m, dtype, to, N); break;
+        case 3: dots<BITS, 3>(w, n0, end, rows, after + m, dtype, to, N); break;
+        default: dots<BITS, 4>(w, n0, end, rows, after + m, dtype, to, N); break;
+      }
+    }
+  }
 }
 
 // ---- Products of more rows: the weight is decoded in panels of kWidth columns, which stay in the first-level cache --------------------------------
@@ -223,7 +241,7 @@ template <int M> inline void multiply(const float* x, const float* panel, int64_
 
 // The same for M rows of what pack() made of [M, whole]: those at k.
 void multiply(const float* packed, int64_t M, int64_t whole, int64_t k, const float* panel, int64_t size, int64_t ld, float* sums) {
-  const int64_t block = float_block(M);
+  const int64_t block = even_block(M);
   for (int64_t m = 0; m < M; m += block) {
     const int64_t rows = std::min(block, M - m);
     const float* x = packed + m * padded(whole) + k * rows;
@@ -318,10 +336,7 @@ template <int BITS> void panels(const Weight& w, int64_t n0, int64_t n1, const f
 }
 
 template <int BITS> void product(const Weight& w, int64_t n0, int64_t n1, const float* packed, int64_t M, Dtype dtype, void* y, int64_t N) {
-  static_assert(kDotRows == 3);
-  if (M == 1) return dots<BITS, 1>(w, n0, n1, packed, dtype, y, N);
-  if (M == 2) return dots<BITS, 2>(w, n0, n1, packed, dtype, y, N);
-  if (M == 3) return dots<BITS, 3>(w, n0, n1, packed, dtype, y, N);
+  if (M <= dot_rows(BITS)) return few<BITS>(w, n0, n1, packed, M, dtype, y, N);
   panels<BITS>(w, n0, n1, packed, M, dtype, y, N);
 }
 
@@ -358,9 +373,8 @@ void gradient(const Weight& w, int64_t k0, int64_t k1, const float* packed, int6
 }
 
 // packed[block][size][rows of the block].
-void pack(Dtype dtype, const void* x, int64_t M, int64_t size, int64_t block0, int64_t block1, float* packed) {
-  const int64_t block = float_block(M);
-  for (int64_t m = block0 * block; m < std::min(M, block1 * block); m += block) {
+void pack(Dtype dtype, const void* x, int64_t M, int64_t size, int64_t block, int64_t from, int64_t to, float* packed) {
+  for (int64_t m = from * block; m < std::min(M, to * block); m += block) {
     const int64_t rows = std::min(block, M - m);
     float* to = packed + m * padded(size);
     if (rows == 1) {
