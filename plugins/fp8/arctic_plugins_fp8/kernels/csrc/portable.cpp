@@ -301,7 +301,7 @@ template <int BITS> void fill(const Weight& w, int64_t n, int64_t k0, int64_t k1
         first[i] = codes_at<BITS>(w, row, group, k);
         scale[i] = w.scale[row * w.groups + group] * kUnit<BITS>;
       }
-      const bool near_end = n + kWidth >= w.rows;  // where a copy may be needed
+      const bool near_end = (w.rows - n - kWidth) * w.row_bytes() < kRead<BITS>;  // behind the panel: where a copy may be needed
       for (int64_t from = k; from < end; from += kChunk) {
         const uint8_t* rows[kLanes];
         uint8_t copies[kLanes][32];
