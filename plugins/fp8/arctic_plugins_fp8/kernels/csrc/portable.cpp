@@ -125,6 +125,7 @@ void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype
   constexpr int64_t kBlock = kDotChunk<BITS>;
   const int64_t ld = padded(w.K), row_bytes = w.row_bytes();
   const uint8_t* stop = end_of(w);
+  const bool alone = w.groups == 1;  // then the scale comes last: the parts of very small sums would be rounded one by one
   Floats total[ROWS][M] = {};
   for (int64_t group = 0; group < w.groups; group++) {
     const int64_t from = group * w.group, size = std::min(w.group, w.K - from);
@@ -157,13 +158,16 @@ void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype
       for (int m = 0; m < M; m++) {
         Floats both = sum[row][m][0];
         if constexpr (kChains == 2) both += sum[row][m][1];
-        total[row][m] += both * kDotFactor<BITS> * scale;
+        total[row][m] += alone ? both : both * kDotFactor<BITS> * scale;
       }
     }
   }
   for (int m = 0; m < M; m++) {
     float result[ROWS];
-    for (int row = 0; row < ROWS; row++) result[row] = sum_of(total[row][m]) * after[m];
+    for (int row = 0; row < ROWS; row++) {
+      const float sum = sum_of(total[row][m]);
+      result[row] = (alone ? sum * kDotFactor<BITS> * w.scale[n0 + row] : sum) * after[m];
+    }
     narrow(dtype, result, ROWS, at(y, dtype, m * N + n0));
   }
 }
