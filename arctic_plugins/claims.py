@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from arctic_plugins.errors import ClaimError
@@ -64,10 +64,25 @@ class Claims:
         return {name: values[0] for name, values in self.by_slot.get(slot, {}).items()}
 
 
-@cache
+@lru_cache(16384)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    parts = re.split(r"(\*\*|\*)", pattern)
-    return re.compile("".join({"**": ".*", "*": "[^.]*"}.get(part, re.escape(part)) for part in parts))
+    """``pattern`` as a regular expression that never goes back on what it matched, as that of ``fnmatch.translate`` (Python 3.13).
+
+    What stands between two ``**`` is found where it first occurs, and what stands between two ``*`` too: as neither passes over a dot that the
+    other could take, a later place leaves no more to the rest. What stands behind the last ``**`` ends where the name ends, and is tried at every
+    place: time grows with the square of the name's length at most, whatever the pattern.
+    """
+    *blocks, last = [block.split("*") for block in re.split(r"\*{2,}", pattern)]
+
+    def found(parts: list[str]) -> str:
+        first, *others = map(re.escape, parts)
+        return first + "".join(f"(?>[^.]*?{other})" for other in others)
+
+    *start, end = last
+    ending = found(start) + f"[^.]*{re.escape(end)}" if start else re.escape(end)
+    if not blocks:
+        return re.compile(ending)
+    return re.compile(found(blocks[0]) + "".join(f"(?>.*?{found(block)})" for block in blocks[1:]) + f".*{ending}")
 
 
 def matches(pattern: str, name: str) -> bool:

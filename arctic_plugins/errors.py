@@ -12,6 +12,7 @@ __all__ = [
     "CodecError",
     "ConfigError",
     "DataError",
+    "Diverged",
     "HostVersionError",
     "Interrupted",
     "PluginError",
@@ -37,7 +38,19 @@ class ArcticError(Exception):
     def __init__(self, found: str, *, expected: str = "", fix: str = "") -> None:
         self.found, self.expected, self.fix = found, expected, fix
         parts = [found, f"expected {expected}" if expected else "", fix]
-        super().__init__("; ".join(" ".join(part.split()) for part in parts if part))
+        super().__init__("; ".join(_one_line(part) for part in parts if part))
+
+
+LONGEST = 1000
+"""Characters of a part of a message: what a file holds may be any number of them."""
+
+
+def _one_line(text: str) -> str:
+    """``text`` in one line that no terminal takes for a command, cut where it is very long."""
+    line = " ".join(text.split())
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 2 :]}"
+    return line if line.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 class UserError(ArcticError):
@@ -86,6 +99,10 @@ class CodecError(ArcticError):
     """A weight cannot be encoded, or encoded buffers do not have the layout that their codec gives."""
 
     exit_status = 2
+
+
+class Diverged(ArcticError):  # noqa: N818 - what happened, not what was wrong
+    """A loss or gradient is NaN or infinite: training on would spoil the weights."""
 
 
 class Interrupted(ArcticError):  # noqa: N818 - nothing went wrong

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from arctic_plugins.errors import ConfigError, suggest
 
-__all__ = ["MODEL_SLOTS", "MODULE_SLOTS", "PROJECT", "Finding", "Plugin", "PluginConfig", "hookimpl"]
+__all__ = ["MODEL_SLOTS", "MODULE_SLOTS", "PROJECT", "THIS_MACHINE", "Finding", "Plugin", "PluginConfig", "hookimpl"]
 
 PROJECT = "arctic_plugins"
 """The pluggy project name, and the entry-point group in which distributions list their plugins."""
@@ -26,13 +26,23 @@ MODEL_SLOTS = frozenset({"rope", "model_class", "loss", "attention"})
 """Slots that are filled once per model; two plugins that fill the same one never make a stack."""
 
 
+THIS_MACHINE = "this machine"
+"""Marks an option that names a path, a device, a host or a number of processes: ``path: Annotated[str | None, THIS_MACHINE] = None``. The user's
+recipe sets it; from a checkpoint, which may be a stranger's, it is never taken."""
+
+
 class PluginConfig(BaseModel):
     """Base of a plugin's options: immutable, and an unknown key is an error rather than ignored.
 
-    The text under a field is what ``arctic plugins NAME`` says of it.
+    The text under a field is what ``arctic plugins NAME`` says of it. Fields marked with :data:`THIS_MACHINE` need a default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def anywhere(self) -> dict[str, Any]:
+        """What was set, less what is marked with :data:`THIS_MACHINE`."""
+        local = {name for name, field in type(self).model_fields.items() if THIS_MACHINE in field.metadata}
+        return self.model_dump(exclude_unset=True, exclude=local)
 
 
 class Plugin:

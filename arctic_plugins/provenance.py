@@ -18,11 +18,12 @@ import xxhash
 
 from arctic_plugins.discovery import installed_plugins
 from arctic_plugins.errors import CheckpointError, PluginNotFoundError
+from arctic_plugins.files import file_within, read_json
 
 if TYPE_CHECKING:
     from arctic_plugins.stack import Stack
 
-__all__ = ["FILE_NAME", "FORMAT", "Provenance", "check_files", "check_plugins", "read_json", "read_provenance", "write_provenance"]
+__all__ = ["FILE_NAME", "FORMAT", "Provenance", "check_files", "check_plugins", "read_provenance", "write_provenance"]
 
 FILE_NAME = "arctic_plugins.json"
 FORMAT = 1
@@ -62,7 +63,7 @@ def write_provenance(directory: str | Path, stack: Stack) -> Path:
         "sha256": stack.sha256(),
         "versions": {name: installed for name in _RECORDED if (installed := _version(name))},
         "plugins": dict(sorted(plugins.items())),
-        "files": {name: {"bytes": file.stat().st_size, "xxh3_128": _digest(file)} for name, file in sorted(_files(path.parent))},
+        "files": {name: {"bytes": file.stat().st_size, "xxh3_128": _digest(file, file.stat().st_size)} for name, file in sorted(_files(path.parent))},
     }
     draft = path.with_suffix(".json.tmp")
     with draft.open("w", encoding="utf-8") as file:
@@ -94,8 +95,10 @@ def read_provenance(directory: str | Path) -> Provenance:
         if not isinstance(content.get(key, {} if key != "stack" else None), dict):
             raise CheckpointError(f"{path} has {key} {content.get(key)!r}", expected="an object", fix="save the checkpoint again")
     records = content.get("files", {}).values()
-    if not all(isinstance(record, dict) and record.keys() >= {"bytes", "xxh3_128"} for record in records):
+    if not all(isinstance(record, dict) and type(record.get("bytes")) is int and isinstance(record.get("xxh3_128"), str) for record in records):
         raise CheckpointError(f"{path} has files without 'bytes' and 'xxh3_128'", fix="save the checkpoint again")
+    if not all(isinstance(options, dict) for options in content["stack"].values()):
+        raise CheckpointError(f"{path} has a stack with plugins without options", expected="an object each", fix="save the checkpoint again")
     return Provenance(**{key: content[key] for key in Provenance.__dataclass_fields__ if key in content} | {"sha256": content.get("sha256", "")})
 
 
@@ -106,13 +109,13 @@ def check_files(directory: str | Path) -> None:
         CheckpointError: names the file and what became of it.
     """
     for name, record in read_provenance(directory).files.items():
-        path = Path(directory) / name
+        path = file_within(directory, name, Path(directory) / FILE_NAME)
         again = "copy or download it again, or save the checkpoint again"
         try:
             size = path.stat().st_size
             if size != record["bytes"]:
                 raise CheckpointError(f"{path} has {size} bytes", expected=f"the {record['bytes']} that were saved", fix=_or_accept(name, again))
-            if _digest(path) != record["xxh3_128"]:
+            if _digest(path, size) != record["xxh3_128"]:
                 raise CheckpointError(f"{path} is not what was saved: its digest differs", fix=_or_accept(name, again))
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing", fix=again) from None
@@ -131,25 +134,6 @@ def check_plugins(provenance: Provenance) -> None:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's JSON file whose top level is an object.
-
-    Raises:
-        CheckpointError: absent, unreadable, malformed (with line and column), or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist", fix="the checkpoint is incomplete: make it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"{path} is not valid JSON: {error}", fix="copy it again, or save the checkpoint again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}", expected="an object", fix="copy it again, or save the checkpoint again")
-    return content
-
-
 def _or_accept(name: str, fix: str) -> str:
     if name.endswith((".json", ".jinja", ".txt")):
         return f"{fix}; if the change is yours, delete the entry '{name}' under 'files' in {FILE_NAME}"
@@ -163,13 +147,14 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
             yield name, path
 
 
-def _digest(path: Path) -> str:
-    """XXH3, 128 bits: as fast as memory, and meant for damage, not for attackers."""
+def _digest(path: Path, size: int) -> str:
+    """XXH3, 128 bits, of the first ``size`` bytes: as fast as memory, and meant for damage, not for attackers."""
     digest = xxhash.xxh3_128()
     chunk = memoryview(bytearray(_CHUNK))  # one buffer that stays in the cache: a new one per read takes twice the time
     with path.open("rb", buffering=0) as file:
-        while size := file.readinto(chunk):
-            digest.update(chunk[:size])
+        while size > 0 and (read := file.readinto(chunk)):  # some files of the system have no end
+            digest.update(chunk[: min(read, size)])
+            size -= read
     return digest.hexdigest()
 
 

@@ -15,13 +15,16 @@ import yaml
 
 from arctic_plugins.claims import Claims, LinearSpec, arbitrate
 from arctic_plugins.discovery import load_plugin, new_plugin_manager
-from arctic_plugins.errors import ArcticError, ConfigError, PluginError
+from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, PluginError
 from arctic_plugins.plugin import Plugin
 from arctic_plugins.resolver import check_hosts, resolve
 
 __all__ = ["Setting", "Stack", "parse_plugins", "read_yaml"]
 
 logger = logging.getLogger(__name__)
+
+LONGEST_STACK = 100_000
+"""Characters of a stack that comes out of a checkpoint: every pattern in it is matched with every module."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,20 @@ class Stack:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> Stack:
-        """The stack that wrote the checkpoint directory ``path``, from its ``arctic_plugins.json``."""
+        """What the checkpoint directory ``path`` says of how it is computed: the stack that wrote it, less what is about the machine.
+
+        A checkpoint may come from a stranger. Plugins that only place weights are left out, and options marked with
+        :data:`~arctic_plugins.plugin.THIS_MACHINE` have their defaults: where bytes go is for who runs it to say.
+        """
+        recorded = cls.recorded(path)
+        if (size := len(json.dumps(recorded.to_dict()))) > LONGEST_STACK:
+            raise CheckpointError(f"the stack of {path} takes {size} characters", expected=f"at most {LONGEST_STACK}", fix="make it again")
+        placing = frozenset({"placement"})
+        return cls(tuple(plugin.from_options(plugin.options.anywhere()) for plugin in recorded.plugins if plugin.slots != placing))
+
+    @classmethod
+    def recorded(cls, path: str | Path) -> Stack:
+        """The whole stack that wrote the checkpoint directory ``path``: to compare with or to show, not to apply."""
         from arctic_plugins.provenance import check_plugins, read_provenance
 
         provenance = read_provenance(path)
@@ -195,9 +211,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a list or mapping stands for a key", key.start_mark)
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' stands there twice", key.start_mark)
-            seen.add(key.value if isinstance(key.value, str) else None)
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 

@@ -240,7 +240,7 @@ def test_arctic_serve_answers_over_http_with_the_adapter_and_with_its_base(group
     adapter = trained(grouped, {"fp8": {"group_size": 64}}, tmp_path / "adapter")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(cache))
-    options = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
+    options = ("--base", str(grouped), "--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
     with Server(adapter, tmp_path / "log", options=options) as server:
         answers = {name: server.chat("hello", max_tokens=8, model=name)[1] for name in ("adapter", str(grouped))}
     for name, (model, tokenizer) in {"adapter": load_checkpoint(adapter), str(grouped): load_model(grouped)}.items():

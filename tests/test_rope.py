@@ -98,15 +98,14 @@ def test_texts_of_the_new_length_are_the_same_in_both_hosts(tmp_path, install_pl
 @pytest.mark.skipif(host_version("vllm") is None, reason="vLLM is not installed")
 def test_an_adapter_is_served_over_a_scaled_base(tmp_path):
     """Its base is not scaled, and the server is told."""
-    from arctic_plugins_vllm.serving import server_command
+    from arctic_plugins_vllm.serving import server_options
 
     llama = tiny_llama(tmp_path / "llama", max_position_embeddings=ORIGINAL)
     stack = Stack.from_dict({"rope": {"type": "llama3", "max_position_embeddings": LENGTH}, "lora": {"r": 2}})
     model, tokenizer = load_model(llama, stack)
     adapter = save_checkpoint(model, tokenizer, tmp_path / "adapter", stack)
-    command, _ = server_command(str(adapter))
-    overrides = json.loads(command[command.index("--hf-overrides") + 1])
-    assert overrides == {"rope_parameters": model.config.rope_parameters, "max_position_embeddings": LENGTH}
+    values, _ = server_options(str(adapter), base=str(llama))
+    assert values["hf_overrides"] == {"rope_parameters": model.config.rope_parameters, "max_position_embeddings": LENGTH}
     merged = merge_adapter(adapter, tmp_path / "merged")
     assert load_config(merged).rope_parameters == model.config.rope_parameters
     assert load_config(merged).max_position_embeddings == LENGTH

@@ -15,6 +15,9 @@ __all__ = ["METHOD", "ModuleCodecs"]
 METHOD = "arctic"
 """The ``quant_method`` of every checkpoint that this project encodes."""
 
+MOST_PATTERNS, LONGEST_PATTERN, MOST_CHARACTERS = 10_000, 1_000, 200_000
+"""What a checkpoint may ask to be matched: more than any that this project writes."""
+
 _KEYS = frozenset({"quant_method", "format", "codecs", "modules"})
 
 
@@ -28,6 +31,7 @@ class ModuleCodecs:
 
     def __init__(self, codecs: Mapping[str, Codec], modules: Mapping[str, str]) -> None:
         self.codecs, self.modules = dict(codecs), dict(modules)
+        self._patterns = {pattern: name for pattern, name in self.modules.items() if "*" in pattern}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModuleCodecs:
@@ -48,6 +52,15 @@ class ModuleCodecs:
             raise _malformed("codecs", codecs, "an object of id -> {type: ...}")
         if not (isinstance(modules, Mapping) and all(isinstance(name, str) for name in modules.values())):
             raise _malformed("modules", modules, "an object of module name -> codec id")
+        patterns = [name for name in modules if "*" in name]
+        characters = sum(map(len, patterns))
+        if len(patterns) > MOST_PATTERNS or characters > MOST_CHARACTERS or any(len(name) > LONGEST_PATTERN for name in patterns):
+            longest = max(map(len, patterns))
+            raise CheckpointError(
+                f"quantization_config.modules has {len(patterns)} patterns of up to {longest} characters, {characters} together",
+                expected=f"at most {MOST_PATTERNS} of {LONGEST_PATTERN}, {MOST_CHARACTERS} together",
+                fix="make the checkpoint again",
+            )
         built = {name: codec_from_dict(codec) for name, codec in codecs.items()}
         if missing := sorted(set(modules.values()) - codecs.keys()):
             raise CheckpointError(
@@ -73,7 +86,9 @@ class ModuleCodecs:
 
     def codec_of(self, module: str) -> Codec | None:
         """The codec of the module of that dotted name, or None when it is not encoded."""
-        return next((self.codecs[name] for pattern, name in self.modules.items() if matches(pattern, module)), None)
+        matching = (name for pattern, name in self._patterns.items() if matches(pattern, module))
+        named = self.modules[module] if module in self.modules else next(matching, None)
+        return None if named is None else self.codecs[named]
 
 
 def _malformed(key: str, found: Any, expected: str) -> CheckpointError:

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from arctic_plugins.adapter import read_adapter
 from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError
 from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture
@@ -304,7 +305,9 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
         CheckpointError: it does not fit the model, or lacks a tensor (of which PEFT only warns).
     """
     try:
+        read_adapter(adapter)
         config = LoraConfig.from_pretrained(str(adapter))
+        config.init_lora_weights = True  # how it was drawn once, with a decomposition of the base for one, is not done again
         with only_modules(model, always=bool(config.target_parameters)):
             if local_parameters(model):
                 adapted = _load_local(model, adapter, config, trainable=trainable)

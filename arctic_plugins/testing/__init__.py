@@ -6,6 +6,7 @@ transformers.
 
 from arctic_plugins.testing.codecs import check_codec
 from arctic_plugins.testing.forks import Fork, Forks, engines, trainers
+from arctic_plugins.testing.hostile import watched
 from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
 from arctic_plugins.testing.placements import check_placement
 from arctic_plugins.testing.processes import QUIET_RUN, run_processes, say
@@ -25,4 +26,5 @@ __all__ = [
     "tiny_llama",
     "tiny_model",
     "trainers",
+    "watched",
 ]

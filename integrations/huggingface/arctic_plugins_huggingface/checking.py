@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from arctic_plugins.errors import ConfigError, DataError, suggest
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_directory
+from arctic_plugins_huggingface.locking import LOCK
 from arctic_plugins_huggingface.recipe import FILE_KINDS, DataConfig, Recipe
 
 __all__ = ["argument_types", "check_arguments", "check_output", "check_recipe", "check_source"]
@@ -60,7 +61,7 @@ def check_output(output: Path, *, new: bool) -> None:
         return
     if output.exists() and not output.is_dir():
         raise ConfigError(f"training.output_dir {output} is a file", expected="a directory", fix="name another")
-    if new and output.exists() and any(output.iterdir()):
+    if new and output.exists() and any(path.name != LOCK for path in output.iterdir()):
         raise ConfigError(
             f"training.output_dir {output} exists and is not empty",
             expected="a new directory",

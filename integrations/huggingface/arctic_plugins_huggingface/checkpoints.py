@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from arctic_plugins.adapter import ADAPTER, read_adapter
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
+from arctic_plugins.files import check_keys, check_regular, check_sizes, file_within, read_json, tensor_counts
+from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
 
 if TYPE_CHECKING:
     from arctic_plugins.frozen import Codec
 
-__all__ = ["adapter_directory", "check_checkpoint", "check_encoded", "hub_arguments", "hub_trouble", "is_directory", "reason"]
+__all__ = ["adapter_directory", "by_step", "check_checkpoint", "check_encoded", "hub_arguments", "hub_trouble", "is_directory", "reason"]
 
 logger = logging.getLogger(__name__)
 
-ADAPTER = "adapter_config.json"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _DTYPES = {
     "uint8": "U8",
@@ -75,9 +76,12 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
         raise CheckpointError(
             f"{directory / 'config.json'} has model_type {config.get('model_type')!r}", expected="a model's name, 'llama' for one", fix="correct it"
         )
+    check_keys(config, directory / "config.json")
+    if (directory / ADAPTER).exists():  # which transformers would put on the model without a word
+        raise CheckpointError(f"{directory} holds a model and an adapter", expected="one of them", fix=f"move {ADAPTER} to a directory of its own")
     _check_unchanged(directory, contents=contents)
     if kwargs.get("use_safetensors", True):
-        _check_weights(directory, kwargs.get("variant"))
+        check_sizes(config, tensor_counts(_check_weights(directory, kwargs.get("variant"))), directory / "config.json")
     return kwargs
 
 
@@ -126,10 +130,21 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
     directory = Path(checkpoint)
     if not (directory / ADAPTER).is_file():
         return None
-    read_json(directory / ADAPTER)
+    rank = read_adapter(directory).r
     _check_unchanged(directory)
-    _open(directory / "adapter_model.safetensors")
+    weights = directory / "adapter_model.safetensors"
+    _open(weights)
+    with safe_open(weights, "np") as file:
+        rows = [file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key]  # noqa: SIM118 - safe_open is not a mapping
+    if rows and rank > max(rows):
+        raise CheckpointError(f"{directory / ADAPTER} has r {rank}", expected=f"the rank of its tensors, {max(rows)}", fix="save the adapter again")
     return directory
+
+
+def by_step(output: Path) -> list[tuple[int, Path]]:
+    """The checkpoints that a Trainer left in ``output``, complete or not: (step, directory), in the order of steps."""
+    named = [(path.name.rpartition("-")[2], path) for path in output.glob("checkpoint-*")]
+    return sorted((int(step), path) for step, path in named if step.isdecimal())
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,21 +243,28 @@ def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no valid 'weight_map'", expected="an object of tensor -> file", fix="make the checkpoint again")
-    return {directory / name: {tensor for tensor, shard in weight_map.items() if shard == name} for name in sorted(set(weight_map.values()))}
+    held: dict[str, set[str]] = {}
+    for tensor, name in weight_map.items():
+        held.setdefault(name, set()).add(tensor)
+    return {file_within(directory, name, index): held[name] for name in sorted(held)}
 
 
-def _check_weights(directory: Path, variant: str | None) -> None:
-    for path, tensors in _weight_files(directory, variant).items():
+def _check_weights(directory: Path, variant: str | None) -> list[Path]:
+    """Check that the files of weights are whole, and hold what the index says; returns them."""
+    files = _weight_files(directory, variant)
+    for path, tensors in files.items():
         if not path.is_file():
             raise CheckpointError(
                 f"{directory}'s index names {path.name}, which is absent", fix="copy the missing shard, or make the checkpoint again"
             )
         if missing := tensors - _open(path):
             raise CheckpointError(f"{path} lacks {min(missing)}, which the index says it holds", fix="make the checkpoint again")
+    return list(files)
 
 
 def _open(path: Path) -> set[str]:
     """The names of the tensors in a safetensors file, whose header and length are checked by the library."""
+    check_regular(path)
     try:
         with safe_open(path, "np") as file:
             return set(file.keys())

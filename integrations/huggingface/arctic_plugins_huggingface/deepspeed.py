@@ -28,7 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arctic_plugins.errors import CheckpointError, CodecError
-from arctic_plugins.provenance import read_json, write_provenance
+from arctic_plugins.files import read_json
+from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.merging import Update
 from arctic_plugins_huggingface.rewriting import INDEX, named
@@ -109,11 +110,11 @@ class _Source:
         """The step in, or at, ``path``."""
         step = path
         if not (path / _STATES).is_file():
-            latest = (path / "latest").read_text().strip() if (path / "latest").is_file() else None
+            latest = (path / "latest").read_text(errors="replace").strip() if (path / "latest").is_file() else None
             steps = sorted((found.parent for found in path.glob(f"*/{_STATES}")), key=lambda found: (len(found.name), found.name))
             if not steps:
                 raise CheckpointError(f"{path} has no {_STATES}", expected="a DeepSpeed checkpoint, or a step of it", fix="correct the path")
-            step = path / latest if latest and (path / latest / _STATES).is_file() else steps[-1]
+            step = next((found for found in steps if found.name == latest), steps[-1])
         top = next((folder for folder in (step, step.parent) if (folder / "config.json").is_file()), None)
         if top is None:
             raise CheckpointError(f"neither {step} nor its parent has a config.json", fix="copy the model's beside the steps")

@@ -12,10 +12,11 @@ from torch import Tensor
 from arctic_plugins.claims import compress_names
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import CheckpointError
+from arctic_plugins.files import read_json
 from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs
 from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.frozen.exporting import Converter, Exporter
-from arctic_plugins.provenance import read_json, write_provenance
+from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint
 from arctic_plugins_huggingface.loading import load_config, skeleton

@@ -103,7 +103,7 @@ def end_with_launcher() -> None:
 
 
 def _environment(processes: int | None) -> dict[str, str]:
-    found = {"PATH": _path()}
+    found = {"PATH": _path(), "PYTHONSAFEPATH": "1"}  # no file of the working directory, a checkpoint's for one, stands for a module
     if processes is not None:
         found[_LAUNCHER] = str(os.getpid())
         found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))

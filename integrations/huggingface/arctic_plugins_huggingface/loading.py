@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
 from arctic_plugins.compute import compute_dtype, default_device, dtype_name, reason_for, warning_for
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError
+from arctic_plugins.files import check_keys, read_json
 from arctic_plugins.frozen import METHOD, Codec, ExpertsDispatch, FrozenModule, ModuleCodecs, Placement, PlainCodec, chain
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
@@ -82,6 +84,7 @@ def load_model(
             expected="stage 1 or 2; the 'shard' plugin spreads frozen weights, 'moe' experts",
             fix="correct zero_optimization.stage",
         )
+    kwargs.setdefault("trust_remote_code", False)
     if "gguf_file" not in kwargs:
         kwargs.setdefault("use_safetensors", True)  # never a pickle unless the user asks for one
     kwargs = check_checkpoint(checkpoint, **kwargs)
@@ -158,19 +161,46 @@ def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """
     register()
     try:
-        return AutoConfig.from_pretrained(checkpoint, **kwargs)
+        config = AutoConfig.from_pretrained(checkpoint, **{"trust_remote_code": False, **kwargs})
     except Exception as error:  # configs are code: a bad value can raise anything
+        _own_code(checkpoint, error)
         raise CheckpointError(
             f"{checkpoint}/config.json cannot be read as a model: {reason(error)}", expected="a causal language model", fix="correct the key it names"
         ) from error
+    check_keys({**config.to_dict(), "attn_implementation": config._attn_implementation}, f"{checkpoint}/config.json")
+    return config
 
 
 def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a checkpoint directory or hub id; raises CheckpointError when there is none or it is damaged."""
+    path = Path(checkpoint) / kwargs.get("subfolder", "") / "tokenizer_config.json"
+    if path.is_file():
+        _check_tokenizer(path)
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, **kwargs)
+        return AutoTokenizer.from_pretrained(checkpoint, **{"trust_remote_code": False, **kwargs})
     except Exception as error:  # tokenizers raises bare Exceptions
+        _own_code(checkpoint, error)
         raise CheckpointError(f"the tokenizer of {checkpoint} cannot be read: {reason(error)}", fix="save it beside the model again") from error
+
+
+def _check_tokenizer(path: Path) -> None:
+    """Raise CheckpointError if a ``tokenizer_config.json`` names a class of transformers that is no tokenizer, or another file."""
+    config = read_json(path)
+    named = config.get("tokenizer_class")
+    if named is not None and not re.fullmatch(r"\w*(Tokenizer|TokenizerFast|Backend)", str(named)):
+        raise CheckpointError(f"{path} has tokenizer_class {named!r}", expected="the name of a tokenizer", fix="correct it")
+    if config.get("sp_model_kwargs"):
+        raise CheckpointError(f"{path} has sp_model_kwargs", expected="none: they name files", fix="remove them, if you trust the rest")
+
+
+def _own_code(checkpoint: str | Path, error: Exception) -> None:
+    """Say what to set if the error is that the checkpoint brings code of its own; the library's default would be to ask on the terminal."""
+    if "trust_remote_code" in str(error):
+        raise CheckpointError(
+            f"{checkpoint} brings code of its own, which is not executed",
+            expected="a model that transformers or a plugin knows",
+            fix="read the code, and if you trust it set load: {trust_remote_code: true} in the recipe",
+        ) from error
 
 
 STORED = "stored"
@@ -425,7 +455,9 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -
     chosen = stored_dtype(config) if dtype is None else resolve_dtype(stored_dtype(config), dtype)[0]
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=chosen)
+            # A config whose class is the checkpoint's own code was loaded with trust_remote_code; without it, the library would ask on the terminal.
+            trusted = type(config).__module__.startswith("transformers_modules")
+            return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trusted)
     except Exception as error:  # models are code: a bad size can raise anything
         raise CheckpointError(
             f"no causal language model can be built from config.json (model_type {config.model_type}): {reason(error)}", fix="correct config.json"

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from arctic_plugins.errors import CheckpointError, CodecError
+from arctic_plugins.files import read_json
 from arctic_plugins.frozen import Codec
 from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.frozen.lora import ExpertPairs, load_adapter
-from arctic_plugins.provenance import read_json, write_provenance
+from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory, check_checkpoint
 from arctic_plugins_huggingface.loading import STORED, Claimed, claims, freeze, is_encoded, load_config, load_model
@@ -67,7 +68,7 @@ class Update:
         return merged
 
 
-def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
+def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Path | None = None) -> Path:
     """Merge a LoRA adapter into its base model and write the result, encoded as the adapter's stack says, as a checkpoint of its own.
 
     From a plain base the update is added to the weights as they were before encoding, and the sum is encoded: encoding first would round small
@@ -76,6 +77,11 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
 
     Memory is bounded by the largest safetensors file of a base that is a directory, with LoRA or rsLoRA on linear modules and experts. For a base
     that comes from the hub, other adapters of PEFT, and stacks whose plugins change the model, the whole model is loaded.
+
+    Args:
+        adapter: directory or hub id.
+        directory: a new one.
+        base: directory or hub id of the base model, if it is not where the adapter's config says.
 
     Raises:
         CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing, or does not fit its base.
@@ -86,7 +92,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path) -> Path:
     found = adapter_directory(adapter)
     if found is None:
         raise CheckpointError(f"{adapter} has no adapter_config.json", expected="a LoRA adapter that 'arctic train' wrote", fix="name its directory")
-    stack, base = Stack.from_checkpoint(found), adapter_base(found)
+    stack, base = Stack.from_checkpoint(found), adapter_base(found, base)
     codecs = stack.only("weight_codec")
     others = stack.to_use().without("weight_codec").without("adapter").without("placement")
     if not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:

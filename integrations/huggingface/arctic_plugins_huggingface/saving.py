@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from arctic_plugins.adapter import base_of
 from arctic_plugins.errors import CheckpointError, ConfigError, UserError
 from arctic_plugins.frozen import FrozenModule
-from arctic_plugins.provenance import read_json, write_provenance
+from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory
 from arctic_plugins_huggingface.gathering import is_adapted, is_spread, whole_weights
@@ -110,16 +111,24 @@ def _says_what_is_encoded(config: PreTrainedConfig) -> Iterator[None]:
         config.quantization_config = quantization
 
 
-def load_checkpoint(checkpoint: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_checkpoint(
+    checkpoint: str | Path, stack: Stack | None = None, *, base: str | Path | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load what this project saved, or any model: an adapter directory comes back on its base, encoded as in training.
+
+    Args:
+        checkpoint: directory or hub id.
+        stack: what to apply beside that: placements, which are never taken from a checkpoint.
+        base: of an adapter, if it is not where its config says.
 
     Raises:
         CheckpointError: see :func:`~arctic_plugins_huggingface.load_model` and :func:`adapter_base`.
     """
     adapter = adapter_directory(checkpoint)
     if adapter is None:
-        return load_model(checkpoint)
-    model, tokenizer = load_model(adapter_base(adapter), Stack.from_checkpoint(adapter).to_use().without("adapter"))
+        return load_model(checkpoint, stack)
+    recorded = Stack.from_checkpoint(adapter).to_use().without("adapter")
+    model, tokenizer = load_model(adapter_base(adapter, base), Stack((*recorded, *(stack or ()))))
     from arctic_plugins.frozen.lora import load_adapter
 
     return load_adapter(model, adapter).eval(), own_tokenizer(adapter) or tokenizer
@@ -130,15 +139,17 @@ def own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
     return load_tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
 
 
-def adapter_base(adapter: Path) -> str:
-    """The model that the PEFT adapter in the directory ``adapter`` was trained on.
+def adapter_base(adapter: Path, base: str | Path | None = None) -> str:
+    """The model that the PEFT adapter in the directory ``adapter`` was trained on, or ``base`` if it is given.
 
     Raises:
-        CheckpointError: its config does not name a base.
+        CheckpointError: its config does not name a base, or one inside of ``adapter``.
     """
-    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if not base or not isinstance(base, str):
-        raise CheckpointError(f"{adapter}/adapter_config.json names no base model", fix="set its base_model_name_or_path")
+    if base is not None:
+        return str(base)
+    base = base_of(adapter)
+    if Path(base).resolve().is_relative_to(Path(adapter).resolve()):
+        raise CheckpointError(f"{adapter} brings {base} as its own base", expected="a model that you chose", fix=f"--base {base}, if you trust it")
     return base
 
 

@@ -27,6 +27,7 @@ from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_director
 from arctic_plugins_huggingface.data import DataCounts, TrainingData, load_data
 from arctic_plugins_huggingface.gathering import is_spread
 from arctic_plugins_huggingface.loading import load_model, load_tokenizer, only_hub
+from arctic_plugins_huggingface.locking import in_use_by_us
 from arctic_plugins_huggingface.progress import TrainingProgress
 from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.saving import save_checkpoint, writing
@@ -163,6 +164,20 @@ def train(
         check_files(output / "final")
         return None
     check_output(output, new=not resume and not overwrite)
+    with in_use_by_us(output):
+        return _train(recipe, output, resume, overwrite, callbacks, loaded, console)
+
+
+def _train(
+    recipe: Recipe,
+    output: Path,
+    resume: bool,
+    overwrite: bool,
+    callbacks: list[TrainerCallback] | None,
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
+    console: Console,
+) -> TrainingResult:
+    """:func:`train` in an ``output`` that is this run's alone."""
     run = prepare(recipe)
     if not recipe.data.streaming:
         held_out = f"; {len(run.data.eval):,} rows to evaluate on" if run.data.eval is not None else ""
@@ -284,7 +299,7 @@ def _resume_from(run: Run, output: Path, console: Console) -> Path | None:
         console.print(f"{output} has no complete checkpoint: training starts from the beginning", highlight=False, soft_wrap=True)
         return None
     # Where weights are kept changes no number: a run may go on with another placement, or on another number of machines.
-    if Stack.from_checkpoint(start).without("placement").sha256() != run.stack.without("placement").sha256():
+    if Stack.recorded(start).without("placement").sha256() != run.stack.without("placement").sha256():
         raise ConfigError(f"{start} was made with other plugins or options than the recipe's", fix="give the recipe those of its arctic_plugins.json")
     deepspeed = bool(run.arguments.deepspeed)
     state = "latest" if deepspeed else "optimizer.pt"  # DeepSpeed keeps the optimizer in a directory of its own, which this file names

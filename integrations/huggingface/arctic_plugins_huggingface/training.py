@@ -22,6 +22,8 @@ from arctic_plugins.errors import CheckpointError
 from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
+from arctic_plugins_huggingface.checkpoints import by_step
+from arctic_plugins_huggingface.finite import FiniteGuard
 from arctic_plugins_huggingface.gathering import is_spread
 from arctic_plugins_huggingface.modules import split_conversions
 from arctic_plugins_huggingface.restoring import restore_weights
@@ -69,7 +71,7 @@ class _CommitCallback(TrainerCallback):
 
     def _remove_older(self, output: Path, keep: set[Path]) -> None:
         """As the Trainer's ``rotate_checkpoints``, but an incomplete checkpoint of a higher step neither counts nor is taken for the newest."""
-        complete = [path for _, path in _by_step(output) if (path / FILE_NAME).is_file()]
+        complete = [path for _, path in by_step(output) if (path / FILE_NAME).is_file()]
         for path in complete[: max(0, len(complete) - self.limit)] if self.limit else []:
             if path not in keep:
                 shutil.rmtree(path, ignore_errors=True)
@@ -89,6 +91,7 @@ def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
         _restore_converted(trainer)
     if trainer.is_deepspeed_enabled:
         _keep_encoded(trainer)
+    trainer.add_callback(FiniteGuard(trainer))
     trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))
     trainer.args.save_total_limit = None
     stack.hf_attach_trainer(trainer)
@@ -129,7 +132,7 @@ def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
     A save that was cut off has no ``arctic_plugins.json``; one that was damaged since does not agree with it.
     """
     ignored: list[str] = []
-    for _, path in reversed(_by_step(Path(output_dir))):
+    for _, path in reversed(by_step(Path(output_dir))):
         try:
             check_files(path)
         except CheckpointError as error:
@@ -137,11 +140,6 @@ def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
         else:
             return path, ignored
     return None, ignored
-
-
-def _by_step(output: Path) -> list[tuple[int, Path]]:
-    named = [(path.name.rpartition("-")[2], path) for path in output.glob("checkpoint-*")]
-    return sorted((int(step), path) for step, path in named if step.isdecimal())
 
 
 class GracefulStop(TrainerCallback):

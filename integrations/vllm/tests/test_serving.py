@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from arctic_plugins_vllm import serving
-from arctic_plugins_vllm.serving import server_command
+from arctic_plugins_vllm.server import parse
+from arctic_plugins_vllm.serving import server_options
 from safetensors.torch import save_file
 
 from arctic_plugins import Stack, compute
@@ -25,7 +26,7 @@ def make(directory, config, *, adapter_of=None, plugins=None):
     if adapter_of is None:
         (directory / "config.json").write_text(json.dumps(config))
     else:
-        (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter_of), "r": 4}))
+        (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter_of), "r": 4, "lora_alpha": 8}))
     if plugins is not None:
         write_provenance(directory, Stack.from_dict(plugins))
     return directory
@@ -43,49 +44,70 @@ def on_cpu(monkeypatch):
     monkeypatch.setattr(serving, "is_native", lambda *_: True)
 
 
-def flags(*arguments, **options):
-    command, environment = server_command(*arguments, **options)
-    assert command[:2] == ["-m", "vllm.entrypoints.openai.api_server"]
-    return " ".join(command[2:]), environment
-
-
 def test_a_checkpoint_needs_no_option(base, monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    line, environment = flags(str(base))
-    assert line == f"--model {base} --enforce-eager"
-    assert environment == {"VLLM_CPU_KVCACHE_SPACE": "2"}
+    assert server_options(str(base)) == ({"model": str(base), "enforce_eager": True}, {"VLLM_CPU_KVCACHE_SPACE": "2"})
     monkeypatch.setattr(serving, "_runs_on_cpu", lambda: False)
-    assert flags(str(base)) == (f"--model {base}", {})
+    assert server_options(str(base)) == ({"model": str(base)}, {})
 
 
 def test_what_the_processor_does_not_multiply_is_served_in_float32(base, monkeypatch):
     for module in (serving, compute):
         monkeypatch.setattr(module, "is_native", lambda dtype, *_: dtype == torch.float32)
-    assert flags(str(base))[0] == f"--model {base} --dtype float32 --enforce-eager"
-    assert flags(str(base), ["--dtype", "bfloat16"])[0] == f"--model {base} --enforce-eager --dtype bfloat16"
+    assert server_options(str(base))[0] == {"model": str(base), "dtype": "float32", "enforce_eager": True}
+    assert "dtype" not in server_options(str(base), ["--dtype", "bfloat16"])[0]
 
 
 def test_what_the_user_says_wins(base, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
-    line, environment = flags(str(base), ["--port", "1234", "--model=other", "--no-enforce-eager"])
-    assert line == "--port 1234 --model=other --no-enforce-eager"
+    options = ["--port", "1234", "--model=other", "--no-enforce-eager", "--lora-modules", "mine=here"]
+    values, environment = server_options(str(base), options)
     assert environment == {}
+    args = parse({**values, "max_lora_rank": 8, "lora_modules": [{"name": "adapter", "path": "there"}]}, options)
+    assert (args.port, args.model, args.enforce_eager, args.max_lora_rank) == (1234, "other", False, 8)
+    assert [(module.name, module.path) for module in args.lora_modules] == [("mine", "here")]
+
+
+def test_a_value_is_never_read_as_an_option(tmp_path):
+    """What an adapter's file says, spelled as the flags that made vLLM import a file: a value stays one, whatever it looks like."""
+    evil = tmp_path / "evil.py"
+    evil.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    flags = [f"--tool-parser-plugin={evil}", "--enable-auto-tool-choice", "--tool-call-parser=hermes", "--trust-remote-code"]
+    modules = [{"name": flags[0], "path": flags[1]}]
+    args = parse({"model": flags[3], "lora_target_modules": flags, "lora_modules": modules, "hf_overrides": {flags[0]: flags[1]}}, ["--port", "1234"])
+    assert args.lora_target_modules == flags
+    assert (args.model, args.lora_modules[0].name, args.hf_overrides) == (flags[3], flags[0], {flags[0]: flags[1]})
+    assert (args.trust_remote_code, args.tool_parser_plugin, args.enable_auto_tool_choice, args.tool_call_parser) == (False, "", False, None)
+    assert not (tmp_path / "executed").exists()
+    with pytest.raises(ConfigError, match="sets vLLM's option 'maximum_rank', which this version does not have"):
+        parse({"maximum_rank": 8}, [])
 
 
 def test_an_adapter_is_served_over_its_encoded_base(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
-    line, _ = flags(str(adapter))
-    assert line == f"--model {base} --enable-lora --max-lora-rank 8 --lora-modules adapter={adapter} --enforce-eager"
+    values, _ = server_options(str(adapter), base=str(base))
+    modules = [{"name": "adapter", "path": str(adapter)}]
+    assert values == {"model": str(base), "enable_lora": True, "max_lora_rank": 8, "lora_modules": modules, "enforce_eager": True}
+
+
+def test_a_base_on_this_machine_is_shown_and_asked_for(base, tmp_path):
+    adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
+    with pytest.raises(ConfigError, match=f"names {base}, a directory of this machine, as its base; .*; arctic serve {adapter} --base {base}"):
+        server_options(str(adapter))
+    inside = make(tmp_path / "inside", None, adapter_of=tmp_path / "inside" / "base", plugins={"lora": {"r": 4}})
+    (inside / "base").mkdir()
+    with pytest.raises(ConfigError, match="a directory of this machine, as its base"):
+        server_options(str(inside))
 
 
 def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
     plain = make(tmp_path / "plain", {})
     adapter = make(tmp_path / "adapter", None, adapter_of=plain, plugins={"fp8": {}, "lora": {"r": 4}})
     with pytest.raises(ConfigError, match=f"its base {plain} is plain; 'arctic quantize {plain} BASE --plugins fp8' and 'arctic serve"):
-        server_command(str(adapter))
-    assert f"--model {base}" in flags(str(adapter), base=str(base))[0]
+        server_options(str(adapter), base=str(plain))
+    assert server_options(str(adapter), base=str(base))[0]["model"] == str(base)
     unencoded = make(tmp_path / "unencoded", None, adapter_of=plain, plugins={"lora": {"r": 4}})
-    assert f"--model {plain} --enable-lora" in flags(str(unencoded))[0]
+    assert server_options(str(unencoded), base=str(plain))[0]["model"] == str(plain)
 
 
 @pytest.mark.parametrize(
@@ -104,47 +126,48 @@ def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
 def test_what_cannot_be_served_is_said_before_the_server_starts(tmp_path, config, error, message):
     directory = tmp_path / "nothing" if config is None else make(tmp_path / "checkpoint", config)
     with pytest.raises(error, match=message):
-        server_command(str(directory))
+        server_options(str(directory))
 
 
 def test_a_base_that_is_encoded_otherwise_is_not_served_under_the_adapter(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {"group_size": 64}, "lora": {"r": 4}})
     with pytest.raises(ConfigError, match="was trained over weights encoded by .*'group_size': 64.*, and .* was made with .*'group_size': 'channel'"):
-        server_command(str(adapter), base=str(base))
+        server_options(str(adapter), base=str(base))
 
 
 def test_a_damaged_adapter_is_not_served(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json (has 1 bytes|is not valid JSON)"):
-        server_command(str(adapter))
+        server_options(str(adapter))
 
 
 def test_base_is_for_adapters(base):
     with pytest.raises(ConfigError, match="--base is for adapters"):
-        server_command(str(base), base=str(base))
+        server_options(str(base), base=str(base))
 
 
 def test_a_hub_id_goes_to_vllm_as_it_is():
-    assert flags("some/model")[0] == "--model some/model"
+    assert server_options("some/model")[0] == {"model": "some/model"}
 
 
 def test_an_adapter_of_another_program_says_so(base, tmp_path):
     with pytest.raises(CheckpointError, match=r"is an adapter without arctic_plugins\.json"):
-        server_command(str(make(tmp_path / "adapter", None, adapter_of=base)))
+        server_options(str(make(tmp_path / "adapter", None, adapter_of=base)))
 
 
 def test_an_adapter_is_named_after_its_directory_wherever_one_stands(base, tmp_path, monkeypatch):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     monkeypatch.chdir(adapter)
-    assert f"--lora-modules adapter={adapter} --enforce-eager" in flags(".")[0]
+    assert server_options(".", base=str(base))[0]["lora_modules"] == [{"name": "adapter", "path": str(adapter)}]
 
 
 @pytest.mark.parametrize("options", [["--model", "BASE"], ["--model=BASE"]])
 def test_the_base_of_an_adapter_may_be_given_as_vllms_model(base, tmp_path, options):
     adapter = make(tmp_path / "adapter", None, adapter_of=make(tmp_path / "plain", {}), plugins={"fp8": {}, "lora": {"r": 4}})
-    options = [option.replace("BASE", str(base)) for option in options]
-    assert flags(str(adapter), options)[0].endswith(" ".join(options))
+    server_options(str(adapter), [option.replace("BASE", str(base)) for option in options])
+    with pytest.raises(ConfigError, match="names .*plain, a directory of this machine"):
+        server_options(str(adapter))
 
 
 def test_the_checkpoint_comes_before_the_options(capsys):
@@ -157,12 +180,10 @@ def test_the_checkpoint_comes_before_the_options(capsys):
 def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     plain = tiny_llama(tmp_path / "plain")
-    line, _ = flags(str(plain), plugins=Stack.from_dict({"fp8": {"include": ["**.mlp.*"], "group_size": 64}}))
-    start, _, overrides = line.partition(" --hf-overrides ")
-    assert start == f"--model {plain}"
-    assert overrides.endswith("--enforce-eager")
-    found = json.loads(overrides.removesuffix("--enforce-eager"))["quantization_config"]
-    assert found == {
+    monkeypatch.setattr(serving, "_check_heads", lambda model: None)
+    values, _ = server_options(str(plain), plugins=Stack.from_dict({"fp8": {"include": ["**.mlp.*"], "group_size": 64}}))
+    assert (values["model"], values["enforce_eager"]) == (str(plain), True)
+    assert values["hf_overrides"]["quantization_config"] == {
         "quant_method": "arctic",
         "format": 1,
         "on_the_fly": True,
@@ -176,10 +197,31 @@ def test_what_cannot_be_encoded_on_the_fly_is_told(base, tmp_path):
     encoded = make(tmp_path / "encoded", ENCODED)
     save_file({}, encoded / "model.safetensors")
     with pytest.raises(ConfigError, match="is quantized already"):
-        server_command(str(encoded), plugins=fp8)
+        server_options(str(encoded), plugins=fp8)
     with pytest.raises(ConfigError, match="the plugins change nothing"):
-        server_command(str(plain), plugins=Stack.from_dict({"lora": {}}))
+        server_options(str(plain), plugins=Stack.from_dict({"lora": {}}))
     with pytest.raises(ConfigError, match="--plugins and --hf-overrides both"):
-        server_command(str(plain), ["--hf-overrides={}"], plugins=fp8)
+        server_options(str(plain), ["--hf-overrides={}"], plugins=fp8)
     with pytest.raises(ConfigError, match="--plugins is for models"):
-        server_command(str(make(tmp_path / "adapter", None, adapter_of=base, plugins={"lora": {}})), plugins=fp8)
+        server_options(str(make(tmp_path / "adapter", None, adapter_of=base, plugins={"lora": {}})), plugins=fp8)
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        ({"head_dim": 16}, True),
+        ({"hidden_size": 64, "num_attention_heads": 4}, True),
+        ({"text_config": {"head_dim": 48}}, True),
+        ({"head_dim": 64, "hidden_size": 64, "num_attention_heads": 4}, False),
+        ({"hidden_size": 64, "num_attention_heads": 0}, False),
+        ({"head_dim": 72, "kv_lora_rank": 512}, False),  # latent attention has sizes of its own
+        ({}, False),
+    ],
+)
+def test_heads_that_vllms_attention_does_not_have_are_refused(tmp_path, config, refused):
+    model = make(tmp_path / "model", config)
+    if refused:
+        with pytest.raises(CheckpointError, match=r"has heads of (16|48); expected one of 32, 64, .* in vLLM on CPU"):
+            server_options(str(model))
+    else:
+        server_options(str(model))

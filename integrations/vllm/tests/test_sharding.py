@@ -11,7 +11,7 @@ import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register, save_checkpoint
 from arctic_plugins_vllm import quantization, serving
-from arctic_plugins_vllm.serving import made_for, server_command
+from arctic_plugins_vllm.serving import made_for, server_options
 from safetensors.torch import load_file
 
 from arctic_plugins import Stack
@@ -126,19 +126,19 @@ def test_the_server_is_told_by_itself(checkpoints, monkeypatch):
     monkeypatch.setattr(serving, "_runs_on_cpu", lambda: True)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 2, 5, 7}, raising=False)
     monkeypatch.delenv("VLLM_CPU_OMP_THREADS_BIND", raising=False)
-    command, environment = server_command(str(split), ["--port", "1234"])
-    assert "--load-format sharded_state --tensor-parallel-size 2" in " ".join(command)
+    values, environment = server_options(str(split), ["--port", "1234"])
+    assert (values["load_format"], values["tensor_parallel_size"]) == ("sharded_state", 2)
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "1,2|5,7"
-    assert "--load-format" not in server_command(str(encoded))[0]
+    assert "load_format" not in server_options(str(encoded))[0]
     with pytest.raises(ConfigError, match="was made for 2 processes, and --tensor-parallel-size is 4; leave the option out"):
-        server_command(str(split), ["--tensor-parallel-size", "4"])
+        server_options(str(split), ["--tensor-parallel-size", "4"])
 
 
 def test_a_file_that_was_changed_is_found(checkpoints, tmp_path):
     shutil.copytree(checkpoints["llama"][2], tmp_path / "copy")
     (tmp_path / "copy" / "model-rank-1-part-0.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"model-rank-1-part-0\.safetensors is missing"):
-        server_command(str(tmp_path / "copy"))
+        server_options(str(tmp_path / "copy"))
 
 
 @pytest.mark.parametrize(

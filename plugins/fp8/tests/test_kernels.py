@@ -349,12 +349,23 @@ def compiler(tmp_path, monkeypatch):
 
 
 def test_a_library_that_cannot_be_loaded_leaves_the_reference(compiler):
-    build.library().write_bytes(b"not a library")
-    done = subprocess.run(
-        [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"], capture_output=True, text=True, timeout=300
-    )
+    garbage = compiler.with_name("garbage")
+    garbage.write_text('#!/bin/sh\nwhile [ $# -gt 0 ] && [ "$1" != -o ]; do shift; done\n[ $# -gt 0 ] && echo no library > "$2"\nexit 0\n')
+    garbage.chmod(0o755)
+    environment = {**os.environ, "CXX": str(garbage), "XDG_CACHE_HOME": str(compiler.parent)}
+    command = [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "could not be built or loaded" in done.stderr
+
+
+def test_a_library_that_was_cut_is_built_again(compiler):
+    whole = build.library().read_bytes()
+    assert build.library().read_bytes() == whole
+    assert compiler.read_text() == "linked\n"
+    build.library().write_bytes(whole[: len(whole) // 2])
+    assert build.library().read_bytes() == whole
+    assert compiler.read_text() == "linked\n" * 2
 
 
 @pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())

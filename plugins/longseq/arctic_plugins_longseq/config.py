@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from arctic_plugins.plugin import PluginConfig
+from arctic_plugins.plugin import THIS_MACHINE, PluginConfig
 
 __all__ = ["LongSeqConfig"]
 
@@ -27,5 +27,5 @@ class LongSeqConfig(PluginConfig):
     ``gradient_checkpointing: true``."""
     offload_activations: bool = False
     """Keep what the backward pass needs in host memory instead of the GPU's, with TRL's streams; with ``recompute``, the inputs of layers."""
-    sequence_parallel: Annotated[int, Field(ge=1)] = 1
+    sequence_parallel: Annotated[int, Field(ge=1), THIS_MACHINE] = 1
     """Processes that share every text: each has some of its tokens, and some heads of all tokens in attention. A divisor of the processes."""

@@ -37,8 +37,11 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     )
     try:
         with only_modules(model, always=options.experts):
-            return get_peft_model(model, with_frozen_layer(config))  # type: ignore[return-value]
+            adapted: PeftModel = get_peft_model(model, with_frozen_layer(config))  # type: ignore[assignment]
     except ValueError as error:
         if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
             raise
         raise ConfigError(f"plugins.lora.target_modules {targets!r} names no module of this model", fix="use 'all-linear'") from error
+    if isinstance(config.target_modules, str):  # an expression of the recipe: an adapter's file names modules, which is all that is read from one
+        config.target_modules = set(adapted.base_model.targeted_module_names)
+    return adapted

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from arctic_plugins import Plugin, hookimpl
+from arctic_plugins.adapter import ADAPTER, base_of, read_adapter
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.provenance import read_json
 from arctic_plugins_lora.config import LoraOptions
 
 __all__ = ["LoRA"]
@@ -41,19 +41,16 @@ class LoRA(Plugin):
 
     @hookimpl
     def vllm_engine_args(self, checkpoint: Path) -> Mapping[str, Any] | None:
-        adapter = checkpoint / "adapter_config.json"
-        if not adapter.is_file():
+        if not (checkpoint / ADAPTER).is_file():
             return None
-        config = read_json(adapter)
-        if type(config.get("r")) is not int:
-            raise CheckpointError(f"{adapter} has r {config.get('r')!r}", expected="a rank", fix="save the adapter again")
-        if not config.get("base_model_name_or_path"):
-            raise CheckpointError(f"{adapter} names no base model", fix="set its base_model_name_or_path")
-        if config["r"] > MAX_LORA_RANKS[-1]:
-            raise CheckpointError(f"{adapter} has rank {config['r']}", expected=f"at most {MAX_LORA_RANKS[-1]} in vLLM", fix="merge the adapter")
+        config = read_adapter(checkpoint)
+        rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
+        if rank > MAX_LORA_RANKS[-1]:
+            found, most = f"{checkpoint / ADAPTER} has rank {rank}", f"at most {MAX_LORA_RANKS[-1]} in vLLM"
+            raise CheckpointError(found, expected=most, fix="merge the adapter")
         return {
-            "model": config["base_model_name_or_path"],
+            "model": base_of(checkpoint),
             "enable_lora": True,
-            "max_lora_rank": next(rank for rank in MAX_LORA_RANKS if rank >= config["r"]),
-            "lora_modules": [f"{checkpoint.name}={checkpoint}"],
+            "max_lora_rank": next(known for known in MAX_LORA_RANKS if known >= rank),
+            "lora_modules": [{"name": checkpoint.name, "path": str(checkpoint)}],
         }

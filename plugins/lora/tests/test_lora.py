@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from arctic_plugins_huggingface import load_model
+from arctic_plugins_huggingface import load_model, save_checkpoint
+from arctic_plugins_huggingface.saving import load_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack
+from arctic_plugins.adapter import read_adapter
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import FrozenLinear
 from arctic_plugins.frozen.lora import FrozenLoraLinear, load_adapter
@@ -127,6 +129,17 @@ def test_variants_that_need_plain_weights_are_refused(tiny_checkpoint, tmp_path)
 def test_target_modules_that_match_nothing(tiny_checkpoint):
     with pytest.raises(ConfigError, match="target_modules .*'nothing'.* names no module"):
         load_model(tiny_checkpoint, Stack.from_dict({"lora": {"target_modules": ["nothing"]}}))
+
+
+def test_an_expression_of_the_recipe_is_saved_as_the_names_it_stands_for(tiny_checkpoint, tmp_path):
+    """Nobody reads regular expressions out of a file, which may be a stranger's."""
+    stack = Stack.from_dict({"fp8": FP8, "lora": {"target_modules": r".*\.0\..*\.(q|v)_proj", "r": 4}})
+    model, tokenizer = load_model(tiny_checkpoint, stack)
+    save_checkpoint(randomize(model), tokenizer, tmp_path / "adapter", stack)
+    names = {f"model.layers.0.self_attn.{leaf}_proj" for leaf in "qv"}
+    assert set(read_adapter(tmp_path / "adapter").target_modules) == names
+    assert load_checkpoint(tmp_path / "adapter")[0].targeted_module_names == model.targeted_module_names
+    assert torch.equal(load_checkpoint(tmp_path / "adapter")[0](IDS).logits, model.eval()(IDS).logits)
 
 
 def test_rslora_scales_by_the_root(tiny_checkpoint):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from arctic_plugins.plugin import PluginConfig
+from arctic_plugins.plugin import THIS_MACHINE, PluginConfig
 
 __all__ = ["MoEConfig"]
 
@@ -14,7 +14,7 @@ __all__ = ["MoEConfig"]
 class MoEConfig(PluginConfig):
     """What stands under ``moe:`` in a recipe."""
 
-    expert_parallel: Annotated[int, Field(ge=1)] = 1
+    expert_parallel: Annotated[int, Field(ge=1), THIS_MACHINE] = 1
     """Processes that hold the experts of one copy of the model together, neighbours by rank. They have different batches; processes at the same place
     in different groups hold the same experts, whose gradients they average."""
     overlap_degree: Annotated[int, Field(ge=1)] = 4

@@ -13,7 +13,7 @@ import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register, save_checkpoint
 from arctic_plugins_huggingface.saving import load_checkpoint
-from arctic_plugins_vllm.serving import on_the_fly, server_command
+from arctic_plugins_vllm.serving import on_the_fly, server_options
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
@@ -204,8 +204,8 @@ def test_compiled_in_one_process_and_in_two_stages(plain, encoded, cache):
 
 def test_an_adapter_is_served_without_adapters_of_experts(encoded, tmp_path):
     adapter = with_adapter(encoded, {"fp8": {}}, tmp_path / "adapter", ["q_proj", "v_proj"])
-    command, _ = server_command(str(adapter))
-    assert "--lora-target-modules q_proj v_proj" in " ".join(command)
+    values, _ = server_options(str(adapter), base=str(encoded))
+    assert values["lora_target_modules"] == ["q_proj", "v_proj"]
 
 
 def test_vllm_finds_config_and_tokenizer(plain, tmp_path):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, field_serializer, model_validator
 
-from arctic_plugins.plugin import PluginConfig
+from arctic_plugins.plugin import THIS_MACHINE, PluginConfig
 
 __all__ = ["OffloadConfig"]
 
@@ -24,7 +24,7 @@ class OffloadConfig(PluginConfig):
     to: Literal["host", "disk"] = "host"
     """``host``: pinned memory, copied to the device ahead of use. ``disk``: files that are mapped, read ahead of use, and dropped from memory after
     it; also for machines without a GPU."""
-    path: str | None = None
+    path: Annotated[str | None, THIS_MACHINE] = None
     """Directory for the files of ``disk``: a local disk, not a file system in memory. Left out: ``~/.cache/arctic_plugins/offload``."""
     prefetch: Annotated[int, Field(ge=0, le=64)] = 2
     """Weights that are fetched ahead."""

@@ -51,7 +51,7 @@ class DiskStore:
         """
         path = self.directory / f"{uuid4().hex}.safetensors"  # other processes, of other machines too, may write here
         try:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             save_file({f"weight{suffix}": buffer.detach().contiguous() for suffix, buffer in buffers.items()}, path)
             weight = DiskWeight(self, name, path, buffers)
         except (OSError, SafetensorError) as error:

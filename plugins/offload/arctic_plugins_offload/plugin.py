@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from arctic_plugins import Claim, LinearSpec, Plugin, hookimpl
+from arctic_plugins.cache import cache_directory
 from arctic_plugins.claims import matches
 from arctic_plugins.errors import ClaimError
 from arctic_plugins_offload.config import OffloadConfig
@@ -38,7 +39,7 @@ class Offload(Plugin):
     def claim(self, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:
         from arctic_plugins_offload.placement import OffloadPlacement
 
-        placement = OffloadPlacement(self.options, self.directory())
+        placement = OffloadPlacement(self.options, self.directory() if self.options.to == "disk" else Path())
         patterns = self.options.select if isinstance(self.options.select, tuple) else ("**",)
         for pattern in patterns:
             if not any(matches(pattern, name) for name in modules):
@@ -47,7 +48,7 @@ class Offload(Plugin):
 
     def directory(self) -> Path:
         """Where files go."""
-        return Path(self.options.path).expanduser() if self.options.path else Path.home() / ".cache" / "arctic_plugins" / "offload"
+        return Path(self.options.path).expanduser() if self.options.path else cache_directory("offload")
 
 
 def file_system(path: Path) -> str | None:

@@ -190,6 +190,16 @@ def test_a_weight_that_changes_gets_a_file_of_its_own(tiny_checkpoint, tmp_path)
     torch.testing.assert_close(layer.decode(), before * 2)
 
 
+def test_the_directory_may_go_when_weights_are_in_it(tiny_checkpoint, tmp_path):
+    where = tmp_path / "disk"
+    model, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"to": "disk", "path": str(where)}}))
+    ids = torch.arange(10, 42)[None]
+    before = model(ids).logits
+    assert list(where.iterdir()) == []  # files lose their names as soon as they are mapped
+    where.rmdir()
+    assert torch.equal(model(ids).logits, before)
+
+
 def test_no_room_is_said_before_anything_is_read(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(ConfigError, match=r"has 0.0 GB free; expected .* GB for the weights that go there"):

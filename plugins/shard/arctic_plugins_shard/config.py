@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from arctic_plugins.plugin import PluginConfig
+from arctic_plugins.plugin import THIS_MACHINE, PluginConfig
 
 __all__ = ["ShardConfig"]
 
@@ -14,7 +14,7 @@ __all__ = ["ShardConfig"]
 class ShardConfig(PluginConfig):
     """What stands under ``shard:`` in a recipe."""
 
-    group_size: Annotated[int, Field(ge=2)] | None = None
+    group_size: Annotated[Annotated[int, Field(ge=2)] | None, THIS_MACHINE] = None
     """Processes that hold one copy of the weights together, neighbours by rank: the GPUs of a node, for gathers inside it. Left out: all."""
     include: tuple[str, ...] = ("**",)
     """Modules to shard, of those that are encoded: dotted names with ``*`` (within a component) and ``**`` (across components)."""

@@ -11,18 +11,24 @@ __all__ = ["generate"]
 @click.argument("checkpoint")
 @click.argument("prompt")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Length of the answer at most.")
-def generate(checkpoint: str, prompt: str, max_new_tokens: int) -> None:
+@click.option("--plugins", help="What to apply while loading, 'offload' for one: names, separated by commas, or JSON as for 'arctic quantize'.")
+@click.option("--base", help="An adapter's base model, a directory or hub id, if it is not where the adapter says.")
+def generate(checkpoint: str, prompt: str, max_new_tokens: int, plugins: str | None, base: str | None) -> None:
     """Answer PROMPT greedily with CHECKPOINT: a model (plain or encoded, a directory or hub id) or an adapter directory.
 
     \b
     Example:
       arctic generate out-merged "Name three rivers."
+      arctic generate out/final "Name three rivers." --plugins '{"offload": {"to": "disk"}}'
     """
+    from arctic_plugins.stack import Stack, parse_plugins
+
+    stack = Stack() if plugins is None else Stack.from_dict(parse_plugins(plugins))
     from arctic_plugins_huggingface.cli import importing, quiet_hosts
 
     with importing():
         quiet_hosts()
         from arctic_plugins_huggingface.generation import answer
         from arctic_plugins_huggingface.saving import load_checkpoint
-    model, tokenizer = load_checkpoint(checkpoint)
+    model, tokenizer = load_checkpoint(checkpoint, stack, base=base)
     click.echo(next(iter(answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens))))

@@ -10,7 +10,8 @@ __all__ = ["merge"]
 @click.command(short_help="Merge a LoRA adapter into its base model.")
 @click.argument("adapter", type=click.Path())
 @click.argument("out", type=click.Path())
-def merge(adapter: str, out: str) -> None:
+@click.option("--base", help="The adapter's base model, a directory or hub id, if it is not where the adapter says.")
+def merge(adapter: str, out: str, base: str | None) -> None:
     """Merge ADAPTER (a directory that 'arctic train' wrote) into its base model and write the checkpoint OUT, encoded as in training.
 
     \b
@@ -21,4 +22,4 @@ def merge(adapter: str, out: str) -> None:
     from arctic_plugins_huggingface.merging import merge_adapter
 
     quiet_hosts()
-    click.echo(f"saved in {merge_adapter(adapter, out)}")
+    click.echo(f"saved in {merge_adapter(adapter, out, base=base)}")

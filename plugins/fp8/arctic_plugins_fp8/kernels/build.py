@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+from arctic_plugins.cache import cache_directory
+
 __all__ = ["BuildError", "library", "obstacle"]
 
 logger = logging.getLogger(__name__)
@@ -51,10 +53,11 @@ def obstacle() -> str:
 
 
 def library() -> Path:
-    """The shared library with the kernels, built now if it never was for these sources, this compiler and this torch.
+    """The shared library with the kernels, built now if it never was for these sources, this compiler and this torch, or is not what was built.
 
     Raises:
         BuildError: the compiler failed; its output is kept beside where the library would be.
+        UserError: there is no directory for it that only this user can write to.
     """
     import torch
 
@@ -64,17 +67,23 @@ def library() -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())] + [repr((FLAGS, INSTRUCTION_SETS, TORCH, version, torch.__version__)).encode()]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    path = cache_home / "arctic_plugins" / "kernels" / f"fp8-{key}.so"
-    if path.exists():
+    path = cache_directory("kernels") / f"fp8-{key}.so"
+    if _is_whole(path):
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / f"fp8-{key}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system when the process ends, however it ends
-        if not path.exists():
+        if not _is_whole(path):
             logger.info("building the CPU kernels of fp8, once")
             _build(compiler, Path(torch.__file__).parent, path)
     return path
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is what :func:`_build` made: loading one that was cut can end the process."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == path.with_suffix(".sha256").read_text()
+    except (OSError, ValueError):
+        return False
 
 
 def _build(compiler: str, torch_home: Path, path: Path) -> None:
@@ -93,6 +102,7 @@ def _build(compiler: str, torch_home: Path, path: Path) -> None:
                     log = path.with_suffix(".log")
                     log.write_text(f"{' '.join(done.args)}\n{done.stdout}{done.stderr}")
                     raise BuildError(f"{Path(compiler).name} exited with {done.returncode}, see {log}")
+        path.with_suffix(".sha256").write_text(hashlib.sha256((out / "fp8.so").read_bytes()).hexdigest())
         os.replace(out / "fp8.so", path)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arctic_plugins.errors import ConfigError
+from arctic_plugins.errors import ConfigError, UserError
 from arctic_plugins_fp8.kernels import build, reference
 
 __all__ = [
@@ -158,7 +158,7 @@ def _load() -> str:
         return ""
     try:
         torch.ops.load_library(build.library())
-    except (build.BuildError, OSError) as error:
+    except (build.BuildError, UserError, OSError) as error:
         logger.warning("the CPU kernels of fp8 could not be built or loaded, slower ones in torch are used: %s", error)
         return ""
     found: str = torch.ops.arctic_fp8.use(wanted or CAPPED.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), ""))

@@ -1,0 +1,79 @@
+"""One run at a time in an output directory."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from arctic_plugins.errors import ConfigError
+
+__all__ = ["LOCK", "in_use_by_us"]
+
+LOCK = ".arctic_plugins.lock"
+"""In an output directory for as long as a run writes to it; says who does. What counts is the system's lock, which ends with its process."""
+
+
+@contextmanager
+def in_use_by_us(output: Path) -> Iterator[None]:
+    """Keep other runs out of ``output``, which is made if it is not there, for the time of the block; the first of several processes does.
+
+    Raises:
+        ConfigError: another run has it; names its process and host.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    new = not output.exists()
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / LOCK
+    file = _lock(path)
+    try:
+        yield
+    finally:
+        if file is not None:
+            path.unlink(missing_ok=True)
+            file.close()
+        if new:
+            with suppress(OSError):  # something is in it
+                output.rmdir()
+
+
+def _lock(path: Path) -> IO[str] | None:
+    """The locked file; None where the system or the file system has no locks."""
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    while True:
+        try:
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+", encoding="utf-8")
+        except OSError as error:  # a link, for one, which would have another file written
+            raise ConfigError(f"{path} cannot be opened: {error.strerror}", fix="remove it, if no run is in that directory") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read(200).strip() or "another process"
+            file.close()
+            raise ConfigError(
+                f"training.output_dir {path.parent} is in use by {owner}", fix="wait until it ends, or name another directory"
+            ) from None
+        except OSError:
+            file.close()
+            return None
+        try:
+            current = path.stat().st_ino == os.fstat(file.fileno()).st_ino
+        except FileNotFoundError:
+            current = False
+        if current:  # and not one that its owner removed in the meantime
+            break
+        file.close()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+    file.flush()
+    return file

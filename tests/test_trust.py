@@ -1,0 +1,539 @@
+"""Files from strangers: what a checkpoint or an adapter says never becomes code, an option, a path outside or an endless loop."""
+
+import json
+import os
+import shutil
+import signal
+import stat
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from arctic_plugins_huggingface import load_model, save_checkpoint
+from arctic_plugins_huggingface.checkpoints import check_checkpoint
+from arctic_plugins_huggingface.merging import merge_adapter
+from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_vllm.serving import server_options
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from arctic_plugins import Stack
+from arctic_plugins.adapter import read_adapter
+from arctic_plugins.cache import cache_directory
+from arctic_plugins.claims import matches
+from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, UserError
+from arctic_plugins.frozen import ModuleCodecs
+from arctic_plugins.provenance import FILE_NAME, check_files, read_provenance, write_provenance
+from arctic_plugins.stack import read_yaml
+from arctic_plugins.testing import draw_adapter, tiny_llama, watched
+
+ADAPTER = "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A plain model, an encoded one, and an adapter over encoded weights that were offloaded while it was trained."""
+    directory = tmp_path_factory.mktemp("made")
+    plain, fp8 = tiny_llama(directory / "plain"), Stack.from_dict({"fp8": {"group_size": 64}})
+    save_checkpoint(*load_model(plain, fp8), directory / "encoded", fp8)
+    stack = Stack.from_dict({"fp8": {"group_size": 64}, "lora": {"r": 4}, "offload": {"to": "disk", "path": str(directory / "disk")}})
+    model, tokenizer = load_model(plain, stack)
+    draw_adapter(model)
+    save_checkpoint(model, tokenizer, directory / "adapter", stack)
+    return directory
+
+
+@pytest.fixture
+def here(made, tmp_path):
+    """A copy to tamper with."""
+    shutil.copytree(made, tmp_path / "here", ignore=shutil.ignore_patterns("disk"))
+    change(tmp_path / "here" / "adapter", ADAPTER, base_model_name_or_path=str(tmp_path / "here" / "plain"))
+    return tmp_path / "here"
+
+
+def change(checkpoint, name, **values):
+    """Set keys of a JSON file, as somebody does who also corrects its digest."""
+    path = checkpoint / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    record = json.loads((checkpoint / FILE_NAME).read_text())
+    record["files"].pop(name, None)
+    (checkpoint / FILE_NAME).write_text(json.dumps(record))
+
+
+@contextmanager
+def soon(seconds=20):
+    """TimeoutError if the block takes longer, wherever it hangs."""
+
+    def ring(*_):
+        raise TimeoutError(f"still busy after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+EVIL = ["x", "--tool-parser-plugin=evil.py", "--tool-call-parser=hermes", "--enable-auto-tool-choice"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("target_modules", EVIL, r"target_modules\.1 is '--tool-parser-plugin=evil\.py'; expected String should match"),
+        ("target_modules", "(a+)+$", "target_modules"),
+        ("target_modules", {"q_proj": 1}, "target_modules"),
+        ("target_parameters", ["../x"], "target_parameters"),
+        ("modules_to_save", ["--x"], "modules_to_save"),
+        ("rank_pattern", {"(a+)+$": 4}, "rank_pattern"),
+        ("rank_pattern", {"q_proj": 0}, "rank_pattern.q_proj is 0; expected .*greater than or equal to 1"),
+        ("alpha_pattern", {"q_proj": "nan"}, "alpha_pattern"),
+        ("r", -5, "r is -5; expected greater than or equal to 1"),
+        ("r", 0, "r is 0"),
+        ("r", "4", "r is '4'; expected a valid integer"),
+        ("r", True, "r is True"),
+        ("r", 10**30, "r is 1000"),
+        ("lora_alpha", "x", "lora_alpha is 'x'"),
+        ("base_model_name_or_path", ["a"], r"base_model_name_or_path is \['a'\]"),
+        ("base_model_name_or_path", "--trust-remote-code", "base_model_name_or_path is '--trust-remote-code'"),
+        ("base_model_name_or_path", "a\x00b", "base_model_name_or_path"),
+        ("base_model_name_or_path", 7, "base_model_name_or_path"),
+        ("peft_type", "IA3", "peft_type is 'IA3'"),
+        ("layer_replication", [[0, 10**9]], "layer_replication"),
+        ("megatron_config", {"x": 1}, "megatron_config"),  # with it PEFT imports the module that `megatron_core` names
+    ],
+)
+def test_a_field_of_an_adapter_is_what_it_should_be(here, field, value, message):
+    change(here / "adapter", ADAPTER, **{field: value})
+    with watched(here) as done, soon():
+        for use in (read_adapter, load_checkpoint, lambda path: merge_adapter(path, here / "merged"), lambda path: server_options(str(path))):
+            with pytest.raises(CheckpointError, match=message):
+                use(here / "adapter")
+    assert done == []
+
+
+def test_an_adapter_does_not_choose_where_weights_are_written(here, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    stack = json.loads((here / "adapter" / FILE_NAME).read_text())["stack"]
+    stack["offload"]["path"] = str(elsewhere)
+    change(here / "adapter", FILE_NAME, stack=stack)
+    load_checkpoint(here / "plain")  # imports what the block uses
+    with watched(here) as done:
+        model, _ = load_checkpoint(here / "adapter")
+    assert done == []
+    assert not elsewhere.exists()
+    assert not any(handle.placement for module in model.modules() for handle in getattr(module, "frozen", {}).values())
+    with watched(here, here / "merged", here / "merged.unfinished") as done:
+        merge_adapter(here / "adapter", here / "merged")
+    assert done == []
+    assert not elsewhere.exists()
+    # What the user says goes.
+    offloaded, _ = load_checkpoint(here / "adapter", Stack.from_dict({"offload": {"to": "disk", "path": str(elsewhere)}}))
+    assert elsewhere.is_dir()
+    ids = torch.arange(5, 17)[None]
+    with torch.no_grad():
+        assert torch.equal(offloaded(ids).logits, model(ids).logits)
+
+
+def test_what_is_about_the_machine_stays_there(tmp_path):
+    written = {
+        "fp8": {"bits": 6},
+        "lora": {"r": 2},
+        "offload": {"to": "disk", "path": "/nowhere"},
+        "longseq": {"sequence_parallel": 4, "tiled_mlp": True},
+        "moe": {"expert_parallel": 8, "capacity_factor": 1.5},
+    }
+    write_provenance(tmp_path, Stack.from_dict(written))
+    found = Stack.from_checkpoint(tmp_path).to_dict()
+    assert found.keys() == {"fp8", "lora", "longseq", "moe"}
+    assert (found["fp8"]["bits"], found["lora"]["r"]) == (6, 2)
+    assert (found["longseq"]["sequence_parallel"], found["longseq"]["tiled_mlp"]) == (1, True)
+    assert (found["moe"]["expert_parallel"], found["moe"]["capacity_factor"]) == (1, 1.5)
+    recorded = Stack.recorded(tmp_path).to_dict()
+    assert (recorded["offload"]["path"], recorded["moe"]["expert_parallel"]) == ("/nowhere", 8)
+
+
+def test_an_adapter_brings_no_base_of_its_own_unasked(here):
+    shutil.copytree(here / "plain", here / "adapter" / "base")
+    change(here / "adapter", ADAPTER, base_model_name_or_path=str(here / "adapter" / "base"))
+    for use in (load_checkpoint, lambda path: merge_adapter(path, here / "merged")):
+        with pytest.raises(CheckpointError, match="brings .*base as its own base; expected a model that you chose; --base"):
+            use(here / "adapter")
+    load_checkpoint(here / "adapter", base=here / "plain")
+    assert (merge_adapter(here / "adapter", here / "merged", base=here / "plain") / "config.json").is_file()
+
+
+@pytest.mark.parametrize("pattern", ["**" * 14 + "X", "*a" * 400 + "X", "**a" * 300 + "X", "**" + "*a" * 400 + "X", "**a*b" * 100 + "*X"])
+def test_no_pattern_takes_long(pattern):
+    codecs = {"quant_method": "arctic", "format": 1, "codecs": {"fp8": {"type": "fp8"}}, "modules": {pattern: "fp8"}}
+    found = ModuleCodecs.from_config(codecs) if len(pattern) <= 1000 else None
+    started = time.process_time()
+    for name in ("model.layers.0.self_attn.q_proj", "a" * 300, "a." * 150, "ab" * 150):
+        assert found is None or found.codec_of(name) is None
+        assert not matches(pattern, name)
+    assert time.process_time() - started < 10  # one of them took more than 20 s for the first name; now 0.02 s for all
+
+
+def test_patterns_have_bounds():
+    codecs = {"quant_method": "arctic", "format": 1, "codecs": {"fp8": {"type": "fp8"}}}
+    with pytest.raises(CheckpointError, match=r"1 patterns of up to 1001 characters, 1001 together; expected at most 10000 of 1000"):
+        ModuleCodecs.from_config({**codecs, "modules": {"*" * 1001: "fp8"}})
+    with pytest.raises(CheckpointError, match="10001 patterns"):
+        ModuleCodecs.from_config({**codecs, "modules": {f"*{index}": "fp8" for index in range(10_001)}})
+    with pytest.raises(CheckpointError, match="200400 together"):
+        ModuleCodecs.from_config({**codecs, "modules": {f"*{index:0>667}": "fp8" for index in range(300)}})
+    many = ModuleCodecs.from_config({**codecs, "modules": {f"model.{index}": "fp8" for index in range(20_000)}})
+    assert many.codec_of("model.19999") is not None
+
+
+def regular_expression(pattern):
+    """What :func:`matches` means, as one set of states after the other: an independent reference."""
+    tokens = []
+    while pattern:
+        step = 2 if pattern.startswith("**") else 1
+        tokens.append(pattern[:step])
+        pattern = pattern[step:]
+
+    def closed(states):
+        states = set(states)
+        for state in range(len(tokens)):
+            if state in states and tokens[state] in ("*", "**"):
+                states.add(state + 1)
+        return states
+
+    def match(name):
+        states = closed({0})
+        for letter in name:
+            after = set()
+            for state in states - {len(tokens)}:
+                if tokens[state] == "**" or (tokens[state] == "*" and letter != "."):
+                    after.add(state)
+                elif tokens[state] == letter:
+                    after.add(state + 1)
+            states = closed(after)
+        return len(tokens) in states
+
+    return match
+
+
+@given(st.text("ab.*", max_size=12), st.text("ab.", max_size=14))
+@settings(max_examples=500, deadline=None)
+def test_patterns_mean_what_they_meant(pattern, name):
+    assert matches(pattern, name) == regular_expression(pattern)(name)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../plain/config.json", "a/../../plain/config.json", "", "a\x00b"])
+def test_a_checkpoint_names_files_of_its_own(here, name):
+    change(here / "encoded", FILE_NAME, files={name: {"bytes": 1, "xxh3_128": "0"}})
+    with pytest.raises(CheckpointError, match=r"arctic_plugins\.json names .*; expected a file of its own directory"):
+        check_files(here / "encoded")
+    (here / "plain" / "model.safetensors").rename(here / "plain" / "part.safetensors")
+    (here / "plain" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(CheckpointError, match=r"index\.json names .*; expected a file of its own directory"):
+        check_checkpoint(here / "plain")
+
+
+def test_only_regular_files_are_read(here):
+    os.mkfifo(here / "encoded" / "pipe")
+    for name in ("zero", "pipe"):
+        if name == "zero":
+            (here / "encoded" / name).symlink_to("/dev/zero")
+        change(here / "encoded", FILE_NAME, files={name: {"bytes": 0, "xxh3_128": "0"}})
+        with soon(), pytest.raises(CheckpointError, match=f"{name} is not a regular file"):
+            check_files(here / "encoded")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copytree(here / "plain", here / name)
+        (here / name / name).unlink(missing_ok=True)
+        os.mkfifo(here / name / name)
+        with soon(), pytest.raises(CheckpointError):
+            load_model(here / name)
+
+
+def test_links_of_the_hubs_cache_are_followed(here, tmp_path):
+    """``snapshots/REVISION/FILE`` is a link to ``blobs/DIGEST``."""
+    blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "0"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for index, path in enumerate(sorted((here / "encoded").iterdir())):
+        shutil.copy(path, blobs / str(index))
+        (snapshot / path.name).symlink_to(Path("../../blobs") / str(index))
+    assert read_provenance(snapshot).files
+    load_model(snapshot)
+
+
+def test_an_index_of_many_files_is_read_once(here):
+    (here / "plain" / "model.safetensors").unlink()
+    names = {f"w{index}": f"part-{index}.safetensors" for index in range(50_000)}
+    (here / "plain" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with soon(), pytest.raises(CheckpointError, match="which is absent"):
+        check_checkpoint(here / "plain")
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**8), ("num_hidden_layers", 1e30), ("num_local_experts", 10**9)])
+def test_a_config_speaks_of_what_the_files_hold(here, key, value):
+    change(here / "encoded", "config.json", **{key: value})
+    for use in (load_model, lambda path: server_options(str(path))):
+        with soon(), pytest.raises(CheckpointError, match=f"has {key} .*; expected no more than its files hold"):
+            use(here / "encoded")
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"attn_implementation": "kernels-community/flash-attn2@0:run"},
+        {"_attn_implementation": "somebody/kernel"},
+        {"text_config": {"experts_implementation": "somebody/kernel"}},
+        {"transformers_weights": "pytorch_model.bin"},
+        {"speculators_config": {"verifier": {"name_or_path": "/elsewhere"}}},
+    ],
+    ids=lambda keys: next(iter(keys)),
+)
+def test_a_config_names_nothing_else_to_load(here, keys):
+    change(here / "encoded", "config.json", **keys)
+    for use in (load_model, lambda path: server_options(str(path))):
+        with watched(here) as done, pytest.raises(CheckpointError, match="expected a model in this directory alone; remove"):
+            use(here / "encoded")
+        assert done == []
+
+
+def test_a_model_does_not_bring_an_adapter(here):
+    shutil.copy(here / "adapter" / ADAPTER, here / "plain")
+    with pytest.raises(CheckpointError, match="holds a model and an adapter"):
+        load_model(here / "plain")
+
+
+def test_a_rank_is_that_of_the_tensors(here):
+    change(here / "adapter", ADAPTER, r=65_536)
+    with pytest.raises(CheckpointError, match="has r 65536; expected the rank of its tensors, 4"):
+        load_checkpoint(here / "adapter")
+
+
+@pytest.mark.parametrize("keys", [{"tokenizer_class": "AutoModelForCausalLM"}, {"sp_model_kwargs": {"model_file": "/dev/zero"}}])
+def test_a_tokenizer_is_one_and_names_no_files(here, keys):
+    change(here / "encoded", "tokenizer_config.json", **keys)
+    with watched(here) as done, soon(), pytest.raises(CheckpointError, match="tokenizer_config.json has (tokenizer_class|sp_model_kwargs)"):
+        load_model(here / "encoded")
+    assert done == []
+
+
+def test_how_an_adapter_was_drawn_is_not_done_again(here):
+    expected = load_checkpoint(here / "adapter")[0](torch.arange(5, 17)[None]).logits
+    change(here / "adapter", ADAPTER, init_lora_weights="pissa_niter_1000000000")
+    with soon():
+        assert torch.equal(load_checkpoint(here / "adapter")[0](torch.arange(5, 17)[None]).logits, expected)
+
+
+def test_names_of_files_do_not_say_how_many_processes_there_are(here):
+    (here / "encoded" / "model-rank-20000-part-0.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"has files of the processes \[20000\]"):
+        server_options(str(here / "encoded"))
+
+
+@pytest.mark.parametrize("name", ["s3://bucket", "evil/..", "~/x", "evil/x:Q4_K_M", "-x/y"])
+def test_only_a_hub_id_is_one(name):
+    with pytest.raises(ArcticError):
+        server_options(name)
+
+
+def test_a_stack_has_bounds(here):
+    stack = {"fp8": {"exclude": [f"*{index}" for index in range(20_000)]}}
+    change(here / "adapter", FILE_NAME, stack=stack)
+    with soon(), pytest.raises(CheckpointError, match="the stack of .* takes .* characters; expected at most 100000"):
+        load_checkpoint(here / "adapter")
+
+
+def test_no_file_of_the_working_directory_stands_for_a_module(here, monkeypatch):
+    """``cd downloaded && arctic serve .``"""
+    from click.testing import CliRunner
+
+    from arctic_plugins.cli import arctic
+
+    started = []
+    monkeypatch.setattr("os.execve", lambda program, command, environment: started.append((command, environment)))
+    monkeypatch.chdir(here / "encoded")
+    assert CliRunner().invoke(arctic, ["serve", "."]).exit_code == 0
+    [(command, environment)] = started
+    assert command[1:4] == ["-P", "-m", "arctic_plugins_vllm.server"]
+    assert environment["PYTHONSAFEPATH"] == "1"  # for the processes that vLLM starts
+
+
+def test_code_of_a_checkpoint_is_neither_executed_nor_asked_for(here, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    (here / "plain" / "evil.py").write_text(f"open({str(here / 'executed')!r}, 'w')\nclass C: pass\n")
+    change_plain(here, model_type="evil", auto_map=dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.C"))
+    load = (load_model, lambda path: merge_adapter(here / "adapter", here / "merged", base=path))
+    for use in load:
+        with watched(here) as done, pytest.raises(CheckpointError, match="code of its own, which is not executed; .*trust_remote_code: true"):
+            use(here / "plain")
+        assert done == []
+    tokenizer = json.loads((here / "encoded" / "tokenizer_config.json").read_text())
+    change(here / "encoded", "tokenizer_config.json", **tokenizer | {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}})
+    shutil.copy(here / "plain" / "evil.py", here / "encoded")
+    with watched(here) as done:
+        try:
+            load_model(here / "encoded")
+        except CheckpointError as error:
+            assert "trust_remote_code" in str(error)
+    assert done == []
+    assert not (here / "executed").exists()
+
+
+def change_plain(here, **values):
+    path = here / "plain" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    "text", ["? [a, b]\n: 1", "? {a: b}\n: 1", "plugins: {? [x] : 1}", "a: 1\na: 2", "&a [*a]", "!!python/object/apply:os.system [id]"]
+)
+def test_a_recipe_that_is_odd_yaml_is_told_in_a_line(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"recipe\.yaml (is not valid YAML|holds list)"):
+        read_yaml(tmp_path / "recipe.yaml")
+
+
+def test_messages_are_short_and_hold_no_commands_for_terminals():
+    text = str(ConfigError("x\x1b[2Jy" + "z" * 10**6, expected="a\nb"))
+    assert len(text) < 3000
+    assert text.isprintable()
+    assert "\\x1b[2J" in text
+
+
+# ---- The cache of what is made once --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    return tmp_path
+
+
+def test_a_cache_is_for_its_user_alone(home):
+    found = cache_directory("kernels")
+    assert found == home / "home" / "arctic_plugins" / "kernels"
+    assert stat.S_IMODE(found.stat().st_mode) == stat.S_IMODE(found.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("how", ["others may write", "another's", "another's link", "a file", "the parent"])
+def test_a_cache_that_others_can_write_to_is_not_used(home, how, caplog, monkeypatch):
+    found = cache_directory("kernels")
+    if how == "others may write":
+        found.chmod(0o777)
+    elif how == "the parent":
+        found.parent.chmod(0o775)
+    elif how == "a file":
+        found.rmdir()
+        found.write_text("")
+    elif os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    elif how == "another's":
+        os.chown(found, 12345, 12345)
+    else:
+        found.rename(home / "mine")
+        found.symlink_to(home / "mine")
+        os.chown(found, 12345, 12345, follow_symlinks=False)
+    fallback = cache_directory("kernels")
+    assert fallback == home / "tmp" / f"arctic_plugins-{os.geteuid()}" / "kernels"
+    assert "not used as a cache" in caplog.text
+    fallback.parent.chmod(0o777)
+    with pytest.raises(UserError, match="there is no place for a cache: .*set XDG_CACHE_HOME"):
+        cache_directory("kernels")
+
+
+def test_a_cache_without_a_home(home, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache_directory("offload") == home / "tmp" / f"arctic_plugins-{os.geteuid()}" / "offload"
+
+
+# ---- Anything at all ----------------------------------------------------------------------------------------------------------------------------
+
+TEXTS = st.sampled_from(
+    ["", "a", "..", "/etc/passwd", "/dev/zero", "--trust-remote-code", "**" * 20, "\x00", "\x1b[2J", "float32", "load", "\ud800", "é" * 50]
+)
+LEAVES = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | TEXTS | st.text(max_size=8)
+VALUES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.text(max_size=6), inner, max_size=3), max_leaves=6
+)
+FILES = {
+    "encoded": (FILE_NAME, "config.json", "tokenizer_config.json", "generation_config.json"),
+    "adapter": (FILE_NAME, ADAPTER, "tokenizer_config.json"),
+}
+
+
+def places(content, path=()):
+    """Every key of a JSON value, as a path to it."""
+    for key in content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ():
+        yield (*path, key)
+        yield from places(content[key], (*path, key))
+
+
+@st.composite
+def damages(draw, originals):
+    checkpoint, name = draw(st.sampled_from(sorted(originals)))
+    content = json.loads(originals[checkpoint, name])
+    for _ in range(draw(st.integers(1, 3))):
+        known = list(places(content))
+        *parents, leaf = draw(st.sampled_from(known))
+        section = content
+        for parent in parents:
+            section = section[parent]
+        if draw(st.booleans()) or not isinstance(section, dict):
+            section[leaf] = draw(VALUES)
+        elif draw(st.booleans()):
+            del section[leaf]
+        else:
+            section[draw(TEXTS)] = draw(VALUES)
+    return checkpoint, name, content
+
+
+@pytest.mark.slow
+def test_no_json_of_a_checkpoint_does_harm(here):
+    """2,000 of them: each is read or refused in one line, soon, and nothing is written, started, connected to or executed."""
+    for checkpoint in FILES:  # of files that are not what was saved nothing is read
+        change(here / checkpoint, FILE_NAME, files={})
+    originals = {
+        (checkpoint, name): (here / checkpoint / name).read_text()
+        for checkpoint, names in FILES.items()
+        for name in names
+        if (here / checkpoint / name).is_file()
+    }
+    readers = {
+        "encoded": (check_checkpoint, lambda path: server_options(str(path)), Stack.from_checkpoint),
+        "adapter": (read_adapter, Stack.from_checkpoint, lambda path: server_options(str(path), base=str(here / "encoded"))),
+    }
+    for checkpoint, uses in readers.items():
+        for use in uses:
+            use(here / checkpoint)
+    refused = []
+
+    @given(damages(originals))
+    @settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    def harmless(damage):
+        checkpoint, name, content = damage
+        path = here / checkpoint / name
+        path.write_text(json.dumps(content))
+        try:
+            for use in readers[checkpoint]:
+                with watched(here) as done, soon():
+                    try:
+                        use(here / checkpoint)
+                    except ArcticError as error:
+                        refused.append(error)
+                        assert "\n" not in str(error)
+                assert done == []
+        finally:
+            path.write_text(originals[checkpoint, name])
+
+    harmless()
+    assert len(refused) > 200
