@@ -370,8 +370,8 @@ def test_code_of_a_checkpoint_is_neither_executed_nor_asked_for(here, monkeypatc
         with watched(here) as done, pytest.raises(CheckpointError, match="code of its own, which is not executed; .*trust_remote_code: true"):
             use(here / "plain")
         assert done == []
-    tokenizer = json.loads((here / "encoded" / "tokenizer_config.json").read_text())
-    change(here / "encoded", "tokenizer_config.json", **tokenizer | {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}})
+    own = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
+    change(here / "encoded", "tokenizer_config.json", **own)
     shutil.copy(here / "plain" / "evil.py", here / "encoded")
     with watched(here) as done:
         try:
