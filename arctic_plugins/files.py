@@ -85,8 +85,8 @@ def check_keys(config: Mapping[str, Any], where: str | Path) -> None:
 
 
 def tensor_counts(paths: Iterable[Path]) -> tuple[int, int]:
-    """How many tensors safetensors files hold, and how many numbers, by their headers (format: a length of 8 bytes, then JSON); 0 for others."""
-    tensors = numbers = 0
+    """How many tensors safetensors files hold, by their headers (format: a length of 8 bytes, then JSON), and how many bytes; 0 for others."""
+    tensors = size = 0
     for path in paths:
         check_regular(path)
         try:
@@ -96,8 +96,8 @@ def tensor_counts(paths: Iterable[Path]) -> tuple[int, int]:
         except (OSError, ValueError, RecursionError):  # whoever reads the weights says what is wrong with the file
             continue
         tensors += len(header) if isinstance(header, dict) else 0
-        numbers += path.stat().st_size
-    return tensors, numbers
+        size += path.stat().st_size
+    return tensors, size
 
 
 def check_sizes(config: Mapping[str, Any], counts: tuple[int, int], where: str | Path) -> None:
@@ -105,15 +105,15 @@ def check_sizes(config: Mapping[str, Any], counts: tuple[int, int], where: str |
 
     Args:
         config: content of a ``config.json``, nested configs included.
-        counts: of :func:`tensor_counts`.
+        counts: tensors, and bytes, of its files; see :func:`tensor_counts`.
         where: the file, for messages.
 
     Raises:
         CheckpointError: names the key.
     """
-    tensors, numbers = counts
+    tensors, size = counts
     for key, value in _items(config):
-        most = tensors if key in LAYERS else numbers
+        most = tensors if key in LAYERS else size
         if key in (*LAYERS, *EXPERTS) and isinstance(value, (int, float)) and value > max(most, FEW):
             raise CheckpointError(
                 f"{where} has {key} {value}", expected=f"no more than its files hold ({tensors} tensors)", fix="config.json is of another model"

@@ -17,13 +17,23 @@ from safetensors import SafetensorError, safe_open
 from arctic_plugins.adapter import ADAPTER, read_adapter
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.files import check_keys, check_regular, check_sizes, file_within, read_json, tensor_counts
+from arctic_plugins.files import check_keys, check_regular, check_sizes, file_within, read_json
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
 
 if TYPE_CHECKING:
     from arctic_plugins.frozen import Codec
 
-__all__ = ["adapter_directory", "by_step", "check_checkpoint", "check_encoded", "hub_arguments", "hub_trouble", "is_directory", "reason"]
+__all__ = [
+    "adapter_directory",
+    "by_step",
+    "check_checkpoint",
+    "check_encoded",
+    "complete_checkpoints",
+    "hub_arguments",
+    "hub_trouble",
+    "is_directory",
+    "reason",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +91,7 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
         raise CheckpointError(f"{directory} holds a model and an adapter", expected="one of them", fix=f"move {ADAPTER} to a directory of its own")
     _check_unchanged(directory, contents=contents)
     if kwargs.get("use_safetensors", True):
-        check_sizes(config, tensor_counts(_check_weights(directory, kwargs.get("variant"))), directory / "config.json")
+        check_sizes(config, _check_weights(directory, kwargs.get("variant")), directory / "config.json")
     return kwargs
 
 
@@ -145,6 +155,11 @@ def by_step(output: Path) -> list[tuple[int, Path]]:
     """The checkpoints that a Trainer left in ``output``, complete or not: (step, directory), in the order of steps."""
     named = [(path.name.rpartition("-")[2], path) for path in output.glob("checkpoint-*")]
     return sorted((int(step), path) for step, path in named if step.isdecimal())
+
+
+def complete_checkpoints(output: Path) -> list[Path]:
+    """Those of :func:`by_step` whose save was finished."""
+    return [path for _, path in by_step(output) if (path / FILE_NAME).is_file()]
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,17 +264,19 @@ def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
     return {file_within(directory, name, index): held[name] for name in sorted(held)}
 
 
-def _check_weights(directory: Path, variant: str | None) -> list[Path]:
-    """Check that the files of weights are whole, and hold what the index says; returns them."""
-    files = _weight_files(directory, variant)
-    for path, tensors in files.items():
+def _check_weights(directory: Path, variant: str | None) -> tuple[int, int]:
+    """Check that the files of weights are whole, and hold what the index says; returns how many tensors they hold, and bytes."""
+    count = size = 0
+    for path, tensors in _weight_files(directory, variant).items():
         if not path.is_file():
             raise CheckpointError(
                 f"{directory}'s index names {path.name}, which is absent", fix="copy the missing shard, or make the checkpoint again"
             )
-        if missing := tensors - _open(path):
+        held = _open(path)
+        if missing := tensors - held:
             raise CheckpointError(f"{path} lacks {min(missing)}, which the index says it holds", fix="make the checkpoint again")
-    return list(files)
+        count, size = count + len(held), size + path.stat().st_size
+    return count, size
 
 
 def _open(path: Path) -> set[str]:

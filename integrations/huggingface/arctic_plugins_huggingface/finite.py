@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.errors import Diverged
-from arctic_plugins.provenance import FILE_NAME
-from arctic_plugins_huggingface.checkpoints import by_step
+from arctic_plugins_huggingface.checkpoints import complete_checkpoints
 
 __all__ = ["FiniteGuard"]
 
@@ -76,7 +75,7 @@ def _are_finite(tensors: Sequence[Tensor]) -> bool:
 
 def _diverged(what: str, args: TrainingArguments, step: int) -> Diverged:
     output = Path(args.output_dir or ".")
-    saved = [path for _, path in by_step(output) if (path / FILE_NAME).is_file()]
+    saved = complete_checkpoints(output)
     newest = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
     return Diverged(
         f"the {what} of step {step} is not finite",

@@ -20,9 +20,9 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from arctic_plugins.compute import warning_for
 from arctic_plugins.errors import CheckpointError
 from arctic_plugins.frozen.module import FrozenModule
-from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
+from arctic_plugins.provenance import check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
-from arctic_plugins_huggingface.checkpoints import by_step
+from arctic_plugins_huggingface.checkpoints import by_step, complete_checkpoints
 from arctic_plugins_huggingface.finite import FiniteGuard
 from arctic_plugins_huggingface.gathering import is_spread
 from arctic_plugins_huggingface.modules import split_conversions
@@ -71,7 +71,7 @@ class _CommitCallback(TrainerCallback):
 
     def _remove_older(self, output: Path, keep: set[Path]) -> None:
         """As the Trainer's ``rotate_checkpoints``, but an incomplete checkpoint of a higher step neither counts nor is taken for the newest."""
-        complete = [path for _, path in by_step(output) if (path / FILE_NAME).is_file()]
+        complete = complete_checkpoints(output)
         for path in complete[: max(0, len(complete) - self.limit)] if self.limit else []:
             if path not in keep:
                 shutil.rmtree(path, ignore_errors=True)
