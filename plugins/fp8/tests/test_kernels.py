@@ -274,8 +274,8 @@ def test_scratch_of_inference_serves_training():
 
 
 def test_a_compiled_function_has_no_breaks():
-    """Without Inductor's caches: torch 2.13 keeps a graph that it vectorized for AVX-512 and compiles it for AVX2 where ``ATEN_CPU_CAPABILITY`` says so
-    later, or the other way round, and its kernels then write behind their buffers."""
+    """Without Inductor's caches: torch 2.13 keeps a graph that it vectorized for AVX-512 and compiles it for AVX2 where ``ATEN_CPU_CAPABILITY`` later
+    says so, or the other way round, and its kernels then write behind their buffers."""
     codec = FP8Codec(group_size=32)
     buffers = codec.encode(torch.randn(24, 96))
 
