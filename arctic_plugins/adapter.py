@@ -2,24 +2,39 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
+from safetensors import safe_open
 
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.files import read_json
+from arctic_plugins.files import LONGEST_NAME, read_json
 from arctic_plugins.plugin import config_error
 
-__all__ = ["ADAPTER", "AdapterConfig", "base_of", "read_adapter"]
+__all__ = ["ADAPTER", "WEIGHTS", "AdapterConfig", "adapted_modules", "base_of", "read_adapter"]
 
 ADAPTER = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.]+$", max_length=1000)]
-"""A module or parameter, or the end of one's name. PEFT takes regular expressions too, which can be made to run for ever."""
+"""A module or parameter, or the end of one's name. PEFT takes regular expressions too, which can be made to run for ever: none is evaluated."""
 Names = Annotated[list[Name], Field(max_length=100_000)]
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _short(path: str) -> str:
+    if any(len(os.fsencode(part)) > LONGEST_NAME for part in path.split("/")):
+        raise ValueError(f"names of at most {LONGEST_NAME} bytes")
+    return path
+
+
+Base = Annotated[str, StringConstraints(max_length=4000, pattern=r"^([^-\x00-\x1f][^\x00-\x1f]*)?$"), AfterValidator(_short)]
 
 
 class AdapterConfig(BaseModel):
@@ -27,14 +42,14 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
-    base_model_name_or_path: Annotated[str, StringConstraints(max_length=4096, pattern=r"^([^-\x00-\x1f][^\x00-\x1f]*)?$")] | None = None
+    base_model_name_or_path: Base | None = None
     """Directory or hub id of the model that it was trained on; see :func:`base_of`."""
     r: Rank = 8
     lora_alpha: Alpha = 8
-    target_modules: Annotated[Names | None, BeforeValidator(lambda value: None if value == "all-linear" else value)] = None
-    """None: what PEFT chooses for the model."""
+    target_modules: Annotated[Names | None, BeforeValidator(lambda value: None if isinstance(value, str) else value)] = None
+    """None where the file has an expression (of which :func:`adapted_modules` is the result) or nothing (PEFT chooses for the model)."""
     target_parameters: Names | None = None
-    exclude_modules: Names | None = None
+    exclude_modules: Annotated[Names | None, BeforeValidator(lambda value: None if isinstance(value, str) else value)] = None
     modules_to_save: Names | None = None
     layers_pattern: Annotated[Names | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = None
     rank_pattern: Annotated[dict[Name, Rank], Field(max_length=100_000)] = {}
@@ -59,6 +74,17 @@ def read_adapter(directory: str | Path) -> AdapterConfig:
     except ValidationError as error:
         problem = config_error(error, f"{path}:", AdapterConfig)
         raise CheckpointError(problem.found.replace(":.", ": ", 1), expected=problem.expected, fix="save the adapter again") from error
+
+
+def adapted_modules(directory: str | Path) -> list[str]:
+    """The names, in the base model, of the modules for which the adapter in ``directory`` has matrices.
+
+    Raises:
+        OSError, SafetensorError: its weights cannot be read.
+    """
+    with safe_open(Path(directory) / WEIGHTS, "np") as file:
+        found = (_MATRIX.fullmatch(key) for key in file.keys())  # noqa: SIM118 - safe_open is not a mapping
+        return sorted({match[1] for match in found if match})
 
 
 def base_of(directory: str | Path) -> str:

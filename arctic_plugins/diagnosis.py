@@ -171,6 +171,8 @@ def _in_child(subject: str, *arguments: str) -> list[Finding]:
         command = [sys.executable, "-m", "arctic_plugins.diagnosis", str(answer), *arguments]
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_TIMEOUT)
+        except OSError as error:  # no memory or no right for another process
+            return [Finding("error", subject, f"no process for it can be started: {error}", "look at the limits of this user (ulimit -a)")]
         except subprocess.TimeoutExpired:
             return [Finding("error", subject, f"did not load within {_TIMEOUT:.0f} s", "repair or uninstall what hangs on import")]
         if not answer.is_file():

@@ -3,27 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from arctic_plugins.errors import CheckpointError
 
-__all__ = ["check_keys", "check_sizes", "file_within", "read_json", "tensor_counts"]
+__all__ = ["check_elements", "check_keys", "check_sizes", "copy_files", "file_within", "read_json"]
 
 LONGEST_JSON = 256 << 20
 """Bytes; a tokenizer of 256,000 entries takes 33 MB."""
 LONGEST_HEADER = 100 << 20
 """Bytes of a safetensors file's header, as in the library."""
-LAYERS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer", "num_decoder_layers", "num_encoder_layers", "num_nextn_predict_layers")
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+LONGEST_NAME = 255
+"""Bytes of a file's name, as file systems have it."""
+LAYERS = re.compile(r"(^|_)(n_)?(layers?|depths?)$")
+"""Keys of a ``config.json`` that say how many layers are built: ``num_hidden_layers``, ``n_layer``, ``decoder_layers`` and so on."""
+EXPERTS = re.compile(r"(^|_)experts$")
 ELSEWHERE = ("transformers_weights", "speculators_config")
 """Keys with which transformers 5.19 reads weights from another file, a pickle as well, and vllm 0.32 serves another model."""
 KERNELS = ("attn_implementation", "attn_implementation_internal", "experts_implementation", "experts_implementation_internal")
 """Keys whose values transformers 5.19 takes for code on the hub where they have a slash."""
 FEW = 1000
 """Layers or experts that cost next to nothing, whatever files hold: some models use a layer's weights several times."""
+FEW_ELEMENTS = 1 << 26
+"""Of a model's tensors, whatever files hold: tables of positions and the like are not saved."""
+ELEMENTS_PER_BYTE = 8
+"""No format is denser than a bit for each weight."""
 
 
 def file_within(directory: str | Path, name: Any, where: str | Path) -> Path:
@@ -33,11 +43,44 @@ def file_within(directory: str | Path, name: Any, where: str | Path) -> Path:
         CheckpointError: ``name`` is not a relative path that stays in ``directory``, or there is something else than a file: a device would be read
             for ever.
     """
-    if not isinstance(name, str) or not name or "\0" in name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+    if not isinstance(name, str) or not _is_relative(name):
         raise CheckpointError(f"{where} names {name!r}", expected="a file of its own directory", fix="do not use this checkpoint, or make it again")
     path = Path(directory) / name
     check_regular(path)
     return path
+
+
+def _is_relative(name: str) -> bool:
+    """Whether ``name`` is one of a file in or below the directory, on any file system."""
+    path = PurePosixPath(name)
+    try:
+        fits = all(len(os.fsencode(part)) <= LONGEST_NAME for part in path.parts) and len(name) < 4096
+    except UnicodeEncodeError:  # half of a pair of UTF-16
+        return False
+    return bool(name) and fits and "\0" not in name and not path.is_absolute() and ".." not in path.parts
+
+
+def copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> None:
+    """Copy the files of the directory ``source`` whose names are ``wanted`` to the directory ``target``, with what is behind links.
+
+    Raises:
+        CheckpointError: a link leads out of ``source``, as one in an unpacked archive may do, to a file that was never to be published.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_file() and wanted(path.name):
+            if not _is_own(path):
+                found = f"{path} is a link to {path.resolve()}"
+                raise CheckpointError(found, expected="a file of the checkpoint", fix="put a copy in its place, if it belongs there, or remove it")
+            shutil.copyfile(path, target / path.name)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether the file lies in its directory, or in the hub's cache, where snapshots link to it."""
+    found, directory = path.resolve(), path.parent.resolve()
+    if found.is_relative_to(directory):
+        return True
+    snapshots = next((parent for parent in directory.parents if parent.name == "snapshots"), None)
+    return snapshots is not None and found.is_relative_to(snapshots.parent / "blobs")
 
 
 def check_regular(path: Path) -> None:
@@ -60,7 +103,10 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LONGEST_JSON:
             raise CheckpointError(f"{path} has {path.stat().st_size} bytes", expected=f"at most {LONGEST_JSON}", fix="copy it again")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text)
+        if "\\ud" in text.lower():  # half of a pair of UTF-16 cannot be written again, nor be a file's name
+            json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist", fix="the checkpoint is incomplete: make it again") from None
     except OSError as error:
@@ -84,7 +130,43 @@ def check_keys(config: Mapping[str, Any], where: str | Path) -> None:
             raise CheckpointError(found, expected="a model in this directory alone", fix=f"remove '{key}', if you trust the rest")
 
 
-def tensor_counts(paths: Iterable[Path]) -> tuple[int, int]:
+def check_sizes(config: Mapping[str, Any], weights: Iterable[Path], where: str | Path) -> None:
+    """Check that ``config`` speaks of no more layers than its files have tensors, and of no more experts than they have bytes: hosts build what it
+    says, one after the other.
+
+    Args:
+        config: content of a ``config.json``, nested configs included.
+        weights: its safetensors files, whose headers are read where there are more than :data:`FEW` layers or experts; none, if they are not here.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: names the key.
+    """
+    many = [
+        (key, value)
+        for key, value in _items(config)
+        if isinstance(value, (int, float)) and not value <= FEW and (LAYERS.search(str(key)) or EXPERTS.search(str(key)))
+    ]
+    tensors, size = _tensor_counts(weights) if many else (0, 0)
+    for key, value in many:
+        if not value <= (tensors if LAYERS.search(str(key)) else size):
+            found = f"{where} has {key} {value}"
+            raise CheckpointError(found, expected=f"no more than its files hold ({tensors} tensors)", fix="config.json is of another model")
+
+
+def check_elements(elements: int, weights: Iterable[Path], where: str | Path) -> None:
+    """Check that a model has no more ``elements`` than its files can hold: hosts take memory for what a file lacks before they say so.
+
+    Raises:
+        CheckpointError: the files have too few bytes.
+    """
+    size = sum(path.stat().st_size for path in weights)
+    if elements > max(FEW_ELEMENTS, ELEMENTS_PER_BYTE * size):
+        found = f"{where} describes a model of {elements} elements, and its files have {size} bytes"
+        raise CheckpointError(found, expected="a config.json that fits them", fix="the checkpoint is incomplete, or config.json is of another model")
+
+
+def _tensor_counts(paths: Iterable[Path]) -> tuple[int, int]:
     """How many tensors safetensors files hold, by their headers (format: a length of 8 bytes, then JSON), and how many bytes; 0 for others."""
     tensors = size = 0
     for path in paths:
@@ -98,26 +180,6 @@ def tensor_counts(paths: Iterable[Path]) -> tuple[int, int]:
         tensors += len(header) if isinstance(header, dict) else 0
         size += path.stat().st_size
     return tensors, size
-
-
-def check_sizes(config: Mapping[str, Any], counts: tuple[int, int], where: str | Path) -> None:
-    """Check that ``config`` speaks of no more layers than there are tensors, and of no more experts than there are bytes: hosts build what it says.
-
-    Args:
-        config: content of a ``config.json``, nested configs included.
-        counts: tensors, and bytes, of its files; see :func:`tensor_counts`.
-        where: the file, for messages.
-
-    Raises:
-        CheckpointError: names the key.
-    """
-    tensors, size = counts
-    for key, value in _items(config):
-        most = tensors if key in LAYERS else size
-        if key in (*LAYERS, *EXPERTS) and isinstance(value, (int, float)) and value > max(most, FEW):
-            raise CheckpointError(
-                f"{where} has {key} {value}", expected=f"no more than its files hold ({tensors} tensors)", fix="config.json is of another model"
-            )
 
 
 def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ import xxhash
 from arctic_plugins.discovery import installed_plugins
 from arctic_plugins.errors import CheckpointError, PluginNotFoundError
 from arctic_plugins.files import file_within, read_json
+from arctic_plugins.registry import FIRST_PARTY
 
 if TYPE_CHECKING:
     from arctic_plugins.stack import Stack
@@ -124,14 +125,19 @@ def check_files(directory: str | Path) -> None:
 
 
 def check_plugins(provenance: Provenance) -> None:
-    """Raise PluginNotFoundError, naming the distributions to install, if a plugin that made the checkpoint is not installed."""
+    """Raise PluginNotFoundError, naming the distributions to install, if a plugin that made the checkpoint is not installed.
+
+    No command installs what a file names: whoever wrote the file could have published it.
+    """
     missing = sorted(provenance.stack.keys() - installed_plugins().keys())
     if missing:
-        wanted = " ".join(str(provenance.plugins.get(name, f"arctic-plugins-{name}")) for name in missing)
+        ours = [f"arctic-plugins-{name}" for name in missing if name in FIRST_PARTY]
+        others = [f"{provenance.plugins.get(name, 'a distribution that it does not name')!r}" for name in missing if name not in FIRST_PARTY]
+        fixes = [f"pip install {' '.join(ours)}"] if ours else []
+        if others:
+            fixes.append(f"the checkpoint says that {', '.join(others)} provides it, which runs as code: install it if you know it and trust it")
         plural = "s" if len(missing) > 1 else ""
-        raise PluginNotFoundError(
-            f"the checkpoint was made with the plugin{plural} {', '.join(missing)}, not installed here", fix=f"pip install {wanted}"
-        )
+        raise PluginNotFoundError(f"the checkpoint was made with the plugin{plural} {', '.join(missing)}, not installed here", fix="; ".join(fixes))
 
 
 def _or_accept(name: str, fix: str) -> str:

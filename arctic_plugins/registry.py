@@ -8,7 +8,10 @@ from typing import Any
 
 from arctic_plugins.errors import PluginError, PluginNotFoundError, suggest
 
-__all__ = ["ModelClasses", "Registry", "load"]
+__all__ = ["FIRST_PARTY", "ModelClasses", "Registry", "load"]
+
+FIRST_PARTY = frozenset({"fp8", "longseq", "lora", "moe", "offload", "rope", "shard"})
+"""Plugins whose distribution is ``arctic-plugins-NAME``. Of others, only a file may have said where they come from."""
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,10 @@ class Registry:
         """
         if type_name not in self._codecs:
             broken = "; ".join(str(error) for error in self.failures.values())
+            ours = f"pip install arctic-plugins-{type_name}" if type_name in FIRST_PARTY else "install the plugin that provides it, if you trust it"
             raise PluginNotFoundError(
                 f"the checkpoint's codec type '{type_name}' is provided by no installed plugin",
-                fix=broken
-                or f"install the plugin that provides it (first-party: pip install arctic-plugins-{type_name}); {suggest(type_name, self._codecs)}",
+                fix=broken or f"{ours}; {suggest(type_name, self._codecs)}",
             )
         return load(self._codecs[type_name])
 

@@ -167,7 +167,11 @@ CASES = {
     "an unknown codec id": (config(quantization_config__modules={"a": "x"}), ENCODED, r"names the codecs \['x'\]"),
     "modules of another model": (config(quantization_config__modules={"a": "fp8"}), ENCODED, "matches no linear module"),
     "a codec with bad options": (config(quantization_config__codecs__fp8__bits=5), ENCODED, "is not valid"),
-    "a codec nobody provides": (config(quantization_config__codecs__fp8__type="fp3"), ENCODED, "pip install arctic-plugins-fp3"),
+    "a codec nobody provides": (
+        config(quantization_config__codecs__fp8__type="fp3"),
+        ENCODED,
+        "codec type 'fp3' is provided by no installed plugin; install the plugin",
+    ),
     "a missing scale": (lambda here: retensor(here / "encoded", lambda t: t.pop(f"{KEY}_scale")), ENCODED, f"{KEY}_scale is missing"),
     "missing codes": (lambda here: retensor(here / "encoded", lambda t: t.pop(KEY)), ENCODED, f"{KEY} is missing"),
     "a missing plain tensor": (lambda here: retensor(here / "encoded", lambda t: t.pop("model.norm.weight")), ENCODED, "lacks 1 weights"),
@@ -202,7 +206,7 @@ CASES = {
     "a plugin that is not installed": (
         lambda here: rewrite(here / f"encoded/{FILE_NAME}", stack={"nf3": {}}, plugins={"nf3": "someones-nf3==2.1"}),
         ENCODED,
-        "made with the plugin nf3, not installed here; pip install someones-nf3==2.1",
+        "made with the plugin nf3, not installed here; the checkpoint says that 'someones-nf3==2.1' provides it, which runs as code",
     ),
     "an adapter whose save was cut off": (
         lambda here: (here / f"adapter/{FILE_NAME}").unlink(),

@@ -175,4 +175,4 @@ def test_a_plugin_that_made_a_checkpoint_of_the_hub_is_named(hub, run, tiny_chec
     hub.put("someone/encoded", checkpoint)
     done = run("generate", "someone/encoded", "hi")
     assert done.returncode == 2
-    assert "made with the plugin nf3, not installed here; pip install someones-nf3==2.1" in done.stderr
+    assert "made with the plugin nf3, not installed here; the checkpoint says that 'someones-nf3==2.1' provides it" in done.stderr

@@ -13,9 +13,11 @@ import pytest
 import torch
 from arctic_plugins_huggingface import load_model, save_checkpoint
 from arctic_plugins_huggingface.checkpoints import check_checkpoint
+from arctic_plugins_huggingface.exporting import export_checkpoint
+from arctic_plugins_huggingface.loading import load_config
 from arctic_plugins_huggingface.merging import merge_adapter
 from arctic_plugins_huggingface.saving import load_checkpoint
-from arctic_plugins_vllm.serving import server_options
+from arctic_plugins_vllm.serving import server_command, server_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,9 +25,9 @@ from arctic_plugins import Stack
 from arctic_plugins.adapter import read_adapter
 from arctic_plugins.cache import cache_directory
 from arctic_plugins.claims import matches
-from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, UserError
+from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, PluginNotFoundError, UserError
 from arctic_plugins.frozen import ModuleCodecs
-from arctic_plugins.provenance import FILE_NAME, check_files, read_provenance, write_provenance
+from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
 from arctic_plugins.stack import read_yaml
 from arctic_plugins.testing import draw_adapter, tiny_llama, watched
 
@@ -85,7 +87,6 @@ EVIL = ["x", "--tool-parser-plugin=evil.py", "--tool-call-parser=hermes", "--ena
     ("field", "value", "message"),
     [
         ("target_modules", EVIL, r"target_modules\.1 is '--tool-parser-plugin=evil\.py'; expected String should match"),
-        ("target_modules", "(a+)+$", "target_modules"),
         ("target_modules", {"q_proj": 1}, "target_modules"),
         ("target_parameters", ["../x"], "target_parameters"),
         ("modules_to_save", ["--x"], "modules_to_save"),
@@ -114,6 +115,47 @@ def test_a_field_of_an_adapter_is_what_it_should_be(here, field, value, message)
             with pytest.raises(CheckpointError, match=message):
                 use(here / "adapter")
     assert done == []
+
+
+def test_no_expression_of_an_adapter_is_evaluated(here):
+    """PEFT and others save one where the recipe had one: what it found stands in the file of weights."""
+    ids = torch.arange(5, 17)[None]
+    expected = load_checkpoint(here / "adapter")[0](ids).logits
+    merge_adapter(here / "adapter", here / "merged")
+    change(here / "adapter", ADAPTER, target_modules="(.*a+.*)+X$", exclude_modules="(.*a+.*)+X$")
+    with soon(60):
+        assert torch.equal(load_checkpoint(here / "adapter")[0](ids).logits, expected)
+        merge_adapter(here / "adapter", here / "again")
+        server_options(str(here / "adapter"), base=str(here / "encoded"))
+    assert (here / "again" / "model.safetensors").read_bytes() == (here / "merged" / "model.safetensors").read_bytes()
+
+
+def test_a_pickled_adapter_is_not_served(here):
+    torch.save({}, here / "adapter" / "adapter_model.bin")
+    (here / "adapter" / "adapter_model.safetensors").unlink()
+    change(here / "adapter", FILE_NAME, files={})
+    with pytest.raises(CheckpointError, match=r"has no adapter_model\.safetensors"):
+        server_options(str(here / "adapter"), base=str(here / "encoded"))
+
+
+def test_no_message_leads_to_a_distribution_of_a_file(here):
+    change(here / "encoded", FILE_NAME, stack={"evil": {}, "fp8": {}}, plugins={"evil": "evil --index-url https://evil"})
+    with pytest.raises(PluginNotFoundError) as told:
+        check_checkpoint(here / "encoded")
+    assert "'evil --index-url https://evil' provides it, which runs as code: install it if you know it and trust it" in str(told.value)
+    assert "pip install" not in str(told.value)
+
+
+def test_links_that_lead_out_are_not_copied(here, tmp_path):
+    (tmp_path / "id_rsa").write_text("secret")
+    (here / "plain" / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(CheckpointError, match=r"notes\.txt is a link to .*id_rsa; expected a file of the checkpoint"):
+        merge_adapter(here / "adapter", here / "merged")
+    assert not (here / "merged").exists()
+    (here / "plain" / "notes.txt").unlink()
+    (here / "plain" / "notes.txt").symlink_to("config.json")
+    merge_adapter(here / "adapter", here / "merged")
+    assert (here / "merged" / "notes.txt").read_bytes() == (here / "plain" / "config.json").read_bytes()
 
 
 def test_an_adapter_does_not_choose_where_weights_are_written(here, tmp_path):
@@ -258,11 +300,11 @@ def test_links_of_the_hubs_cache_are_followed(here, tmp_path):
     blobs, snapshot = tmp_path / "cache" / "blobs", tmp_path / "cache" / "snapshots" / "0"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
-    for index, path in enumerate(sorted((here / "encoded").iterdir())):
+    for index, path in enumerate(sorted((here / "plain").iterdir())):
         shutil.copy(path, blobs / str(index))
         (snapshot / path.name).symlink_to(Path("../../blobs") / str(index))
-    assert read_provenance(snapshot).files
     load_model(snapshot)
+    assert (merge_adapter(here / "adapter", here / "merged", base=snapshot) / "config.json").is_file()
 
 
 def test_an_index_of_many_files_is_read_once(here):
@@ -276,9 +318,44 @@ def test_an_index_of_many_files_is_read_once(here):
 @pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**8), ("num_hidden_layers", 1e30), ("num_local_experts", 10**9)])
 def test_a_config_speaks_of_what_the_files_hold(here, key, value):
     change(here / "encoded", "config.json", **{key: value})
-    for use in (load_model, lambda path: server_options(str(path))):
+    for use in (load_model, lambda path: server_options(str(path)), lambda path: export_checkpoint(path, here / "out", "deepspeedfp")):
         with soon(), pytest.raises(CheckpointError, match=f"has {key} .*; expected no more than its files hold"):
             use(here / "encoded")
+
+
+@pytest.mark.parametrize("keys", [{"vocab_size": 10**9, "tie_word_embeddings": False}, {"num_hidden_layers": 1000, "intermediate_size": 10**7}])
+def test_no_memory_is_taken_for_what_files_lack(here, keys):
+    change_plain(here, **keys)
+    with soon(60), pytest.raises(CheckpointError, match="describes a model of .* elements, and its files have .* bytes"):
+        load_model(here / "plain")
+
+
+def test_a_config_of_the_hub_has_bounds(here, tmp_path, monkeypatch):
+    """Its files are not here yet."""
+    snapshot = tmp_path / "hub" / "models--some--model" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    change_plain(here, num_hidden_layers=10**8)
+    shutil.copy(here / "plain" / "config.json", snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    with soon(), pytest.raises(CheckpointError, match="has num_hidden_layers 100000000"):
+        load_config("some/model", cache_dir=tmp_path / "hub", local_files_only=True)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a" * 300, "a/" * 3000])
+def test_odd_names_are_told_in_a_line(here, name):
+    change(here / "encoded", FILE_NAME, files={name: {"bytes": 1, "xxh3_128": "0"}})
+    with pytest.raises(CheckpointError, match=r"expected a file of its own directory|is not valid JSON"):
+        check_files(here / "encoded")
+    change(here / "adapter", ADAPTER, base_model_name_or_path=name)
+    for use in (load_checkpoint, lambda path: merge_adapter(path, here / "merged"), lambda path: server_options(str(path))):
+        with pytest.raises(ArcticError):
+            use(here / "adapter")
+
+
+def test_options_that_no_command_line_takes_are_refused(here):
+    with pytest.raises(ConfigError, match="vLLM's options take .* characters, most of them 'lora_target_modules'; expected at most 100000"):
+        server_command({"model": "x", "lora_target_modules": ["a" * 50] * 3000}, [])
 
 
 @pytest.mark.parametrize(

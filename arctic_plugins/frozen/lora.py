@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from arctic_plugins.adapter import read_adapter
+from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError
 from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture
@@ -308,12 +308,14 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
         read_adapter(adapter)
         config = LoraConfig.from_pretrained(str(adapter))
         config.init_lora_weights = True  # how it was drawn once, with a decomposition of the base for one, is not done again
+        if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):  # expressions, which would be evaluated
+            config.target_modules, config.exclude_modules = adapted_modules(adapter), None
         with only_modules(model, always=bool(config.target_parameters)):
             if local_parameters(model):
                 adapted = _load_local(model, adapter, config, trainable=trainable)
             else:
                 adapted = PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)
-        with safe_open(Path(adapter) / "adapter_model.safetensors", "pt") as file:
+        with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
             saved = set(file.keys())
     except ArcticError:
         raise
@@ -331,7 +333,7 @@ def _load_local(model: PreTrainedModel, adapter: str | Path, config: LoraConfig,
     """The adapter of all experts on a model that has some of them."""
     config.inference_mode = not trainable
     adapted: PeftModel = get_peft_model(model, with_frozen_layer(config))  # type: ignore[assignment]
-    state, layouts = load_file(Path(adapter) / "adapter_model.safetensors"), expert_pairs(adapted)
+    state, layouts = load_file(Path(adapter) / WEIGHTS), expert_pairs(adapted)
     for name, (_, dispatch) in local_parameters(adapted).items():
         key = name.replace(f".{adapted.active_adapter}.weight", ".weight")
         if name in layouts and key in state:

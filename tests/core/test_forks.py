@@ -1,5 +1,6 @@
 """Programs in forks of one interpreter: what they get, what they answer, and how they end."""
 
+import contextlib
 import json
 import os
 import signal
@@ -56,7 +57,9 @@ def test_how_it_ended(forks, source, status, error):
     assert error in done.stderr
 
 
-RANKS = "import os; print(' '.join(os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')))"
+RANKS = (
+    "import os; os.write(1, ' '.join([os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')] + ['\\n']).encode())"
+)
 
 
 def test_several_have_what_torchrun_sets(forks):
@@ -80,8 +83,9 @@ def test_one_that_takes_too_long_is_killed_with_what_it_started(forks, tmp_path)
     with pytest.raises(subprocess.TimeoutExpired):
         fork.wait(0.1)
     state = Path(f"/proc/{(tmp_path / 'pid').read_text()}/stat")
-    while state.exists() and state.read_text().rsplit(")", 1)[1].split()[0] != "Z":
-        pass
+    with contextlib.suppress(OSError):  # it is gone
+        while state.read_text().rsplit(")", 1)[1].split()[0] != "Z":
+            pass
 
 
 def test_a_signal_reaches_it(forks):

@@ -41,6 +41,8 @@ def check_recipe(recipe: Recipe) -> Stack:
     if (frozen := [*stack.only("weight_codec"), *stack.only("placement")]) and not stack.only("adapter"):
         names = ", ".join(dict.fromkeys(plugin.name for plugin in frozen))
         raise ConfigError(f"plugins freeze the weights ({names}) and none adds what could be trained", expected="an adapter", fix="add 'lora: {}'")
+    if recipe.nonfinite == "skip" and recipe.training.get("deepspeed"):
+        raise ConfigError("nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out")
     check_source(recipe.data)
     if is_directory(recipe.model):
         check_checkpoint(recipe.model, contents=False, **recipe.load)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from arctic_plugins.adapter import ADAPTER, read_adapter
+from arctic_plugins.adapter import ADAPTER, WEIGHTS, read_adapter
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.errors import CheckpointError
 from arctic_plugins.files import check_keys, check_regular, check_sizes, file_within, read_json
@@ -91,7 +91,9 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
         raise CheckpointError(f"{directory} holds a model and an adapter", expected="one of them", fix=f"move {ADAPTER} to a directory of its own")
     _check_unchanged(directory, contents=contents)
     if kwargs.get("use_safetensors", True):
-        check_sizes(config, _check_weights(directory, kwargs.get("variant")), directory / "config.json")
+        held = _weight_files(directory, kwargs.get("variant"))
+        _check_weights(directory, held)
+        check_sizes(config, held, directory / "config.json")
     return kwargs
 
 
@@ -134,7 +136,7 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
         kwargs = _check_hub(str(checkpoint), kwargs)
         if _hub_file(str(checkpoint), ADAPTER, kwargs) is None:
             return None
-        allowed = [*_SMALL, "adapter_model.safetensors"]
+        allowed = [*_SMALL, WEIGHTS]
         known = {key: kwargs[key] for key in ("cache_dir", "force_download", "local_files_only", "revision", "token") if key in kwargs}
         checkpoint = snapshot_download(str(checkpoint), allow_patterns=allowed, **known)
     directory = Path(checkpoint)
@@ -142,7 +144,7 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
         return None
     rank = read_adapter(directory).r
     _check_unchanged(directory)
-    weights = directory / "adapter_model.safetensors"
+    weights = directory / WEIGHTS
     _open(weights)
     with safe_open(weights, "np") as file:
         rows = [file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key]  # noqa: SIM118 - safe_open is not a mapping
@@ -264,19 +266,15 @@ def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
     return {file_within(directory, name, index): held[name] for name in sorted(held)}
 
 
-def _check_weights(directory: Path, variant: str | None) -> tuple[int, int]:
-    """Check that the files of weights are whole, and hold what the index says; returns how many tensors they hold, and bytes."""
-    count = size = 0
-    for path, tensors in _weight_files(directory, variant).items():
+def _check_weights(directory: Path, files: Mapping[Path, set[str]]) -> None:
+    """Check that the files of weights are whole, and hold what the index says."""
+    for path, tensors in files.items():
         if not path.is_file():
             raise CheckpointError(
                 f"{directory}'s index names {path.name}, which is absent", fix="copy the missing shard, or make the checkpoint again"
             )
-        held = _open(path)
-        if missing := tensors - held:
+        if missing := tensors - _open(path):
             raise CheckpointError(f"{path} lacks {min(missing)}, which the index says it holds", fix="make the checkpoint again")
-        count, size = count + len(held), size + path.stat().st_size
-    return count, size
 
 
 def _open(path: Path) -> set[str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +26,9 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from arctic_plugins.adapter import WEIGHTS
 from arctic_plugins.errors import CheckpointError, CodecError
-from arctic_plugins.files import read_json
+from arctic_plugins.files import copy_files, read_json
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.merging import Update
@@ -93,8 +93,7 @@ def convert_deepspeed(
                 found.append(f"{len(source.shards)} parts of the frozen weights were put together")
         else:
             source.write_adapter(draft, updates, base, use_rslora=scaling != "alpha/r", alpha=source.alpha(alpha))
-        for path in [*source.top.glob("tokenizer*"), *source.top.glob("special_tokens_map.json"), *source.top.glob("*.jinja")]:
-            shutil.copy(path, draft / path.name)
+        copy_files(source.top, draft, lambda name: name.startswith("tokenizer") or name == "special_tokens_map.json" or name.endswith(".jinja"))
         write_provenance(draft, Stack())
     return found
 
@@ -238,8 +237,7 @@ class _Source:
             (draft / INDEX).write_text(json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2))
         config = {key: value for key, value in self.config.items() if key not in _OURS}
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if (self.top / "generation_config.json").is_file():
-            shutil.copy(self.top / "generation_config.json", draft)
+        copy_files(self.top, draft, lambda name: name == "generation_config.json")
 
     def _merged(self, name: str, changed: Mapping[str, Update]) -> Tensor:
         if name not in changed:
@@ -263,7 +261,7 @@ class _Source:
             task_type="CAUSAL_LM",
             inference_mode=True,
         )
-        save_file(tensors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
+        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(str(draft))
 
 

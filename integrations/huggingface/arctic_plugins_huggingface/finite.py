@@ -1,4 +1,4 @@
-"""A run that diverges stops before the step that would spoil its weights. Read in transformers 5.19.0."""
+"""A run that diverges stops before the step that would spoil its weights, or leaves that step out. Read in transformers 5.19.0."""
 
 from __future__ import annotations
 
@@ -11,26 +11,41 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from arctic_plugins.errors import Diverged
+from arctic_plugins.errors import ConfigError, Diverged
 from arctic_plugins_huggingface.checkpoints import complete_checkpoints
 
 __all__ = ["FiniteGuard"]
 
 logger = logging.getLogger(__name__)
 
+MOST_SKIPPED = 10
+"""Steps in a row that are left out; with one more the run has diverged, whatever the user hoped for."""
+
 
 class FiniteGuard(TrainerCallback):
     """Raises :class:`~arctic_plugins.errors.Diverged` at the first step whose loss or gradients hold NaN or infinity, before the optimizer uses them,
-    and before trainable weights that do are saved.
+    and before trainable weights that do are saved. Several processes raise together, whichever of them saw it.
 
     The Trainer by itself leaves NaN out of the losses that it logs (``logging_nan_inf_filter``), goes on, and saves what has become of the weights.
     With float16 autocast, infinite gradients are the scaler's business, which leaves the step out, and only the loss counts; so it is with DeepSpeed,
     whose gradients are not here. The device is waited for once a step.
+
+    Args:
+        trainer: whose callback this will be.
+        skip: leave such a step out, with a warning, and raise only where more than :data:`MOST_SKIPPED` follow one another.
+
+    Raises:
+        ConfigError: ``skip`` and DeepSpeed, whose optimizer cannot be kept from the step.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, *, skip: bool = False) -> None:
+        if skip and trainer.is_deepspeed_enabled:
+            raise ConfigError("nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out")
         self.bad: Tensor | None = None
         """Whether a loss since the last step was not finite, on the device."""
+        self.skip = skip
+        self.skipped = 0
+        """Steps left out since the last that was made."""
         self.only_loss = trainer.args.fp16 or trainer.is_deepspeed_enabled or getattr(trainer.accelerator, "scaler", None) is not None
         step = trainer.training_step
 
@@ -47,21 +62,28 @@ class FiniteGuard(TrainerCallback):
     ) -> None:
         bad, self.bad = self.bad is not None and bool(self.bad), None
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None] if model is not None else []
-        if self.only_loss:
-            spoilt = bad
-        else:
-            spoilt = not _are_finite(gradients)
-            if bad and not spoilt:  # 0 / 0 of a batch without labels, which changes nothing
-                logger.warning("the loss of step %d is not finite, but its gradient is", state.global_step + 1)
-        if spoilt:
-            raise _diverged("loss" if bad else "gradient", args, state.global_step + 1)
+        bad, spoilt = _anywhere(args.device, bad, bad if self.only_loss else not _are_finite(gradients))
+        if bad and not spoilt:  # 0 / 0 of a batch without labels, which changes nothing
+            logger.warning("the loss of step %d is not finite, but its gradient is", state.global_step + 1)
+        if not spoilt:
+            self.skipped = 0
+            return
+        what = "loss" if bad else "gradient"
+        if not self.skip or self.skipped == MOST_SKIPPED:
+            raise _diverged(what, args, state.global_step + 1, self.skipped)
+        self.skipped += 1
+        logger.warning("the %s of step %d is not finite: the step is left out", what, state.global_step + 1)
+        for parameter in model.parameters() if model is not None and not self.only_loss else ():  # float16's scaler leaves it out itself
+            parameter.grad = None  # of which no optimizer of torch makes a step, nor a decay
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
     ) -> None:
         last = state.global_step >= state.max_steps or control.should_training_stop
-        saves = model is not None and (last or control.should_save)
-        if saves and not _are_finite([parameter.detach() for parameter in model.parameters() if parameter.requires_grad]):  # type: ignore[union-attr]
+        if model is None or not (last or control.should_save):
+            return
+        finite = _are_finite([parameter.detach() for parameter in model.parameters() if parameter.requires_grad])
+        if _anywhere(args.device, not finite)[0]:
             raise _diverged("result", args, state.global_step)
 
     on_epoch_end = on_step_end  # with save_strategy "epoch" it is known only then that a checkpoint follows
@@ -73,12 +95,21 @@ def _are_finite(tensors: Sequence[Tensor]) -> bool:
     return not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all())
 
 
-def _diverged(what: str, args: TrainingArguments, step: int) -> Diverged:
+def _anywhere(device: torch.device, *flags: bool) -> list[bool]:
+    """Each of ``flags``, true where it is in any process: one that raised alone would leave the others waiting for it."""
+    if not torch.distributed.is_initialized():
+        return list(flags)
+    shared = torch.tensor(flags, dtype=torch.float32, device=device)
+    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in shared.tolist()]
+
+
+def _diverged(what: str, args: TrainingArguments, step: int, skipped: int = 0) -> Diverged:
     output = Path(args.output_dir or ".")
     saved = complete_checkpoints(output)
     newest = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
     return Diverged(
-        f"the {what} of step {step} is not finite",
+        f"the {what} of step {step} is not finite{f', as in the {skipped} steps before it' if skipped else ''}",
         expected="numbers: the run diverged, or the data of this step are at fault",
         fix=f"{newest}; lower training.learning_rate, lengthen training.warmup_steps, or look at the data",
     )

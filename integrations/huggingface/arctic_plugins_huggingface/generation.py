@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 __all__ = ["Messages", "answer", "chat", "chat_prompt"]
 
 Messages = list[dict[str, str]]
+GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+"""Whatever the checkpoint's ``generation_config.json`` says: a thousand beams take the memory of a thousand answers."""
 
 
 def chat(question: str, system: str | None = None) -> Messages:
@@ -49,7 +51,7 @@ def answer(
             batch = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, add_special_tokens=tokenizer.chat_template is None).to(
                 model.device
             )
-            tokens = model.generate(**batch, **{"max_new_tokens": max_new_tokens, "do_sample": False, **kwargs})
+            tokens = model.generate(**batch, **{**GREEDY, "max_new_tokens": max_new_tokens, **kwargs})
             yield from tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     finally:
         tokenizer.padding_side = side

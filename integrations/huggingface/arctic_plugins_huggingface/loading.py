@@ -17,7 +17,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
 from arctic_plugins.compute import compute_dtype, default_device, dtype_name, reason_for, warning_for
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError
-from arctic_plugins.files import check_keys, read_json
+from arctic_plugins.files import check_elements, check_keys, check_sizes, read_json
 from arctic_plugins.frozen import METHOD, Codec, ExpertsDispatch, FrozenModule, ModuleCodecs, Placement, PlainCodec, chain
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
@@ -160,14 +160,19 @@ def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
         CheckpointError: there is none, or it is not a model's.
     """
     register()
+    directory, where = Path(checkpoint) / kwargs.get("subfolder", ""), f"{checkpoint}/config.json"
     try:
+        content, _ = PreTrainedConfig.get_config_dict(checkpoint, **kwargs)
+        check_keys(content, where)
+        check_sizes(content, sorted(directory.glob("*.safetensors")) if directory.is_dir() else (), where)
         config = AutoConfig.from_pretrained(checkpoint, **{"trust_remote_code": False, **kwargs})
+    except ArcticError:
+        raise
     except Exception as error:  # configs are code: a bad value can raise anything
         _own_code(checkpoint, error)
         raise CheckpointError(
-            f"{checkpoint}/config.json cannot be read as a model: {reason(error)}", expected="a causal language model", fix="correct the key it names"
+            f"{where} cannot be read as a model: {reason(error)}", expected="a causal language model", fix="correct the key it names"
         ) from error
-    check_keys({**config.to_dict(), "attn_implementation": config._attn_implementation}, f"{checkpoint}/config.json")
     return config
 
 
@@ -178,7 +183,9 @@ def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizer
         _check_tokenizer(path)
     try:
         return AutoTokenizer.from_pretrained(checkpoint, **{"trust_remote_code": False, **kwargs})
-    except Exception as error:  # tokenizers raises bare Exceptions
+    except BaseException as error:  # tokenizers raises bare Exceptions, and of a panic of its Rust code a BaseException
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         _own_code(checkpoint, error)
         raise CheckpointError(f"the tokenizer of {checkpoint} cannot be read: {reason(error)}", fix="save it beside the model again") from error
 
@@ -193,7 +200,7 @@ def _check_tokenizer(path: Path) -> None:
         raise CheckpointError(f"{path} has sp_model_kwargs", expected="none: they name files", fix="remove them, if you trust the rest")
 
 
-def _own_code(checkpoint: str | Path, error: Exception) -> None:
+def _own_code(checkpoint: str | Path, error: BaseException) -> None:
     """Say what to set if the error is that the checkpoint brings code of its own; the library's default would be to ask on the terminal."""
     if "trust_remote_code" in str(error):
         raise CheckpointError(
@@ -289,6 +296,8 @@ def _quantization(
             )
         return None
     claimed = claims(config, stack, dtype)
+    if weights := sorted(directory.glob("*.safetensors")):
+        check_elements(claimed.elements, weights, directory / "config.json")
     wanted = {dispatch.experts_implementation for dispatch in claimed.dispatches.values()}
     if wanted and experts_implementation not in {None, *wanted}:
         raise ConfigError(
@@ -389,6 +398,8 @@ class Claimed:
     """Of the experts that are spread over processes, or whose tokens may be dropped."""
     resident: dict[str, int]
     """Bytes of every encoded weight on the compute device, in this process."""
+    elements: int
+    """Of all tensors of the model, decoded."""
 
     def quantization(self) -> ArcticQuantizationConfig | None:
         """To load a plain checkpoint with; None when its weights stay as they are."""
@@ -425,7 +436,8 @@ def claims(config: PreTrainedConfig, stack: Stack, dtype: torch.dtype | str = "a
         plain = PlainCodec(dtype_name(kept))
         codecs = {name: plain for name in specs if name in claimed.by_slot.get("placement", {}) and not specs[name].tied and name not in heads}
     placements, resident = _place(claimed, codecs, specs)
-    return Claimed(specs, claimed, codecs, names, placements, claimed.exclusive("experts_dispatch"), resident)
+    elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
+    return Claimed(specs, claimed, codecs, names, placements, claimed.exclusive("experts_dispatch"), resident, elements)
 
 
 def _stored_codecs(

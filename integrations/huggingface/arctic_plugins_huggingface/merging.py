@@ -14,6 +14,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
+from arctic_plugins.adapter import WEIGHTS
 from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.files import read_json
 from arctic_plugins.frozen import Codec
@@ -120,7 +121,7 @@ def _halves(adapter: Path) -> dict[str, dict[str, Tensor]] | None:
     config = LoraConfig.from_pretrained(str(adapter))
     if any(getattr(config, name, None) for name in _OTHER_KINDS) or config.bias != "none":
         return None
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = load_file(adapter / WEIGHTS)
     halves: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, _, half = key.removeprefix(_PREFIX).rpartition(".lora_")

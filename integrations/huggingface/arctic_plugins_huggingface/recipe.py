@@ -65,7 +65,7 @@ class DataConfig(BaseModel):
 
 
 class Recipe(BaseModel):
-    """``model``, ``plugins``, ``load``, ``data`` and ``training``; unknown keys are errors."""
+    """``model``, ``plugins``, ``load``, ``data``, ``training`` and ``nonfinite``; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,6 +78,9 @@ class Recipe(BaseModel):
     data: DataConfig
     training: dict[str, Any] = Field(default_factory=dict)
     """``TrainingArguments``, verbatim (and the fields that TRL's ``SFTConfig`` adds to them)."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """What becomes of a step whose loss or gradient is NaN or infinite: ``stop`` ends the run before it changes the weights, ``skip`` leaves the step
+    out; eleven in a row end the run all the same."""
 
     @model_validator(mode="before")
     @classmethod

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arctic_plugins.errors import CheckpointError, CodecError
+from arctic_plugins.files import copy_files
 from arctic_plugins.provenance import FILE_NAME
 
 __all__ = ["INDEX", "Read", "named", "open_files", "rewrite"]
@@ -80,9 +80,7 @@ def rewrite(
             total += sum(tensor.nbytes for tensor in here.values())
         if (source / INDEX).is_file():
             (draft / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in (INDEX, FILE_NAME, "config.json"):
-            shutil.copy(path, draft / path.name)
+    copy_files(source, draft, lambda name: not name.endswith(".safetensors") and name not in (INDEX, FILE_NAME, "config.json"))
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -204,7 +204,7 @@ def _train(
         raise ConfigError(f"training is not valid: {reason(error)}", fix="correct the argument it names") from error
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
-    attach(trainer, run.stack)
+    attach(trainer, run.stack, skip_nonfinite=run.recipe.nonfinite == "skip")
     if start is not None:
         console.print(f"resuming from {start}", highlight=False)
     started = time.perf_counter()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from arctic_plugins.adapter import WEIGHTS
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import ExpertsDispatch, local_parameters
 from arctic_plugins_huggingface.gathering import whole_weights
@@ -165,7 +166,7 @@ class SpreadOverDDP(SpreadExperts):
             restore_weights(model, directory, skip=self.local)
             return
         owners = {name.rpartition(".experts.")[0] for name in self.trained}
-        state = load_file(directory / "adapter_model.safetensors")
+        state = load_file(directory / WEIGHTS)
         set_peft_model_state_dict(model, {name: tensor for name, tensor in state.items() if name.rpartition(".experts.")[0] not in owners})
 
     def resume_optimizer(self, checkpoint: str | None) -> None:

@@ -77,11 +77,17 @@ class _CommitCallback(TrainerCallback):
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
+def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -> AnyTrainer:
     """Let the plugins of ``stack`` reach ``trainer`` (any ``Trainer``, TRL's included) and mark its checkpoints with the stack.
 
     Call it once, after building the trainer around a model from :func:`~arctic_plugins_huggingface.load_model` and before ``train()``. It takes
     ``save_total_limit`` over: the Trainer would remove the last complete checkpoint before the new one is marked as complete.
+
+    Args:
+        trainer: changed, and returned.
+        stack: what the model was loaded with.
+        skip_nonfinite: leave a step whose loss or gradient is NaN or infinite out, instead of raising
+            :class:`~arctic_plugins.errors.Diverged`; eleven in a row raise it still.
     """
     if trainer.args.bf16 and (line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)):
         logger.warning(line)  # TRL's SFTConfig turns it on by itself
@@ -91,7 +97,7 @@ def attach(trainer: AnyTrainer, stack: Stack) -> AnyTrainer:
         _restore_converted(trainer)
     if trainer.is_deepspeed_enabled:
         _keep_encoded(trainer)
-    trainer.add_callback(FiniteGuard(trainer))
+    trainer.add_callback(FiniteGuard(trainer, skip=skip_nonfinite))
     trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))
     trainer.args.save_total_limit = None
     stack.hf_attach_trainer(trainer)

@@ -12,7 +12,7 @@ from arctic_plugins_huggingface.recipe import DataConfig, Recipe
 from arctic_plugins_huggingface.saving import load_checkpoint
 from arctic_plugins_huggingface.sft import train
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, Trainer, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins import Stack
@@ -247,6 +247,42 @@ def test_a_gradient_that_is_not_finite_is_not_used(tiny_checkpoint, rows, tmp_pa
     with pytest.raises(Diverged, match=r"the gradient of step 3 is not finite; .*; no checkpoint was saved"):
         trainer.train()
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_a_step_that_is_not_finite_can_be_left_out(tiny_checkpoint, rows, tmp_path, caplog):
+    stack = Stack.from_dict(PLUGINS)
+
+    def run(spoilt, name):
+        args = ArcticTrainingArguments(output_dir=str(tmp_path / name), max_steps=14, save_strategy="no", weight_decay=0.1, plugins=PLUGINS, **QUICK)
+        torch.manual_seed(0)
+        model, _ = load_model(tiny_checkpoint, stack)
+        trainer = attach(Trainer(model=model, args=args, train_dataset=rows), stack, skip_nonfinite=True)
+        weight = next(parameter for name, parameter in model.named_parameters() if "lora_B" in name)
+        weight.register_hook(lambda grad: grad * torch.nan if trainer.state.global_step in spoilt else grad)
+        weights = []
+        trainer.add_callback(Recorder(weights, weight))
+        trainer.train()
+        return weights
+
+    weights = run({2, 3}, "out")
+    assert not torch.equal(weights[1], weights[0])
+    assert torch.equal(weights[2], weights[1])  # neither a step nor a decay
+    assert torch.equal(weights[3], weights[1])
+    assert not torch.equal(weights[4], weights[3])
+    assert all(weight.isfinite().all() for weight in weights)
+    assert "the gradient of step 3 is not finite: the step is left out" in caplog.text
+    with pytest.raises(Diverged, match="the gradient of step 13 is not finite, as in the 10 steps before it"):
+        run(set(range(2, 14)), "other")
+
+
+class Recorder(TrainerCallback):
+    """A copy of a weight after each step."""
+
+    def __init__(self, copies, weight):
+        self.copies, self.weight = copies, weight
+
+    def on_step_end(self, *args, **kwargs):
+        self.copies.append(self.weight.detach().clone())
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_checkpoint, tmp_path, monkeypatch):

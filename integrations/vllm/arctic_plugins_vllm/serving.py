@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arctic_plugins.adapter import ADAPTER, read_adapter
+from arctic_plugins.adapter import ADAPTER, WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.compute import compute_dtype, dtype_name, is_native
 from arctic_plugins.errors import CheckpointError, ConfigError
-from arctic_plugins.files import check_keys, check_sizes, read_json, tensor_counts
+from arctic_plugins.files import check_keys, check_sizes, read_json
 from arctic_plugins.frozen import METHOD, ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
 from arctic_plugins.stack import Stack
@@ -20,6 +20,11 @@ from arctic_plugins.stack import Stack
 __all__ = ["made_for", "on_the_fly", "server_command", "server_options"]
 
 MODULE = "arctic_plugins_vllm.server"
+LONGEST_VALUES = 100_000
+"""Characters of JSON on the command line: Linux takes 128 KiB as one argument."""
+READ = {"config_format": "hf", "load_format": "safetensors"}
+"""What vLLM reads of a model: not the ``params.json`` and ``consolidated.safetensors`` that it would prefer, which nothing here has looked at, and no
+pickle (vllm 0.32.0: ``transformers_utils/config.py``, ``default_loader.py``)."""
 CPU_CACHE_GIB = "2"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
@@ -54,8 +59,20 @@ def _loading() -> Any:
 
 
 def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[str]:
-    """Arguments for this Python that start the server with ``options``, verbatim, and ``values`` of :func:`server_options`."""
-    return ["-m", MODULE, json.dumps(values), *options]
+    """Arguments for this Python that start the server with ``options``, verbatim, and ``values`` of :func:`server_options`.
+
+    Raises:
+        ConfigError: the values are too long for a command line.
+    """
+    written = json.dumps(values)
+    if len(written) > LONGEST_VALUES:
+        longest = max(values, key=lambda key: len(json.dumps(values[key])))
+        raise ConfigError(
+            f"vLLM's options take {len(written)} characters, most of them '{longest}'",
+            expected=f"at most {LONGEST_VALUES}",
+            fix="merge the adapter, or quantize the model, first",
+        )
+    return ["-m", MODULE, written, *options]
 
 
 def server_options(
@@ -81,10 +98,12 @@ def server_options(
     path = Path(os.path.abspath(checkpoint))  # so that "." has the name that an adapter is served under
     stack = Stack.from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
     stack.check_host("vllm")
-    arguments: dict[str, Any] = {"model": checkpoint, **stack.vllm_engine_args(path)}
+    arguments: dict[str, Any] = {**READ, "model": checkpoint, **stack.vllm_engine_args(path)}
     is_adapter = (path / ADAPTER).is_file()
     if is_adapter and (path / FILE_NAME).is_file():
         check_files(path)
+        if not (path / WEIGHTS).is_file():  # or vLLM looks for a pickle
+            raise CheckpointError(f"{path} has no {WEIGHTS}", fix="the adapter is incomplete: copy it again, or save it again")
     if is_adapter and "lora_modules" not in arguments:
         raise CheckpointError(
             f"{checkpoint} is an adapter without {FILE_NAME}", expected="one that 'arctic train' wrote", fix="use vLLM's --lora-modules"
@@ -119,7 +138,7 @@ def server_options(
         if overrides := loading.configured(loading.load_config(str(model)), others):
             arguments["hf_overrides"] = overrides
     if is_adapter and _is_mixture(model):
-        targets = read_adapter(path).target_modules
+        targets = read_adapter(path).target_modules or {name.rpartition(".")[2] for name in adapted_modules(path)}
         if targets:  # or vLLM prepares experts for adapters too, which takes memory, and on CPU Triton
             arguments["lora_target_modules"] = sorted(targets)
     if (size := made_for(model)) is not None:
@@ -203,8 +222,7 @@ def _check_model(model: Path) -> bool:
         raise CheckpointError(f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path")
     config = read_json(model / "config.json")
     check_keys(config, model / "config.json")
-    if weights := sorted(model.glob("*.safetensors")):
-        check_sizes(config, tensor_counts(weights), model / "config.json")
+    check_sizes(config, sorted(model.glob("*.safetensors")), model / "config.json")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         return False

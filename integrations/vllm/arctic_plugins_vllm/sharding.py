@@ -7,7 +7,6 @@ rearranges weights for its kernels, which cannot be loaded again (``model_loader
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ import torch
 from torch import nn
 
 from arctic_plugins.errors import ArcticError, ConfigError
-from arctic_plugins.files import read_json
+from arctic_plugins.files import copy_files, read_json
 from arctic_plugins.provenance import FILE_NAME, write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_vllm.compat import (
@@ -63,9 +62,7 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
                 if isinstance(method, EncodedLinearMethod | EncodedExpertsMethod):
                     method.process_weights_after_loading(module)  # only checks that all came
             ShardedStateLoader.save_model(model, str(target), max_size=FILE_SIZE)
-    for path in source.iterdir():
-        if path.is_file() and path.name != FILE_NAME and not path.name.endswith(_WEIGHTS):
-            shutil.copyfile(path, target / path.name)
+    copy_files(source, target, lambda name: name != FILE_NAME and not name.endswith(_WEIGHTS))
     write_provenance(target, Stack.recorded(source))
     return target
 

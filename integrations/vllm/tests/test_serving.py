@@ -6,7 +6,7 @@ import pytest
 import torch
 from arctic_plugins_vllm import serving
 from arctic_plugins_vllm.server import parse
-from arctic_plugins_vllm.serving import server_options
+from arctic_plugins_vllm.serving import READ, server_options
 from safetensors.torch import save_file
 
 from arctic_plugins import Stack, compute
@@ -27,6 +27,7 @@ def make(directory, config, *, adapter_of=None, plugins=None):
         (directory / "config.json").write_text(json.dumps(config))
     else:
         (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter_of), "r": 4, "lora_alpha": 8}))
+        save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 8)}, directory / "adapter_model.safetensors")
     if plugins is not None:
         write_provenance(directory, Stack.from_dict(plugins))
     return directory
@@ -46,15 +47,15 @@ def on_cpu(monkeypatch):
 
 def test_a_checkpoint_needs_no_option(base, monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    assert server_options(str(base)) == ({"model": str(base), "enforce_eager": True}, {"VLLM_CPU_KVCACHE_SPACE": "2"})
+    assert server_options(str(base)) == ({**READ, "model": str(base), "enforce_eager": True}, {"VLLM_CPU_KVCACHE_SPACE": "2"})
     monkeypatch.setattr(serving, "_runs_on_cpu", lambda: False)
-    assert server_options(str(base)) == ({"model": str(base)}, {})
+    assert server_options(str(base)) == ({**READ, "model": str(base)}, {})
 
 
 def test_what_the_processor_does_not_multiply_is_served_in_float32(base, monkeypatch):
     for module in (serving, compute):
         monkeypatch.setattr(module, "is_native", lambda dtype, *_: dtype == torch.float32)
-    assert server_options(str(base))[0] == {"model": str(base), "dtype": "float32", "enforce_eager": True}
+    assert server_options(str(base))[0] == {**READ, "model": str(base), "dtype": "float32", "enforce_eager": True}
     assert "dtype" not in server_options(str(base), ["--dtype", "bfloat16"])[0]
 
 
@@ -87,7 +88,7 @@ def test_an_adapter_is_served_over_its_encoded_base(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     values, _ = server_options(str(adapter), base=str(base))
     modules = [{"name": "adapter", "path": str(adapter)}]
-    assert values == {"model": str(base), "enable_lora": True, "max_lora_rank": 8, "lora_modules": modules, "enforce_eager": True}
+    assert values == {**READ, "model": str(base), "enable_lora": True, "max_lora_rank": 8, "lora_modules": modules, "enforce_eager": True}
 
 
 def test_a_base_on_this_machine_is_shown_and_asked_for(base, tmp_path):
@@ -117,7 +118,7 @@ def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
         (
             {"quantization_config": {**ENCODED["quantization_config"], "codecs": {"x": {"type": "fp3"}}}},
             PluginNotFoundError,
-            "pip install arctic-plugins-fp3",
+            "codec type 'fp3' is provided by no installed plugin; install the plugin",
         ),
         ({"quantization_config": {**ENCODED["quantization_config"], "codecs": {"x": {"type": "fp8", "bits": 3}}}}, CheckpointError, "is not valid"),
         ({"quantization_config": {**ENCODED["quantization_config"], "format": 2}}, CheckpointError, "has format 2; expected at most 1"),
@@ -148,7 +149,7 @@ def test_base_is_for_adapters(base):
 
 
 def test_a_hub_id_goes_to_vllm_as_it_is():
-    assert server_options("some/model")[0] == {"model": "some/model"}
+    assert server_options("some/model")[0] == {**READ, "model": "some/model"}
 
 
 def test_an_adapter_of_another_program_says_so(base, tmp_path):
