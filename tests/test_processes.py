@@ -29,7 +29,7 @@ ACCELERATE = (
 )
 
 
-def start(processes, checkpoint, directory, *, batch, checkpointing=False, plugins=PLUGINS, launcher=None, kill=None):
+def start(processes, checkpoint, directory, *, batch, checkpointing=False, plugins=PLUGINS, launcher=None, kill=None, spoil=None):
     arguments = [
         str(Path(__file__).with_name("train_script.py")),
         str(checkpoint),
@@ -39,7 +39,7 @@ def start(processes, checkpoint, directory, *, batch, checkpointing=False, plugi
         *("--gradient_checkpointing", str(checkpointing), "--train_sampling_strategy", "sequential"),
     ]
     directory.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **({"KILL": json.dumps(kill)} if kill else {})}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: json.dumps(what) for name, what in (("KILL", kill), ("SPOIL", spoil)) if what}}
     if launcher is None:
         return trainers().run(arguments, processes=processes, env=environment)
     command = [sys.executable, *launcher, str(processes), *arguments]
@@ -88,3 +88,10 @@ def test_ranks_that_are_killed_within_a_save(tiny_checkpoint, tmp_path, ranks):
     assert len(ignored) == 1
     assert "checkpoint-4 is not complete" in ignored[0]
     assert_same(whole, train(2, tiny_checkpoint, tmp_path / "run", **options))
+
+
+def test_all_processes_stop_where_one_diverges(tiny_checkpoint, tmp_path):
+    done = start(2, tiny_checkpoint, tmp_path / "run", batch=2, spoil=(3, [1]))
+    assert done.returncode == 1
+    assert done.stderr.count("Diverged: the gradient of step 3 is not finite") == 2
+    assert last_checkpoint(tmp_path / "run")[0] == tmp_path / "run" / "checkpoint-2"

@@ -23,6 +23,17 @@ class Killed(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Spoilt(TrainerCallback):
+    """Puts NaN into the gradients of these ranks before the optimizer's step, as damaged memory would."""
+
+    def __init__(self, step, ranks):
+        self.step, self.ranks = step, ranks
+
+    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+        if state.global_step + 1 == self.step and args.process_index in self.ranks:
+            next(parameter.grad for parameter in model.parameters() if parameter.grad is not None).fill_(torch.nan)
+
+
 if __name__ == "__main__":
     checkpoint, losses_file, *arguments = sys.argv[1:]
     (args,) = HfArgumentParser(ArcticTrainingArguments).parse_args_into_dataclasses(arguments)
@@ -30,7 +41,7 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     model, _ = load_model(checkpoint, stack)
     texts = [torch.arange(24) % 3 + 20 + row % 4 for row in range(32)]
-    callbacks = [Killed(*json.loads(os.environ["KILL"]))] if "KILL" in os.environ else []
+    callbacks = [kind(*json.loads(os.environ[name])) for name, kind in (("KILL", Killed), ("SPOIL", Spoilt)) if name in os.environ]
     rows = [{"input_ids": ids, "labels": ids} for ids in texts]
     trainer = attach(Trainer(model=model, args=args, train_dataset=rows, callbacks=callbacks), stack)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir)[0])
