@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from arctic_plugins_huggingface import last_checkpoint
 
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.testing import trainers
@@ -176,3 +177,19 @@ def test_deepspeed_zero_2_over_shards(recipe, tmp_path, launcher, monkeypatch):
         assert "was made by 2 processes, and this run has 1" in refused.stderr
         assert "was made with DeepSpeed" in arctic(recipe("again"), "--resume", processes=2, status=2).stderr
         assert losses(arctic(recipe("again", deepspeed="zero2.json"), "--resume", processes=2)) == pytest.approx(one[4:], rel=1e-3)
+
+
+def test_a_process_that_hangs_ends_the_run_in_time(recipe, tmp_path):
+    """Also with ``use_cpu``, with which transformers 5.19 by itself would wait for half an hour."""
+    path = recipe("hung", plugins={"lora": {"r": 4}}, max_steps=100_000, save_steps=2, save_total_limit=1, ddp_timeout=20, use_cpu=True)
+    run = trainers().start(["-m", "arctic_plugins.cli", "train", path], processes=2, env=ENVIRONMENT)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "hung").glob(f"checkpoint-*/{FILE_NAME}")):
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(run.pids[1], signal.SIGSTOP)
+    _, error = run.communicate(timeout=300)
+    assert run.returncode == 1
+    assert "another process of this run did not answer for 20 s (training.ddp_timeout); look at what it said; 'arctic train RECIPE --resume'" in error
+    assert last_checkpoint(tmp_path / "hung")[0] is not None

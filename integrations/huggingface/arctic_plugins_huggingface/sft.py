@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -14,12 +16,22 @@ import torch
 from datasets import disable_progress_bars
 from huggingface_hub import upload_folder
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, set_seed
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins.compute import is_native, warning_for
-from arctic_plugins.errors import CheckpointError, ConfigError, Interrupted
+from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, Interrupted
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checking import check_arguments, check_output, check_recipe
@@ -210,7 +222,7 @@ def _train(
     started = time.perf_counter()
     with writing(output, fix="free space, then 'arctic train RECIPE --resume' continues from the newest complete checkpoint"):
         try:
-            with stop.listening():
+            with stop.listening(), _others_answering(run.arguments):
                 _run(trainer, start)
         finally:
             progress.close()
@@ -238,6 +250,22 @@ def _train(
         model=model,
         tokenizer=tokenizer,
     )
+
+
+@contextmanager
+def _others_answering(arguments: TrainingArguments) -> Iterator[None]:
+    """Say in one line that another process of the run hangs or has ended, which gloo (torch 2.13) tells with its own source's lines."""
+    try:
+        yield
+    except RuntimeError as error:
+        gone, late = "Connection closed by peer" in str(error), "Timed out waiting" in str(error)
+        if not gone and not late:
+            raise
+        found = "has ended" if gone else f"did not answer for {arguments.ddp_timeout} s (training.ddp_timeout)"
+        raise ArcticError(
+            f"another process of this run {found}",
+            fix="look at what it said; 'arctic train RECIPE --resume' continues from the newest complete checkpoint",
+        ) from error
 
 
 def _run(trainer: Trainer, start: Path | None) -> None:

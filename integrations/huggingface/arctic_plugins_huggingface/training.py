@@ -9,12 +9,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from torch.distributed import distributed_c10d
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.compute import warning_for
@@ -91,6 +93,8 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
     """
     if trainer.args.bf16 and (line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)):
         logger.warning(line)  # TRL's SFTConfig turns it on by itself
+    if trainer.args.use_cpu:
+        _set_timeouts(trainer.args.ddp_timeout_delta)
     if is_spread(trainer.model):
         trainer.add_callback(spread(trainer))  # before the one that marks checkpoints as complete
     else:
@@ -102,6 +106,13 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
     trainer.args.save_total_limit = None
     stack.hf_attach_trainer(trainer)
     return trainer
+
+
+def _set_timeouts(timeout: timedelta) -> None:
+    """With ``use_cpu``, transformers (``training_args.py``) leaves ``ddp_timeout`` out: give it to the groups that have torch's default (2.13)."""
+    for group in list(distributed_c10d._world.pg_map):
+        if group._get_backend(torch.device("cpu")).options._timeout == distributed_c10d.default_pg_timeout:
+            distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _keep_encoded(trainer: Trainer) -> None:
