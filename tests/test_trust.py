@@ -11,15 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from arctic_plugins_huggingface import load_model, save_checkpoint
+from arctic_plugins_huggingface.checking import check_recipe
 from arctic_plugins_huggingface.checkpoints import check_checkpoint
 from arctic_plugins_huggingface.exporting import export_checkpoint
 from arctic_plugins_huggingface.loading import load_config
 from arctic_plugins_huggingface.merging import merge_adapter
+from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.saving import load_checkpoint
 from arctic_plugins_vllm.serving import server_command, server_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
 from arctic_plugins import Stack
 from arctic_plugins.adapter import read_adapter
@@ -545,7 +549,10 @@ VALUES = st.recursive(
 FILES = {
     "encoded": (FILE_NAME, "config.json", "tokenizer_config.json", "generation_config.json"),
     "adapter": (FILE_NAME, ADAPTER, "tokenizer_config.json"),
+    "sharded": ("model.safetensors.index.json",),
+    "recipes": ("recipe.yaml",),
 }
+SIGNS = st.text("&*!|>{}[]:?-#%@`'\"\t\n \x00\x85\ufeff<", min_size=1, max_size=3)
 
 
 def places(content, path=()):
@@ -571,14 +578,35 @@ def damages(draw, originals):
             del section[leaf]
         else:
             section[draw(TEXTS)] = draw(VALUES)
-    return checkpoint, name, content
+    text = json.dumps(content)
+    if name.endswith(".yaml") and draw(st.booleans()):
+        text = yaml.safe_dump(content, default_flow_style=draw(st.booleans()))
+        at = draw(st.integers(0, len(text)))
+        text = text[:at] + draw(SIGNS) + text[at:]
+    return checkpoint, name, text
 
 
 @pytest.mark.slow
-def test_no_json_of_a_checkpoint_does_harm(here):
+def test_no_file_does_harm(here):
     """2,000 of them: each is read or refused in one line, soon, and nothing is written, started, connected to or executed."""
-    for checkpoint in FILES:  # of files that are not what was saved nothing is read
+    for checkpoint in ("encoded", "adapter"):  # of files that are not what was saved nothing is read
         change(here / checkpoint, FILE_NAME, files={})
+    shutil.copytree(here / "plain", here / "sharded")
+    with safe_open(here / "sharded" / "model.safetensors", "np") as file:
+        held = dict.fromkeys(file.keys(), "part.safetensors")
+    (here / "sharded" / "model.safetensors").rename(here / "sharded" / "part.safetensors")
+    (here / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": held}))
+    (here / "recipes").mkdir()
+    (here / "recipes" / "rows.jsonl").write_text('{"text": "a"}\n')
+    recipe = {
+        "model": str(here / "plain"),
+        "plugins": {"fp8": {"bits": 8, "include": ["**.mlp.*"]}, "lora": {"r": 4, "target_modules": ["q_proj"]}, "offload": {"ratio": 0.5}},
+        "load": {"dtype": "float32"},
+        "data": {"path": "rows.jsonl", "format": "text", "max_length": 8, "columns": {"text": "text"}},
+        "training": {"output_dir": "out", "learning_rate": 1e-4, "max_steps": 1},
+        "nonfinite": "skip",
+    }
+    (here / "recipes" / "recipe.yaml").write_text(json.dumps(recipe))
     originals = {
         (checkpoint, name): (here / checkpoint / name).read_text()
         for checkpoint, names in FILES.items()
@@ -587,6 +615,8 @@ def test_no_json_of_a_checkpoint_does_harm(here):
     }
     readers = {
         "encoded": (check_checkpoint, lambda path: server_options(str(path)), Stack.from_checkpoint),
+        "sharded": (check_checkpoint,),
+        "recipes": (lambda path: check_recipe(Recipe.from_file(path / "recipe.yaml")),),
         "adapter": (read_adapter, Stack.from_checkpoint, lambda path: server_options(str(path), base=str(here / "encoded"))),
     }
     for checkpoint, uses in readers.items():
@@ -597,9 +627,9 @@ def test_no_json_of_a_checkpoint_does_harm(here):
     @given(damages(originals))
     @settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     def harmless(damage):
-        checkpoint, name, content = damage
+        checkpoint, name, text = damage
         path = here / checkpoint / name
-        path.write_text(json.dumps(content))
+        path.write_text(text)
         try:
             for use in readers[checkpoint]:
                 with watched(here) as done, soon():
