@@ -129,7 +129,7 @@ def test_the_server_is_told_by_itself(checkpoints, monkeypatch):
     values, environment = server_options(str(split), ["--port", "1234"])
     assert (values["load_format"], values["tensor_parallel_size"]) == ("sharded_state", 2)
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "1,2|5,7"
-    assert "load_format" not in server_options(str(encoded))[0]
+    assert server_options(str(encoded))[0]["load_format"] == "safetensors"
     with pytest.raises(ConfigError, match="was made for 2 processes, and --tensor-parallel-size is 4; leave the option out"):
         server_options(str(split), ["--tensor-parallel-size", "4"])
 
