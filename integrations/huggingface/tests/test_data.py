@@ -118,7 +118,7 @@ def test_truncation_is_counted(tokenizer, tmp_path):
     records = [{"prompt": "p" * 4, "completion": "c" * n} for n in (2, 10, 20)] + [{"prompt": "p" * 30, "completion": "c"}]
     data = load(tokenizer, write(tmp_path / "a.jsonl", records), format="prompt_completion", max_length=16)
     assert len(data.train) == 3
-    assert vars(data.counts) == {"rows": 4, "tokens": 7 + 15 + 25 + 32, "truncated": 2, "dropped": 1, "cut_tokens": 9 + 16}
+    assert vars(data.counts) == {"rows": 4, "tokens": 7 + 15 + 25 + 32, "truncated": 2, "dropped": 1, "cut_tokens": 9 + 16, "divided": 0}
     assert str(data.counts) == "4 rows, 79 tokens; 2 of them truncated, 25 tokens cut, 1 dropped"
 
 
@@ -177,7 +177,7 @@ def test_options_that_contradict_each_other():
         ("a.jsonl", '{"messages": []}', {"format": "messages"}, r"messages=\[\]; expected a list of messages"),
         ("a.jsonl", '{"messages": [{"role": "user"}]}', {"format": "messages"}, r"messages\[0\].*expected a message with 'role' and 'content'"),
         ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', {"format": "messages"}, "no message of the role 'assistant'"),
-        ("a.jsonl", '{"conversations": [3, {"from": [1]}]}', {"format": "messages"}, r"messages\[0\]=3"),
+        ("a.jsonl", '{"conversations": [3, {"from": [1]}]}', {"format": "messages"}, r"conversations\[0\]=3"),
         ("a.jsonl", '{"prompt": "a"}', {"format": "prompt_completion"}, "has no 'completion'"),
         ("a.jsonl", '{"prompt": "%s", "completion": "a"}' % ("x" * 99), {"format": "prompt_completion", "max_length": 9}, "raise data.max_length"),
         ("a.jsonl", "[" * 99999, {}, "is not valid JSON"),

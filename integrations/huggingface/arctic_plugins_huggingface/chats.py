@@ -1,0 +1,308 @@
+"""Chats: from a record of one of the formats to messages, and from messages to texts of which it is known where the model speaks.
+
+Formats as Alpaca, ShareGPT, OpenAI and LLaMA-Factory (``data/README.md``, 0.9) write them. Templates as in transformers 5.19.0.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os.path import commonprefix
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from arctic_plugins.errors import DataError, suggest
+from arctic_plugins_huggingface.checkpoints import reason
+from arctic_plugins_huggingface.generation import chat
+from arctic_plugins_huggingface.recipe import DataConfig
+
+__all__ = ["KNOWN", "Record", "Spans", "converted", "rendered", "unknown_fields"]
+
+Record = dict[str, Any]
+Spans = list[tuple[int, int]]
+"""Characters ``[begin, end)`` of a text that the model is to say."""
+
+KNOWN: Mapping[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output", "system", "history"),
+    "messages": ("messages", "conversations", "system", "tools"),
+    "prompt_completion": ("prompt", "completion", "tools"),
+    "text": ("text",),
+}
+"""Format -> the fields of a record that are used."""
+_KNOWN_OF_MESSAGES = (
+    *("role", "content", "from", "value", "tool_calls", "tool_call_id", "name", "weight", "train"),
+    *("reasoning_content", "reasoning", "thinking"),  # whatever the template reads
+)
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_CALL = "function_call"
+_TAIL = 8
+"""Characters of a prompt by which its end is known."""
+
+
+def unknown_fields(record: Record, config: DataConfig) -> Iterator[str]:
+    """The names of the record's fields, and of those of its messages, that are not used."""
+    used = {*KNOWN[config.format], *config.columns, *config.columns.values()}
+    yield from (str(name) for name, value in record.items() if name not in used and value not in (None, ""))
+    for key in ("messages", "conversations", "prompt", "completion"):
+        for message in record[key] if key in KNOWN[config.format] and isinstance(record.get(key), list) else ():
+            if isinstance(message, Mapping):
+                unknown = (name for name, value in message.items() if name not in _KNOWN_OF_MESSAGES and value is not None)
+                yield from (f"{key}[].{name}" for name in unknown)
+
+
+def converted(record: Record, where: str, config: DataConfig) -> Record:
+    """What ``record`` says: ``text``; or ``prompt`` and ``completion``, two texts; or a chat: ``messages`` for a template, ``learnt`` (for each of
+    them whether the model is to say it) and ``tools``, None without.
+
+    Raises:
+        DataError: a field is absent or of another type; names ``where`` and the field.
+    """
+    return _CONVERT[config.format](record, where, config)
+
+
+def _text(record: Record, key: str, where: str, config: DataConfig) -> str:
+    value = record.get(key)
+    if not isinstance(value, str):
+        fix = "correct the record" if key in record else f"{suggest(key, map(str, record))}; data.columns: {{{key}: ...}} renames"
+        found = f"{key}={value!r}" if key in record else f"no '{key}'"
+        raise DataError(f"{where} has {found}", expected=f"a text under '{key}' (format {config.format})", fix=fix)
+    return value
+
+
+def _optional_text(record: Record, key: str, where: str) -> str:
+    value = record.get(key)
+    if not isinstance(value or "", str):
+        raise DataError(f"{where} has {key}={value!r}", expected="a text, or none", fix="correct the record")
+    return value or ""
+
+
+def _alpaca(record: Record, where: str, config: DataConfig) -> Record:
+    """The user says instruction, blank line, input (if any); the assistant says output. What the assistant said before is learnt, too."""
+    instruction, output = (_text(record, key, where, config) for key in ("instruction", "output"))
+    question = "\n\n".join(part for part in (instruction, _optional_text(record, "input", where)) if part)
+    history = record.get("history") or []
+    if not isinstance(history, list) or not all(_is_exchange(exchange) for exchange in history):
+        raise DataError(f"{where} has history={history!r}", expected="a list of pairs of texts: question, answer", fix="correct the record")
+    system = _optional_text(record, "system", where) or config.system
+    messages = chat("", system)[:-1]
+    for asked, answered in [*history, (question, output)]:
+        messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    return {"messages": messages, "learnt": [message["role"] == "assistant" for message in messages], "tools": None}
+
+
+def _is_exchange(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(text, str) for text in value)
+
+
+def _chat(record: Record, where: str, config: DataConfig) -> Record:
+    key = "conversations" if "messages" not in record and isinstance(record.get("conversations"), list) else "messages"
+    messages, learnt = _messages(record.get(key), key, where, config)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise DataError(f"{where} has no message of the role 'assistant'", expected="something to learn", fix="correct or remove the record")
+    system = _optional_text(record, "system", where)
+    if system and messages[0]["role"] != "system":
+        messages, learnt = [{"role": "system", "content": system}, *messages], [False, *learnt]
+    return {"messages": messages, "learnt": learnt, "tools": _tools(record, where)}
+
+
+def _prompt_completion(record: Record, where: str, config: DataConfig) -> Record:
+    if not isinstance(record.get("prompt"), list):
+        return {key: _text(record, key, where, config) for key in ("prompt", "completion")}
+    prompt, _ = _messages(record.get("prompt"), "prompt", where, config)
+    completion, learnt = _messages(record.get("completion"), "completion", where, config)
+    if not any(message["role"] == "assistant" for message in completion):
+        raise DataError(f"{where} has a completion without the role 'assistant'", expected="something to learn", fix="correct or remove the record")
+    return {"messages": [*prompt, *completion], "learnt": [*[False] * len(prompt), *learnt], "tools": _tools(record, where)}
+
+
+def _plain(record: Record, where: str, config: DataConfig) -> Record:
+    return {"text": _text(record, "text", where, config)}
+
+
+_CONVERT: dict[str, Callable[[Record, str, DataConfig], Record]] = {
+    "alpaca": _alpaca,
+    "messages": _chat,
+    "prompt_completion": _prompt_completion,
+    "text": _plain,
+}
+
+
+def _messages(value: Any, key: str, where: str, config: DataConfig) -> tuple[list[Record], list[bool]]:
+    """Messages as templates take them, and for each whether the model is to say it."""
+    if not isinstance(value, list) or not value:
+        raise DataError(
+            f"{where} has {key}={value!r}", expected=f"a list of messages under '{key}' (format {config.format})", fix="correct the record"
+        )
+    messages, learnt = [], []
+    for at, given in enumerate(value):
+        here = f"{where} has {key}[{at}]"
+        message = _message(given, here)
+        weight, train = given.get("weight"), given.get("train")
+        if weight not in (None, 0, 1) or train not in (None, False, True):
+            raise DataError(f"{here} with weight={weight!r} and train={train!r}", expected="weight 0 or 1, train false or true", fix="correct it")
+        messages.append(message)
+        learnt.append(message["role"] == "assistant" and weight != 0 and train is not False)
+    return messages, learnt
+
+
+def _message(given: Any, here: str) -> Record:
+    wrong = DataError(f"{here}={given!r}", expected="a message with 'role' and 'content', both texts", fix="correct the record")
+    if not isinstance(given, Mapping):
+        raise wrong
+    if "from" in given:  # ShareGPT
+        given = {**given, "role": _SHAREGPT_ROLES.get(str(given["from"]), given["from"]), "content": given.get("value")}
+        if given["role"] == _CALL:
+            given = {**given, "role": "assistant", "content": None, "tool_calls": _parsed(given.get("value"), here)}
+    left_out = ("from", "value", "weight", "train")
+    message = {key: value for key, value in given.items() if value is not None and key not in left_out}
+    if not isinstance(message.get("role"), str):
+        raise wrong
+    calls = message.pop("tool_calls", None)
+    if calls:
+        message["tool_calls"] = _calls(calls, here)
+    content = message.get("content", "" if calls else None)
+    if isinstance(content, list):
+        content = "".join(_part(part, here) for part in content)
+    if not isinstance(content, str):
+        raise wrong
+    return {**message, "content": content}
+
+
+def _part(part: Any, here: str) -> str:
+    if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        raise DataError(f"{here} with a part of the type {kind!r}", expected="parts of the type 'text'", fix="remove it")
+    return str(part["text"])
+
+
+def _parsed(text: Any, here: str) -> Any:
+    try:
+        return json.loads(text) if isinstance(text, str) else text
+    except ValueError as error:
+        raise DataError(f"{here}={text!r}, which is not valid JSON: {error}", expected="a function call", fix="correct the record") from error
+
+
+def _calls(value: Any, here: str) -> list[Record]:
+    """Calls as transformers' templates take them: each a ``function`` with a ``name``, and ``arguments`` that are an object."""
+    calls = []
+    for call in value if isinstance(value, list) else [value]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise DataError(f"{here} with the call {call!r}", expected="a function call with a 'name' and 'arguments'", fix="correct the record")
+        arguments = function.get("arguments", {})
+        outer = {key: call[key] for key in ("id", "type") if call.get(key) is not None}
+        calls.append({"type": "function", **outer, "function": {"name": function["name"], "arguments": _parsed(arguments, here)}})
+    return calls
+
+
+def _tools(record: Record, where: str) -> list[Record] | None:
+    """The functions that the model may call, as JSON schemas."""
+    given = record.get("tools")
+    tools = _parsed(given or None, f"{where} has tools")
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and isinstance(_name(tool), str) for tool in tools):
+        raise DataError(f"{where} has tools={given!r}", expected="a list of functions with a 'name' each", fix="correct the record")
+    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
+
+
+def _name(tool: Mapping[str, Any]) -> Any:
+    function = tool.get("function", tool)
+    return function.get("name") if isinstance(function, Mapping) else None
+
+
+# What the template makes of it.
+
+
+def rendered(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, *, everything: bool = False) -> list[tuple[str, Spans]]:
+    """The chat in ``row`` as its template writes it, and where in it the model speaks.
+
+    One text, if the template only adds to it from turn to turn. Some write a turn otherwise once others follow: they leave its thinking out, or put
+    an empty block of it before the last answer only. Then it is one text for each turn that is learnt, which ends with that turn, as it is when the
+    model says it. What is learnt of a turn is all between the prompt for it and its end: its words, its calls, and the token that ends it.
+
+    Args:
+        row: see :func:`converted`.
+        tokenizer: with a chat template.
+        where: for messages.
+        everything: one text and no spans.
+
+    Raises:
+        DataError: the template refuses the chat, or leaves its tools or calls out, or does not tell where a turn begins.
+    """
+    messages, learnt, tools = row["messages"], row["learnt"], row["tools"]
+
+    def render(messages: Sequence[Record], tools: list[Record] | None = tools, **options: Any) -> str | None:
+        """None if the template, which is a program, refuses: many do for roles or orders of them."""
+        try:
+            return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
+        except Exception as error:
+            refusals.append(error)
+            return None
+
+    refusals: list[Exception] = []
+    whole = render(messages)
+    texts = {at: whole if at == len(messages) - 1 else render(messages[: at + 1]) for at in range(len(messages)) if learnt[at] and not everything}
+    if whole is None or None in texts.values():
+        raise DataError(f"{where} is refused by the model's chat template: {reason(refusals[0])}", fix="correct or remove the record")
+    if tools and render(messages, None) == whole:
+        raise _left_out("tools", where)
+    if any("tool_calls" in message for message in messages) and render([_without_calls(message) for message in messages]) == whole:
+        raise _left_out("tool_calls", where)
+    if everything:
+        return [(whole, [])]
+    turns = []
+    for at, text in texts.items():
+        turn = _turn(str(text), messages[:at], messages[at], render)
+        if turn is None:
+            raise DataError(
+                f"{where}: the chat template does not tell where turn {at + 1} begins", fix="set data.loss to 'all', or remove the record"
+            )
+        turns.append(turn)
+    if all(whole.startswith(text) for text, _ in turns):
+        return [(whole, [(begin, len(text)) for text, begin in turns])] if turns else []
+    return [(text, [(begin, len(text))]) for text, begin in turns]
+
+
+def _turn(text: str, before: Sequence[Record], message: Record, render: Callable[..., str | None]) -> tuple[str, int] | None:
+    """``text``, which ends with ``message``, and where in it the model begins to speak: behind the prompt that it is given for this turn.
+
+    If the prompt is not what stands there, content of other words is rendered and compared. Where the content follows the prompt's last characters
+    the prompt takes the place of what the template makes of it afterwards (Mistral's writes the system message only while a question is the last);
+    otherwise the two part at the turn (DeepSeek's prompt begins to think, and its history shows no thinking), or there is none (a chat that begins
+    with the assistant). None if other words make no difference.
+    """
+    prompt = render(before, add_generation_prompt=True) if before else None
+    if prompt and text.startswith(prompt):
+        return text, len(prompt)
+    one, other = (render([*before, {**message, "content": sign + message["content"]}]) for sign in ("\u2460", "\u2461"))
+    if one is None or other is None or one == other:
+        return None
+    begin = _common(one, other)
+    if not prompt:
+        return text, begin
+    tail = prompt[-_TAIL:]
+    end = text.rfind(tail, 0, begin) + len(tail)
+    if end >= len(tail) and not text[end:begin].strip():
+        return prompt + text[end:], len(prompt)
+    history = render(before)
+    parting = _common(text, prompt)
+    return text, min(begin, parting) if history and text.startswith(history) and parting >= len(history) else begin
+
+
+def _without_calls(message: Record) -> Record:
+    return {key: value for key, value in message.items() if key != "tool_calls"}
+
+
+def _left_out(what: str, where: str) -> DataError:
+    return DataError(
+        f"{where} has {what}, which the model's chat template leaves out",
+        expected="a template that writes them",
+        fix="take a model that was trained to call functions, or remove them from the data",
+    )
+
+
+def _common(text: str, other: str) -> int:
+    """Length of the prefix that two texts share."""
+    return len(commonprefix([text, other]))  # noqa: RUF071 - of texts, not of paths

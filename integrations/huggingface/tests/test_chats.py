@@ -1,0 +1,331 @@
+"""What is learnt of a chat is what the assistant says, whatever the family of its template and the spelling of its record."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from arctic_plugins_huggingface.chats import converted, rendered
+from arctic_plugins_huggingface.data import load_data
+from arctic_plugins_huggingface.loading import load_tokenizer
+from arctic_plugins_huggingface.recipe import DataConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from arctic_plugins.errors import DataError
+
+CASES = Path(__file__).parents[4] / "shared" / "data" / "cases"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's template, ``templates/NAME.jinja``, written down from its documented format."""
+
+    said: str
+    """What is learnt of a turn, with ``{}`` for its words."""
+    strips: bool = False
+    """The template takes blanks from both ends of what is said."""
+    system: bool = True
+    first: bool = True
+    """Takes chats that begin with the assistant."""
+
+
+FAMILIES = {
+    "chatml": Family("{}<|im_end|>\n"),
+    "qwen2.5": Family("{}<|im_end|>\n"),
+    "qwen3": Family("<think>\n\n</think>\n\n{}<|im_end|>\n"),
+    "llama3": Family("{}<|eot_id|>", strips=True),
+    "llama3.1": Family("{}<|eot_id|>", strips=True),
+    "llama2": Family(" {} </s>", strips=True, first=False),
+    "mistral": Family(" {}</s>", strips=True),
+    "gemma": Family("{}<end_of_turn>\n", strips=True, system=False, first=False),
+    "phi3": Family("{}<|end|>\n<|endoftext|>"),
+    "phi4": Family("{}<|im_end|>"),
+    "zephyr": Family("{}</s>\n"),
+    "deepseek": Family("{}<EOS>"),
+    "think_last": Family("<think></think>{}<|end|>"),
+}
+
+
+def template(name):
+    return (Path(__file__).parent / "templates" / f"{name}.jinja").read_text()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_checkpoint):
+    return load_tokenizer(tiny_checkpoint)
+
+
+@pytest.fixture
+def with_template(tokenizer):
+    """A function that gives the tokenizer another template for the time of the test."""
+    before = tokenizer.chat_template
+
+    def change(template):
+        tokenizer.chat_template = template
+        return tokenizer
+
+    yield change
+    tokenizer.chat_template = before
+
+
+def load(tokenizer, directory, records, **config):
+    path = directory / "data.jsonl"
+    path.write_text("\n".join(json.dumps(record) for record in records))
+    return load_data(DataConfig(path=str(path), **{"format": "messages", **config}), tokenizer)
+
+
+def learnt(tokenizer, rows):
+    """What counts of each row, decoded."""
+    return [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in rows]
+
+
+def whole(tokenizer, rows):
+    return [tokenizer.decode(row["input_ids"]) for row in rows]
+
+
+WORDS = st.text("ab <>/|\n\"'{}%éß你", min_size=1, max_size=12).filter(str.strip)
+ANSWERS = st.tuples(WORDS, st.booleans())  # and whether the turn is to be learnt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(system=st.none() | WORDS, exchanges=st.lists(st.tuples(WORDS, ANSWERS), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_what_is_learnt_is_what_the_assistant_says(tokenizer, family, system, exchanges):
+    name, family = family, FAMILIES[family]
+    messages = [{"role": "system", "content": system}] if system and family.system else []
+    for question, (answer, counts) in exchanges:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer, "weight": int(counts)}]
+    said = [answer.strip() if family.strips else answer for _, (answer, counts) in exchanges if counts]
+    if name == "qwen3":
+        said = [words.lstrip("\n") for words in said]
+    expected = [family.said.format(words) if "{" not in words else family.said.replace("{}", words) for words in said]
+    before, tokenizer.chat_template = tokenizer.chat_template, template(name)
+    try:
+        row = converted({"messages": messages}, "here", DataConfig(path="x", format="messages"))
+        found = rendered(row, tokenizer, "here")
+    finally:
+        tokenizer.chat_template = before
+    parts = [text[begin:end] for text, spans in found for begin, end in spans]
+    assert parts == expected
+    for text, spans in found:  # the history stands before it, and nothing of it counts
+        assert len(spans) == len(expected) if len(found) == 1 else len(spans) == 1
+        assert text[: spans[0][0]].rstrip()
+    if len(found) > 1:
+        assert [text[end:] for text, [(_, end)] in found] == [""] * len(found)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.first])
+def test_a_chat_that_begins_with_the_assistant(with_template, tmp_path, name):
+    family = FAMILIES[name]
+    chat = [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Count."}, {"role": "assistant", "content": "One."}]
+    tokenizer = with_template(template(name))
+    data = load(tokenizer, tmp_path, [{"messages": chat}])
+    said = "".join(learnt(tokenizer, data.train))
+    assert "How can I help?" in said
+    assert said.endswith(family.said.format("One."))
+    for words in ("You are Qwen", "Today Date", "Count", "user", "system", "<BOS>"):
+        assert words not in said
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {"type": "object", "properties": {}}}}
+CALLED = [
+    {"role": "user", "content": "The weather in Paris?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}]},
+    {"role": "tool", "tool_call_id": "1", "content": "sunny, 21 C"},
+    {"role": "assistant", "content": "It is sunny."},
+]
+CALLS = {
+    "qwen2.5": '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>\n',
+    "llama3.1": '{"name": "weather", "parameters": {"city": "Paris"}}<|eot_id|>',
+    "mistral": '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}}]</s>',
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("spelling", ["openai", "sharegpt"])
+def test_calls_are_learnt_and_tools_are_shown(with_template, tmp_path, name, spelling):
+    family = FAMILIES[name]
+    record = {"messages": CALLED, "tools": [TOOL]}
+    if spelling == "sharegpt":
+        values = ["The weather in Paris?", '{"name": "weather", "arguments": {"city": "Paris"}}', "sunny, 21 C", "It is sunny."]
+        turns = [{"from": role, "value": value} for role, value in zip(("human", "function_call", "observation", "gpt"), values, strict=True)]
+        record = {"conversations": turns, "tools": json.dumps([TOOL["function"]])}
+    tokenizer = with_template(template(name))
+    data = load(tokenizer, tmp_path, [record])
+    call = CALLS[name].removeprefix("\n") if name == "qwen2.5" else CALLS[name]
+    assert "".join(learnt(tokenizer, data.train)) == call + family.said.format("It is sunny.")
+    assert all('"description": "Weather of a city"' in text for text in whole(tokenizer, data.train))
+    assert "sunny, 21 C" in whole(tokenizer, data.train)[-1]
+
+
+@pytest.mark.parametrize(("record", "what"), [({"messages": CALLED, "tools": [TOOL]}, "tools"), ({"messages": CALLED}, "tool_calls")])
+@pytest.mark.parametrize("loss", ["completion", "all"])
+def test_a_template_that_knows_no_tools_is_told(tokenizer, tmp_path, record, what, loss):
+    with pytest.raises(DataError, match=rf"data\.jsonl:1 has {what}, which the model's chat template leaves out"):
+        load(tokenizer, tmp_path, [record], loss=loss)
+
+
+def test_thinking_that_history_leaves_out_is_learnt_turn_by_turn(with_template, tmp_path):
+    """Qwen3's and DeepSeek's way: of earlier answers only what follows the thinking is shown."""
+    tokenizer = with_template(template("think_history"))
+    chat = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "<think>Two and two.</think>4"},
+        {"role": "user", "content": "Times 3?"},
+        {"role": "assistant", "content": "<think>Four times three.</think>12"},
+    ]
+    data = load(tokenizer, tmp_path, [{"messages": chat}, {"messages": chat[:2]}])
+    assert learnt(tokenizer, data.train) == [
+        "<think>Two and two.</think>4<|end|>",
+        "<think>Four times three.</think>12<|end|>",
+        "<think>Two and two.</think>4<|end|>",
+    ]
+    assert whole(tokenizer, data.train)[1].startswith("<|user|>2 + 2?<|end|><|assistant|>4<|end|>")
+    assert (data.counts.rows, data.counts.divided) == (3, 1)
+    assert "1 chats as a row for each answer" in str(data.counts)
+
+
+@pytest.mark.parametrize(
+    ("record", "format", "everything", "counts"),
+    [
+        (
+            {"system": "Be brief.", "instruction": "And in 1900?", "output": "1.6", "history": [["Now?", "8."]]},
+            "alpaca",
+            "<|system|>Be brief.<|end|><|user|>Now?<|end|><|assistant|>8.<|end|><|user|>And in 1900?<|end|><|assistant|>1.6<|end|>",
+            "8.<|end|>1.6<|end|>",
+        ),
+        (
+            {"system": "French.", "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Bonjour"}]},
+            "messages",
+            "<|system|>French.<|end|><|user|>Hello<|end|><|assistant|>Bonjour<|end|>",
+            "Bonjour<|end|>",
+        ),
+        (
+            {"system": "Not twice.", "messages": [{"role": "system", "content": "Once."}, *CALLED[:1], CALLED[3]]},
+            "messages",
+            "<|system|>Once.<|end|><|user|>The weather in Paris?<|end|><|assistant|>It is sunny.<|end|>",
+            "It is sunny.<|end|>",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+                    {"role": "assistant", "content": "c"},
+                ]
+            },
+            "messages",
+            "<|user|>ab<|end|><|assistant|>c<|end|>",
+            "c<|end|>",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "gpt", "value": "bad", "train": False},
+                    {"from": "human", "value": "c"},
+                    {"from": "gpt", "value": "good", "train": True},
+                ]
+            },
+            "messages",
+            "<|user|>a<|end|><|assistant|>bad<|end|><|user|>c<|end|><|assistant|>good<|end|>",
+            "good<|end|>",
+        ),
+        (
+            {"prompt": CALLED[:1], "completion": [{"role": "assistant", "content": "x"}]},
+            "prompt_completion",
+            "<|user|>The weather in Paris?<|end|><|assistant|>x<|end|>",
+            "x<|end|>",
+        ),
+    ],
+    ids=["alpaca", "system", "system twice", "parts", "train", "prompt and completion"],
+)
+def test_fields_of_the_formats_are_honoured(tokenizer, tmp_path, caplog, record, format, everything, counts):
+    data = load(tokenizer, tmp_path, [record], format=format)
+    assert (whole(tokenizer, data.train), learnt(tokenizer, data.train)) == ([everything], [counts])
+    assert "does not use" not in caplog.text
+
+
+def test_turns_that_are_not_to_be_learnt(tokenizer, tmp_path):
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
+    data = load(tokenizer, tmp_path, [{"messages": chat}, {"messages": [*chat, *CALLED[:1], CALLED[3]]}])
+    assert learnt(tokenizer, data.train) == ["It is sunny.<|end|>"]
+    assert (data.counts.rows, data.counts.dropped) == (2, 1)
+
+
+def test_fields_that_nobody_uses_are_named_once(tokenizer, tmp_path, caplog):
+    rows = [
+        {"messages": [{"role": "user", "content": "a", "mood": "good"}, {"role": "assistant", "content": "b"}], "source": "here", "id": number}
+        for number in range(1, 4)
+    ]
+    load(tokenizer, tmp_path, rows)
+    told = [record.getMessage() for record in caplog.records if "does not use" in record.getMessage()]
+    assert [text.split("data.jsonl", 1)[1] for text in told] == [":1 has fields that the format 'messages' does not use: id, messages[].mood, source"]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "a part of the type 'image_url'; expected",
+        ),
+        ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight=0.5 .*expected weight 0 or 1"),
+        ({"messages": [{"role": "assistant", "content": "a", "train": "no"}]}, "train='no'; expected"),
+        ({"messages": [{"role": "assistant"}]}, "expected a message with 'role' and 'content'"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]},
+            "with the call .*expected a function call",
+        ),
+        ({"conversations": [{"from": "function_call", "value": "weather()"}]}, "which is not valid JSON"),
+        ({"messages": CALLED, "tools": "[1]"}, "has tools='\\[1\\]'; expected a list of functions"),
+        ({"messages": CALLED, "system": ["x"]}, "has system=.*expected a text"),
+        ({"prompt": CALLED[:1], "completion": CALLED[:1]}, "has a completion without the role 'assistant'"),
+        ({"instruction": "a", "output": "b", "history": [["a"]]}, "has history=.*expected a list of pairs"),
+    ],
+)
+def test_fields_that_are_wrong_are_told(tokenizer, tmp_path, record, message):
+    spelling = "alpaca" if "output" in record else "prompt_completion" if "prompt" in record else "messages"
+    with pytest.raises(DataError, match=message) as raised:
+        load(tokenizer, tmp_path, [record], format=spelling)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "rows", "said"),
+    [
+        ("think_block_last_turn", 2, ["<think></think><b>one</b><|end|>", "<think></think>two<|end|>"]),
+        ("thinking_template", 2, ["<think>Two and two.</think>4<|end|>", "<think>Four times three.</think>12<|end|>"]),
+        ("turn_weights", 1, ["good answer<|end|>"]),
+        ("starts_with_assistant", 1, ["How can I help?<|end|>One.<|end|>"]),
+        ("content_parts", 1, ["The Loire.<|end|>"]),
+    ],
+)
+def test_small_inputs_that_failed(with_template, tokenizer, case, rows, said):
+    if not (CASES / case).is_dir():
+        pytest.skip(f"{CASES / case} is not here")
+    own = CASES / case / "chat_template.jinja"
+    with_template(own.read_text() if own.is_file() else tokenizer.chat_template)
+    data = load_data(DataConfig(path=str(CASES / case / "data.jsonl"), format="messages"), tokenizer)
+    assert learnt(tokenizer, data.train) == said
+    assert len(data.train) == rows
+
+
+def test_small_inputs_with_tools_that_failed(with_template):
+    if not CASES.is_dir():
+        pytest.skip(f"{CASES} is not here")
+    tokenizer = with_template(template("qwen2.5"))
+    for case in ("tool_calls", "fields_beside_the_chat"):
+        data = load_data(DataConfig(path=str(CASES / case / "data.jsonl"), format="messages"), tokenizer)
+        assert all("<tool_call>" in text or "Bonjour" in text for text in learnt(tokenizer, data.train))
+    data = load_data(DataConfig(path=str(CASES / "fields_beside_the_chat" / "alpaca.jsonl")), tokenizer)
+    assert learnt(tokenizer, data.train) == ["8 billion.<|im_end|>\n1.6 billion.<|im_end|>\n"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_longer_than_the_positions_is_told(tokenizer, tmp_path, streaming):
+    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": "x" * length}) for length in (10, 40)))
+    config = {"path": str(tmp_path / "data.jsonl"), "format": "text", "streaming": streaming}
+    with pytest.raises(DataError, match=r"data\.jsonl:2 has 41 tokens, and the model has 32 positions; expected data\.max_length of at most 32"):
+        list(load_data(DataConfig(**config), tokenizer, positions=32).train)
+    assert len(list(load_data(DataConfig(**config, max_length=32), tokenizer, positions=32).train)) == 2
