@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from arctic_plugins.adapter import WEIGHTS
+from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.files import read_json
 from arctic_plugins.frozen import Codec
@@ -72,6 +73,8 @@ class Update:
 def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Path | None = None) -> Path:
     """Merge a LoRA adapter into its base model and write the result, encoded as the adapter's stack says, as a checkpoint of its own.
 
+    A head that shares its weight with the embedding gets one of its own if the adapter changes either.
+
     From a plain base the update is added to the weights as they were before encoding, and the sum is encoded: encoding first would round small
     updates away, since the encoded weights lie on the grid to which the sum is rounded. From an encoded base there is no such weight, and the
     update is added to the decoded one. Sums are in float32.
@@ -102,7 +105,8 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
         if is_encoded(config) or getattr(config, "quantization_config", None) is None:
             claimed = claims(config, Stack() if is_encoded(config) else codecs)
             updates = _updates(found, halves, claimed)
-            if updates.keys() <= _modules(Path(base)):
+            tied = {name for name, spec in claimed.specs.items() if spec.tied}
+            if updates.keys() <= _modules(Path(base)) - tied:
                 with staged(directory) as draft:
                     _merge_files(Path(base), draft, claimed, updates, encoded=is_encoded(config))
                     if (tokenizer := own_tokenizer(found)) is not None:
@@ -110,10 +114,26 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
                     write_provenance(draft, codecs)
                 return Path(directory)
     model, base_tokenizer = load_model(base, others, dtype=STORED)
+    _untie(model, found)
     merged = load_adapter(model, found).merge_and_unload()
     if not is_encoded(merged.config):
         freeze(merged, codecs)
     return save_checkpoint(merged, own_tokenizer(found) or base_tokenizer, directory, codecs)
+
+
+@torch.no_grad()
+def _untie(model: PreTrainedModel, adapter: Path) -> None:
+    """Give the head a weight of its own, and say so in the config, if the adapter changes it or the embedding that it is tied to.
+
+    The adapter changed one of the two while it was trained. Merged into the weight that they share, it would change both.
+    """
+    changed = {*adapted_modules(adapter), *(read_adapter(adapter).modules_to_save or ())}
+    for head, embedding in dict(model.all_tied_weights_keys).items():
+        if any(f".{name.removesuffix('.weight')}".endswith(f".{module}") for name in (head, embedding) for module in changed):
+            module, _, leaf = head.rpartition(".")
+            setattr(model.get_submodule(module), leaf, nn.Parameter(model.get_parameter(embedding).clone(), requires_grad=False))
+            del model.all_tied_weights_keys[head]
+            model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 def _halves(adapter: Path) -> dict[str, dict[str, Tensor]] | None:

@@ -7,6 +7,7 @@ import torch
 from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
 from arctic_plugins_huggingface import merging as merging_module
 from arctic_plugins_huggingface.saving import load_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack
@@ -117,3 +118,25 @@ def test_what_does_not_fit_is_named(tiny_checkpoint, tmp_path, make_adapter, mon
     with pytest.raises(CheckpointError, match=r"only half of the update of model\.layers\.0\.mlp\.up_proj"):
         merge_adapter(adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"], ["q_proj"]], ids="-".join)
+@pytest.mark.parametrize("codec", [{"fp8": {"group_size": 64}}, {}], ids=["fp8", "plain"])
+@pytest.mark.parametrize("stored", ["once", "twice"])
+def test_a_head_that_is_tied_to_the_embedding(tmp_path, make_adapter, targets, codec, stored):
+    """Plain PEFT changes both where the adapter changed one; files may hold the shared weight twice."""
+    base = tiny_model(tmp_path / "tied", "llama", tie_word_embeddings=True)
+    if stored == "twice":
+        tensors = load_file(base / "model.safetensors")
+        save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors", metadata={"format": "pt"})
+    adapter = make_adapter(base, {**codec, "lora": {**LORA, "target_modules": targets}})
+    ids = torch.arange(5, 40)[None]
+    with torch.no_grad():
+        unmerged, plain = load_checkpoint(adapter)[0](ids).logits, load_model(base)[0](ids).logits
+        merged, _ = load_model(merge_adapter(adapter, tmp_path / "merged"))
+        found = merged(ids).logits
+    assert (unmerged - plain).abs().max() > 1
+    rounding = 0.1 if codec else 1e-4  # of the changed weights, once more
+    assert (found - unmerged).norm() / unmerged.norm() < rounding
+    assert merged.config.tie_word_embeddings == (targets == ["q_proj"])
+    assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == (targets == ["q_proj"])
