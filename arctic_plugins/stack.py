@@ -15,7 +15,7 @@ import yaml
 
 from arctic_plugins.claims import Claims, LinearSpec, arbitrate
 from arctic_plugins.discovery import load_plugin, new_plugin_manager
-from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, PluginError
+from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError, PluginError
 from arctic_plugins.plugin import Plugin
 from arctic_plugins.resolver import check_hosts, resolve
 
@@ -145,9 +145,21 @@ class Stack:
         return [f"{plugin.name}: {warning}" for plugin, warnings in results for warning in warnings]
 
     def claim(self, model_config: Any, modules: Mapping[str, LinearSpec]) -> Claims:
-        """Gather every plugin's claims and settle them; see :func:`arctic_plugins.claims.arbitrate`."""
+        """Gather every plugin's claims and settle them; see :func:`arctic_plugins.claims.arbitrate`.
+
+        Raises:
+            ClaimError: see there, or a plugin that encodes or places weights claims none: whoever enabled it counts on it.
+        """
         results = self._each("claim", model_config=model_config, modules=modules)
-        claims = arbitrate([(plugin.name, claim) for plugin, claims in results for claim in claims], modules)
+        made = [(plugin, claim) for plugin, claims in results for claim in claims]
+        for plugin in self.plugins:
+            for slot in sorted({"weight_codec", "placement"} & plugin.slots - {claim.slot for owner, claim in made if owner is plugin}):
+                raise ClaimError(
+                    f"plugin '{plugin.name}' claims no {slot.replace('_', ' ')} in this model, whose linear modules are {_some(modules)}",
+                    expected="at least one; layers of other classes, as GPT-2's Conv1D, cannot be claimed",
+                    fix=f"leave '{plugin.name}' out, or correct its options",
+                )
+        claims = arbitrate([(plugin.name, claim) for plugin, claim in made], modules)
         for slot, named in claims.by_slot.items():
             for name, values in named.items():
                 logger.debug("%s: %s <- %s", name, slot, values)
@@ -236,6 +248,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}", expected="a mapping at the top level")
     return data
+
+
+def _some(modules: Mapping[str, LinearSpec]) -> str:
+    names = list(modules)
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) or "none"
 
 
 def parse_plugins(text: str) -> dict[str, Any]:

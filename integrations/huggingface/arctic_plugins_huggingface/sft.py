@@ -38,7 +38,7 @@ from arctic_plugins_huggingface.checking import check_arguments, check_output, c
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_directory, reason
 from arctic_plugins_huggingface.data import DataCounts, TrainingData, load_data
 from arctic_plugins_huggingface.gathering import is_spread
-from arctic_plugins_huggingface.loading import load_model, load_tokenizer, only_hub
+from arctic_plugins_huggingface.loading import load_config, load_model, load_tokenizer, only_hub, positions
 from arctic_plugins_huggingface.locking import in_use_by_us
 from arctic_plugins_huggingface.progress import TrainingProgress
 from arctic_plugins_huggingface.recipe import Recipe
@@ -130,7 +130,9 @@ def prepare(recipe: Recipe) -> Run:
     load = recipe.load if is_directory(recipe.model) else check_checkpoint(recipe.model, contents=False, **recipe.load)
     tokenizer = load_tokenizer(recipe.model, **only_hub(load))
     disable_progress_bars()
-    data = load_data(recipe.data, tokenizer, seed=arguments.seed, keep_end=arguments.truncation_mode == "keep_end")
+    config = load_config(recipe.model, **only_hub(load))
+    stack.hf_configure_model(config)
+    data = load_data(recipe.data, tokenizer, seed=arguments.seed, keep_end=arguments.truncation_mode == "keep_end", positions=positions(config))
     if recipe.data.streaming and arguments.max_steps <= 0:
         raise ConfigError("data.streaming is on and training.max_steps is not set", expected="a number of steps", fix="set training.max_steps")
     if data.eval is None and arguments.eval_strategy != "no":

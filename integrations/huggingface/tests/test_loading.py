@@ -1,16 +1,18 @@
 """Encode on load, save, reload, merge: the same bits every time, and an error rather than a wrong model."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from arctic_plugins_huggingface import freeze, load_model, merge_adapter, register, save_checkpoint
+from arctic_plugins_huggingface.loading import positions
 from arctic_plugins_huggingface.saving import load_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from arctic_plugins import Stack
@@ -317,3 +319,42 @@ def test_loading_reports_the_format_of_every_module(tiny_checkpoint, tmp_path, c
     assert {record.getMessage() for record in caplog.records} == expected
     x = torch.arange(8)[None]
     assert torch.equal(again(x).logits, model(x).logits)
+
+
+def test_a_codec_that_takes_nothing_is_told(tiny_checkpoint, tmp_path):
+    config = AutoConfig.for_model("gpt2", n_embd=64, n_layer=2, n_head=4, vocab_size=261, n_positions=64)
+    shutil.copytree(tiny_checkpoint, tmp_path / "gpt2")
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    load_model(tmp_path / "gpt2")
+    with pytest.raises(ClaimError, match=r"plugin 'fp8' claims no weight codec in this model, whose linear modules are lm_head; .*GPT-2's Conv1D"):
+        load_model(tmp_path / "gpt2", Stack.from_dict({"fp8": {}}))
+    with pytest.raises(ClaimError, match="include 'lm_head' matches only what 'exclude' takes out again"):
+        load_model(tiny_checkpoint, Stack.from_dict({"fp8": {"include": ["**.mlp.*", "lm_head"]}}))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "expected"),
+    [
+        ("llama", {"max_position_embeddings": 512}, 512),
+        ("llama", {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, 2048),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "rope_theta": 5e5,
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            131072,
+        ),
+        ("gpt2", {"n_positions": 64}, 64),
+        ("bloom", {}, None),
+    ],
+)
+def test_how_many_tokens_a_model_takes(model_type, config, expected):
+    assert positions(AutoConfig.for_model(model_type, **config)) == expected

@@ -10,7 +10,7 @@ from arctic_plugins_huggingface.data import load_data
 from arctic_plugins_huggingface.generation import answer
 from arctic_plugins_huggingface.recipe import DataConfig, Recipe
 from arctic_plugins_huggingface.saving import load_checkpoint
-from arctic_plugins_huggingface.sft import train
+from arctic_plugins_huggingface.sft import prepare, train
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from arctic_plugins import Stack
 from arctic_plugins.errors import ConfigError, DataError, Diverged, PluginNotFoundError
 from arctic_plugins.provenance import read_provenance
+from arctic_plugins.testing import tiny_model
 
 PLUGINS = {"fp8": {}, "lora": {"r": 8, "alpha": 32}}
 RECORDS = [{"instruction": f"Say the number {number}.", "output": str(number)} for number in range(10, 26)]
@@ -290,3 +291,15 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_checkpoint, tmp_path, mo
     with pytest.raises(Diverged, match="of step [12] is not finite"):
         train(Recipe.from_file(path))
     assert not (tmp_path / "out" / "final").exists()
+
+
+def test_rows_longer_than_the_models_positions_are_told_before_weights_are_read(tmp_path):
+    model = tiny_model(tmp_path / "short", "llama", max_position_embeddings=16)
+    path = write_recipe(tmp_path, model)
+    with pytest.raises(DataError, match=r"has \d+ tokens, and the model has 16 positions; expected data\.max_length of at most 16; .*plugin 'rope'"):
+        prepare(Recipe.from_file(path))
+    recipe = Recipe.from_file(path)
+    longer = recipe.model_copy(update={"plugins": {**recipe.plugins, "rope": {"type": "linear", "factor": 8.0}}})
+    assert prepare(longer).data.counts.rows
+    cut = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 16, "loss": "all"})})
+    assert prepare(cut).data.counts.truncated

@@ -40,6 +40,9 @@ class FP8(Plugin):
             if not any(matches(pattern, name) for name in modules):
                 raise ClaimError(f"plugins.fp8.include '{pattern}' matches no linear module of this model", fix=f"the model has {_examples(modules)}")
         wanted = [name for name, spec in modules.items() if self._wants(name, spec)]
+        for pattern in self.options.include:
+            if wanted and not any(matches(pattern, name) for name in wanted):
+                raise ClaimError(f"plugins.fp8.include '{pattern}' matches only what 'exclude' takes out again", fix="give 'exclude' without it")
         for pattern in self.options.formats:
             if not any(matches(pattern, name) for name in wanted):
                 raise ClaimError(f"plugins.fp8.formats '{pattern}' matches no module that is encoded", fix="correct it, or 'include' and 'exclude'")

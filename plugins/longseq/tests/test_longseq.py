@@ -82,9 +82,9 @@ def test_loss_and_gradients_are_those_of_all_logits(checkpoints, name, tile):
 
 ADAPTERS = {
     "lora": {"lora": {"r": 4}},
-    "fp8 head": {"fp8": {"include": ["**.mlp.*", "lm_head"]}, "lora": {"r": 4}},
+    "fp8 head": {"fp8": {"include": ["**.mlp.*", "lm_head"], "exclude": []}, "lora": {"r": 4}},
     "adapted head": {"lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
-    "adapted fp8 head": {"fp8": {"include": ["lm_head"]}, "lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
+    "adapted fp8 head": {"fp8": {"include": ["lm_head"], "exclude": []}, "lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
 }
 
 
