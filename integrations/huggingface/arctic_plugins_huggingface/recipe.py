@@ -25,9 +25,9 @@ class DataConfig(BaseModel):
     path: str
     """A JSON, JSONL, CSV, TSV or Parquet file, relative to the recipe; or the id of a dataset that ``datasets.load_dataset`` finds."""
     format: Format = "alpaca"
-    """``alpaca``: ``instruction``, ``output`` and an optional ``input``. ``messages``: chats, as ``messages`` (``role`` and ``content``) or
-    ``conversations`` (``from`` and ``value``). ``prompt_completion``: ``prompt`` and ``completion``, both texts or both lists of messages.
-    ``text``: ``text``."""
+    """``alpaca``: ``instruction``, ``output``, and perhaps ``input``, ``system`` and ``history``. ``messages``: chats, as ``messages`` (``role`` and
+    ``content``) or ``conversations`` (``from`` and ``value``), perhaps with ``system`` and ``tools``. ``prompt_completion``: ``prompt`` and
+    ``completion``, both texts or both lists of messages. ``text``: ``text``."""
     columns: dict[str, str] = Field(default_factory=dict)
     """The format's key -> the data's column, where they differ."""
     name: str | None = None
