@@ -55,6 +55,12 @@ class AdapterConfig(BaseModel):
     rank_pattern: Annotated[dict[Name, Rank], Field(max_length=100_000)] = {}
     alpha_pattern: Annotated[dict[Name, Alpha], Field(max_length=100_000)] = {}
     peft_type: Literal["LORA"] = "LORA"
+    bias: Literal["none", "all", "lora_only"] = "none"
+    use_dora: bool = False
+    use_qalora: bool = False
+    lora_bias: bool = False
+    init_lora_weights: bool | Annotated[str, StringConstraints(max_length=100)] | None = True
+    """How it was drawn. Some ways take from the base model what they give the adapter, which then belongs on what is left of it."""
     layer_replication: None = None
     """Makes a model of any size out of a small file."""
     megatron_config: None = None

@@ -226,3 +226,31 @@ def test_heads_that_vllms_attention_does_not_have_are_refused(tmp_path, config, 
             server_options(str(model))
     else:
         server_options(str(model))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("use_dora", True),
+        ("use_qalora", True),
+        ("lora_bias", True),
+        ("bias", "all"),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "pissa"),
+    ],
+)
+def test_an_adapter_that_vllm_would_die_of_is_told(base, tmp_path, field, value):
+    adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    write_provenance(adapter, Stack.from_dict({"fp8": {}, "lora": {"r": 4}}))
+    with pytest.raises(CheckpointError, match=rf"has {field} .*; expected LoRA or rsLoRA, as vLLM serves them; 'arctic merge' the adapter"):
+        server_options(str(adapter), base=str(base))
+
+
+def test_the_largest_of_several_ranks_is_served(base, tmp_path):
+    adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {"q_proj": 20}}))
+    write_provenance(adapter, Stack.from_dict({"fp8": {}, "lora": {"r": 4}}))
+    assert server_options(str(adapter), base=str(base))[0]["max_lora_rank"] == 32
