@@ -25,7 +25,7 @@ from arctic_plugins_huggingface.chats import Record, converted, rendered, unknow
 from arctic_plugins_huggingface.checkpoints import hub_trouble, reason
 from arctic_plugins_huggingface.recipe import DataConfig
 
-__all__ = ["DataCounts", "TrainingData", "load_data"]
+__all__ = ["DataCounts", "TrainingData", "load_data", "tokenized"]
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def _rows(
         if new := sorted({*unknown_fields(record, config)} - told):
             told.update(new)
             logger.warning("%s has fields that the format '%s' does not use: %s", where, config.format, ", ".join(new))
-        rows = list(_tokenized(converted(record, where, config), tokenizer, where, config))
+        rows = list(tokenized(converted(record, where, config), tokenizer, where, config))
         counts.divided += len(rows) > 1
         for row in rows or [{"input_ids": [], "labels": []}]:  # none of a chat of which nothing is learnt
             length = len(row["input_ids"])
@@ -249,7 +249,7 @@ def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:
     yield from ((f"{config.path}: row {number}", dict(record)) for number, record in enumerate(dataset, 1))
 
 
-def _tokenized(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, config: DataConfig) -> Iterator[dict[str, list[int]]]:
+def tokenized(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, config: DataConfig) -> Iterator[dict[str, list[int]]]:
     """Tokens and labels of the row, or of the rows that a template makes of it. A token counts if its characters overlap what the model is to say."""
     everything, chats = config.loss == "all" or "text" in row, "messages" in row
     if chats:

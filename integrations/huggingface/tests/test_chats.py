@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from arctic_plugins_huggingface.chats import converted, rendered
-from arctic_plugins_huggingface.data import load_data
+from arctic_plugins_huggingface.chats import converted, rendered, unknown_fields
+from arctic_plugins_huggingface.data import load_data, tokenized
 from arctic_plugins_huggingface.loading import load_tokenizer
 from arctic_plugins_huggingface.recipe import DataConfig
 from hypothesis import given, settings
@@ -75,7 +75,7 @@ def load(tokenizer, directory, records, **config):
     return load_data(DataConfig(path=str(path), **{"format": "messages", **config}), tokenizer)
 
 
-def learnt(tokenizer, rows):
+def learnt_of(tokenizer, rows):
     """What counts of each row, decoded."""
     return [tokenizer.decode([label for label in row["labels"] if label != -100]) for row in rows]
 
@@ -88,31 +88,60 @@ WORDS = st.text("ab <>/|\n\"'{}%éß你", min_size=1, max_size=12).filter(str.st
 ANSWERS = st.tuples(WORDS, st.booleans())  # and whether the turn is to be learnt
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@given(system=st.none() | WORDS, exchanges=st.lists(st.tuples(WORDS, ANSWERS), min_size=1, max_size=4))
-@settings(max_examples=60, deadline=None)
-def test_what_is_learnt_is_what_the_assistant_says(tokenizer, family, system, exchanges):
-    name, family = family, FAMILIES[family]
-    messages = [{"role": "system", "content": system}] if system and family.system else []
-    for question, (answer, counts) in exchanges:
-        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer, "weight": int(counts)}]
-    said = [answer.strip() if family.strips else answer for _, (answer, counts) in exchanges if counts]
+def spelled(spelling, system, exchanges):
+    """The chat as a record of a format, and which of its answers are learnt."""
+    learnt = [counts for _, (_, counts) in exchanges]
+    turns = [(role, text) for question, (answer, _) in exchanges for role, text in (("user", question), ("assistant", answer))]
+    if spelling == "alpaca":
+        *history, (question, answer) = [(question, answer) for question, (answer, _) in exchanges]
+        record = {"instruction": question, "output": answer, "history": history, **({"system": system} if system else {})}
+        return "alpaca", record, [True] * len(exchanges)
+    if spelling == "sharegpt":
+        names = {"user": "human", "assistant": "gpt"}
+        messages = [{"from": names[role], "value": text} for role, text in turns]
+        for at, counts in enumerate(learnt):
+            messages[2 * at + 1]["train"] = counts
+        return "messages", {"conversations": messages, **({"system": system} if system else {})}, learnt
+    messages = [{"role": role, "content": text} for role, text in turns]
+    before = [{"role": "system", "content": system}] if system else []
+    if spelling == "prompt_completion":
+        record = {"prompt": [*before, *messages[:-1]], "completion": messages[-1:]}
+        return "prompt_completion", record, [False] * (len(exchanges) - 1) + [True]
+    for at, counts in enumerate(learnt):
+        messages[2 * at + 1]["weight"] = int(counts)
+    return "messages", {"messages": [*before, *messages]}, learnt
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@given(
+    spelling=st.sampled_from(["messages", "sharegpt", "alpaca", "prompt_completion"]),
+    system=st.none() | WORDS,
+    exchanges=st.lists(st.tuples(WORDS, ANSWERS), min_size=1, max_size=4),
+)
+@settings(max_examples=80, deadline=None)
+def test_what_is_learnt_is_what_the_assistant_says(tokenizer, name, spelling, system, exchanges):
+    family = FAMILIES[name]
+    form, record, counts = spelled(spelling, system if family.system else None, exchanges)
+    said = [answer.strip() if family.strips else answer for (_, (answer, _)), learnt in zip(exchanges, counts, strict=True) if learnt]
     if name == "qwen3":
         said = [words.lstrip("\n") for words in said]
-    expected = [family.said.format(words) if "{" not in words else family.said.replace("{}", words) for words in said]
+    expected = [family.said.replace("{}", words) for words in said]
+    config = DataConfig(path="x", format=form)
+    assert not list(unknown_fields(record, config))
     before, tokenizer.chat_template = tokenizer.chat_template, template(name)
     try:
-        row = converted({"messages": messages}, "here", DataConfig(path="x", format="messages"))
-        found = rendered(row, tokenizer, "here")
+        chat = converted(record, "here", config)
+        found = rendered(chat, tokenizer, "here")
+        rows = list(tokenized(chat, tokenizer, "here", config))
     finally:
         tokenizer.chat_template = before
-    parts = [text[begin:end] for text, spans in found for begin, end in spans]
-    assert parts == expected
-    for text, spans in found:  # the history stands before it, and nothing of it counts
-        assert len(spans) == len(expected) if len(found) == 1 else len(spans) == 1
-        assert text[: spans[0][0]].rstrip()
-    if len(found) > 1:
+    assert [text[begin:end] for text, spans in found for begin, end in spans] == expected
+    assert "".join(learnt_of(tokenizer, rows)) == "".join(expected)
+    assert whole(tokenizer, rows) == [text for text, _ in found]
+    if len(found) > 1:  # each ends with the turn that it is about
         assert [text[end:] for text, [(_, end)] in found] == [""] * len(found)
+    if counts[-1]:  # and the whole history stands before the last
+        assert all(question.strip() in found[-1][0] for question, _ in exchanges)
 
 
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.first])
@@ -121,7 +150,7 @@ def test_a_chat_that_begins_with_the_assistant(with_template, tmp_path, name):
     chat = [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Count."}, {"role": "assistant", "content": "One."}]
     tokenizer = with_template(template(name))
     data = load(tokenizer, tmp_path, [{"messages": chat}])
-    said = "".join(learnt(tokenizer, data.train))
+    said = "".join(learnt_of(tokenizer, data.train))
     assert "How can I help?" in said
     assert said.endswith(family.said.format("One."))
     for words in ("You are Qwen", "Today Date", "Count", "user", "system", "<BOS>"):
@@ -154,7 +183,7 @@ def test_calls_are_learnt_and_tools_are_shown(with_template, tmp_path, name, spe
     tokenizer = with_template(template(name))
     data = load(tokenizer, tmp_path, [record])
     call = CALLS[name].removeprefix("\n") if name == "qwen2.5" else CALLS[name]
-    assert "".join(learnt(tokenizer, data.train)) == call + family.said.format("It is sunny.")
+    assert "".join(learnt_of(tokenizer, data.train)) == call + family.said.format("It is sunny.")
     assert all('"description": "Weather of a city"' in text for text in whole(tokenizer, data.train))
     assert "sunny, 21 C" in whole(tokenizer, data.train)[-1]
 
@@ -176,7 +205,7 @@ def test_thinking_that_history_leaves_out_is_learnt_turn_by_turn(with_template, 
         {"role": "assistant", "content": "<think>Four times three.</think>12"},
     ]
     data = load(tokenizer, tmp_path, [{"messages": chat}, {"messages": chat[:2]}])
-    assert learnt(tokenizer, data.train) == [
+    assert learnt_of(tokenizer, data.train) == [
         "<think>Two and two.</think>4<|end|>",
         "<think>Four times three.</think>12<|end|>",
         "<think>Two and two.</think>4<|end|>",
@@ -242,14 +271,14 @@ def test_thinking_that_history_leaves_out_is_learnt_turn_by_turn(with_template, 
 )
 def test_fields_of_the_formats_are_honoured(tokenizer, tmp_path, caplog, record, format, everything, counts):
     data = load(tokenizer, tmp_path, [record], format=format)
-    assert (whole(tokenizer, data.train), learnt(tokenizer, data.train)) == ([everything], [counts])
+    assert (whole(tokenizer, data.train), learnt_of(tokenizer, data.train)) == ([everything], [counts])
     assert "does not use" not in caplog.text
 
 
-def test_turns_that_are_not_to_be_learnt(tokenizer, tmp_path):
+def test_turns_that_are_not_to_be_learnt_of(tokenizer, tmp_path):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]
     data = load(tokenizer, tmp_path, [{"messages": chat}, {"messages": [*chat, *CALLED[:1], CALLED[3]]}])
-    assert learnt(tokenizer, data.train) == ["It is sunny.<|end|>"]
+    assert learnt_of(tokenizer, data.train) == ["It is sunny.<|end|>"]
     assert (data.counts.rows, data.counts.dropped) == (2, 1)
 
 
@@ -307,7 +336,7 @@ def test_small_inputs_that_failed(with_template, tokenizer, case, rows, said):
     own = CASES / case / "chat_template.jinja"
     with_template(own.read_text() if own.is_file() else tokenizer.chat_template)
     data = load_data(DataConfig(path=str(CASES / case / "data.jsonl"), format="messages"), tokenizer)
-    assert learnt(tokenizer, data.train) == said
+    assert learnt_of(tokenizer, data.train) == said
     assert len(data.train) == rows
 
 
@@ -317,9 +346,9 @@ def test_small_inputs_with_tools_that_failed(with_template):
     tokenizer = with_template(template("qwen2.5"))
     for case in ("tool_calls", "fields_beside_the_chat"):
         data = load_data(DataConfig(path=str(CASES / case / "data.jsonl"), format="messages"), tokenizer)
-        assert all("<tool_call>" in text or "Bonjour" in text for text in learnt(tokenizer, data.train))
+        assert all("<tool_call>" in text or "Bonjour" in text for text in learnt_of(tokenizer, data.train))
     data = load_data(DataConfig(path=str(CASES / "fields_beside_the_chat" / "alpaca.jsonl")), tokenizer)
-    assert learnt(tokenizer, data.train) == ["8 billion.<|im_end|>\n1.6 billion.<|im_end|>\n"]
+    assert learnt_of(tokenizer, data.train) == ["8 billion.<|im_end|>\n1.6 billion.<|im_end|>\n"]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
