@@ -13,7 +13,7 @@ from typing import Any
 
 from arctic_plugins.errors import CheckpointError
 
-__all__ = ["check_elements", "check_keys", "check_sizes", "copy_files", "file_within", "read_json"]
+__all__ = ["check_directory", "check_elements", "check_keys", "check_sizes", "copy_files", "file_within", "read_json"]
 
 LONGEST_JSON = 256 << 20
 """Bytes; a tokenizer of 256,000 entries takes 33 MB."""
@@ -91,6 +91,13 @@ def check_regular(path: Path) -> None:
         return
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path} is not a regular file", expected="a file of the checkpoint", fix="copy or download the checkpoint again")
+
+
+def check_directory(directory: Path) -> None:
+    """Raise CheckpointError if a checkpoint's directory holds a device or a pipe: a host that looks for a file of its name would read it for ever."""
+    for path in sorted(directory.glob("*")) + sorted(directory.glob("additional_chat_templates/*")):
+        if not path.is_dir():
+            check_regular(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -289,14 +289,17 @@ def test_only_regular_files_are_read(here):
         if name == "zero":
             (here / "encoded" / name).symlink_to("/dev/zero")
         change(here / "encoded", FILE_NAME, files={name: {"bytes": 0, "xxh3_128": "0"}})
-        with soon(), pytest.raises(CheckpointError, match=f"{name} is not a regular file"):
+        with soon(), pytest.raises(CheckpointError, match=f"{name} is not a regular file|has no config.json"):
             check_files(here / "encoded")
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        shutil.copytree(here / "plain", here / name)
-        (here / name / name).unlink(missing_ok=True)
-        os.mkfifo(here / name / name)
-        with soon(), pytest.raises(CheckpointError):
-            load_model(here / name)
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "additional_chat_templates/a.jinja"):
+        copy = here / name.replace("/", "-")
+        shutil.copytree(here / "plain", copy)
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).unlink(missing_ok=True)
+        os.mkfifo(copy / name)
+        for use in (load_model, lambda path: server_options(str(path))):
+            with soon(), pytest.raises(CheckpointError, match=f"{name} is not a regular file|has no config.json"):
+                use(copy)
 
 
 def test_links_of_the_hubs_cache_are_followed(here, tmp_path):

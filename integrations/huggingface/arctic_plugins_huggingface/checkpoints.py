@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from arctic_plugins.adapter import ADAPTER, WEIGHTS, read_adapter
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.files import check_keys, check_regular, check_sizes, file_within, read_json
+from arctic_plugins.files import check_directory, check_keys, check_regular, check_sizes, file_within, read_json
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
         return kwargs
     if "gguf_file" in kwargs:
         return kwargs
+    check_directory(directory)
     config = read_json(directory / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
@@ -142,6 +143,7 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
     directory = Path(checkpoint)
     if not (directory / ADAPTER).is_file():
         return None
+    check_directory(directory)
     rank = read_adapter(directory).r
     _check_unchanged(directory)
     weights = directory / WEIGHTS

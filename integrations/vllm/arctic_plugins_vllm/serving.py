@@ -12,7 +12,7 @@ from typing import Any
 from arctic_plugins.adapter import ADAPTER, WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.compute import compute_dtype, dtype_name, is_native
 from arctic_plugins.errors import CheckpointError, ConfigError
-from arctic_plugins.files import check_keys, check_sizes, read_json
+from arctic_plugins.files import check_directory, check_keys, check_sizes, read_json
 from arctic_plugins.frozen import METHOD, ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
 from arctic_plugins.stack import Stack
@@ -101,6 +101,7 @@ def server_options(
     arguments: dict[str, Any] = {**READ, "model": checkpoint, **stack.vllm_engine_args(path)}
     is_adapter = (path / ADAPTER).is_file()
     if is_adapter and (path / FILE_NAME).is_file():
+        check_directory(path)
         check_files(path)
         if not (path / WEIGHTS).is_file():  # or vLLM looks for a pickle
             raise CheckpointError(f"{path} has no {WEIGHTS}", fix="the adapter is incomplete: copy it again, or save it again")
@@ -220,6 +221,7 @@ def _check_model(model: Path) -> bool:
         if not model.exists() and _HUB_ID.fullmatch(str(model)) and ".." not in str(model):
             return False
         raise CheckpointError(f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path")
+    check_directory(model)
     config = read_json(model / "config.json")
     check_keys(config, model / "config.json")
     check_sizes(config, sorted(model.glob("*.safetensors")), model / "config.json")
