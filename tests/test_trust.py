@@ -289,7 +289,7 @@ def test_only_regular_files_are_read(here):
         if name == "zero":
             (here / "encoded" / name).symlink_to("/dev/zero")
         change(here / "encoded", FILE_NAME, files={name: {"bytes": 0, "xxh3_128": "0"}})
-        with soon(), pytest.raises(CheckpointError, match=f"{name} is not a regular file|has no config.json"):
+        with soon(), pytest.raises(CheckpointError, match=f"{name} is not a regular file"):
             check_files(here / "encoded")
     for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "additional_chat_templates/a.jinja"):
         copy = here / name.replace("/", "-")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from arctic_plugins_huggingface.chats import Record, converted, rendered, unknow
 from arctic_plugins_huggingface.checkpoints import hub_trouble, reason
 from arctic_plugins_huggingface.recipe import DataConfig
 
-__all__ = ["DataCounts", "TrainingData", "load_data", "tokenized"]
+__all__ = ["DataCounts", "Limits", "TrainingData", "load_data", "tokenized"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +55,31 @@ class DataCounts:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a model takes; None where its config names no limit."""
+
+    positions: int | None = None
+    """Tokens of a row."""
+    embeddings: int | None = None
+    """Different tokens, 0 to this number less 1."""
+
+    def check(self, ids: Sequence[int], kept: int, where: str) -> None:
+        """Raise DataError if the row of ``ids``, of which ``kept`` remain, is beyond one of them."""
+        if self.positions is not None and kept > self.positions:
+            raise DataError(
+                f"{where} has {len(ids)} tokens, and the model has {self.positions} positions",
+                expected=f"data.max_length of at most {self.positions}",
+                fix="lower it, or lengthen the context with the plugin 'rope'",
+            )
+        if self.embeddings is not None and ids and max(ids) >= self.embeddings:
+            raise DataError(
+                f"{where} has the token {max(ids)}, and the model has embeddings for {self.embeddings}",
+                expected="the tokenizer of the model",
+                fix="resize the model's embeddings (resize_token_embeddings of transformers) and save it, or remove the tokens that were added",
+            )
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """Rows with ``input_ids`` and ``labels`` (-100 where no loss is), uncut."""
 
@@ -67,7 +92,7 @@ class TrainingData:
 
 
 def load_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, keep_end: bool = False, positions: int | None = None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, keep_end: bool = False, limits: Limits | None = None
 ) -> TrainingData:
     """Read, check and tokenize the training data and, if any, the evaluation data.
 
@@ -76,11 +101,11 @@ def load_data(
         tokenizer: with a chat template, unless the data are texts.
         seed: of the choice of rows that are held out, and of a stream's order.
         keep_end: count what is lost for ``training.truncation_mode: keep_end``.
-        positions: tokens that the model takes at most, if it has a limit.
+        limits: of the model; None checks nothing against them.
 
     Raises:
-        DataError: absent, empty, malformed (with the line), a record that lacks a column or holds another type (named), rows that are longer than
-            the model's positions or all lose their labels when they are cut, or a tokenizer that lacks what the format needs.
+        DataError: absent, empty, malformed (with the line), a record that lacks a column or holds another type (named), a row beyond ``limits``, rows
+            that all lose their labels when they are cut, or a tokenizer that lacks what the format needs.
     """
     if config.format in ("alpaca", "messages") and tokenizer.chat_template is None:
         raise DataError(
@@ -98,21 +123,21 @@ def load_data(
     if config.eval_path is not None or config.eval_split is not None:
         eval_counts = DataCounts()
         other = {"path": config.eval_path or config.path, "split": config.eval_split or config.split, "streaming": False}
-        evaluation = _table(_rows(config.model_copy(update=other), tokenizer, eval_counts, keep_end, positions), config, eval_counts)
+        evaluation = _table(_rows(config.model_copy(update=other), tokenizer, eval_counts, keep_end, limits), config, eval_counts)
     if config.streaming:
-        check_first = next(_rows(config, tokenizer, DataCounts(), keep_end, positions))  # an error in the first row is said before weights are read
+        check_first = next(_rows(config, tokenizer, DataCounts(), keep_end, limits))  # an error in the first row is said before weights are read
         assert check_first.keys() == {"input_ids", "labels"}
         held_out = config.eval_size if isinstance(config.eval_size, int) else 0
         if held_out:
-            evaluation = _table(islice(_rows(config, tokenizer, DataCounts(), keep_end, positions), held_out), config, DataCounts(rows=held_out))
+            evaluation = _table(islice(_rows(config, tokenizer, DataCounts(), keep_end, limits), held_out), config, DataCounts(rows=held_out))
 
         def read() -> Iterator[dict[str, list[int]]]:
             vars(counts).update(vars(DataCounts()))  # each pass counts anew
-            return islice(_rows(config, tokenizer, counts, keep_end, positions), held_out, None)
+            return islice(_rows(config, tokenizer, counts, keep_end, limits), held_out, None)
 
         stream = IterableDataset.from_generator(read)
         return TrainingData(stream.shuffle(seed=seed, buffer_size=config.shuffle_buffer), evaluation, counts, eval_counts)
-    train = _table(_rows(config, tokenizer, counts, keep_end, positions), config, counts)
+    train = _table(_rows(config, tokenizer, counts, keep_end, limits), config, counts)
     if config.eval_size is not None:
         if len(train) < 2 or (isinstance(config.eval_size, int) and config.eval_size >= len(train)):
             raise DataError(f"data.eval_size {config.eval_size} leaves none of {len(train)} rows to train on", fix="lower it")
@@ -135,7 +160,7 @@ def _table(rows: Iterator[dict[str, list[int]]], config: DataConfig, counts: Dat
 
 
 def _rows(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, counts: DataCounts, keep_end: bool, positions: int | None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, counts: DataCounts, keep_end: bool, limits: Limits | None
 ) -> Iterator[dict[str, list[int]]]:
     """Tokenize one record after another, and count what cutting will take; rows with nothing left for the loss are dropped here."""
     window = slice(-config.max_length, None) if keep_end else slice(None, config.max_length)
@@ -154,12 +179,8 @@ def _rows(
             if not splits and length > config.max_length:
                 counts.truncated += 1
                 counts.cut_tokens += length - config.max_length
-            if positions is not None and min(length, config.max_length) > positions:
-                raise DataError(
-                    f"{where} has {length} tokens, and the model has {positions} positions",
-                    expected=f"data.max_length of at most {positions}",
-                    fix="lower it, or lengthen the context with the plugin 'rope'",
-                )
+            if limits is not None:
+                limits.check(row["input_ids"], min(length, config.max_length), where)
             if all(label == -100 for label in row["labels"][slice(None) if splits else window]):
                 counts.dropped += 1
             else:

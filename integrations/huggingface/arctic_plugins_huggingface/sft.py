@@ -36,7 +36,7 @@ from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checking import check_arguments, check_output, check_recipe
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_directory, reason
-from arctic_plugins_huggingface.data import DataCounts, TrainingData, load_data
+from arctic_plugins_huggingface.data import DataCounts, Limits, TrainingData, load_data
 from arctic_plugins_huggingface.gathering import is_spread
 from arctic_plugins_huggingface.loading import load_config, load_model, load_tokenizer, only_hub, positions
 from arctic_plugins_huggingface.locking import in_use_by_us
@@ -132,7 +132,13 @@ def prepare(recipe: Recipe) -> Run:
     disable_progress_bars()
     config = load_config(recipe.model, **only_hub(load))
     stack.hf_configure_model(config)
-    data = load_data(recipe.data, tokenizer, seed=arguments.seed, keep_end=arguments.truncation_mode == "keep_end", positions=positions(config))
+    data = load_data(
+        recipe.data,
+        tokenizer,
+        seed=arguments.seed,
+        keep_end=arguments.truncation_mode == "keep_end",
+        limits=Limits(positions(config), getattr(config.get_text_config(), "vocab_size", None)),
+    )
     if recipe.data.streaming and arguments.max_steps <= 0:
         raise ConfigError("data.streaming is on and training.max_steps is not set", expected="a number of steps", fix="set training.max_steps")
     if data.eval is None and arguments.eval_strategy != "no":

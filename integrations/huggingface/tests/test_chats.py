@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from arctic_plugins_huggingface.chats import converted, rendered, unknown_fields
-from arctic_plugins_huggingface.data import load_data, tokenized
+from arctic_plugins_huggingface.data import Limits, load_data, tokenized
 from arctic_plugins_huggingface.loading import load_tokenizer
 from arctic_plugins_huggingface.recipe import DataConfig
 from hypothesis import given, settings
@@ -356,5 +356,14 @@ def test_a_row_longer_than_the_positions_is_told(tokenizer, tmp_path, streaming)
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": "x" * length}) for length in (10, 40)))
     config = {"path": str(tmp_path / "data.jsonl"), "format": "text", "streaming": streaming}
     with pytest.raises(DataError, match=r"data\.jsonl:2 has 41 tokens, and the model has 32 positions; expected data\.max_length of at most 32"):
-        list(load_data(DataConfig(**config), tokenizer, positions=32).train)
-    assert len(list(load_data(DataConfig(**config, max_length=32), tokenizer, positions=32).train)) == 2
+        list(load_data(DataConfig(**config), tokenizer, limits=Limits(positions=32)).train)
+    assert len(list(load_data(DataConfig(**config, max_length=32), tokenizer, limits=Limits(positions=32)).train)) == 2
+
+
+def test_tokens_without_an_embedding_are_told(tokenizer, tmp_path):
+    (tmp_path / "data.jsonl").write_text('{"text": "abc"}')
+    config = DataConfig(path=str(tmp_path / "data.jsonl"), format="text")
+    largest = max(load_data(config, tokenizer, limits=Limits(embeddings=10**6)).train["input_ids"][0])
+    load_data(config, tokenizer, limits=Limits(embeddings=largest + 1))
+    with pytest.raises(DataError, match=rf"data\.jsonl:1 has the token {largest}, and the model has embeddings for {largest}; .*resize"):
+        load_data(config, tokenizer, limits=Limits(embeddings=largest))
