@@ -24,7 +24,7 @@ from arctic_plugins.registry import FIRST_PARTY
 if TYPE_CHECKING:
     from arctic_plugins.stack import Stack
 
-__all__ = ["FILE_NAME", "FORMAT", "Provenance", "check_files", "check_plugins", "read_provenance", "write_provenance"]
+__all__ = ["FILE_NAME", "FORMAT", "Provenance", "check_files", "check_plugins", "digest", "read_provenance", "write_provenance"]
 
 FILE_NAME = "arctic_plugins.json"
 FORMAT = 1
@@ -64,7 +64,7 @@ def write_provenance(directory: str | Path, stack: Stack) -> Path:
         "sha256": stack.sha256(),
         "versions": {name: installed for name in _RECORDED if (installed := _version(name))},
         "plugins": dict(sorted(plugins.items())),
-        "files": {name: {"bytes": file.stat().st_size, "xxh3_128": _digest(file, file.stat().st_size)} for name, file in sorted(_files(path.parent))},
+        "files": {name: {"bytes": file.stat().st_size, "xxh3_128": digest(file, file.stat().st_size)} for name, file in sorted(_files(path.parent))},
     }
     draft = path.with_suffix(".json.tmp")
     with draft.open("w", encoding="utf-8") as file:
@@ -116,7 +116,7 @@ def check_files(directory: str | Path) -> None:
             size = path.stat().st_size
             if size != record["bytes"]:
                 raise CheckpointError(f"{path} has {size} bytes", expected=f"the {record['bytes']} that were saved", fix=_or_accept(name, again))
-            if _digest(path, size) != record["xxh3_128"]:
+            if digest(path, size) != record["xxh3_128"]:
                 raise CheckpointError(f"{path} is not what was saved: its digest differs", fix=_or_accept(name, again))
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing", fix=again) from None
@@ -153,15 +153,15 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
             yield name, path
 
 
-def _digest(path: Path, size: int) -> str:
+def digest(path: Path, size: int) -> str:
     """XXH3, 128 bits, of the first ``size`` bytes: as fast as memory, and meant for damage, not for attackers."""
-    digest = xxhash.xxh3_128()
+    found = xxhash.xxh3_128()
     chunk = memoryview(bytearray(_CHUNK))  # one buffer that stays in the cache: a new one per read takes twice the time
     with path.open("rb", buffering=0) as file:
         while size > 0 and (read := file.readinto(chunk)):  # some files of the system have no end
-            digest.update(chunk[: min(read, size)])
+            found.update(chunk[: min(read, size)])
             size -= read
-    return digest.hexdigest()
+    return found.hexdigest()
 
 
 def _version(distribution: str) -> str | None:

@@ -159,11 +159,11 @@ def test_the_older_checkpoint_stays_until_the_newer_is_complete(recipe, tmp_path
 
 
 def test_an_incomplete_checkpoint_of_a_higher_step_is_not_kept_in_place_of_a_complete_one(recipe, tmp_path):
-    train(Recipe.from_file(recipe("run", max_steps=2)))
+    train(Recipe.from_file(recipe("run", max_steps=2, lr_scheduler_type="constant")))
     shutil.rmtree(tmp_path / "run" / "final")
     shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-9")
     (tmp_path / "run" / "checkpoint-9" / FILE_NAME).unlink()
-    train(Recipe.from_file(recipe("run", max_steps=4, save_total_limit=1)), resume=True)
+    train(Recipe.from_file(recipe("run", max_steps=4, save_total_limit=1, lr_scheduler_type="constant")), resume=True)
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-9"}
     assert last_checkpoint(tmp_path / "run")[0].name == "checkpoint-4"
 

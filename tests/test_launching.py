@@ -80,6 +80,9 @@ def test_two_processes_train_like_one_and_resume_as_one_or_four(recipe, tmp_path
         done = arctic(recipe(name, per_device_train_batch_size=batch), "--resume", processes=count)
         assert losses(done) == pytest.approx(one[4:], rel=1e-4), name
         assert "resuming from" in done.stdout
+        said = " ".join(done.stdout.split())
+        assert ("processes" in said) == (count != 2), name
+    assert not (tmp_path / "two" / "final" / "recipe.json").exists()
 
 
 def test_bad_input_is_one_line_from_all(recipe):
@@ -101,7 +104,7 @@ def test_a_dry_run_counts_processes_that_share_texts_as_one(recipe):
 
 @pytest.mark.parametrize("how", ["process", "launcher", "terminated"])
 def test_whoever_is_killed_nobody_stays_behind_and_the_run_resumes(recipe, tmp_path, how):
-    path = recipe("run", max_steps=2000, save_steps=5)
+    path = recipe("run", max_steps=2000, save_steps=5, lr_scheduler_type="constant")
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen([*ARCTIC, str(path), "--nproc", "2"], stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
     limit = time.monotonic() + 200
@@ -128,7 +131,7 @@ def test_whoever_is_killed_nobody_stays_behind_and_the_run_resumes(recipe, tmp_p
         assert status == 130
         assert "'arctic train RECIPE --resume' continues" in text
     newest = max(int(found.name.rpartition("-")[2]) for found in (tmp_path / "run").glob("checkpoint-*") if (found / FILE_NAME).is_file())
-    done = arctic(recipe("run", max_steps=newest + 2, save_steps=5), "--resume", processes=2)
+    done = arctic(recipe("run", max_steps=newest + 2, save_steps=5, lr_scheduler_type="constant"), "--resume", processes=2)
     assert f"checkpoint-{newest}" in "".join(done.stdout.splitlines())  # folded, where the path is long
     assert len(losses(done)) == 2
 

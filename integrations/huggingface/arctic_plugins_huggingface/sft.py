@@ -31,7 +31,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins.compute import is_native, warning_for
-from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, Interrupted
+from arctic_plugins.errors import ArcticError, ConfigError, Interrupted
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checking import check_arguments, check_output, check_recipe
@@ -42,8 +42,9 @@ from arctic_plugins_huggingface.loading import load_config, load_model, load_tok
 from arctic_plugins_huggingface.locking import in_use_by_us
 from arctic_plugins_huggingface.progress import TrainingProgress
 from arctic_plugins_huggingface.recipe import Recipe
+from arctic_plugins_huggingface.resuming import RecipeRecord, recorded, resume_from
 from arctic_plugins_huggingface.saving import save_checkpoint, writing
-from arctic_plugins_huggingface.training import GracefulStop, attach, last_checkpoint
+from arctic_plugins_huggingface.training import GracefulStop, attach
 
 __all__ = ["Run", "TrainingResult", "prepare", "train"]
 
@@ -202,7 +203,8 @@ def _train(
     if not recipe.data.streaming:
         held_out = f"; {len(run.data.eval):,} rows to evaluate on" if run.data.eval is not None else ""
         console.print(f"data: {run.data.counts}{held_out}", highlight=False)
-    start = _resume_from(run, output, console) if resume else None
+    record = recorded(run)
+    start = resume_from(run, output, record, console) if resume else None
     set_seed(run.arguments.seed)  # adapters are drawn at random
     model, tokenizer = loaded or load_model(recipe.model, run.stack, **recipe.load)
     if recipe.data.packing:
@@ -218,7 +220,7 @@ def _train(
             train_dataset=run.data.train,
             eval_dataset=run.data.eval,
             processing_class=tokenizer,
-            callbacks=[*(callbacks or []), stop, progress],
+            callbacks=[*(callbacks or []), stop, progress, RecipeRecord(record)],
         )
     except (ValueError, ImportError) as error:  # combinations of arguments that only the trainers check
         raise ConfigError(f"training is not valid: {reason(error)}", fix="correct the argument it names") from error
@@ -325,32 +327,6 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
 
 def _is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
-
-
-def _resume_from(run: Run, output: Path, console: Console) -> Path | None:
-    start, ignored = last_checkpoint(output)
-    for line in ignored:
-        console.print(f"ignored: {line}", highlight=False, soft_wrap=True)
-    if start is None:
-        console.print(f"{output} has no complete checkpoint: training starts from the beginning", highlight=False, soft_wrap=True)
-        return None
-    # Where weights are kept changes no number: a run may go on with another placement, or on another number of machines.
-    if Stack.recorded(start).without("placement").sha256() != run.stack.without("placement").sha256():
-        raise ConfigError(f"{start} was made with other plugins or options than the recipe's", fix="give the recipe those of its arctic_plugins.json")
-    deepspeed = bool(run.arguments.deepspeed)
-    state = "latest" if deepspeed else "optimizer.pt"  # DeepSpeed keeps the optimizer in a directory of its own, which this file names
-    if not (start / state).is_file():
-        other = "optimizer.pt" if deepspeed else "latest"
-        if (start / other).is_file():
-            raise ConfigError(f"{start} was made {'without' if deepspeed else 'with'} DeepSpeed", fix="set training.deepspeed as it was then")
-        raise CheckpointError(f"{start} has no {state}", expected="a checkpoint saved without training.save_only_model", fix="start anew")
-    if deepspeed and (found := len(list(start.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))) not in (0, run.arguments.world_size):
-        raise ConfigError(
-            f"{start} was made by {found} processes, and this run has {run.arguments.world_size}",
-            expected="the same number, with DeepSpeed",
-            fix=f"--nproc {found}",
-        )
-    return start
 
 
 @torch.no_grad()
