@@ -250,8 +250,10 @@ def _why_not(key: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
         return "the schedule or the choice of the best model goes by evaluations" if by_evaluation else None
     if key == "training.dataloader_num_workers":
         return "it changes the order of a stream" if now["data.streaming"] else None
-    if key == "training.gradient_checkpointing":
-        return None if not now["training.gradient_checkpointing_kwargs"] else "gradient_checkpointing_kwargs may change numbers"
+    if key in ("training.gradient_checkpointing", "training.gradient_checkpointing_kwargs"):
+        options = [values.get("training.gradient_checkpointing_kwargs") or {} for values in (was, now)]
+        exact = all(isinstance(values, dict) and values.keys() <= {"use_reentrant"} for values in options)
+        return None if exact else "gradient_checkpointing_kwargs may change numbers"
     # Plugins were compared by their stacks: what is left are placements.
     free = (section == "training" and name in FREE) or section == "plugins" or key in ("nonfinite", "load.cache_dir", "load.local_files_only")
     return None if free else ""

@@ -93,6 +93,7 @@ def train(
     if os.environ.get("RANK", "0") != "0":
         return
     if result is None:
-        click.echo(f"{parsed.training['output_dir']}/final is complete: nothing is left to do (to train further, move it away and raise the steps)")
+        further = "to train further with a constant schedule, move it away and raise the steps"
+        click.echo(f"{parsed.training['output_dir']}/final is complete: nothing is left to do ({further})")
     else:
         show_summary(result, console)
