@@ -29,8 +29,11 @@ class WeightsError(Exception):
 class Stopped(TrainerCallback):
     """Ends the run after a step, with a checkpoint, as a signal would."""
 
+    def __init__(self, step):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == STOP:
+        if state.global_step == self.step:
             control.should_save = control.should_training_stop = True
 
 
@@ -84,9 +87,9 @@ class House:
         """The adapter of the run without a break."""
         return adapter(self._made("whole", changes))
 
-    def stopped(self, changes=None):
-        """The directory of a run that was cut off after step 5; a copy."""
-        made = self._made("stopped", changes, Stopped())
+    def stopped(self, changes=None, step=STOP):
+        """The directory of a run that was cut off after ``step``; a copy."""
+        made = self._made(f"stopped-{step}", changes, Stopped(step))
         shutil.rmtree(made / "final", ignore_errors=True)
         return shutil.copytree(made, self.directory / "run")
 
@@ -184,7 +187,13 @@ def test_another_end_is_taken_where_the_schedule_has_none(house, schedule, befor
     assert "training.max_steps" in text or "training.num_train_epochs" in text
 
 
-OTHER = "\n".join(map(record, range(1, 41)))
+@pytest.mark.parametrize("step", [9, 10, 11])
+@pytest.mark.parametrize("end", [11, END])
+def test_a_stream_that_has_begun_anew_goes_on_where_it_was(house, step, end):
+    stream = {"training.lr_scheduler_type": "constant", "data.streaming": True}
+    whole, output = house.whole(stream), house.stopped({**stream, "training.max_steps": end}, step)
+    house.resume(stream)
+    assert adapter(output) == whole
 
 
 @pytest.mark.parametrize(

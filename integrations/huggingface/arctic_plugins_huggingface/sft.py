@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import time
@@ -28,6 +29,7 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import has_length
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins.compute import is_native, warning_for
@@ -99,6 +101,15 @@ class _SFTTrainer(SFTTrainer):
         if torch.accelerator.is_available():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         return Trainer.compute_loss(self, model, {**_only_completions(inputs), "use_cache": False}, return_outputs, num_items_in_batch)
+
+    def _init_training_state(self, max_steps: int, updates: int, epochs: int, checkpoint: str | None, trial: Any) -> tuple[int, int]:
+        """The pass and the batch to go on with; of a stream, whose length nobody knows, the Trainer counts as if its first pass never ended."""
+        found: tuple[int, int] = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
+        if checkpoint is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
+            return found
+        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))  # an epoch is there as long as the whole run
+        passes = max(0, math.ceil(state.epoch or 0) - 1)
+        return passes, round(((state.epoch or 0) - passes) * state.max_steps) * self.args.gradient_accumulation_steps
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """With random states of its own: a run that is resumed at the end of an epoch does not repeat the evaluation that came after the save."""
