@@ -237,6 +237,14 @@ def test_what_makes_another_run_is_refused_before_weights_are_loaded(house, chan
     assert "\n" not in str(raised.value)
 
 
+def test_plugins_that_act_on_numbers_are_refused(house):
+    house.stopped()
+    with pytest.raises(
+        ConfigError, match=r"than the recipe's: plugins\.fp8 was \{'bits': 8, .* and is not set, plugins\.lora\.dropout was 0\.2 and is 0\.0;"
+    ):
+        house.begin({"plugins": {"lora": {"r": 4}}})
+
+
 def test_an_end_before_the_checkpoint_is_refused(house):
     constant = {"training.lr_scheduler_type": "constant"}
     house.stopped(constant)

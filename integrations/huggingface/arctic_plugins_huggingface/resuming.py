@@ -6,7 +6,7 @@ Read in transformers 5.19.0 and trl 1.16.0.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,8 +153,10 @@ def resume_from(run: Run, output: Path, record: Mapping[str, Any], console: Cons
         console.print(f"{output} has no complete checkpoint: training starts from the beginning", highlight=False, soft_wrap=True)
         return None
     # Where weights are kept changes no number: a run may go on with another placement, or on another number of machines.
-    if Stack.recorded(start).without("placement").sha256() != run.stack.without("placement").sha256():
-        raise ConfigError(f"{start} was made with other plugins or options than the recipe's", fix="give the recipe those of its arctic_plugins.json")
+    before, after = Stack.recorded(start).without("placement"), run.stack.without("placement")
+    if before.sha256() != after.sha256():
+        found = f"{start} was made with other plugins or options than the recipe's: {', '.join(_different(before.to_dict(), after.to_dict()))}"
+        raise ConfigError(found, expected="the same", fix="give the recipe those of its arctic_plugins.json")
     _check_state(run, start)
     if not (start / RECIPE).is_file():
         line = f"warning: {start} has no {RECIPE}, an earlier version made it: whether the recipe is still the same cannot be told"
@@ -228,6 +230,18 @@ def _compare(start: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str
     if any(key in was and not _same(was[key], now[key]) for key in STEPS):
         _check_not_past(start, now)
     return f"{start} was made with another recipe; from here on: {', '.join(taken)}" if taken else ""
+
+
+def _different(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """What differs between two stacks: plugins, and options of those that are in both."""
+    for name in sorted(before.keys() | after.keys()):
+        was, now = before.get(name), after.get(name)
+        if was is None or now is None:
+            yield f"plugins.{name} was {_shown(was)} and is {_shown(now)}"
+            continue
+        for key in sorted(was.keys() | now.keys()):
+            if was.get(key) != now.get(key):
+                yield f"plugins.{name}.{key} was {_shown(was.get(key))} and is {_shown(now.get(key))}"
 
 
 def _same(before: Any, after: Any) -> bool:
