@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from arctic_plugins.errors import ConfigError
 from arctic_plugins.frozen.codec import Codec
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
 from arctic_plugins.frozen.placement import Handle, Placement
 
 __all__ = ["FrozenLinear"]
+
+
+_ABOUT = {getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "is_meta", "layout", "ndim", "requires_grad", "shape")}
+_ABOUT |= {Tensor.dim, Tensor.element_size, Tensor.is_complex, Tensor.is_floating_point, Tensor.numel, Tensor.size}
+
+
+class _Unread(Tensor):
+    """Has a shape, a dtype and a device, and no values."""
+
+    @classmethod
+    def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _ABOUT:
+            raise ConfigError(
+                "an adapter reads the weight of a layer over encoded bytes",
+                expected="one that computes from what the layer gives",
+                fix="train another kind of adapter, or load the weights plain",
+            )
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 class FrozenLinear(FrozenModule, nn.Linear):
@@ -85,6 +105,29 @@ class FrozenLinear(FrozenModule, nn.Linear):
         linear.weight = nn.Parameter(self.decode(dtype), requires_grad=False)
         linear.bias = self.bias
         return linear.train(self.training)
+
+    @contextmanager
+    def as_plain(self, weight: Tensor, bias: nn.Parameter | None) -> Iterator[None]:
+        """While this lasts, these are the parameters, for whoever reads or changes them, and the layer computes nothing. Its own stay as they are."""
+        stock = self._parameters
+        self._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
+        try:
+            yield
+        finally:
+            self._parameters = stock
+
+    @contextmanager
+    def as_unread(self) -> Iterator[None]:
+        """While this lasts, ``weight`` has the shape and dtype of the decoded weight, and raises ConfigError where its values are read."""
+        if "weight" in self.__dict__:
+            yield
+            return
+        nothing = torch.empty((), dtype=self.compute_dtype, device=self.weight_device)
+        self.__dict__["weight"] = nothing.expand(self.shape).as_subclass(_Unread)
+        try:
+            yield
+        finally:
+            del self.__dict__["weight"]
 
     def forward(self, input: Tensor) -> Tensor:
         x_MK = input

@@ -44,6 +44,49 @@ __all__ = [
 ]
 
 
+@dataclass
+class BeforeMerge:
+    """A frozen weight as it was before an adapter was merged into it."""
+
+    buffers: dict[str, Tensor]
+    version: int
+    bias: Tensor | None = None
+    """That beside it, where the adapter changes it."""
+    merged_version: int = 0
+    """That of the weight once the adapter was merged: nothing is given back over what another has merged since."""
+
+    @classmethod
+    def of(cls, frozen: FrozenModule, leaf: str = "weight", kept: BeforeMerge | None = None) -> BeforeMerge:
+        """To be called before a merge, and :meth:`merged` after it; ``kept`` from the merge before it is given back."""
+        if kept is not None:
+            kept.check(frozen, leaf)
+            return kept
+        return cls(frozen.export(leaf), frozen.frozen[leaf].version)
+
+    def merged(self, frozen: FrozenModule, leaf: str = "weight") -> BeforeMerge:
+        """The same, of a ``frozen`` weight that is merged now."""
+        self.merged_version = frozen.frozen[leaf].version
+        return self
+
+    def check(self, frozen: FrozenModule, leaf: str = "weight") -> None:
+        """Raise ArcticError if someone else has changed the weight."""
+        if frozen.frozen[leaf].version != self.merged_version:
+            raise ArcticError(
+                f"{frozen.frozen[leaf].name} was changed after an adapter had been merged into it",
+                expected="adapters of several layers on one module to be unmerged last first",
+                fix="unmerge the other one, or load the model again",
+            )
+
+    def give_back(self, frozen: FrozenModule, leaf: str = "weight") -> None:
+        """Undo what was merged."""
+        self.check(frozen, leaf)
+        device = frozen.weight_device
+        frozen.hold({suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}, leaf)
+        frozen.frozen[leaf].version = self.version
+        if self.bias is not None:
+            frozen.bias.data.copy_(self.bias)  # type: ignore[operator, union-attr]
+
+
 class FrozenLoraLinear(LoraLinear):
     """A LoRA layer over a :class:`FrozenLinear`. PEFT's own would add floats to bytes when it merges.
 
@@ -51,11 +94,11 @@ class FrozenLoraLinear(LoraLinear):
     so that unmerging gives them back exactly.
     """
 
-    _bytes_before_merge: dict[str, Tensor] | None = None
+    _before_merge: BeforeMerge | None = None
 
-    def __init__(self, base_layer: FrozenLinear, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        _check_plain(adapter_name, config)
-        super().__init__(base_layer, adapter_name, config=config, **kwargs)
+    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+        check_plain(adapter_name, config)
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT; NaN and Inf are refused by the codec, whatever ``safe_merge`` says."""
@@ -63,20 +106,19 @@ class FrozenLoraLinear(LoraLinear):
         if not adapters:
             return
         frozen = self.get_base_layer()
-        before = frozen.export()
+        before = BeforeMerge.of(frozen, kept=self._before_merge)
         merged = frozen.decode(torch.float32)
         for name in adapters:
             merged += self.get_delta_weight(name).to(merged)
         frozen.encode(merged)
-        if self._bytes_before_merge is None:
-            self._bytes_before_merge = before
+        self._before_merge = before.merged(frozen)
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
         """Give back the bytes from before the first merge; undoes all merged adapters at once."""
-        if self._bytes_before_merge is not None:
-            self.get_base_layer().hold(self._bytes_before_merge)
-            self._bytes_before_merge = None
+        if self._before_merge is not None:
+            self._before_merge.give_back(self.get_base_layer())
+            self._before_merge = None
         self.merged_adapters.clear()
 
 
@@ -87,14 +129,17 @@ class FrozenLoraExperts(ParamWrapper):
     experts with rows. Merging goes expert by expert; see :class:`FrozenLoraLinear`.
     """
 
-    _bytes_before_merge: dict[str, Tensor] | None = None
+    _before_merge: BeforeMerge | None = None
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        _check_plain(adapter_name, config)
-        if config.lora_dropout:
-            raise ConfigError(f"adapter '{adapter_name}' has dropout {config.lora_dropout} and adapts experts", expected="0", fix="leave it out")
+        _check_dropout(adapter_name, config)
         super().__init__(base_layer, adapter_name, parameter_name, config, **kwargs)
         self.get_base_layer().updates[parameter_name] = self.update
+
+    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+        check_plain(adapter_name, config)
+        _check_dropout(adapter_name, config)
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         self.num_experts, out_features, in_features = self.get_base_layer().frozen[self.parameter_name].shape
@@ -147,11 +192,12 @@ class FrozenLoraExperts(ParamWrapper):
         if not adapters:
             return
         frozen, leaf = self.get_base_layer(), self.parameter_name
-        weight, before, device = frozen.frozen[leaf], frozen.export(leaf), self.get_param().device
-        after = {suffix: torch.empty_like(buffer, device=device) for suffix, buffer in before.items()}
+        weight, now, device = frozen.frozen[leaf], frozen.export(leaf), self.get_param().device
+        before = BeforeMerge.of(frozen, leaf, self._before_merge)
+        after = {suffix: torch.empty_like(buffer, device=device) for suffix, buffer in now.items()}
         pairs = {name: self._pairs(name) for name in adapters}
         for expert in range(self.num_experts):
-            own = {suffix: buffer[expert].to(device) for suffix, buffer in before.items()}
+            own = {suffix: buffer[expert].to(device) for suffix, buffer in now.items()}
             merged = weight.codec.decode(own, weight.shape[1:], torch.float32)
             for name, (a_ErK, b_ENr) in pairs.items():
                 merged.addmm_(b_ENr[expert].float(), a_ErK[expert].float(), alpha=self.scaling[name])
@@ -162,16 +208,14 @@ class FrozenLoraExperts(ParamWrapper):
             for suffix, buffer in encoded.items():
                 after[suffix][expert] = buffer
         frozen.hold(after, leaf)
-        if self._bytes_before_merge is None:
-            self._bytes_before_merge = before
+        self._before_merge = before.merged(frozen, leaf)
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
         """Give back the bytes from before the first merge; undoes all merged adapters at once."""
-        if self._bytes_before_merge is not None:
-            device = self.get_param().device
-            self.get_base_layer().hold({suffix: buffer.to(device) for suffix, buffer in self._bytes_before_merge.items()}, self.parameter_name)
-            self._bytes_before_merge = None
+        if self._before_merge is not None:
+            self._before_merge.give_back(self.get_base_layer(), self.parameter_name)
+            self._before_merge = None
         self.merged_adapters.clear()
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
@@ -237,12 +281,37 @@ def expert_parameters(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-def _check_plain(adapter_name: str, config: LoraConfig) -> None:
-    if config.use_dora or config.lora_bias:
-        variant = "DoRA" if config.use_dora else "lora_bias"
-        raise ConfigError(
-            f"adapter '{adapter_name}' uses {variant} over encoded weights", expected="plain LoRA or rsLoRA", fix="train a plain adapter"
-        )
+_VARIANTS = (
+    "use_dora",
+    "lora_bias",
+    "use_qalora",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+    "alora_invocation_tokens",
+    "fan_in_fan_out",
+    "layer_replication",
+)
+"""Fields of a ``LoraConfig`` that make it more than one product per module, or share a weight between modules."""
+_PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
+"""Values of ``init_lora_weights`` that leave the base weight alone."""
+
+
+def check_plain(adapter_name: str, config: LoraConfig) -> None:
+    """Raise ConfigError unless the adapter is one that is merged into encoded weights as it is computed over them."""
+    found = next((name for name in _VARIANTS if getattr(config, name, None)), None)
+    if found is None and config.init_lora_weights and config.init_lora_weights not in _PLAIN_STARTS:
+        found = f"init_lora_weights={config.init_lora_weights!r}"
+    if found is not None:
+        found = "DoRA" if found == "use_dora" else found
+        raise ConfigError(f"adapter '{adapter_name}' uses {found} over encoded weights", expected="plain LoRA or rsLoRA", fix="train a plain adapter")
+
+
+def _check_dropout(adapter_name: str, config: LoraConfig) -> None:
+    if config.lora_dropout:
+        raise ConfigError(f"adapter '{adapter_name}' has dropout {config.lora_dropout} and adapts experts", expected="0", fix="leave it out")
 
 
 @contextmanager
@@ -262,10 +331,17 @@ def _only_modules(model: nn.Module, always: bool) -> Iterator[None]:
     if not experts and not always:
         yield
         return
-    for module in experts:  # PEFT nests its layers in the order of parameters, here that in which the loader came across them
-        module._parameters = {name: module._parameters[name] for name in sorted(module._parameters, key=lambda name: not name.startswith(module.up))}
+    up_first(model)
     with _without_conversion():
         yield
+
+
+def up_first(model: nn.Module) -> None:
+    """Put the parameters of encoded experts in the order in which PEFT nests its layers; the loader came across them in any."""
+    for module in model.modules():
+        if isinstance(module, FrozenExperts):
+            names = sorted(module._parameters, key=lambda name: not name.startswith(module.up))
+            module._parameters = {name: module._parameters[name] for name in names}
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, Self
 
 import torch
@@ -12,9 +13,13 @@ from torch import Tensor, nn
 
 from arctic_plugins.errors import CodecError
 from arctic_plugins.frozen.codec import Buffers, Codec, check_buffers
+from arctic_plugins.frozen.guard import guard_tuners
 from arctic_plugins.frozen.placement import Handle, Placement
 
 __all__ = ["FrozenModule", "FrozenWeight"]
+
+
+_versions = count(1)
 
 
 @dataclass(eq=False)
@@ -31,7 +36,7 @@ class FrozenWeight:
     handle: Handle | None = None
     """Owns the bytes once a placement has taken them."""
     version: int = 0
-    """Counts changes of the bytes, so that a backward pass over bytes other than the forward's is noticed."""
+    """Another number for other bytes, so that a backward pass over bytes other than the forward's is noticed."""
     parameters: dict[str, str] | None = None
     """Suffix -> name of the module's parameter with that buffer; None until there are bytes."""
 
@@ -49,6 +54,7 @@ class FrozenModule(nn.Module):
         nn.Module.__init__(self)  # nn.Linear's own, further up, would allocate the weight that is never there
         self.compute_dtype = dtype or torch.get_default_dtype()
         self.frozen: dict[str, FrozenWeight] = {}
+        guard_tuners()
 
     def add_weight(
         self, leaf: str, weight: FrozenWeight, *, device: torch.device | str | None = None, until_encoded: nn.Parameter | None = None
@@ -70,6 +76,11 @@ class FrozenModule(nn.Module):
             self.register_parameter(leaf, until_encoded)
         else:
             self._set_resident(leaf, {suffix: torch.empty(spec.shape, dtype=spec.dtype, device=device) for suffix, spec in layout.items()})
+
+    @property
+    def weight_device(self) -> torch.device:
+        """Where the bytes are, or the placement brings them."""
+        return next(parameter.device for parameter in self._parameters.values() if parameter is not None)
 
     @contextmanager
     def lease(self, leaf: str = "weight") -> Iterator[Buffers]:
@@ -116,7 +127,7 @@ class FrozenModule(nn.Module):
         """
         weight = self.frozen[leaf]
         check_buffers(weight.codec, buffers, weight.shape, weight.name)
-        weight.version += 1
+        weight.version = next(_versions)
         for name in (weight.parameters or {"": leaf}).values():
             self._parameters.pop(name, None)
         if weight.placement is None:

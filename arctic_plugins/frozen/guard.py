@@ -1,0 +1,63 @@
+"""The one change to PEFT: adapters over frozen modules are made as :mod:`arctic_plugins.frozen.tuners` says. Read in peft 0.21.2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from functools import wraps
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["guard_tuners"]
+
+_MODULE = "peft.tuners.tuners_utils"
+
+
+def guard_tuners() -> None:
+    """Have every adapter that PEFT puts on a model pass through :func:`arctic_plugins.frozen.tuners.over_frozen`, now or when PEFT is imported.
+
+    All tuners that put layers in a model do it in ``BaseTuner.inject_adapter``. Models without frozen modules are left to PEFT alone.
+    """
+    if _MODULE in sys.modules:
+        _guard(sys.modules[_MODULE])
+    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WhenImported())
+
+
+def _guard(tuners_utils: ModuleType) -> None:
+    tuner = getattr(tuners_utils, "BaseTuner", None)  # None while another thread is importing it
+    if tuner is None or getattr(tuner.inject_adapter, "guards_frozen", False):
+        return
+    stock = tuner.inject_adapter
+
+    @wraps(stock)
+    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        from arctic_plugins.frozen.tuners import over_frozen
+
+        with over_frozen(self, model, adapter_name):
+            stock(self, model, adapter_name, *args, **kwargs)
+
+    inject_adapter.guards_frozen = True  # type: ignore[attr-defined]
+    tuner.inject_adapter = inject_adapter
+
+
+class _WhenImported(MetaPathFinder):
+    """Finds nothing of its own; guards PEFT once it has been executed, since importing it takes seconds that most do not need."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_guard(module: ModuleType) -> None:
+                execute(module)
+                _guard(module)
+
+            spec.loader.exec_module = execute_and_guard  # type: ignore[method-assign]
+        return spec
