@@ -148,15 +148,15 @@ class Stack:
         """Gather every plugin's claims and settle them; see :func:`arctic_plugins.claims.arbitrate`.
 
         Raises:
-            ClaimError: see there, or a plugin that encodes or places weights claims none: whoever enabled it counts on it.
+            ClaimError: see there, or a plugin that encodes or places weights claims nothing: whoever enabled it counts on it.
         """
         results = self._each("claim", model_config=model_config, modules=modules)
         made = [(plugin, claim) for plugin, claims in results for claim in claims]
         for plugin in self.plugins:
-            for slot in sorted({"weight_codec", "placement"} & plugin.slots - {claim.slot for owner, claim in made if owner is plugin}):
+            if {"weight_codec", "placement"} & plugin.slots and not any(owner is plugin for owner, _ in made):
                 raise ClaimError(
-                    f"plugin '{plugin.name}' claims no {slot.replace('_', ' ')} in this model, whose linear modules are {_some(modules)}",
-                    expected="at least one; layers of other classes, as GPT-2's Conv1D, cannot be claimed",
+                    f"plugin '{plugin.name}' takes nothing of this model, whose linear modules are {_some(modules)}",
+                    expected="at least one weight; layers of other classes, as GPT-2's Conv1D, cannot be claimed",
                     fix=f"leave '{plugin.name}' out, or correct its options",
                 )
         claims = arbitrate([(plugin.name, claim) for plugin, claim in made], modules)

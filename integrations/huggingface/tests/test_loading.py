@@ -326,7 +326,7 @@ def test_a_codec_that_takes_nothing_is_told(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "gpt2")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     load_model(tmp_path / "gpt2")
-    with pytest.raises(ClaimError, match=r"plugin 'fp8' claims no weight codec in this model, whose linear modules are lm_head; .*GPT-2's Conv1D"):
+    with pytest.raises(ClaimError, match=r"plugin 'fp8' takes nothing of this model, whose linear modules are lm_head; .*GPT-2's Conv1D"):
         load_model(tmp_path / "gpt2", Stack.from_dict({"fp8": {}}))
     with pytest.raises(ClaimError, match="include 'lm_head' matches only what 'exclude' takes out again"):
         load_model(tiny_checkpoint, Stack.from_dict({"fp8": {"include": ["**.mlp.*", "lm_head"]}}))
