@@ -12,7 +12,18 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from arctic_plugins.errors import ConfigError, suggest
 
-__all__ = ["MODEL_SLOTS", "MODULE_SLOTS", "PROJECT", "THIS_MACHINE", "Finding", "Plugin", "PluginConfig", "hookimpl"]
+__all__ = [
+    "MODEL_SLOTS",
+    "MODULE_SLOTS",
+    "PROJECT",
+    "SLOT_HOOKS",
+    "THIS_MACHINE",
+    "TRAINING_SLOTS",
+    "Finding",
+    "Plugin",
+    "PluginConfig",
+    "hookimpl",
+]
 
 PROJECT = "arctic_plugins"
 """The pluggy project name, and the entry-point group in which distributions list their plugins."""
@@ -24,6 +35,18 @@ MODULE_SLOTS = {"weight_codec": True, "experts_dispatch": True, "placement": Fal
 
 MODEL_SLOTS = frozenset({"rope", "model_class", "loss", "attention"})
 """Slots that are filled once per model; two plugins that fill the same one never make a stack."""
+
+TRAINING_SLOTS = frozenset({"experts_dispatch", "loss", "attention"})
+"""Slots of what only training needs: how experts and texts are spread over its processes, and how its loss is computed."""
+
+SLOT_HOOKS = {
+    "adapter": frozenset({"hf_transform_model", "vllm_engine_args"}),
+    "rope": frozenset({"hf_configure_model"}),
+    "model_class": frozenset({"hf_configure_model", "hf_transform_model"}),
+    "loss": frozenset({"hf_transform_model", "hf_attach_trainer"}),
+    "attention": frozenset({"hf_transform_model", "hf_attach_trainer"}),
+}
+"""Slot -> the hooks with which it is filled; those of modules are claimed."""
 
 
 THIS_MACHINE = "this machine"

@@ -16,7 +16,7 @@ import yaml
 from arctic_plugins.claims import Claims, LinearSpec, arbitrate
 from arctic_plugins.discovery import load_plugin, new_plugin_manager
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError, PluginError
-from arctic_plugins.plugin import Plugin
+from arctic_plugins.plugin import SLOT_HOOKS, TRAINING_SLOTS, Plugin
 from arctic_plugins.resolver import check_hosts, resolve
 
 __all__ = ["Setting", "Stack", "parse_plugins", "read_yaml"]
@@ -40,11 +40,17 @@ class Setting:
 class Stack:
     """An immutable, ordered set of plugins. Build one with :meth:`from_dict`, :meth:`from_file` or :meth:`from_checkpoint`.
 
-    Iterating gives the plugins in the order in which their hooks are called.
+    Iterating gives the plugins in the order in which their hooks are called. A part of a stack, from :meth:`only` or :meth:`without`, may hold a
+    plugin of which it does not use every slot.
+
+    Args:
+        plugins: in any order.
+        hidden: name of a plugin -> slots that it fills, and that count for nothing here.
     """
 
-    def __init__(self, plugins: tuple[Plugin, ...] = ()) -> None:
+    def __init__(self, plugins: tuple[Plugin, ...] = (), hidden: Mapping[str, frozenset[str]] | None = None) -> None:
         self.plugins = resolve(plugins)
+        self._hidden = {plugin.name: plugin.slots & (hidden or {}).get(plugin.name, frozenset()) for plugin in self.plugins}
         self._manager = new_plugin_manager()
         for plugin in self.plugins:
             self._manager.register(plugin, plugin.name)
@@ -75,14 +81,13 @@ class Stack:
     def from_checkpoint(cls, path: str | Path) -> Stack:
         """What the checkpoint directory ``path`` says of how it is computed: the stack that wrote it, less what is about the machine.
 
-        A checkpoint may come from a stranger. Plugins that only place weights are left out, and options marked with
-        :data:`~arctic_plugins.plugin.THIS_MACHINE` have their defaults: where bytes go is for who runs it to say.
+        A checkpoint may come from a stranger. Placements are left out, and options marked with :data:`~arctic_plugins.plugin.THIS_MACHINE` have their
+        defaults: where bytes go is for who runs it to say.
         """
         recorded = cls.recorded(path)
         if (size := len(json.dumps(recorded.to_dict()))) > LONGEST_STACK:
             raise CheckpointError(f"the stack of {path} takes {size} characters", expected=f"at most {LONGEST_STACK}", fix="make it again")
-        placing = frozenset({"placement"})
-        return cls(tuple(plugin.from_options(plugin.options.anywhere()) for plugin in recorded.plugins if plugin.slots != placing))
+        return cls(tuple(plugin.from_options(plugin.options.anywhere()) for plugin in recorded.without("placement")), recorded._all("placement"))
 
     @classmethod
     def recorded(cls, path: str | Path) -> Stack:
@@ -123,15 +128,34 @@ class Stack:
 
     def only(self, slot: str) -> Stack:
         """The part of this stack that fills ``slot``."""
-        return Stack(tuple(plugin for plugin in self.plugins if slot in plugin.slots))
+        filling = tuple(plugin for plugin in self.plugins if slot in self.slots(plugin))
+        return Stack(filling, {plugin.name: plugin.slots - {slot} for plugin in filling})
 
-    def without(self, slot: str) -> Stack:
-        """This stack less what fills ``slot``."""
-        return Stack(tuple(plugin for plugin in self.plugins if slot not in plugin.slots))
+    def without(self, *slots: str) -> Stack:
+        """This stack less what fills ``slots``. Of a plugin that fills another slot as well, that one stays."""
+        hidden = self._all(*slots)
+        return Stack(tuple(plugin for plugin in self.plugins if not plugin.slots or plugin.slots - hidden[plugin.name]), hidden)
 
     def to_use(self) -> Stack:
-        """This stack less what only training needs: how experts are spread over its processes, and how its loss is computed."""
-        return self.without("experts_dispatch").without("loss")
+        """This stack less what only training needs (:data:`~arctic_plugins.plugin.TRAINING_SLOTS`)."""
+        return self.without(*TRAINING_SLOTS)
+
+    def plus(self, other: Stack) -> Stack:
+        """Both stacks as one.
+
+        Raises:
+            ConfigError: a plugin is in both.
+        """
+        if shared := sorted({plugin.name for plugin in self} & {plugin.name for plugin in other}):
+            raise ConfigError(f"plugin '{shared[0]}' is enabled twice: by the checkpoint and beside it", fix="leave it out beside the checkpoint")
+        return Stack((*self, *other), {**self._hidden, **other._hidden})
+
+    def slots(self, plugin: Plugin) -> frozenset[str]:
+        """The slots of ``plugin`` that this stack uses."""
+        return plugin.slots - self._hidden[plugin.name]
+
+    def _all(self, *slots: str) -> dict[str, frozenset[str]]:
+        return {plugin.name: self._hidden[plugin.name] | plugin.slots & frozenset(slots) for plugin in self.plugins}
 
     # Typed calls over the hooks, in lifecycle order: nothing else in the project calls a hook.
 
@@ -159,7 +183,7 @@ class Stack:
                     expected="at least one weight; layers of other classes, as GPT-2's Conv1D, cannot be claimed",
                     fix=f"leave '{plugin.name}' out, or correct its options",
                 )
-        claims = arbitrate([(plugin.name, claim) for plugin, claim in made], modules)
+        claims = arbitrate([(plugin.name, claim) for plugin, claim in made if claim.slot not in self._hidden[plugin.name]], modules)
         for slot, named in claims.by_slot.items():
             for name, values in named.items():
                 logger.debug("%s: %s <- %s", name, slot, values)
@@ -205,6 +229,8 @@ class Stack:
     def _each(self, hook: str, *, only: Plugin | None = None, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
         """Call ``hook`` of one plugin after another, in order, and yield (plugin, result) for every result that is not None."""
         for plugin in self.plugins if only is None else (only,):
+            if any(hook in SLOT_HOOKS.get(slot, ()) for slot in self._hidden[plugin.name]):
+                continue
             others = [other for other in self.plugins if other is not plugin]
             try:
                 results = self._manager.subset_hook_caller(hook, others)(**arguments)

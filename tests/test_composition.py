@@ -1,17 +1,20 @@
 """Parts by different hands, in one stack: two codecs, a placement, an adapter, any order."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, merge_adapter, save_checkpoint
+from arctic_plugins_huggingface.loading import load_config, planned_config, skeleton
+from arctic_plugins_huggingface.modules import weight_specs
 from arctic_plugins_huggingface.saving import load_checkpoint
 from transformers import Trainer
 
 from arctic_plugins import Stack, UserError
-from arctic_plugins.errors import ClaimError
+from arctic_plugins.errors import ClaimError, ConfigError
 from arctic_plugins.frozen import FrozenLinear
-from arctic_plugins.testing import check_codec
+from arctic_plugins.testing import check_codec, draw_adapter
 
 pytestmark = pytest.mark.usefixtures("int8_plugin")
 
@@ -107,3 +110,38 @@ def test_train_and_merge_over_two_codecs_and_a_placement(tiny_checkpoint, tmp_pa
         assert (logits(model) - trained).norm() / trained.norm() < 0.5
     assert losses["resident"] == losses["spooled"]
     assert losses["resident"][-1] < losses["resident"][0]
+
+
+def test_a_plugin_that_fills_two_slots_keeps_one_without_the_other(tiny_checkpoint, tmp_path):
+    spool = tmp_path / "spool"
+    stack = Stack.from_dict({"int8": {"spool": str(spool)}, "lora": {"r": 4}})
+    config = load_config(str(tiny_checkpoint))
+    for part, slots in (
+        (stack, {"weight_codec", "placement"}),
+        (stack.without("placement"), {"weight_codec"}),
+        (stack.only("weight_codec"), {"weight_codec"}),
+        (stack.only("placement"), {"placement"}),
+        (stack.without("placement").without("adapter"), {"weight_codec"}),
+        (stack.without("placement", "weight_codec"), set()),
+    ):
+        assert part.claim(config, weight_specs(skeleton(config))).by_slot.keys() == slots
+    assert "int8" not in stack.without("placement", "weight_codec")
+    assert "quantization_config" in planned_config(tiny_checkpoint, Stack.from_dict({"int8": {}})), "what 'arctic serve --plugins int8' serves"
+    other = Stack.from_dict({"int8": {"include": ["**.mlp.*"]}, "lora": {"r": 4}})
+    assert other.without("placement").sha256() != stack.without("placement").sha256(), "--resume tells them apart"
+
+
+def test_an_adapter_over_a_codec_that_places_keeps_it(tiny_checkpoint, tmp_path):
+    spool = tmp_path / "spool"
+    stack = Stack.from_dict({"int8": {"spool": str(spool)}, "lora": {"r": 4}})
+    model, tokenizer = load_model(tiny_checkpoint, stack)
+    draw_adapter(model)
+    expected = logits(model)
+    save_checkpoint(model, tokenizer, tmp_path / "adapter", stack)
+    shutil.rmtree(spool)
+    again, _ = load_checkpoint(tmp_path / "adapter")
+    assert not spool.exists(), "no placement is taken from a checkpoint"
+    assert any(isinstance(module, FrozenLinear) for module in again.modules())
+    assert torch.equal(logits(again), expected)
+    with pytest.raises(ConfigError, match="plugin 'int8' is enabled twice: by the checkpoint and beside it"):
+        load_checkpoint(tmp_path / "adapter", Stack.from_dict({"int8": {}}))

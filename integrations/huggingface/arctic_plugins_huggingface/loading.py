@@ -333,7 +333,7 @@ def planned_config(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(f"{checkpoint} is quantized already", expected="a plain checkpoint", fix="leave the plugins out")
     changes = configured(config, stack)
-    quantization = claims(config, stack.without("placement").without("experts_dispatch")).quantization()
+    quantization = claims(config, stack.without("placement", "experts_dispatch")).quantization()
     if quantization is not None:
         changes["quantization_config"] = quantization.to_dict()
     if not changes:

@@ -98,7 +98,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
         raise CheckpointError(f"{adapter} has no adapter_config.json", expected="a LoRA adapter that 'arctic train' wrote", fix="name its directory")
     stack, base = Stack.from_checkpoint(found), adapter_base(found, base)
     codecs = stack.only("weight_codec")
-    others = stack.to_use().without("weight_codec").without("adapter").without("placement")
+    others = stack.to_use().without("weight_codec", "adapter", "placement")
     if not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:
         check_checkpoint(base)
         config = load_config(base)

@@ -128,7 +128,7 @@ def load_checkpoint(
     if adapter is None:
         return load_model(checkpoint, stack)
     recorded = Stack.from_checkpoint(adapter).to_use().without("adapter")
-    model, tokenizer = load_model(adapter_base(adapter, base), Stack((*recorded, *(stack or ()))))
+    model, tokenizer = load_model(adapter_base(adapter, base), recorded.plus(stack or Stack()))
     from arctic_plugins.frozen.lora import load_adapter
 
     return load_adapter(model, adapter).eval(), own_tokenizer(adapter) or tokenizer

@@ -133,7 +133,7 @@ def server_options(
             f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
             fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or 'arctic merge {checkpoint} OUT'",
         )
-    others = stack.to_use().without("weight_codec").without("placement").without("adapter")
+    others = stack.to_use().without("weight_codec", "placement", "adapter")
     if is_adapter and len(others):  # what a checkpoint of its own would say in its config
         loading = _loading()
         if overrides := loading.configured(loading.load_config(str(model)), others):

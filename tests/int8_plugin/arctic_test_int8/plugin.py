@@ -1,11 +1,14 @@
 """A codec, a placement on disk and every hook, by somebody who knows only the contract."""
 
+from typing import Annotated
+
 from arctic_plugins import Claim, Finding, Plugin, PluginConfig, UserError, hookimpl
+from arctic_plugins.plugin import THIS_MACHINE
 
 
 class Int8Config(PluginConfig):
     include: tuple[str, ...] = ("**.self_attn.*",)
-    spool: str | None = None
+    spool: Annotated[str | None, THIS_MACHINE] = None
     """A directory: the encoded bytes live there and are mapped when they are used."""
     refuse: bool = False
     log_to: str | None = None
