@@ -21,6 +21,9 @@ from arctic_plugins.registry import Registry
 
 __all__ = ["InstalledPlugin", "identity", "installed_plugins", "load_plugin", "process_registry"]
 
+_PLUGGYS = ("tryfirst", "trylast", "wrapper", "hookwrapper", "optionalhook")
+"""Options of pluggy's ``hookimpl`` (1.6) that a stack has other words for: hooks are called one plugin after another, each by itself."""
+
 
 @dataclass(frozen=True)
 class InstalledPlugin:
@@ -49,6 +52,10 @@ class InstalledPlugin:
             raise self._broken(f"has config {loaded.config!r}, which is not a subclass of arctic_plugins.PluginConfig")
         if unknown := loaded.slots - MODULE_SLOTS.keys() - MODEL_SLOTS:
             raise self._broken(f"fills unknown slots {sorted(unknown)} ({suggest(min(unknown), {*MODULE_SLOTS, *MODEL_SLOTS})})")
+        for name in dir(loaded):
+            given = getattr(getattr(loaded, name, None), f"{PROJECT}_impl", None) or {}
+            if refused := [option for option in _PLUGGYS if given.get(option)]:
+                raise self._broken(f"marks {name} with {refused[0]}, which is not honoured; 'before' and 'after' of the class say its place")
         try:
             manager = new_plugin_manager()
             manager.register(loaded, self.name)

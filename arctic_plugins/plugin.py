@@ -33,7 +33,7 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 MODULE_SLOTS = {"weight_codec": True, "experts_dispatch": True, "placement": False, "adapter": False}
 """Slots that are filled per module -> whether one module can have only one occupant."""
 
-MODEL_SLOTS = frozenset({"rope", "model_class", "loss", "attention"})
+MODEL_SLOTS = frozenset({"rope", "loss", "attention"})
 """Slots that are filled once per model; two plugins that fill the same one never make a stack."""
 
 TRAINING_SLOTS = frozenset({"experts_dispatch", "loss", "attention"})
@@ -42,7 +42,6 @@ TRAINING_SLOTS = frozenset({"experts_dispatch", "loss", "attention"})
 SLOT_HOOKS = {
     "adapter": frozenset({"hf_transform_model", "vllm_engine_args"}),
     "rope": frozenset({"hf_configure_model"}),
-    "model_class": frozenset({"hf_configure_model", "hf_transform_model"}),
     "loss": frozenset({"hf_transform_model", "hf_attach_trainer"}),
     "attention": frozenset({"hf_transform_model", "hf_attach_trainer"}),
 }

@@ -76,6 +76,14 @@ def test_a_plugin_that_breaks_the_contract_is_named(install_plugin, source, mess
     assert "odd-dist" in str(error.value)
 
 
+@pytest.mark.parametrize("option", ["tryfirst", "trylast", "wrapper", "hookwrapper", "optionalhook"])
+def test_options_of_pluggy_that_would_be_ignored_are_refused(install_plugin, option):
+    hook = f"    @hookimpl({option}=True)\n    def hf_training_arguments(self, args): yield"
+    install_plugin("odd", f"from arctic_plugins import Plugin, hookimpl\nclass plugin(Plugin):\n    name = 'odd'\n{hook}")
+    with pytest.raises(PluginLoadError, match=f"marks hf_training_arguments with {option}, which is not honoured; 'before' and 'after'"):
+        Stack.from_dict({"odd": {}})
+
+
 def test_a_hook_that_does_not_exist_is_refused(install_plugin):
     source = "from arctic_plugins import Plugin, hookimpl\nclass plugin(Plugin):\n    name = 'odd'\n    @hookimpl\n    def clam(self): ..."
     install_plugin("odd", source)

@@ -40,8 +40,9 @@ from arctic_plugins_huggingface.checking import check_arguments, check_output, c
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_directory, reason
 from arctic_plugins_huggingface.data import DataCounts, Limits, TrainingData, load_data
 from arctic_plugins_huggingface.gathering import is_spread
-from arctic_plugins_huggingface.loading import load_config, load_model, load_tokenizer, only_hub, positions
+from arctic_plugins_huggingface.loading import load_config, load_model, load_tokenizer, only_hub, positions, skeleton
 from arctic_plugins_huggingface.locking import in_use_by_us
+from arctic_plugins_huggingface.modules import weight_specs
 from arctic_plugins_huggingface.progress import TrainingProgress
 from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.resuming import RecipeRecord, recorded, resume_from
@@ -144,6 +145,8 @@ def prepare(recipe: Recipe) -> Run:
     disable_progress_bars()
     config = load_config(recipe.model, **only_hub(load))
     stack.hf_configure_model(config)
+    stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu")  # load_model logs the warnings
+    stack.claim(config, weight_specs(skeleton(config)))
     data = load_data(
         recipe.data,
         tokenizer,

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArg
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins import Stack
-from arctic_plugins.errors import ConfigError, DataError, Diverged, PluginNotFoundError
+from arctic_plugins.errors import ArcticError, ConfigError, DataError, Diverged, PluginNotFoundError
 from arctic_plugins.provenance import read_provenance
 from arctic_plugins.testing import tiny_model
 
@@ -303,3 +303,16 @@ def test_rows_longer_than_the_models_positions_are_told_before_weights_are_read(
     assert prepare(longer).data.counts.rows
     cut = recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 16, "loss": "all"})})
     assert prepare(cut).data.counts.truncated
+
+
+@pytest.mark.parametrize(
+    ("plugins", "message"),
+    [
+        ({"fp8": {"include": ["**.nothing"]}, "lora": {}}, "plugins.fp8.include '.*nothing' matches no linear module"),
+        ({"moe": {"expert_parallel": 2}, "lora": {}}, "plugins.moe.expert_parallel is 2 with 1 process"),
+    ],
+)
+def test_what_plugins_refuse_is_told_before_data_are_read(tiny_checkpoint, tmp_path, monkeypatch, plugins, message):
+    monkeypatch.setattr("arctic_plugins_huggingface.sft.load_data", lambda *_, **__: pytest.fail("data were read"))
+    with pytest.raises(ArcticError, match=message):
+        prepare(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint, plugins=plugins)))
