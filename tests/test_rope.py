@@ -105,7 +105,7 @@ def test_an_adapter_is_served_over_a_scaled_base(tmp_path):
     model, tokenizer = load_model(llama, stack)
     adapter = save_checkpoint(model, tokenizer, tmp_path / "adapter", stack)
     values, _ = server_options(str(adapter), base=str(llama))
-    assert values["hf_overrides"] == {"rope_parameters": model.config.rope_parameters, "max_position_embeddings": LENGTH}
+    assert values["hf_overrides"] == {"rope_parameters": model.config.rope_parameters, "max_position_embeddings": LENGTH, "arctic_rope": True}
     merged = merge_adapter(adapter, tmp_path / "merged")
     assert load_config(merged).rope_parameters == model.config.rope_parameters
     assert load_config(merged).max_position_embeddings == LENGTH
@@ -117,3 +117,26 @@ def test_a_name_that_transformers_would_take_for_another_kind_is_refused(install
     install_plugin("half", OWN.format(name="my_dynamic"))
     with pytest.raises(PluginError, match="RoPE type 'my_dynamic' is registered; expected a name without 'dynamic'"):
         register_rope_types()
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "ntk"])
+def test_models_that_are_not_ours_get_vllms_own_scaling(kind, monkeypatch, tmp_path):
+    """Installing the integration changes none of them."""
+    from arctic_plugins_vllm import compat
+    from arctic_plugins_vllm import rope as ours
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers import rotary_embedding
+
+    stock = rotary_embedding.get_rope
+    stock = getattr(stock, "__wrapped__", stock)
+    wrapped = ours._with_registered_types(stock)
+    parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    with set_current_vllm_config(VllmConfig()):
+        expected, found = (get(64, 128, True, parameters, torch.float32).cos_sin_cache for get in (stock, wrapped))
+        assert torch.equal(found, expected)
+        monkeypatch.setattr(ours, "says", lambda key: key == "arctic_rope")
+        assert wrapped(64, 128, True, parameters, torch.float32).cos_sin_cache.shape[0] >= 256
+        monkeypatch.setattr(ours, "says", compat.says)
+        (tmp_path / "arctic_plugins.json").touch()  # of an earlier version
+        monkeypatch.setattr(ours, "loading", lambda: (str(tmp_path), 1, False))
+        assert wrapped(64, 128, True, parameters, torch.float32).cos_sin_cache.shape[0] >= 256

@@ -54,6 +54,7 @@ __all__ = [
     "model_dtype",
     "register_quantization_config",
     "rotary_embedding",
+    "says",
     "set_current_vllm_config",
     "set_weight_attrs",
     "stored_dtype",
@@ -67,6 +68,12 @@ ROPE_TYPES = frozenset({"default", "linear", "dynamic", "ntk", "yarn", "llama3",
 def is_registered(method: str) -> bool:
     """Whether a quantization method of that name is known, in-tree or registered."""
     return method in QUANTIZATION_METHODS
+
+
+def says(key: str) -> bool:
+    """Whether the config of the model that is being built has ``key``."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.model_config is not None and bool(getattr(config.model_config.hf_config, key, False))
 
 
 def loading() -> tuple[str, int, bool]:

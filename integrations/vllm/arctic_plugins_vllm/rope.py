@@ -5,20 +5,26 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arctic_plugins.discovery import process_registry
-from arctic_plugins_vllm.compat import ROPE_TYPES, RotaryEmbedding, rotary_embedding
+from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins_vllm.compat import ROPE_TYPES, RotaryEmbedding, loading, rotary_embedding, says
 
 __all__ = ["install"]
+
+MARK = "arctic_rope"
+"""Key of a ``config.json`` that the ``rope`` plugin has written scaling into."""
 
 
 @functools.cache
 def install() -> None:
-    """Let ``get_rope``, which vLLM's models take from its package when they are imported, know the types of plugins. Idempotent."""
+    """Let ``get_rope``, which vLLM's models take from its package when they are imported, know the types of plugins, and give checkpoints of ours all
+    positions that they ask for. Idempotent; other models get what vLLM gives them."""
     rotary_embedding.get_rope = _with_registered_types(rotary_embedding.get_rope)
 
 
@@ -37,7 +43,7 @@ def _with_registered_types(stock: Callable[..., Any]) -> Callable[..., Any]:
         kind = parameters.get("rope_type", "default")
         if kind in process_registry().rope_types() and kind not in ROPE_TYPES:
             return _scaled(head_size, max_position, is_neox_style, json.dumps(parameters, sort_keys=True), dtype or torch.get_default_dtype())
-        if kind in ("dynamic", "ntk") and "factor" in parameters and "max_trained_positions" not in parameters:
+        if kind in ("dynamic", "ntk") and "factor" in parameters and "max_trained_positions" not in parameters and _is_ours():
             # vLLM takes factor * max_position_embeddings for the longest text, and computes max_position_embeddings of the positions.
             if kind == "dynamic":
                 parameters["max_trained_positions"] = max_position
@@ -45,6 +51,11 @@ def _with_registered_types(stock: Callable[..., Any]) -> Callable[..., Any]:
         return stock(head_size, max_position, is_neox_style, parameters or None, dtype, *args, **kwargs)
 
     return get_rope
+
+
+def _is_ours() -> bool:
+    """Whether the model that is being built is scaled by the ``rope`` plugin; versions before wrote no :data:`MARK`, but their provenance."""
+    return says(MARK) or (Path(loading()[0]) / FILE_NAME).is_file()
 
 
 @functools.cache

@@ -109,6 +109,7 @@ def in_vllm(config, length):
     vllm_config = VllmConfig()
     vllm_config.model_config = ModelConfig.__new__(ModelConfig)
     vllm_config.model_config.max_model_len = length
+    vllm_config.model_config.hf_config = config
     with set_current_vllm_config(vllm_config):
         found = rotary_embedding.get_rope(DIM, config.max_position_embeddings, True, config.rope_parameters, torch.float32)
     cache = found.long_short_cos_sin_cache[ORIGINAL:] if config.rope_parameters["rope_type"] == "longrope" else found.cos_sin_cache
