@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from arctic_plugins.errors import ClaimError
-from arctic_plugins.plugin import MODULE_SLOTS
+from arctic_plugins.plugin import SLOTS
 
 __all__ = ["Claim", "Claims", "LinearSpec", "arbitrate", "compress_names", "matches"]
 
@@ -103,14 +103,14 @@ def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearS
     """
     taken: dict[str, dict[str, list[tuple[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for plugin, claim in claims:
-        if claim.slot not in MODULE_SLOTS:
-            raise ClaimError(f"plugin '{plugin}' claims the unknown slot '{claim.slot}'", expected=f"one of {', '.join(MODULE_SLOTS)}")
+        if claim.slot not in (known := [name for name, slot in SLOTS.items() if slot.scope == "module"]):
+            raise ClaimError(f"plugin '{plugin}' claims the unknown slot '{claim.slot}'", expected=f"one of {', '.join(known)}")
         names = [claim.module] if claim.module in modules else [name for name in modules if matches(claim.module, name)]
         if not names:
             raise ClaimError(f"plugin '{plugin}' claims '{claim.module}', which matches no linear module of this model", fix="correct the pattern")
         for name in names:
             owners = taken[claim.slot][name]
-            if MODULE_SLOTS[claim.slot] and owners and owners[0] != (plugin, claim.value):
+            if SLOTS[claim.slot].exclusive and owners and owners[0] != (plugin, claim.value):
                 raise ClaimError(
                     f"plugins '{owners[0][0]}' and '{plugin}' both claim {name} as {claim.slot}",
                     expected="one of them",

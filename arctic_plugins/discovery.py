@@ -16,7 +16,7 @@ import pluggy
 
 from arctic_plugins import hookspecs
 from arctic_plugins.errors import PluginError, PluginLoadError, PluginNotFoundError, suggest
-from arctic_plugins.plugin import MODEL_SLOTS, MODULE_SLOTS, PROJECT, Plugin, PluginConfig
+from arctic_plugins.plugin import PROJECT, SLOTS, Plugin, PluginConfig
 from arctic_plugins.registry import Registry
 
 __all__ = ["InstalledPlugin", "identity", "installed_plugins", "load_plugin", "process_registry"]
@@ -50,8 +50,8 @@ class InstalledPlugin:
             raise self._broken(f"calls itself '{getattr(loaded, 'name', None)}', which is not its entry point's name")
         if not (inspect.isclass(loaded.config) and issubclass(loaded.config, PluginConfig)):
             raise self._broken(f"has config {loaded.config!r}, which is not a subclass of arctic_plugins.PluginConfig")
-        if unknown := loaded.slots - MODULE_SLOTS.keys() - MODEL_SLOTS:
-            raise self._broken(f"fills unknown slots {sorted(unknown)} ({suggest(min(unknown), {*MODULE_SLOTS, *MODEL_SLOTS})})")
+        if unknown := loaded.slots - SLOTS.keys():
+            raise self._broken(f"fills unknown slots {sorted(unknown)} ({suggest(min(unknown), SLOTS)})")
         for name in dir(loaded):
             given = getattr(getattr(loaded, name, None), f"{PROJECT}_impl", None) or {}
             if refused := [option for option in _PLUGGYS if given.get(option)]:

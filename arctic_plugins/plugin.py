@@ -13,15 +13,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from arctic_plugins.errors import ConfigError, suggest
 
 __all__ = [
-    "MODEL_SLOTS",
-    "MODULE_SLOTS",
     "PROJECT",
-    "SLOT_HOOKS",
+    "SLOTS",
     "THIS_MACHINE",
-    "TRAINING_SLOTS",
     "Finding",
     "Plugin",
     "PluginConfig",
+    "Slot",
     "hookimpl",
 ]
 
@@ -30,23 +28,31 @@ PROJECT = "arctic_plugins"
 
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
-MODULE_SLOTS = {"weight_codec": True, "experts_dispatch": True, "placement": False, "adapter": False}
-"""Slots that are filled per module -> whether one module can have only one occupant."""
 
-MODEL_SLOTS = frozenset({"rope", "loss", "attention"})
-"""Slots that are filled once per model; two plugins that fill the same one never make a stack."""
+@dataclass(frozen=True)
+class Slot:
+    """A role in a model that plugins fill. A part of a stack can leave the slots of a plugin out one by one."""
 
-TRAINING_SLOTS = frozenset({"experts_dispatch", "loss", "attention"})
-"""Slots of what only training needs: how experts and texts are spread over its processes, and how its loss is computed."""
+    scope: Literal["module", "model"]
+    """``module``: filled for modules one by one, by a :class:`~arctic_plugins.claims.Claim` or by what an adapter targets; ``model``: once."""
+    exclusive: bool
+    """Whether a module, or the model, takes only one plugin in it."""
+    training_only: bool = False
+    """Whether a model that is only used does without."""
+    hooks: frozenset[str] = frozenset()
+    """The hooks with which it is filled, if not by claims: they are not called where the slot is left out."""
 
-SLOT_HOOKS = {
-    "adapter": frozenset({"hf_transform_model", "vllm_engine_args"}),
-    "rope": frozenset({"hf_configure_model"}),
-    "loss": frozenset({"hf_transform_model", "hf_attach_trainer"}),
-    "attention": frozenset({"hf_transform_model", "hf_attach_trainer"}),
+
+SLOTS: Mapping[str, Slot] = {
+    "weight_codec": Slot("module", exclusive=True),
+    "experts_dispatch": Slot("module", exclusive=True, training_only=True),
+    "placement": Slot("module", exclusive=False),
+    "adapter": Slot("module", exclusive=False, hooks=frozenset({"hf_transform_model", "vllm_engine_args"})),
+    "rope": Slot("model", exclusive=True, hooks=frozenset({"hf_configure_model"})),
+    "loss": Slot("model", exclusive=True, training_only=True, hooks=frozenset({"hf_transform_model", "hf_attach_trainer"})),
+    "attention": Slot("model", exclusive=True, training_only=True, hooks=frozenset({"hf_transform_model", "hf_attach_trainer"})),
 }
-"""Slot -> the hooks with which it is filled; those of modules are claimed."""
-
+"""All slots, by name. Two plugins that fill the same exclusive one of the model never make a stack."""
 
 THIS_MACHINE = "this machine"
 """Marks an option that names a path, a device, a host or a number of processes: ``path: Annotated[str | None, THIS_MACHINE] = None``. The user's

@@ -12,7 +12,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 from arctic_plugins.errors import HostVersionError, ResolveError
-from arctic_plugins.plugin import MODEL_SLOTS, MODULE_SLOTS, Plugin
+from arctic_plugins.plugin import SLOTS, Plugin
 
 __all__ = ["HOST_DISTRIBUTIONS", "INTEGRATIONS", "check_hosts", "host_range", "host_version", "resolve"]
 
@@ -46,7 +46,7 @@ def resolve(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
             for other in _matching(unwanted, everyone, other_than=plugin):
                 raise ResolveError(f"plugins '{plugin.name}' and '{other.name}' conflict", fix="remove one of the two")
     for first, second in combinations(everyone, 2):
-        if shared := first.slots & second.slots & MODEL_SLOTS:
+        if shared := {slot for slot in first.slots & second.slots if SLOTS[slot].scope == "model" and SLOTS[slot].exclusive}:
             raise ResolveError(
                 f"plugins '{first.name}' and '{second.name}' both fill the slot '{min(shared)}', of which a model has one",
                 fix="remove one of the two",
@@ -86,7 +86,7 @@ def _matching(key: str, plugins: Iterable[Plugin], *, other_than: Plugin) -> Ite
 
 
 def _described(key: str) -> str:
-    return f"a plugin that fills '{key}'" if key in MODULE_SLOTS or key in MODEL_SLOTS else f"'{key}'"
+    return f"a plugin that fills '{key}'" if key in SLOTS else f"'{key}'"
 
 
 def host_version(host: str) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ import yaml
 from arctic_plugins.claims import Claims, LinearSpec, arbitrate
 from arctic_plugins.discovery import load_plugin, new_plugin_manager
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError, PluginError
-from arctic_plugins.plugin import SLOT_HOOKS, TRAINING_SLOTS, Plugin
+from arctic_plugins.plugin import SLOTS, Plugin
 from arctic_plugins.resolver import check_hosts, resolve
 
 __all__ = ["Setting", "Stack", "parse_plugins", "read_yaml"]
@@ -137,8 +137,8 @@ class Stack:
         return Stack(tuple(plugin for plugin in self.plugins if not plugin.slots or plugin.slots - hidden[plugin.name]), hidden)
 
     def to_use(self) -> Stack:
-        """This stack less what only training needs (:data:`~arctic_plugins.plugin.TRAINING_SLOTS`)."""
-        return self.without(*TRAINING_SLOTS)
+        """This stack less what only training needs (:attr:`~arctic_plugins.plugin.Slot.training_only`)."""
+        return self.without(*(name for name, slot in SLOTS.items() if slot.training_only))
 
     def plus(self, other: Stack) -> Stack:
         """Both stacks as one.
@@ -229,7 +229,7 @@ class Stack:
     def _each(self, hook: str, *, only: Plugin | None = None, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
         """Call ``hook`` of one plugin after another, in order, and yield (plugin, result) for every result that is not None."""
         for plugin in self.plugins if only is None else (only,):
-            if any(hook in SLOT_HOOKS.get(slot, ()) for slot in self._hidden[plugin.name]):
+            if any(hook in SLOTS[slot].hooks for slot in self._hidden[plugin.name]):
                 continue
             others = [other for other in self.plugins if other is not plugin]
             try:
