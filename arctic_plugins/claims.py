@@ -7,12 +7,13 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from arctic_plugins.errors import ClaimError
 from arctic_plugins.plugin import SLOTS
 
-__all__ = ["Claim", "Claims", "LinearSpec", "arbitrate", "compress_names", "matches"]
+__all__ = ["Claim", "Claims", "LinearSpec", "arbitrate", "check_patterns", "compress_names", "matches", "some"]
 
 FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Modules that vLLM fuses into one (``packed_modules_mapping`` of vllm/model_executor/models/llama.py, 0.32.0; w1 and w3 in
@@ -88,6 +89,19 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 def matches(pattern: str, name: str) -> bool:
     """Whether the dotted ``name`` matches ``pattern`` (``*`` within one component, ``**`` across components)."""
     return _compiled(pattern).fullmatch(name) is not None
+
+
+def check_patterns(option: str, patterns: Iterable[str], modules: Mapping[str, LinearSpec]) -> None:
+    """Raise ClaimError, naming the ``option`` of a plugin, unless every one of its ``patterns`` matches a linear module."""
+    for pattern in patterns:
+        if not any(matches(pattern, name) for name in modules):
+            raise ClaimError(f"{option} '{pattern}' matches no linear module of this model", fix=f"the model has {some(modules)}")
+
+
+def some(names: Iterable[str]) -> str:
+    """The first three of ``names``, to know a model by."""
+    first = list(islice(names, 4))
+    return ", ".join([*first[:3], *(["..."] if len(first) > 3 else [])]) or "none"
 
 
 def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearSpec]) -> Claims:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Self
 
 __all__ = [
     "ArcticError",
@@ -39,6 +40,10 @@ class ArcticError(Exception):
         self.found, self.expected, self.fix = found, expected, fix
         parts = [found, f"expected {expected}" if expected else "", fix]
         super().__init__("; ".join(_one_line(part) for part in parts if part))
+
+    def at(self, name: str) -> Self:
+        """The same error, with what it is about before it."""
+        return type(self)(f"{name}: {self.found}", expected=self.expected, fix=self.fix)
 
 
 LONGEST = 1000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,6 +10,7 @@ import pluggy
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from arctic_plugins.errors import ConfigError, suggest
+from arctic_plugins.processes import world_size
 
 __all__ = [
     "PROJECT",
@@ -116,7 +116,7 @@ class Plugin:
 
     def check_processes(self, option: str) -> None:
         """For a ``validate`` hook: raise ConfigError unless the processes that were started can be put in groups of as many as ``option`` says."""
-        size, group = int(os.environ.get("WORLD_SIZE", "1")), getattr(self.options, option)
+        size, group = world_size(), getattr(self.options, option)
         if size % group:
             raise ConfigError(
                 f"plugins.{self.name}.{option} is {group} with {size} process{'es' if size > 1 else ''}",

@@ -13,7 +13,7 @@ from typing import Any
 import pluggy
 import yaml
 
-from arctic_plugins.claims import Claims, LinearSpec, arbitrate
+from arctic_plugins.claims import Claims, LinearSpec, arbitrate, some
 from arctic_plugins.discovery import load_plugin, new_plugin_manager
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError, PluginError
 from arctic_plugins.plugin import SLOTS, Plugin
@@ -179,7 +179,7 @@ class Stack:
         for plugin in self.plugins:
             if {"weight_codec", "placement"} & plugin.slots and not any(owner is plugin for owner, _ in made):
                 raise ClaimError(
-                    f"plugin '{plugin.name}' takes nothing of this model, whose linear modules are {_some(modules)}",
+                    f"plugin '{plugin.name}' takes nothing of this model, whose linear modules are {some(modules)}",
                     expected="at least one weight; layers of other classes, as GPT-2's Conv1D, cannot be claimed",
                     fix=f"leave '{plugin.name}' out, or correct its options",
                 )
@@ -274,11 +274,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"{path} holds {type(data).__name__}", expected="a mapping at the top level")
     return data
-
-
-def _some(modules: Mapping[str, LinearSpec]) -> str:
-    names = list(modules)
-    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])]) or "none"
 
 
 def parse_plugins(text: str) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class FrozenLoraExperts(ParamWrapper):
             try:
                 encoded = weight.codec.encode(merged)
             except CodecError as error:
-                raise CodecError(f"{weight.name}, expert {expert}: {error.found}", expected=error.expected, fix=error.fix) from error
+                raise error.at(f"{weight.name}, expert {expert}") from error
             for suffix, buffer in encoded.items():
                 after[suffix][expert] = buffer
         frozen.hold(after, leaf)

@@ -116,7 +116,7 @@ class FrozenModule(nn.Module):
         try:
             buffers = weight.codec.encode(plain)
         except CodecError as error:
-            raise CodecError(f"{weight.name}: {error.found}", expected=error.expected, fix=error.fix) from error
+            raise error.at(weight.name) from error
         self.hold(buffers, leaf)
 
     def hold(self, buffers: Buffers, leaf: str = "weight") -> None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from arctic_plugins.errors import ConfigError, DataError, suggest
+from arctic_plugins.processes import is_first
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_directory
 from arctic_plugins_huggingface.locking import LOCK
@@ -59,7 +60,7 @@ def check_source(config: DataConfig) -> None:
 
 def check_output(output: Path, *, new: bool) -> None:
     """Raise ConfigError unless ``output`` can be written to and, if ``new``, is absent or empty; the first of several processes looks."""
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     if output.exists() and not output.is_dir():
         raise ConfigError(f"training.output_dir {output} is a file", expected="a directory", fix="name another")

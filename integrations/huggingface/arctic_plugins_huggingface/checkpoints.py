@@ -6,7 +6,6 @@ Importing this loads neither torch nor transformers, and a checkpoint in a direc
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from arctic_plugins.adapter import ADAPTER, WEIGHTS, read_adapter
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.errors import CheckpointError
 from arctic_plugins.files import check_directory, check_keys, check_regular, check_sizes, file_within, read_json
+from arctic_plugins.processes import is_first_here
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def _check_unchanged(directory: Path, *, contents: bool = True) -> None:
     """Compare the files of a checkpoint of ours with what was saved; one process of each machine does."""
     if (directory / FILE_NAME).is_file():
         check_plugins(read_provenance(directory))
-        if contents and os.environ.get("LOCAL_RANK", "0") == "0":
+        if contents and is_first_here():
             check_files(directory)
 
 

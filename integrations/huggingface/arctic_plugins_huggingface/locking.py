@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from arctic_plugins.errors import ConfigError
+from arctic_plugins.processes import is_first
 
 __all__ = ["LOCK", "in_use_by_us"]
 
@@ -25,7 +26,7 @@ def in_use_by_us(output: Path) -> Iterator[None]:
     Raises:
         ConfigError: another run has it; names its process and host.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         yield
         return
     new = not output.exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ from trl import pack_dataset
 from arctic_plugins.claims import compress_names, matches
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.frozen import Codec
+from arctic_plugins.processes import world_size
 from arctic_plugins_huggingface.loading import claims, load_config, only_hub, resolve_dtype, skeleton, stored_dtype
 from arctic_plugins_huggingface.modules import freeze_modules, split_weight
 from arctic_plugins_huggingface.sft import Run
@@ -154,7 +154,7 @@ def _steps(run: Run, rows: int) -> int:
     arguments = run.arguments
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
-    readers = int(os.environ.get("WORLD_SIZE", "1")) // math.prod(plugin.row_processes for plugin in run.stack)
+    readers = world_size() // math.prod(plugin.row_processes for plugin in run.stack)
     batches = rows / (arguments.per_device_train_batch_size * readers)
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
     updates = max(1, batches // arguments.gradient_accumulation_steps + int(batches % arguments.gradient_accumulation_steps > 0))

@@ -42,7 +42,7 @@ def named(name: str) -> Iterator[None]:
     try:
         yield
     except CodecError as error:
-        raise CodecError(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
+        raise error.at(name) from error
 
 
 def rewrite(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,6 +33,7 @@ from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins.compute import is_native, warning_for
 from arctic_plugins.errors import ArcticError, ConfigError, Interrupted
+from arctic_plugins.processes import is_first
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checking import check_arguments, check_output, check_recipe
@@ -223,7 +223,7 @@ def _train(
     model, tokenizer = loaded or load_model(recipe.model, run.stack, **recipe.load)
     if recipe.data.packing:
         _check_packing(model)
-    if overwrite and _is_main_process():
+    if overwrite and is_first():
         for path in [*output.glob("checkpoint-*"), output / "final"]:
             shutil.rmtree(path, ignore_errors=True)
     stop, progress = GracefulStop(), TrainingProgress(console)
@@ -337,10 +337,6 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
             if line := warning_for(dtype, f"training.{key}", "leave it out", "cpu" if arguments.use_cpu else None):
                 logger.warning(line)
     return arguments
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
 
 
 @torch.no_grad()

@@ -53,7 +53,7 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (CheckpointError, CodecError) as error:
-        raise type(error)(f"{name}: {error.found}", expected=error.expected, fix=error.fix) from error
+        raise error.at(name) from error
 
 
 def read(reader: Reader, codec: Codec, in_features: int, names: Mapping[str, str], full_name: str) -> Callable[..., Any]:

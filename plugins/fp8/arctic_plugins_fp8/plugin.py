@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from arctic_plugins import Claim, Finding, LinearSpec, Plugin, Registry, hookimpl
-from arctic_plugins.claims import matches
+from arctic_plugins.claims import check_patterns, matches
 from arctic_plugins.errors import ClaimError
 from arctic_plugins_fp8.config import FP8Config, FP8Format
 
@@ -36,9 +36,7 @@ class FP8(Plugin):
     def claim(self, model_config: Any, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:
         from arctic_plugins_fp8.codec import FP8Codec
 
-        for pattern in self.options.include:
-            if not any(matches(pattern, name) for name in modules):
-                raise ClaimError(f"plugins.fp8.include '{pattern}' matches no linear module of this model", fix=f"the model has {_examples(modules)}")
+        check_patterns("plugins.fp8.include", self.options.include, modules)
         wanted = [name for name, spec in modules.items() if self._wants(name, spec)]
         for pattern in self.options.include:
             if wanted and not any(matches(pattern, name) for name in wanted):
@@ -73,7 +71,3 @@ class FP8(Plugin):
                 f"plugins.fp8 includes {name}, whose weight is shared with the embedding", expected="a weight of its own", fix="add it to 'exclude'"
             )
         return True
-
-
-def _examples(modules: Mapping[str, LinearSpec]) -> str:
-    return ", ".join([*list(modules)[:3], "..."])

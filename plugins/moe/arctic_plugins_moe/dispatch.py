@@ -6,7 +6,6 @@ them; W / N processes hold the same experts. Dropless unless a capacity is given
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arctic_plugins.errors import ClaimError, ConfigError
 from arctic_plugins.frozen import Exchange, ExpertsDispatch, Stay
+from arctic_plugins.processes import world_size
 from arctic_plugins_moe.config import MoEConfig
 from arctic_plugins_moe.experts import IMPLEMENTATION
 from arctic_plugins_moe.router import Capacity
@@ -57,9 +57,8 @@ class ExpertParallel(ExpertsDispatch):
 
     def _make_groups(self) -> None:
         if not dist.is_initialized():
-            started = int(os.environ.get("WORLD_SIZE", "1"))
             raise ConfigError(
-                f"plugins.moe.expert_parallel is {self.size} and torch.distributed is not initialized ({started} started)",
+                f"plugins.moe.expert_parallel is {self.size} and torch.distributed is not initialized ({world_size()} started)",
                 fix="start several ('arctic train --nproc', torchrun); in a script, build the TrainingArguments before the model",
             )
         world = dist.get_world_size()

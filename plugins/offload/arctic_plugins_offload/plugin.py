@@ -7,8 +7,7 @@ from pathlib import Path
 
 from arctic_plugins import Claim, LinearSpec, Plugin, hookimpl
 from arctic_plugins.cache import cache_directory
-from arctic_plugins.claims import matches
-from arctic_plugins.errors import ClaimError
+from arctic_plugins.claims import check_patterns
 from arctic_plugins_offload.config import OffloadConfig
 
 __all__ = ["Offload"]
@@ -41,9 +40,7 @@ class Offload(Plugin):
 
         placement = OffloadPlacement(self.options, self.directory() if self.options.to == "disk" else Path())
         patterns = self.options.select if isinstance(self.options.select, tuple) else ("**",)
-        for pattern in patterns:
-            if not any(matches(pattern, name) for name in modules):
-                raise ClaimError(f"plugins.offload.select '{pattern}' matches no linear module of this model", fix="correct it")
+        check_patterns("plugins.offload.select", patterns, modules)
         return [Claim("placement", pattern, placement) for pattern in patterns]
 
     def directory(self) -> Path:

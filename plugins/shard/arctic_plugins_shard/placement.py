@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 from arctic_plugins.errors import ArcticError, ConfigError
 from arctic_plugins.frozen import Handle, LeaseOrder, Placement
 from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins.processes import world_size
 from arctic_plugins_shard.config import ShardConfig
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
@@ -75,7 +75,7 @@ class ShardPlacement(Placement):
             ConfigError: several processes were started, and they do not know each other yet.
         """
         if not dist.is_initialized():
-            if (started := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            if (started := world_size()) > 1:
                 raise ConfigError(
                     f"{started} processes were started and torch.distributed is not initialized",
                     fix="build the TrainingArguments before the model, or call torch.distributed.init_process_group()",

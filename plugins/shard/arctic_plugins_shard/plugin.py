@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 
 from arctic_plugins import Claim, LinearSpec, Plugin, hookimpl
-from arctic_plugins.claims import matches
-from arctic_plugins.errors import ClaimError, ConfigError
+from arctic_plugins.claims import check_patterns
+from arctic_plugins.errors import ConfigError
+from arctic_plugins.processes import world_size
 from arctic_plugins_shard.config import ShardConfig
 
 __all__ = ["Shard"]
@@ -24,7 +24,7 @@ class Shard(Plugin):
 
     @hookimpl
     def validate(self) -> Iterable[str]:
-        size, group = int(os.environ.get("WORLD_SIZE", "1")), self.options.group_size
+        size, group = world_size(), self.options.group_size
         if size == 1:
             return ["there is one process: nothing is sharded (arctic train --nproc, torchrun or accelerate launch start several)"]
         if group is not None and size % group:
@@ -35,8 +35,6 @@ class Shard(Plugin):
     def claim(self, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:
         from arctic_plugins_shard.placement import ShardPlacement
 
-        for pattern in self.options.include:
-            if not any(matches(pattern, name) for name in modules):
-                raise ClaimError(f"plugins.shard.include '{pattern}' matches no linear module of this model", fix="correct it")
+        check_patterns("plugins.shard.include", self.options.include, modules)
         placement = ShardPlacement(self.options)
         return [Claim("placement", pattern, placement) for pattern in self.options.include]

@@ -41,6 +41,7 @@ def train(
     from rich.console import Console
 
     from arctic_plugins.errors import ConfigError
+    from arctic_plugins.processes import is_first, is_launched
     from arctic_plugins_huggingface.checking import check_output, check_recipe
     from arctic_plugins_huggingface.cli import importing, quiet_hosts
     from arctic_plugins_huggingface.recipe import Recipe
@@ -55,7 +56,7 @@ def train(
     stack = check_recipe(parsed) if hostfile is None else None  # whose files may not be on this host
     if stack is not None and not dry_run and parsed.training.get("output_dir"):
         check_output(Path(str(parsed.training["output_dir"])), new=not resume and not overwrite)
-    if nproc is None and hostfile is None and parsed.training.get("deepspeed") and "RANK" not in os.environ:
+    if nproc is None and hostfile is None and parsed.training.get("deepspeed") and not is_launched():
         nproc = 1  # DeepSpeed wants the environment of a launcher, also for one process
     if nproc is not None or hostfile is not None:
         from arctic_plugins_huggingface.launching import launch, launch_on_hosts
@@ -63,11 +64,11 @@ def train(
         flags = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run, "--json": as_json}
         arguments = ["train", recipe, *(flag for flag, given in flags.items() if given), *(["--traceback"] if "--traceback" in sys.argv else [])]
         context.exit(launch(arguments, nproc) if nproc is not None else launch_on_hosts(arguments, str(hostfile)))
-    if "RANK" in os.environ:
+    if is_launched():
         from arctic_plugins_huggingface.launching import end_with_launcher
 
         end_with_launcher()
-    console = Console(quiet=as_json or os.environ.get("RANK", "0") != "0")  # one of several processes speaks
+    console = Console(quiet=as_json or not is_first())  # one of several processes speaks
     names = ", ".join(plugin.name for plugin in stack or ()) or "no plugin"
     console.print(f"{recipe}: {parsed.model} with {names}; importing torch, transformers and trl", highlight=False, soft_wrap=True)
     with importing():
@@ -80,7 +81,7 @@ def train(
         from arctic_plugins_huggingface.plan import make_plan, show_plan
 
         plan = make_plan(prepare(parsed))
-        if os.environ.get("RANK", "0") != "0":
+        if not is_first():
             return
         if as_json:
             click.echo(json.dumps(plan.to_dict(), indent=2))
@@ -90,7 +91,7 @@ def train(
     from arctic_plugins_huggingface.progress import show_summary
 
     result = run(parsed, resume=resume, overwrite=overwrite, console=console)
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         return
     if result is None:
         further = "to train further with a constant schedule, move it away and raise the steps"

@@ -1,0 +1,27 @@
+"""What a launcher (torchrun, accelerate, DeepSpeed) has told this process of itself and of the others. Read here alone."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["is_first", "is_first_here", "is_launched", "world_size"]
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process."""
+    return "RANK" in os.environ
+
+
+def world_size() -> int:
+    """How many processes were started, on all machines; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes for all."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_first_here() -> bool:
+    """Whether this is the first process of its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
