@@ -56,7 +56,12 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(
-    checkpoint: str | Path, stack: Stack | None = None, *, dtype: torch.dtype | str = "auto", **kwargs: Any
+    checkpoint: str | Path,
+    stack: Stack | None = None,
+    *,
+    dtype: torch.dtype | str = "auto",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model through ``stack``: configured, encoded and transformed by its plugins.
 
@@ -66,6 +71,7 @@ def load_model(
         dtype: compute dtype, and that of what is not encoded; ``"auto"`` is the checkpoint's where the device multiplies it natively, otherwise
             float32 (:mod:`arctic_plugins.compute`); :data:`STORED` the checkpoint's in any case, for what is not computed with.
             :func:`~arctic_plugins_huggingface.save_checkpoint` writes what ``"auto"`` made wider in the checkpoint's dtype again.
+        tokenizer: the checkpoint's, if it was loaded already.
         **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim.
 
     Returns:
@@ -90,7 +96,7 @@ def load_model(
         kwargs.setdefault("use_safetensors", True)  # never a pickle unless the user asks for one
     kwargs = check_checkpoint(checkpoint, **kwargs)
     config = kwargs.pop("config", None) or load_config(checkpoint, **only_hub(kwargs))
-    tokenizer = load_tokenizer(checkpoint, **only_hub(kwargs))
+    tokenizer = tokenizer or load_tokenizer(checkpoint, **only_hub(kwargs))
     stored, asked_dtype = stored_dtype(config), dtype
     dtype, line = resolve_dtype(stored, dtype, _device_of(kwargs))
     if line:

@@ -220,7 +220,7 @@ def _train(
     record = recorded(run)
     start = resume_from(run, output, record, console) if resume else None
     set_seed(run.arguments.seed)  # adapters are drawn at random
-    model, tokenizer = loaded or load_model(recipe.model, run.stack, **recipe.load)
+    model, tokenizer = loaded or load_model(recipe.model, run.stack, tokenizer=run.tokenizer, **recipe.load)
     if recipe.data.packing:
         _check_packing(model)
     if overwrite and is_first():
