@@ -34,6 +34,12 @@ def _short(path: str) -> str:
     return path
 
 
+def _plain_start(value: bool | str | None) -> bool | str | None:
+    if isinstance(value, str) and value.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
+        raise ValueError("a start that leaves the base model as it is: true, 'gaussian', 'orthogonal', 'eva'")
+    return value
+
+
 Base = Annotated[str, StringConstraints(max_length=4000, pattern=r"^([^-\x00-\x1f][^\x00-\x1f]*)?$"), AfterValidator(_short)]
 
 
@@ -59,8 +65,9 @@ class AdapterConfig(BaseModel):
     use_dora: bool = False
     use_qalora: bool = False
     lora_bias: bool = False
-    init_lora_weights: bool | Annotated[str, StringConstraints(max_length=100)] | None = True
-    """How it was drawn. Some ways take from the base model what they give the adapter, which then belongs on what is left of it."""
+    init_lora_weights: Annotated[bool | str | None, AfterValidator(_plain_start)] = True
+    """How it was drawn. Others (PiSSA, OLoRA, CorDA, LoftQ) take from the base model what they give the adapter: it belongs on what is left of the base,
+    which is not the model that :attr:`base_model_name_or_path` names."""
     layer_replication: None = None
     """Makes a model of any size out of a small file."""
     megatron_config: None = None
@@ -79,7 +86,10 @@ def read_adapter(directory: str | Path) -> AdapterConfig:
         return AdapterConfig.model_validate(content)
     except ValidationError as error:
         problem = config_error(error, f"{path}:", AdapterConfig)
-        raise CheckpointError(problem.found.replace(":.", ": ", 1), expected=problem.expected, fix="save the adapter again") from error
+        fix = "save the adapter again"
+        if error.errors()[0]["loc"][0] == "init_lora_weights":
+            fix += ", with PEFT's path_initial_model_for_weight_conversion: it was started from the weights of its base, and belongs on what was left"
+        raise CheckpointError(problem.found.replace(":.", ": ", 1), expected=problem.expected, fix=fix) from error
 
 
 def adapted_modules(directory: str | Path) -> list[str]:

@@ -406,9 +406,12 @@ def test_a_tokenizer_is_one_and_names_no_files(here, keys):
 
 def test_how_an_adapter_was_drawn_is_not_done_again(here):
     expected = load_checkpoint(here / "adapter")[0](torch.arange(5, 17)[None]).logits
+    change(here / "adapter", ADAPTER, init_lora_weights="gaussian")
+    assert torch.equal(load_checkpoint(here / "adapter")[0](torch.arange(5, 17)[None]).logits, expected)
     change(here / "adapter", ADAPTER, init_lora_weights="pissa_niter_1000000000")
-    with soon():
-        assert torch.equal(load_checkpoint(here / "adapter")[0](torch.arange(5, 17)[None]).logits, expected)
+    for use in (load_checkpoint, lambda path: merge_adapter(path, here / "merged"), lambda path: server_options(str(path))):
+        with soon(), pytest.raises(CheckpointError, match=r"init_lora_weights is 'pissa_niter_1000000000'; .*belongs on what was left"):
+            use(here / "adapter")
 
 
 def test_names_of_files_do_not_say_how_many_processes_there_are(here):

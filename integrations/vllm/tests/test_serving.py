@@ -236,7 +236,6 @@ def test_heads_that_vllms_attention_does_not_have_are_refused(tmp_path, config, 
         ("lora_bias", True),
         ("bias", "all"),
         ("modules_to_save", ["lm_head"]),
-        ("init_lora_weights", "pissa"),
     ],
 )
 def test_an_adapter_that_vllm_would_die_of_is_told(base, tmp_path, field, value):

@@ -13,8 +13,6 @@ from arctic_plugins_lora.config import LoraOptions
 
 __all__ = ["LoRA"]
 
-PLAIN_INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
-"""Values of ``init_lora_weights`` that leave an ordinary adapter (vllm/lora/peft_helper.py, 0.32.0)."""
 MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """The values of ``max_lora_rank`` that vLLM takes (vllm/config/lora.py, 0.32.0)."""
 
@@ -48,7 +46,6 @@ class LoRA(Plugin):
         config = read_adapter(checkpoint)
         others = [name for name in ("use_dora", "use_qalora", "lora_bias", "modules_to_save") if getattr(config, name)]
         others += ["bias"] if config.bias != "none" else []
-        others += ["init_lora_weights"] if isinstance(config.init_lora_weights, str) and config.init_lora_weights.lower() not in PLAIN_INITS else []
         if others:
             found = f"{checkpoint / ADAPTER} has {others[0]} {getattr(config, others[0])!r}"
             raise CheckpointError(found, expected="LoRA or rsLoRA, as vLLM serves them", fix="'arctic merge' the adapter, and serve the result")
