@@ -66,8 +66,8 @@ class AdapterConfig(BaseModel):
     use_qalora: bool = False
     lora_bias: bool = False
     init_lora_weights: Annotated[bool | str | None, AfterValidator(_plain_start)] = True
-    """How it was drawn. Others (PiSSA, OLoRA, CorDA, LoftQ) take from the base model what they give the adapter: it belongs on what is left of the base,
-    which is not the model that :attr:`base_model_name_or_path` names."""
+    """How it was drawn. Other ways (PiSSA, OLoRA, CorDA, LoftQ) take from the base what they give the adapter, which belongs on the rest: that is not
+    the model that :attr:`base_model_name_or_path` names."""
     layer_replication: None = None
     """Makes a model of any size out of a small file."""
     megatron_config: None = None
