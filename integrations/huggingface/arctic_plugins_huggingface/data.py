@@ -141,6 +141,8 @@ def load_data(
     if config.eval_size is not None:
         if len(train) < 2 or (isinstance(config.eval_size, int) and config.eval_size >= len(train)):
             raise DataError(f"data.eval_size {config.eval_size} leaves none of {len(train)} rows to train on", fix="lower it")
+        if counts.divided:
+            logger.warning("rows of one chat may be held out (data.eval_size) while others are trained on; data.eval_path keeps chats apart")
         parts = train.train_test_split(test_size=config.eval_size, seed=seed)
         train, evaluation = parts["train"], parts["test"]
     return TrainingData(train, evaluation, counts, eval_counts)

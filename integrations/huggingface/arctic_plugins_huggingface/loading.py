@@ -46,7 +46,6 @@ __all__ = [
     "load_tokenizer",
     "only_hub",
     "planned_config",
-    "positions",
     "resolve_dtype",
     "skeleton",
     "stored_dtype",
@@ -463,23 +462,6 @@ def _stored_codecs(
     if existing.modules and not found:
         raise CheckpointError("quantization_config.modules matches no linear module of this model", fix="config.json is of another model")
     return found
-
-
-def positions(config: PreTrainedConfig) -> int | None:
-    """How many tokens the model of ``config`` takes at most, RoPE scaling included; None if its config names no limit.
-
-    Configs differ in whether ``max_position_embeddings`` is before or after scaling (``modeling_rope_utils.py``, transformers 5.19.0): the longer.
-    """
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    if not isinstance(limit, int) or limit < 1:
-        return None
-    scaling = getattr(text, "rope_parameters", None) or {}
-    scaled = [limit]
-    for parameters in (scaling, *(nested for nested in scaling.values() if isinstance(nested, Mapping))):
-        original, factor = parameters.get("original_max_position_embeddings") or limit, parameters.get("factor") or 1
-        scaled.append(int(original * factor))
-    return max(scaled)
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -> PreTrainedModel:

@@ -1,18 +1,20 @@
-"""RoPE types that installed plugins register, in transformers. Read in 5.19.0 (``modeling_rope_utils.py``)."""
+"""RoPE types that installed plugins register, in transformers, and how far a model's positions go. Read in 5.19.0 (``modeling_rope_utils.py``)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RotaryEmbeddingConfigMixin
 
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import PluginError
 
-__all__ = ["register_rope_types"]
+__all__ = ["positions", "register_rope_types"]
 
 
 def register_rope_types() -> None:
@@ -32,6 +34,23 @@ def register_rope_types() -> None:
             )
         ROPE_INIT_FUNCTIONS[name] = partial(_frequencies, name)
         setattr(RotaryEmbeddingConfigMixin, f"_validate_{name}_rope_parameters", _validate)
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many tokens the model of ``config`` takes at most, RoPE scaling included; None if its config names no limit.
+
+    Configs differ in whether ``max_position_embeddings`` is before or after scaling (``modeling_rope_utils.py``, transformers 5.19.0): the longer.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    scaling = getattr(text, "rope_parameters", None) or {}
+    scaled = [limit]
+    for parameters in (scaling, *(nested for nested in scaling.values() if isinstance(nested, Mapping))):
+        original, factor = parameters.get("original_max_position_embeddings") or limit, parameters.get("factor") or 1
+        scaled.append(int(original * factor))
+    return max(scaled)
 
 
 def _frequencies(

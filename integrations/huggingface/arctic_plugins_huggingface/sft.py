@@ -40,12 +40,13 @@ from arctic_plugins_huggingface.checking import check_arguments, check_output, c
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_directory, reason
 from arctic_plugins_huggingface.data import DataCounts, Limits, TrainingData, load_data
 from arctic_plugins_huggingface.gathering import is_spread
-from arctic_plugins_huggingface.loading import load_config, load_model, load_tokenizer, only_hub, positions, skeleton
+from arctic_plugins_huggingface.loading import load_config, load_model, load_tokenizer, only_hub, skeleton
 from arctic_plugins_huggingface.locking import in_use_by_us
 from arctic_plugins_huggingface.modules import weight_specs
 from arctic_plugins_huggingface.progress import TrainingProgress
 from arctic_plugins_huggingface.recipe import Recipe
 from arctic_plugins_huggingface.resuming import RecipeRecord, recorded, resume_from
+from arctic_plugins_huggingface.rope import positions
 from arctic_plugins_huggingface.saving import save_checkpoint, writing
 from arctic_plugins_huggingface.training import GracefulStop, attach
 

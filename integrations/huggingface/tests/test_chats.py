@@ -195,7 +195,7 @@ def test_a_template_that_knows_no_tools_is_told(tokenizer, tmp_path, record, wha
         load(tokenizer, tmp_path, [record], loss=loss)
 
 
-def test_thinking_that_history_leaves_out_is_learnt_turn_by_turn(with_template, tmp_path):
+def test_thinking_that_history_leaves_out_is_learnt_turn_by_turn(with_template, tmp_path, caplog):
     """Qwen3's and DeepSeek's way: of earlier answers only what follows the thinking is shown."""
     tokenizer = with_template(template("think_history"))
     chat = [
@@ -213,6 +213,8 @@ def test_thinking_that_history_leaves_out_is_learnt_turn_by_turn(with_template, 
     assert whole(tokenizer, data.train)[1].startswith("<|user|>2 + 2?<|end|><|assistant|>4<|end|>")
     assert (data.counts.rows, data.counts.divided) == (3, 1)
     assert "1 chats as a row for each answer" in str(data.counts)
+    load(tokenizer, tmp_path, [{"messages": chat}], eval_size=1)
+    assert "rows of one chat may be held out" in caplog.text
 
 
 @pytest.mark.parametrize(

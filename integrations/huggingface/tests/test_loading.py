@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from arctic_plugins_huggingface import freeze, load_model, merge_adapter, register, save_checkpoint
-from arctic_plugins_huggingface.loading import positions
+from arctic_plugins_huggingface.rope import positions
 from arctic_plugins_huggingface.saving import load_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
