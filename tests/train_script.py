@@ -10,6 +10,7 @@ from arctic_plugins_huggingface import ArcticTrainingArguments, attach, last_che
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 from arctic_plugins import Stack
+from arctic_plugins.ending import leave
 
 
 class Killed(TrainerCallback):
@@ -34,7 +35,7 @@ class Spoilt(TrainerCallback):
             next(parameter.grad for parameter in model.parameters() if parameter.grad is not None).fill_(torch.nan)
 
 
-if __name__ == "__main__":
+def main():
     checkpoint, losses_file, *arguments = sys.argv[1:]
     (args,) = HfArgumentParser(ArcticTrainingArguments).parse_args_into_dataclasses(arguments)
     stack = Stack.from_dict(args.plugins)
@@ -48,3 +49,9 @@ if __name__ == "__main__":
     if trainer.is_world_process_zero():
         with open(losses_file, "w") as file:
             json.dump([entry["loss"] for entry in trainer.state.log_history if "loss" in entry], file)
+
+
+if __name__ == "__main__":
+    main()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # a process of torchrun's, not a fork: a thread of gloo may abort one that finalizes its interpreter
+        leave()
