@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from typing import Self
 
@@ -21,6 +22,7 @@ __all__ = [
     "PluginNotFoundError",
     "ResolveError",
     "UserError",
+    "named",
     "suggest",
 ]
 
@@ -56,6 +58,15 @@ def _one_line(text: str) -> str:
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 2 :]}"
     return line if line.isprintable() else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
+
+@contextmanager
+def named(name: str, *kinds: type[ArcticError]) -> Iterator[None]:
+    """Put ``name`` before the text of errors of these ``kinds``."""
+    try:
+        yield
+    except kinds as error:
+        raise error.at(name) from error
 
 
 class UserError(ArcticError):

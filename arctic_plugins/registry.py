@@ -8,10 +8,13 @@ from typing import Any
 
 from arctic_plugins.errors import PluginError, PluginNotFoundError, suggest
 
-__all__ = ["FIRST_PARTY", "ModelClasses", "Registry", "load"]
+__all__ = ["FIRST_PARTY", "ROPE_MARK", "ModelClasses", "Registry", "load"]
 
 FIRST_PARTY = frozenset({"fp8", "longseq", "lora", "moe", "offload", "rope", "shard"})
 """Plugins whose distribution is ``arctic-plugins-NAME``. Of others, only a file may have said where they come from."""
+
+ROPE_MARK = "arctic_rope"
+"""Key of a ``config.json`` whose RoPE scaling a plugin has written: hosts leave that of other models as they have it."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
-from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError
+from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError, named
 from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture
 from arctic_plugins.frozen.linear import FrozenLinear
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
+    "VARIANTS",
     "ExpertPairs",
     "FrozenLoraExperts",
     "FrozenLoraLinear",
@@ -201,10 +202,8 @@ class FrozenLoraExperts(ParamWrapper):
             merged = weight.codec.decode(own, weight.shape[1:], torch.float32)
             for name, (a_ErK, b_ENr) in pairs.items():
                 merged.addmm_(b_ENr[expert].float(), a_ErK[expert].float(), alpha=self.scaling[name])
-            try:
+            with named(f"{weight.name}, expert {expert}", CodecError):
                 encoded = weight.codec.encode(merged)
-            except CodecError as error:
-                raise error.at(f"{weight.name}, expert {expert}") from error
             for suffix, buffer in encoded.items():
                 after[suffix][expert] = buffer
         frozen.hold(after, leaf)
@@ -281,7 +280,7 @@ def expert_parameters(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-_VARIANTS = (
+VARIANTS = (
     "use_dora",
     "lora_bias",
     "use_qalora",
@@ -301,7 +300,7 @@ _PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
 
 def check_plain(adapter_name: str, config: LoraConfig) -> None:
     """Raise ConfigError unless the adapter is one that is merged into encoded weights as it is computed over them."""
-    found = next((name for name in _VARIANTS if getattr(config, name, None)), None)
+    found = next((name for name in VARIANTS if getattr(config, name, None)), None)
     if found is None and config.init_lora_weights and config.init_lora_weights not in _PLAIN_STARTS:
         found = f"init_lora_weights={config.init_lora_weights!r}"
     if found is not None:

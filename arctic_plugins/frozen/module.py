@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from arctic_plugins.errors import CodecError
+from arctic_plugins.errors import CodecError, named
 from arctic_plugins.frozen.codec import Buffers, Codec, check_buffers
 from arctic_plugins.frozen.guard import guard_tuners
 from arctic_plugins.frozen.placement import Handle, Placement
@@ -113,10 +113,8 @@ class FrozenModule(nn.Module):
         weight = self.frozen[leaf]
         if tuple(plain.shape) != weight.shape:
             raise CodecError(f"{weight.name} has shape {tuple(plain.shape)}", expected=f"{weight.shape}", fix="the weights do not fit the model")
-        try:
+        with named(weight.name, CodecError):
             buffers = weight.codec.encode(plain)
-        except CodecError as error:
-            raise error.at(weight.name) from error
         self.hold(buffers, leaf)
 
     def hold(self, buffers: Buffers, leaf: str = "weight") -> None:

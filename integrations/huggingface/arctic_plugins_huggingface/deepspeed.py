@@ -27,12 +27,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arctic_plugins.adapter import WEIGHTS
-from arctic_plugins.errors import CheckpointError, CodecError
+from arctic_plugins.errors import CheckpointError, CodecError, named
 from arctic_plugins.files import copy_files, read_json
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.merging import Update
-from arctic_plugins_huggingface.rewriting import INDEX, named
+from arctic_plugins_huggingface.rewriting import INDEX
 from arctic_plugins_huggingface.saving import SHARD_SIZE, staged
 
 __all__ = ["Scaling", "convert_deepspeed"]
@@ -242,7 +242,7 @@ class _Source:
     def _merged(self, name: str, changed: Mapping[str, Update]) -> Tensor:
         if name not in changed:
             return self.everything[name].clone()  # a view of a file may share memory, which safetensors refuses
-        with named(name.removesuffix(".weight")):
+        with named(name.removesuffix(".weight"), CodecError):
             weight = self.weight(name, changed[name])
             if not weight.is_floating_point():
                 raise CodecError(f"the frozen weight is {weight.dtype}, quantized", fix="convert to an adapter, with --base")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arctic_plugins.claims import compress_names
 from arctic_plugins.discovery import process_registry
-from arctic_plugins.errors import CheckpointError
+from arctic_plugins.errors import CheckpointError, CodecError, named
 from arctic_plugins.files import read_json
 from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs
 from arctic_plugins.frozen.codec import check_buffers
@@ -21,7 +21,7 @@ from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint
 from arctic_plugins_huggingface.loading import load_config, skeleton
 from arctic_plugins_huggingface.modules import stored_names, stored_shapes, weight_specs
-from arctic_plugins_huggingface.rewriting import Read, named, open_files, rewrite
+from arctic_plugins_huggingface.rewriting import Read, open_files, rewrite
 from arctic_plugins_huggingface.saving import staged
 
 __all__ = ["convert_checkpoint", "export_checkpoint"]
@@ -83,7 +83,7 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
     encoded: dict[str, Codec] = {}
     for name, shape in shapes.items():
         if stored.get(f"{name}.weight") in ("U8", "I8"):
-            with named(name):
+            with named(name, CodecError):
                 encoded[name] = converter.codec(shape)
     if not encoded:
         raise CheckpointError(

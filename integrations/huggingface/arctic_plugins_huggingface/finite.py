@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from arctic_plugins.errors import ConfigError, Diverged
 from arctic_plugins_huggingface.checkpoints import complete_checkpoints
 
-__all__ = ["FiniteGuard"]
+__all__ = ["FiniteGuard", "anywhere"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class FiniteGuard(TrainerCallback):
     ) -> None:
         bad, self.bad = self.bad is not None and bool(self.bad), None
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None] if model is not None else []
-        bad, spoilt = _anywhere(args.device, bad, bad if self.only_loss else not _are_finite(gradients))
+        bad, spoilt = anywhere(args.device, bad, bad if self.only_loss else not _are_finite(gradients))
         if bad and not spoilt:  # 0 / 0 of a batch without labels, which changes nothing
             logger.warning("the loss of step %d is not finite, but its gradient is", state.global_step + 1)
         if not spoilt:
@@ -83,7 +83,7 @@ class FiniteGuard(TrainerCallback):
         if model is None or not (last or control.should_save):
             return
         finite = _are_finite([parameter.detach() for parameter in model.parameters() if parameter.requires_grad])
-        if _anywhere(args.device, not finite)[0]:
+        if anywhere(args.device, not finite)[0]:
             raise _diverged("result", args, state.global_step)
 
     on_epoch_end = on_step_end  # with save_strategy "epoch" it is known only then that a checkpoint follows
@@ -95,7 +95,7 @@ def _are_finite(tensors: Sequence[Tensor]) -> bool:
     return not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all())
 
 
-def _anywhere(device: torch.device, *flags: bool) -> list[bool]:
+def anywhere(device: torch.device, *flags: bool) -> list[bool]:
     """Each of ``flags``, true where it is in any process: one that raised alone would leave the others waiting for it."""
     if not torch.distributed.is_initialized():
         return list(flags)

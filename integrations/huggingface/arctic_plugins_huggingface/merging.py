@@ -20,7 +20,7 @@ from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.files import read_json
 from arctic_plugins.frozen import Codec
 from arctic_plugins.frozen.codec import check_buffers
-from arctic_plugins.frozen.lora import ExpertPairs, load_adapter
+from arctic_plugins.frozen.lora import VARIANTS, ExpertPairs, load_adapter
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory, check_checkpoint
@@ -32,18 +32,7 @@ from arctic_plugins_huggingface.saving import adapter_base, check_new, own_token
 __all__ = ["Update", "merge_adapter"]
 
 _PREFIX = "base_model.model."
-_OTHER_KINDS = (
-    "use_dora",
-    "lora_bias",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "rank_pattern",
-    "alpha_pattern",
-)
+_OTHER_KINDS = (*VARIANTS, "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
 """Fields of a ``LoraConfig`` that make it more than one product per linear module, or that PEFT had better interpret."""
 
 

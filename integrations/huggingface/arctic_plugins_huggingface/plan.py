@@ -80,7 +80,6 @@ def make_plan(run: Run) -> Plan:
     stack.check_host("transformers")
     config = load_config(run.recipe.model, **only_hub(run.recipe.load))
     stack.hf_configure_model(config)
-    list(stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"))
     dtype = run.recipe.load.get("dtype", "auto")
     stored = stored_dtype(config)
     computes, line = resolve_dtype(stored, dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from arctic_plugins.errors import CheckpointError, CodecError
+from arctic_plugins.errors import CheckpointError, CodecError, named
 from arctic_plugins.files import copy_files
 from arctic_plugins.provenance import FILE_NAME
 
-__all__ = ["INDEX", "Read", "named", "open_files", "rewrite"]
+__all__ = ["INDEX", "Read", "open_files", "rewrite"]
 
 INDEX = "model.safetensors.index.json"
 Read = Callable[[str], Tensor]
@@ -34,15 +34,6 @@ def open_files(source: Path, stack: ExitStack) -> dict[str, Any]:
     if not files:
         raise CheckpointError(f"{source} has no safetensors files", fix="convert the checkpoint to safetensors")
     return files
-
-
-@contextmanager
-def named(name: str) -> Iterator[None]:
-    """Put the module's name before a CodecError's text."""
-    try:
-        yield
-    except CodecError as error:
-        raise error.at(name) from error
 
 
 def rewrite(
@@ -68,7 +59,7 @@ def rewrite(
             if name not in modules:
                 yield key, where[key].get_tensor(key)
             elif not suffix:  # the module's other buffers come with its codes
-                with named(name):
+                with named(name, CodecError):
                     yield from ((f"{name}.{part}", tensor) for part, tensor in tensors(name, lambda part: _read(where, f"{name}.{part}")).items())
 
         weight_map: dict[str, str] = {}

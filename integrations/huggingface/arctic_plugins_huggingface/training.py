@@ -25,7 +25,7 @@ from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins.provenance import check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
 from arctic_plugins_huggingface.checkpoints import by_step, complete_checkpoints
-from arctic_plugins_huggingface.finite import FiniteGuard
+from arctic_plugins_huggingface.finite import FiniteGuard, anywhere
 from arctic_plugins_huggingface.gathering import is_spread
 from arctic_plugins_huggingface.modules import split_conversions
 from arctic_plugins_huggingface.restoring import restore_weights
@@ -187,11 +187,7 @@ class GracefulStop(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        stop = self.requested
-        if torch.distributed.is_initialized():  # the signal reaches processes at different steps, and all must save the same one
-            flag = torch.tensor([float(stop)], device=args.device)
-            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-            stop = bool(flag.item())
+        [stop] = anywhere(args.device, self.requested)  # the signal reaches processes at different steps, and all must save the same one
         if stop:
             self.requested = True  # never back to False: a signal may have come since the flag was made, and counts in the next step
             control.should_save = control.should_training_stop = True

@@ -5,13 +5,12 @@ vLLM neither compares shapes and dtypes of quantized weights nor notices that on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
+from arctic_plugins.errors import CheckpointError, CodecError, ConfigError, named
 from arctic_plugins.frozen import Codec, TensorSpec
 from arctic_plugins.frozen.exporting import Converter
 
@@ -48,14 +47,6 @@ def convert(converter: Converter) -> Reader:
     return converted
 
 
-@contextmanager
-def _named(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (CheckpointError, CodecError) as error:
-        raise error.at(name) from error
-
-
 def read(reader: Reader, codec: Codec, in_features: int, names: Mapping[str, str], full_name: str) -> Callable[..., Any]:
     """A weight loader that gives what ``reader`` makes of a weight to the loaders of the buffers.
 
@@ -68,7 +59,7 @@ def read(reader: Reader, codec: Codec, in_features: int, names: Mapping[str, str
     """
 
     def arctic_weight_loader(layer: Any, param: nn.Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-        with _named(full_name):
+        with named(full_name, CheckpointError, CodecError):
             buffers = reader(loaded_weight.to(param.device), codec, in_features)
         results = [(own := getattr(layer, names[suffix])).arctic_loader(own, buffer, *args, **kwargs) for suffix, buffer in buffers.items()]
         return results[0]

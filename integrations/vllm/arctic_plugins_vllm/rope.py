@@ -13,12 +13,10 @@ from torch import Tensor
 
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins.registry import ROPE_MARK
 from arctic_plugins_vllm.compat import ROPE_TYPES, RotaryEmbedding, loading, rotary_embedding, says
 
 __all__ = ["install"]
-
-MARK = "arctic_rope"
-"""Key of a ``config.json`` that the ``rope`` plugin has written scaling into."""
 
 
 @functools.cache
@@ -54,8 +52,8 @@ def _with_registered_types(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_ours() -> bool:
-    """Whether the model that is being built is scaled by the ``rope`` plugin; versions before wrote no :data:`MARK`, but their provenance."""
-    return says(MARK) or (Path(loading()[0]) / FILE_NAME).is_file()
+    """Whether the model that is being built is scaled by the ``rope`` plugin; versions before wrote no mark, but their provenance."""
+    return says(ROPE_MARK) or (Path(loading()[0]) / FILE_NAME).is_file()
 
 
 @functools.cache

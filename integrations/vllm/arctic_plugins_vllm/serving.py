@@ -126,7 +126,8 @@ def server_options(
             fix=f"arctic serve {checkpoint} --base {named}",
         )
     model = Path((is_adapter and _option(options, "model")) or arguments["model"])
-    is_encoded = _check_model(model)
+    config = _checked_config(model)
+    is_encoded = _method(config) == METHOD
     if is_adapter and not is_encoded and stack.only("weight_codec"):
         names = ",".join(plugin.name for plugin in stack.only("weight_codec"))
         raise ConfigError(
@@ -138,7 +139,7 @@ def server_options(
         loading = _loading()
         if overrides := loading.configured(loading.load_config(str(model)), others):
             arguments["hf_overrides"] = overrides
-    if is_adapter and _is_mixture(model):
+    if is_adapter and _is_mixture(config):
         targets = read_adapter(path).target_modules or {name.rpartition(".")[2] for name in adapted_modules(path)}
         if targets:  # or vLLM prepares experts for adapters too, which takes memory, and on CPU Triton
             arguments["lora_target_modules"] = sorted(targets)
@@ -159,10 +160,10 @@ def server_options(
                 fix="encode the base with the plugins of the adapter's arctic_plugins.json",
             )
     environment = {}
-    if _option(options, "dtype") is None and (dtype := _dtype(model)) is not None:
+    if _option(options, "dtype") is None and (dtype := _dtype(config)) is not None:
         arguments["dtype"] = dtype
     if _runs_on_cpu():
-        _check_heads(model)
+        _check_heads(config, model)
         if (is_encoded or plugins is not None) and "--no-enforce-eager" not in options:
             # Compiling takes about a minute. A model of 1.1B parameters in fp8 then generates a sixth faster (docs/fp8.md).
             arguments["enforce_eager"] = True
@@ -184,17 +185,15 @@ def made_for(model: Path) -> int | None:
     return len(ranks) or None
 
 
-def _is_mixture(model: Path) -> bool:
-    """Whether the directory's ``config.json`` speaks of experts, by one of the names of ``ModelConfig.get_num_experts`` (vllm 0.32.0)."""
-    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
+def _is_mixture(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` speaks of experts, by one of the names of ``ModelConfig.get_num_experts`` (vllm 0.32.0)."""
     return any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
-def _check_heads(model: Path) -> None:
-    """Raise CheckpointError if the heads of the model in the directory have a size that vLLM's attention on CPU does not."""
-    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
+def _check_heads(config: Mapping[str, Any], model: Path) -> None:
+    """Raise CheckpointError if the heads of ``model``, by its ``config``, have a size that vLLM's attention on CPU does not."""
     nested = config.get("text_config")
-    text: dict[str, Any] = nested if isinstance(nested, dict) else config
+    text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
     size, hidden, heads = (text.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
     if size is None and type(hidden) is int and type(heads) is int and heads > 0:
         size = hidden // heads
@@ -210,8 +209,8 @@ def _shared_cores(size: int) -> str:
     return "|".join(",".join(map(str, cores[part * each : (part + 1) * each])) for part in range(size)) if each else "nobind"
 
 
-def _check_model(model: Path) -> bool:
-    """Whether ``model`` is a checkpoint with encoded weights, which is then one that can be served; a hub id is left to vLLM.
+def _checked_config(model: Path) -> dict[str, Any]:
+    """The ``config.json`` of a model that can be served; empty for a hub id, which is left to vLLM.
 
     Raises:
         CheckpointError: the directory holds no model, or one that is damaged or of a newer format.
@@ -219,28 +218,31 @@ def _check_model(model: Path) -> bool:
     """
     if not (model / "config.json").is_file():
         if not model.exists() and _HUB_ID.fullmatch(str(model)) and ".." not in str(model):
-            return False
+            return {}
         raise CheckpointError(f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path")
     check_directory(model)
     config = read_json(model / "config.json")
     check_keys(config, model / "config.json")
     check_sizes(config, sorted(model.glob("*.safetensors")), model / "config.json")
+    if _method(config) == METHOD:
+        if (model / FILE_NAME).is_file():
+            check_plugins(read_provenance(model))
+            check_files(model)
+        ModuleCodecs.from_config(config["quantization_config"])
+    return config
+
+
+def _method(config: Mapping[str, Any]) -> Any:
+    """By which a ``config.json`` says that weights are quantized."""
     quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
-        return False
-    if (model / FILE_NAME).is_file():
-        check_plugins(read_provenance(model))
-        check_files(model)
-    ModuleCodecs.from_config(quantization)
-    return True
+    return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
-def _dtype(model: Path) -> str | None:
+def _dtype(config: Mapping[str, Any]) -> str | None:
     """What to tell vLLM to compute in: None where its own choice (the checkpoint's dtype, bfloat16 for float32: ``config/model.py``
     ``_resolve_auto_dtype``, vllm 0.32.0) is one that the device multiplies natively."""
     import torch
 
-    config = read_json(model / "config.json") if (model / "config.json").is_file() else {}
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
     vllms = named if isinstance(named, torch.dtype) and named != torch.float32 else torch.bfloat16
     return None if is_native(vllms) else dtype_name(compute_dtype(vllms))

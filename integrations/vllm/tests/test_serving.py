@@ -181,7 +181,7 @@ def test_the_checkpoint_comes_before_the_options(capsys):
 def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     plain = tiny_llama(tmp_path / "plain")
-    monkeypatch.setattr(serving, "_check_heads", lambda model: None)
+    monkeypatch.setattr(serving, "_check_heads", lambda *_: None)
     values, _ = server_options(str(plain), plugins=Stack.from_dict({"fp8": {"include": ["**.mlp.*"], "group_size": 64}}))
     assert (values["model"], values["enforce_eager"]) == (str(plain), True)
     assert values["hf_overrides"]["quantization_config"] == {

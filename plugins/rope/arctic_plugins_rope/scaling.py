@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from arctic_plugins.errors import ConfigError, suggest
+from arctic_plugins.registry import ROPE_MARK
 from arctic_plugins_rope.config import RoPEConfig
 
 __all__ = ["EXTENDED", "TYPES", "configure", "ntk"]
@@ -32,8 +33,6 @@ TYPES: dict[str, frozenset[str]] = {
 """Type -> the options that only some have."""
 EXTENDED = frozenset({"yarn", "llama3", "longrope"})
 """Types beside which ``max_position_embeddings`` is the length to reach."""
-MARK = "arctic_rope"
-"""Key of ``config.json`` by which the vLLM host knows scaling of this plugin, of which two types differ from vLLM's own."""
 _SPECIAL = frozenset().union(*TYPES.values())
 
 
@@ -89,7 +88,7 @@ def configure(options: RoPEConfig, config: Any, registered: Sequence[str] = ()) 
             config.rope_parameters = {**config.rope_parameters, layer: parameters}
     extended = options.type in EXTENDED or "gemma3" in config.model_type  # of which vLLM expects it, whatever the type
     config.max_position_embeddings = length if extended else original
-    setattr(config, MARK, True)
+    setattr(config, ROPE_MARK, True)
 
 
 def _layers(options: RoPEConfig, config: Any, current: Mapping[str, Any]) -> list[str | None]:
