@@ -574,6 +574,8 @@ def damages(draw, originals):
     content = json.loads(originals[checkpoint, name])
     for _ in range(draw(st.integers(1, 3))):
         known = list(places(content))
+        if not known:  # every key was deleted
+            break
         *parents, leaf = draw(st.sampled_from(known))
         section = content
         for parent in parents:
