@@ -1,4 +1,6 @@
-"""``adapter_config.json`` of a LoRA adapter, PEFT's format, read as a file that a stranger may have written. Fields as in peft 0.21.2."""
+"""``adapter_config.json`` of a LoRA adapter, PEFT's format, read as a file that a stranger may have written. Fields as
+in peft 0.21.2.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ WEIGHTS = "adapter_model.safetensors"
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.]+$", max_length=1000)]
-"""A module or parameter, or the end of one's name. PEFT takes regular expressions too, which can be made to run for ever: none is evaluated."""
+"""A module or parameter, or the end of one's name. PEFT takes regular expressions too, which can be made to run for
+ever: none is evaluated.
+"""
 Names = Annotated[list[Name], Field(max_length=100_000)]
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
@@ -40,11 +44,15 @@ def _plain_start(value: bool | str | None) -> bool | str | None:
     return value
 
 
-Base = Annotated[str, StringConstraints(max_length=4000, pattern=r"^([^-\x00-\x1f][^\x00-\x1f]*)?$"), AfterValidator(_short)]
+Base = Annotated[
+    str, StringConstraints(max_length=4000, pattern=r"^([^-\x00-\x1f][^\x00-\x1f]*)?$"), AfterValidator(_short)
+]
 
 
 class AdapterConfig(BaseModel):
-    """What an adapter says of itself: the fields that are used here, or that make PEFT do more than multiply matrices."""
+    """What an adapter says of itself: the fields that are used here, or that make PEFT do more than multiply
+    matrices.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -52,12 +60,20 @@ class AdapterConfig(BaseModel):
     """Directory or hub id of the model that it was trained on; see :func:`base_of`."""
     r: Rank = 8
     lora_alpha: Alpha = 8
-    target_modules: Annotated[Names | None, BeforeValidator(lambda value: None if isinstance(value, str) else value)] = None
-    """None where the file has an expression (of which :func:`adapted_modules` is the result) or nothing (PEFT chooses for the model)."""
+    target_modules: Annotated[
+        Names | None, BeforeValidator(lambda value: None if isinstance(value, str) else value)
+    ] = None
+    """None where the file has an expression (of which :func:`adapted_modules` is the result) or nothing (PEFT chooses
+    for the model).
+    """
     target_parameters: Names | None = None
-    exclude_modules: Annotated[Names | None, BeforeValidator(lambda value: None if isinstance(value, str) else value)] = None
+    exclude_modules: Annotated[
+        Names | None, BeforeValidator(lambda value: None if isinstance(value, str) else value)
+    ] = None
     modules_to_save: Names | None = None
-    layers_pattern: Annotated[Names | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = None
+    layers_pattern: Annotated[
+        Names | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+    ] = None
     rank_pattern: Annotated[dict[Name, Rank], Field(max_length=100_000)] = {}
     alpha_pattern: Annotated[dict[Name, Alpha], Field(max_length=100_000)] = {}
     peft_type: Literal["LORA"] = "LORA"
@@ -66,8 +82,8 @@ class AdapterConfig(BaseModel):
     use_qalora: bool = False
     lora_bias: bool = False
     init_lora_weights: Annotated[bool | str | None, AfterValidator(_plain_start)] = True
-    """How it was drawn. Other ways (PiSSA, OLoRA, CorDA, LoftQ) take from the base what they give the adapter, which belongs on the rest: that is not
-    the model that :attr:`base_model_name_or_path` names."""
+    """How it was drawn. Other ways (PiSSA, OLoRA, CorDA, LoftQ) take from the base what they give the adapter, which
+    belongs on the rest: that is not the model that :attr:`base_model_name_or_path` names."""
     layer_replication: None = None
     """Makes a model of any size out of a small file."""
     megatron_config: None = None
@@ -88,7 +104,10 @@ def read_adapter(directory: str | Path) -> AdapterConfig:
         problem = config_error(error, f"{path}:", AdapterConfig)
         fix = "save the adapter again"
         if error.errors()[0]["loc"][0] == "init_lora_weights":
-            fix += ", with PEFT's path_initial_model_for_weight_conversion: it was started from the weights of its base, and belongs on what was left"
+            fix += (
+                ", with PEFT's path_initial_model_for_weight_conversion: it was started from the weights of its "
+                "base, and belongs on what was left"
+            )
         raise CheckpointError(problem.found.replace(":.", ": ", 1), expected=problem.expected, fix=fix) from error
 
 
@@ -111,5 +130,7 @@ def base_of(directory: str | Path) -> str:
     """
     base = read_adapter(directory).base_model_name_or_path
     if not base:
-        raise CheckpointError(f"{Path(directory) / ADAPTER} names no base model", fix="give --base, or set its base_model_name_or_path")
+        raise CheckpointError(
+            f"{Path(directory) / ADAPTER} names no base model", fix="give --base, or set its base_model_name_or_path"
+        )
     return base

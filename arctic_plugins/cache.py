@@ -1,4 +1,6 @@
-"""Where this user's process keeps what it can make again, and trusts when it finds it: compiled kernels, the demo's model, offloaded weights."""
+"""Where this user's process keeps what it can make again, and trusts when it finds it: compiled kernels, the demo's
+model, offloaded weights.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ logger = logging.getLogger(__name__)
 def cache_directory(name: str) -> Path:
     """``arctic_plugins/NAME`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, made if it is not there, for this user alone.
 
-    Where there is no home, as in some containers, where it cannot be written, or where others could put something into it: a directory of this user
-    in the system's temporary one.
+    Where there is no home, as in some containers, where it cannot be written, or where others could put something into
+    it: a directory of this user in the system's temporary one.
 
     Raises:
         UserError: there is none that only this user can write to.
@@ -40,7 +42,10 @@ def cache_directory(name: str) -> Path:
             _tell(str(error))
             continue
         return place / name
-    raise UserError(f"there is no place for a cache: {'; '.join(found)}", fix="set XDG_CACHE_HOME to a directory that only you can write to")
+    raise UserError(
+        f"there is no place for a cache: {'; '.join(found)}",
+        fix="set XDG_CACHE_HOME to a directory that only you can write to",
+    )
 
 
 def _places() -> Iterator[Path]:
@@ -51,7 +56,9 @@ def _places() -> Iterator[Path]:
 
 
 def _check_own(path: Path) -> None:
-    """Raise OSError unless ``path`` is a directory of this user, which nobody else can write to; a link to one must be this user's, too."""
+    """Raise OSError unless ``path`` is a directory of this user, which nobody else can write to; a link to one must be
+    this user's, too.
+    """
     link, found = path.lstat(), path.stat()
     if not stat.S_ISDIR(found.st_mode):
         raise OSError(f"{path} is not a directory")

@@ -16,15 +16,16 @@ from arctic_plugins.plugin import SLOTS
 __all__ = ["Claim", "Claims", "LinearSpec", "arbitrate", "check_patterns", "compress_names", "matches", "some"]
 
 FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Modules that vLLM fuses into one (``packed_modules_mapping`` of vllm/model_executor/models/llama.py, 0.32.0; w1 and w3 in
-Arctic): they must share a claim."""
+"""Modules that vLLM fuses into one (``packed_modules_mapping`` of vllm/model_executor/models/llama.py, 0.32.0; w1 and
+w3 in Arctic): they must share a claim."""
 
 
 @dataclass(frozen=True)
 class LinearSpec:
     """A linear module as hosts describe it before weights exist: ``y_MN = x_MK @ weight_NK.T + bias_N``.
 
-    The fused weights of a mixture's experts count as modules too, under the parameter's name (``model.layers.0.mlp.experts.down_proj``).
+    The fused weights of a mixture's experts count as modules too, under the parameter's name
+    (``model.layers.0.mlp.experts.down_proj``).
     """
 
     out_features: int
@@ -46,7 +47,8 @@ class LinearSpec:
 class Claim:
     """One plugin's wish: ``value`` (a codec, a placement, ...) in ``slot`` of every module that ``module`` matches.
 
-    ``module`` is a dotted name in which ``*`` stands for any characters within one component and ``**`` for any characters.
+    ``module`` is a dotted name in which ``*`` stands for any characters within one component and ``**`` for any
+    characters.
     """
 
     slot: str
@@ -67,11 +69,13 @@ class Claims:
 
 @lru_cache(16384)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """``pattern`` as a regular expression that never goes back on what it matched, as that of ``fnmatch.translate`` (Python 3.13).
+    """``pattern`` as a regular expression that never goes back on what it matched, as that of ``fnmatch.translate``
+    (Python 3.13).
 
-    What stands between two ``**`` is found where it first occurs, and what stands between two ``*`` too: as neither passes over a dot that the
-    other could take, a later place leaves no more to the rest. What stands behind the last ``**`` ends where the name ends, and is tried at every
-    place: time grows with the square of the name's length at most, whatever the pattern.
+    What stands between two ``**`` is found where it first occurs, and what stands between two ``*`` too: as neither
+    passes over a dot that the other could take, a later place leaves no more to the rest. What stands behind the last
+    ``**`` ends where the name ends, and is tried at every place: time grows with the square of the name's length at
+    most, whatever the pattern.
     """
     *blocks, last = [block.split("*") for block in re.split(r"\*{2,}", pattern)]
 
@@ -92,10 +96,14 @@ def matches(pattern: str, name: str) -> bool:
 
 
 def check_patterns(option: str, patterns: Iterable[str], modules: Mapping[str, LinearSpec]) -> None:
-    """Raise ClaimError, naming the ``option`` of a plugin, unless every one of its ``patterns`` matches a linear module."""
+    """Raise ClaimError, naming the ``option`` of a plugin, unless every one of its ``patterns`` matches a linear
+    module.
+    """
     for pattern in patterns:
         if not any(matches(pattern, name) for name in modules):
-            raise ClaimError(f"{option} '{pattern}' matches no linear module of this model", fix=f"the model has {some(modules)}")
+            raise ClaimError(
+                f"{option} '{pattern}' matches no linear module of this model", fix=f"the model has {some(modules)}"
+            )
 
 
 def some(names: Iterable[str]) -> str:
@@ -112,16 +120,22 @@ def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearS
         modules: dotted name -> shape of every linear module of the model.
 
     Raises:
-        ClaimError: an unknown slot, a pattern that matches no module, an exclusive slot claimed twice (names module and both plugins), or
-            modules that a host fuses with different codecs, or experts of which only one weight is claimed.
+        ClaimError: an unknown slot, a pattern that matches no module, an exclusive slot claimed twice (names module and
+            both plugins), or modules that a host fuses with different codecs, or experts of which only one weight is
+            claimed.
     """
     taken: dict[str, dict[str, list[tuple[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for plugin, claim in claims:
         if claim.slot not in (known := [name for name, slot in SLOTS.items() if slot.scope == "module"]):
-            raise ClaimError(f"plugin '{plugin}' claims the unknown slot '{claim.slot}'", expected=f"one of {', '.join(known)}")
+            raise ClaimError(
+                f"plugin '{plugin}' claims the unknown slot '{claim.slot}'", expected=f"one of {', '.join(known)}"
+            )
         names = [claim.module] if claim.module in modules else [name for name in modules if matches(claim.module, name)]
         if not names:
-            raise ClaimError(f"plugin '{plugin}' claims '{claim.module}', which matches no linear module of this model", fix="correct the pattern")
+            raise ClaimError(
+                f"plugin '{plugin}' claims '{claim.module}', which matches no linear module of this model",
+                fix="correct the pattern",
+            )
         for name in names:
             owners = taken[claim.slot][name]
             if SLOTS[claim.slot].exclusive and owners and owners[0] != (plugin, claim.value):
@@ -132,7 +146,10 @@ def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearS
                 )
             if (plugin, claim.value) not in owners:
                 owners.append((plugin, claim.value))
-    by_slot = {slot: {name: tuple(value for _, value in owners) for name, owners in named.items()} for slot, named in taken.items()}
+    by_slot = {
+        slot: {name: tuple(value for _, value in owners) for name, owners in named.items()}
+        for slot, named in taken.items()
+    }
     _check_fused(by_slot.get("weight_codec", {}), modules)
     return Claims(by_slot)
 
@@ -151,18 +168,25 @@ def _check_fused(codecs: Mapping[str, tuple[Any, ...]], modules: Mapping[str, Li
                     fix="include or exclude them together",
                 )
         if modules[name].experts is not None:
-            together = [other for other, spec in modules.items() if spec.experts is not None and other.rpartition(".")[0] == parent]
+            together = [
+                other
+                for other, spec in modules.items()
+                if spec.experts is not None and other.rpartition(".")[0] == parent
+            ]
             if len({other in codecs for other in together}) > 1:
                 raise ClaimError(
-                    f"only one of {' and '.join(together)} is encoded", expected="both weights of the experts, or none", fix="exclude them together"
+                    f"only one of {' and '.join(together)} is encoded",
+                    expected="both weights of the experts, or none",
+                    fix="exclude them together",
                 )
 
 
 def compress_names(owners: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
-    """Write ``owners`` (module name -> owner) with ``*`` for layer numbers, wherever that says the same about all ``modules``.
+    """Write ``owners`` (module name -> owner) with ``*`` for layer numbers, wherever that says the same about all
+    ``modules``.
 
-    ``model.layers.0.mlp.up_proj`` ... ``model.layers.29.mlp.up_proj`` become ``model.layers.*.mlp.up_proj``; where the layers differ, the names
-    stay as they are. No two patterns of the result match one module.
+    ``model.layers.0.mlp.up_proj`` ... ``model.layers.29.mlp.up_proj`` become ``model.layers.*.mlp.up_proj``; where the
+    layers differ, the names stay as they are. No two patterns of the result match one module.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in modules:

@@ -1,6 +1,8 @@
-"""The dtype to compute in where the user says nothing: the checkpoint's if the device multiplies it natively, otherwise float32.
+"""The dtype to compute in where the user says nothing: the checkpoint's if the device multiplies it natively, otherwise
+float32.
 
-Loading, training, generating, plans, the doctor and serving all ask here. What lands on disk never depends on the answer.
+Loading, training, generating, plans, the doctor and serving all ask here. What lands on disk never depends on the
+answer.
 """
 
 from __future__ import annotations
@@ -12,13 +14,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["compute_dtype", "default_device", "dtype_name", "is_native", "measure_products", "reason_for", "warning_for"]
+__all__ = [
+    "compute_dtype",
+    "default_device",
+    "dtype_name",
+    "is_native",
+    "measure_products",
+    "reason_for",
+    "warning_for",
+]
 
 
 def is_native(dtype: torch.dtype, device: str | None = None) -> bool:
     """Whether ``device`` multiplies matrices of ``dtype`` with instructions made for it.
 
-    torch multiplies bfloat16 and float16 on other processors too, by a loop that takes ten to several hundred times as long as float32.
+    torch multiplies bfloat16 and float16 on other processors too, by a loop that takes ten to several hundred times as
+    long as float32.
 
     Args:
         dtype: of both factors.
@@ -72,7 +83,10 @@ def warning_for(chosen: torch.dtype, what: str, fix: str, device: str | None = N
     if is_native(chosen, device):
         return ""
     where = _described(device or default_device())
-    return f"{what} asks for {dtype_name(chosen)}, which {where} does not multiply natively: ten to several hundred times slower than float32; {fix}"
+    return (
+        f"{what} asks for {dtype_name(chosen)}, which {where} does not multiply natively: ten to several hundred "
+        f"times slower than float32; {fix}"
+    )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -81,7 +95,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def measure_products(size: int = 256, runs: int = 3) -> dict[str, float]:
-    """Seconds of one product of two ``size`` x ``size`` matrices on one thread of the CPU by dtype, as ``grad @ weight``; the best of ``runs``.
+    """Seconds of one product of two ``size`` x ``size`` matrices on one thread of the CPU by dtype, as ``grad @
+    weight``; the best of ``runs``.
 
     One thread, because several wait for each other where another process keeps a core busy.
     """

@@ -64,7 +64,15 @@ def _recipe(recipe: str | Path | None) -> tuple[set[str] | None, list[Finding]]:
     enabled = {str(name) for name in plugins} if isinstance(plugins, dict) else set()
     missing = sorted(enabled - installed_plugins().keys())
     return enabled, [
-        *(Finding("error", f"plugin {name}", "enabled, but not installed", f"pip install arctic-plugins-{name}, or remove it") for name in missing),
+        *(
+            Finding(
+                "error",
+                f"plugin {name}",
+                "enabled, but not installed",
+                f"pip install arctic-plugins-{name}, or remove it",
+            )
+            for name in missing
+        ),
         *([] if missing else _in_child("recipe", "recipe", str(recipe))),
     ]
 
@@ -73,7 +81,11 @@ def _plugins(slow: list[Callable[[], list[Finding]]], findings: list[Finding]) -
     for name, providers in installed_plugins().items():
         if len(providers) > 1:
             owners = " and ".join(sorted(f"{provider.distribution} {provider.version}" for provider in providers))
-            findings.append(Finding("error", f"plugin {name}", f"provided by {owners}; expected one of them", "uninstall one of the two"))
+            findings.append(
+                Finding(
+                    "error", f"plugin {name}", f"provided by {owners}; expected one of them", "uninstall one of the two"
+                )
+            )
             continue
         slow.append(lambda name=name: _in_child(f"plugin {name}", "plugin", name))  # type: ignore[misc]
         yield name
@@ -84,7 +96,10 @@ def _machine() -> Iterator[Finding]:
     model, flags = processor()
     wanted = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "sve", "bf16")
     yield Finding(
-        "ok", "cpu", f"{model}, {os.cpu_count()} cores, {' '.join(flag for flag in wanted if flag in flags) or 'no vector flags known here'}"
+        "ok",
+        "cpu",
+        f"{model}, {os.cpu_count()} cores, "
+        f"{' '.join(flag for flag in wanted if flag in flags) or 'no vector flags known here'}",
     )
 
 
@@ -92,7 +107,11 @@ def processor() -> tuple[str, set[str]]:
     """The name of the first processor, and the flags that Linux gives it; none elsewhere."""
     model, flags = platform.processor() or platform.machine(), set()
     if (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        fields = dict(line.partition(":")[::2] for line in cpuinfo.read_text(errors="replace").split("\n\n")[0].splitlines() if ":" in line)
+        fields = dict(
+            line.partition(":")[::2]
+            for line in cpuinfo.read_text(errors="replace").split("\n\n")[0].splitlines()
+            if ":" in line
+        )
         named = {key.strip(): value.strip() for key, value in fields.items()}
         model, flags = named.get("model name", model), set(named.get("flags", named.get("Features", "")).split())
     return model, flags
@@ -101,7 +120,9 @@ def processor() -> tuple[str, set[str]]:
 def _compilers() -> Iterator[Finding]:
     compiler = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
     if compiler is None:
-        yield Finding("warning", "c++ compiler", "none found; torch.compile and vLLM's compiled mode need one", "install g++")
+        yield Finding(
+            "warning", "c++ compiler", "none found; torch.compile and vLLM's compiled mode need one", "install g++"
+        )
     else:
         done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=30)
         yield Finding("ok", "c++ compiler", (done.stdout or done.stderr).partition("\n")[0] or compiler)
@@ -115,7 +136,12 @@ def _distributions() -> Iterator[Finding]:
     for found in distributions():
         if not _has_metadata(found):
             name = getattr(found, "_path", found)
-            yield Finding("warning", "metadata", f"{name} has no name or version", "remove the directory, or install its distribution again")
+            yield Finding(
+                "warning",
+                "metadata",
+                f"{name} has no name or version",
+                "remove the directory, or install its distribution again",
+            )
             continue
         name, version = identity(found)
         if name.startswith("arctic-plugins") or any(point.group in _GROUPS for point in found.entry_points):
@@ -125,11 +151,16 @@ def _distributions() -> Iterator[Finding]:
     for name, count in seen.items():
         if count > 1:
             yield Finding(
-                "error", "metadata", f"{name} is installed {count} times; expected once", f"pip uninstall {name}, {count} times, then install it"
+                "error",
+                "metadata",
+                f"{name} is installed {count} times; expected once",
+                f"pip uninstall {name}, {count} times, then install it",
             )
     if len(set(ours.values())) > 1:
         listed = ", ".join(f"{name} {version}" for name, version in sorted(ours.items()))
-        yield Finding("error", "versions", f"{listed}; expected one version, they are released together", "upgrade all of them")
+        yield Finding(
+            "error", "versions", f"{listed}; expected one version, they are released together", "upgrade all of them"
+        )
     elif ours:
         yield Finding("ok", "versions", f"{', '.join(sorted(ours))}: {next(iter(ours.values()))}")
     for group in _GROUPS[1:]:
@@ -153,9 +184,16 @@ def _hosts() -> Iterator[Finding]:
     for host in HOST_DISTRIBUTIONS:
         declared, found = host_range(host), host_version(host)
         if declared is None:
-            yield Finding("ok", host, f"{' '.join(found) if found else 'not installed'}; no integration of it is installed")
+            yield Finding(
+                "ok", host, f"{' '.join(found) if found else 'not installed'}; no integration of it is installed"
+            )
         elif found is None:
-            yield Finding("warning", host, f"not installed; {declared[0]} needs {host}{declared[1]}", f"pip install '{host}{declared[1]}'")
+            yield Finding(
+                "warning",
+                host,
+                f"not installed; {declared[0]} needs {host}{declared[1]}",
+                f"pip install '{host}{declared[1]}'",
+            )
         else:
             try:
                 check_hosts((), host)
@@ -165,20 +203,43 @@ def _hosts() -> Iterator[Finding]:
 
 
 def _in_child(subject: str, *arguments: str) -> list[Finding]:
-    """Run one of the checks below in a fresh interpreter, as vLLM's workers are; what it prints cannot be taken for its findings."""
+    """Run one of the checks below in a fresh interpreter, as vLLM's workers are; what it prints cannot be taken for its
+    findings.
+    """
     with tempfile.TemporaryDirectory() as directory:
         answer = Path(directory) / "findings.json"
         command = [sys.executable, "-m", "arctic_plugins.diagnosis", str(answer), *arguments]
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_TIMEOUT)
         except OSError as error:  # no memory or no right for another process
-            return [Finding("error", subject, f"no process for it can be started: {error}", "look at the limits of this user (ulimit -a)")]
+            return [
+                Finding(
+                    "error",
+                    subject,
+                    f"no process for it can be started: {error}",
+                    "look at the limits of this user (ulimit -a)",
+                )
+            ]
         except subprocess.TimeoutExpired:
-            return [Finding("error", subject, f"did not load within {_TIMEOUT:.0f} s", "repair or uninstall what hangs on import")]
+            return [
+                Finding(
+                    "error",
+                    subject,
+                    f"did not load within {_TIMEOUT:.0f} s",
+                    "repair or uninstall what hangs on import",
+                )
+            ]
         if not answer.is_file():
             last = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
             how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit status {done.returncode}"
-            return [Finding("error", subject, f"its process ended with {how}{': ' + last[0] if last else ''}", "repair or uninstall it")]
+            return [
+                Finding(
+                    "error",
+                    subject,
+                    f"its process ended with {how}{': ' + last[0] if last else ''}",
+                    "repair or uninstall it",
+                )
+            ]
         return [Finding(**found) for found in json.loads(answer.read_text(encoding="utf-8"))]
 
 
@@ -205,21 +266,33 @@ def _check_plugin(name: str) -> Iterator[Finding]:
 
 def _check_recipe(path: str) -> Iterator[Finding]:
     stack = Stack.from_file(path)
-    yield Finding("ok", "recipe", f"its stack resolves, in this order: {', '.join(plugin.name for plugin in stack) or 'no plugin'}")
+    yield Finding(
+        "ok",
+        "recipe",
+        f"its stack resolves, in this order: {', '.join(plugin.name for plugin in stack) or 'no plugin'}",
+    )
 
 
 def _check_torch() -> Iterator[Finding]:
     try:
         import torch
     except ImportError as error:
-        yield Finding("warning", "torch", f"cannot be imported: {error}", "install torch; encoding, training and serving need it")
+        yield Finding(
+            "warning", "torch", f"cannot be imported: {error}", "install torch; encoding, training and serving need it"
+        )
         return
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads, computes on {device}")
     computed = dtype_name(compute_dtype(torch.bfloat16))
-    native = "multiplied natively" if computed == "bfloat16" else f"not multiplied natively: checkpoints in it compute in {computed}"
+    native = (
+        "multiplied natively"
+        if computed == "bfloat16"
+        else f"not multiplied natively: checkpoints in it compute in {computed}"
+    )
     measured = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in measure_products().items())
-    yield Finding("ok", "compute dtype", f"bfloat16 is {native}; 256 x 256 products on one thread of the CPU: {measured}")
+    yield Finding(
+        "ok", "compute dtype", f"bfloat16 is {native}; 256 x 256 products on one thread of the CPU: {measured}"
+    )
 
 
 def _check_commands() -> Iterator[Finding]:
@@ -238,7 +311,9 @@ def _check_commands() -> Iterator[Finding]:
 def _check_worker() -> Iterator[Finding]:
     """Load vLLM's general plugins as its workers do, and see whether ours arrived."""
     subject = "vllm worker"
-    if host_version("vllm") is None or not any(point.name == PROJECT for point in entry_points(group="vllm.general_plugins")):
+    if host_version("vllm") is None or not any(
+        point.name == PROJECT for point in entry_points(group="vllm.general_plugins")
+    ):
         yield Finding("ok", subject, "skipped: vLLM or arctic-plugins-vllm is not installed")
         return
     from vllm.model_executor.layers.quantization import get_quantization_config
@@ -259,7 +334,11 @@ def _check_worker() -> Iterator[Finding]:
             registry.load_codec(codec)
         except Exception as error:  # an import can fail with anything, and it is all reported
             yield Finding("error", subject, f"codec '{codec}' cannot be imported: {type(error).__name__}: {error}")
-    yield Finding("ok", subject, f"the method 'arctic' is registered, with the codecs {', '.join(registry.codec_types()) or 'of no plugin'}")
+    yield Finding(
+        "ok",
+        subject,
+        f"the method 'arctic' is registered, with the codecs {', '.join(registry.codec_types()) or 'of no plugin'}",
+    )
 
 
 _CHECKS: dict[str, Callable[..., Iterable[Finding]]] = {
@@ -279,7 +358,11 @@ def _main(answer: str, check: str, *arguments: str) -> None:
     except ArcticError as error:
         findings.append(Finding("error", " ".join([check, *arguments]), str(error)))
     except (Exception, SystemExit) as error:  # whatever it is, it is the finding
-        findings.append(Finding("error", " ".join([check, *arguments]), f"{type(error).__name__}: {error}", "repair or uninstall it"))
+        findings.append(
+            Finding(
+                "error", " ".join([check, *arguments]), f"{type(error).__name__}: {error}", "repair or uninstall it"
+            )
+        )
     Path(answer).write_text(json.dumps([asdict(found) for found in findings]), encoding="utf-8")
 
 

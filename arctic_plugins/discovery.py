@@ -22,7 +22,9 @@ from arctic_plugins.registry import Registry
 __all__ = ["InstalledPlugin", "identity", "installed_plugins", "load_plugin", "process_registry"]
 
 _PLUGGYS = ("tryfirst", "trylast", "wrapper", "hookwrapper", "optionalhook")
-"""Options of pluggy's ``hookimpl`` (1.6) that a stack has other words for: hooks are called one plugin after another, each by itself."""
+"""Options of pluggy's ``hookimpl`` (1.6) that a stack has other words for: hooks are called one plugin after another,
+each by itself.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,17 @@ class InstalledPlugin:
         """Import the plugin class and check that it honours the contract.
 
         Raises:
-            PluginLoadError: the import fails or the object is not a valid plugin; names the plugin, its distribution and the cause.
+            PluginLoadError: the import fails or the object is not a valid plugin; names the plugin, its distribution
+                and the cause.
         """
         try:
             loaded = self.entry_point.load()
         except (Exception, SystemExit) as error:  # an import can fail with anything, and it is all reported
             raise self._broken(f"cannot be imported: {type(error).__name__}: {error}") from error
         if not (inspect.isclass(loaded) and issubclass(loaded, Plugin)):
-            raise self._broken(f"is not a plugin: '{self.entry_point.value}' is {loaded!r}, not a subclass of arctic_plugins.Plugin")
+            raise self._broken(
+                f"is not a plugin: '{self.entry_point.value}' is {loaded!r}, not a subclass of arctic_plugins.Plugin"
+            )
         if getattr(loaded, "name", None) != self.name:
             raise self._broken(f"calls itself '{getattr(loaded, 'name', None)}', which is not its entry point's name")
         if not (inspect.isclass(loaded.config) and issubclass(loaded.config, PluginConfig)):
@@ -55,7 +60,10 @@ class InstalledPlugin:
         for name in dir(loaded):
             given = getattr(getattr(loaded, name, None), f"{PROJECT}_impl", None) or {}
             if refused := [option for option in _PLUGGYS if given.get(option)]:
-                raise self._broken(f"marks {name} with {refused[0]}, which is not honoured; 'before' and 'after' of the class say its place")
+                raise self._broken(
+                    f"marks {name} with {refused[0]}, which is not honoured; 'before' and 'after' of the class say "
+                    "its place"
+                )
         try:
             manager = new_plugin_manager()
             manager.register(loaded, self.name)
@@ -93,13 +101,16 @@ def load_plugin(name: str) -> type[Plugin]:
     match installed.get(name, []):
         case []:
             raise PluginNotFoundError(
-                f"plugin '{name}' is not installed", fix=f"{suggest(name, installed)}; 'arctic plugins' lists what is installed"
+                f"plugin '{name}' is not installed",
+                fix=f"{suggest(name, installed)}; 'arctic plugins' lists what is installed",
             )
         case [only]:
             return only.load()
         case several:
             owners = " and ".join(sorted(f"{plugin.distribution} {plugin.version}" for plugin in several))
-            raise PluginError(f"plugin '{name}' is provided by {owners}", expected="one provider", fix="uninstall one of the two")
+            raise PluginError(
+                f"plugin '{name}' is provided by {owners}", expected="one provider", fix="uninstall one of the two"
+            )
 
 
 def identity(distribution: Distribution | None) -> tuple[str, str]:
@@ -122,7 +133,9 @@ class _PluginManager(pluggy.PluginManager):
 
 
 def new_plugin_manager(only: Collection[str] = ()) -> pluggy.PluginManager:
-    """A pluggy manager that knows the contract and no plugin; with ``only``, it takes plugin *classes*, of which it sees these class methods."""
+    """A pluggy manager that knows the contract and no plugin; with ``only``, it takes plugin *classes*, of which it
+    sees these class methods.
+    """
     return _PluginManager(only)
 
 
@@ -130,8 +143,8 @@ def new_plugin_manager(only: Collection[str] = ()) -> pluggy.PluginManager:
 def process_registry() -> Registry:
     """The registry of this process, filled from every installed plugin.
 
-    A plugin that cannot be loaded is recorded in :attr:`Registry.failures` and raised when something it may own is needed.
-    ``process_registry.cache_clear()`` forgets it.
+    A plugin that cannot be loaded is recorded in :attr:`Registry.failures` and raised when something it may own is
+    needed. ``process_registry.cache_clear()`` forgets it.
     """
     registry, manager = Registry(), new_plugin_manager(only=("register",))
     for name in installed_plugins():

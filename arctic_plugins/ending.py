@@ -29,15 +29,16 @@ def is_distributed() -> bool:
 def leave(status: int = 0) -> NoReturn:
     """End this process with ``status``, as ``sys.exit`` would, but without finalizing the interpreter.
 
-    A thread of gloo lets go of a collective's tensors after those who wait for it have been told. Where that is the last reference to a tensor
-    of Python, the thread wants the interpreter's lock; while the interpreter is being finalized, CPython (3.11: ``take_gil`` in
-    ``Python/ceval_gil.h``) ends the thread instead, and the process dies of SIGABRT, "terminate called without an active exception". Nothing is
-    lost by then, but a launcher takes the finished run for a failed one.
+    A thread of gloo lets go of a collective's tensors after those who wait for it have been told. Where that is the
+    last reference to a tensor of Python, the thread wants the interpreter's lock; while the interpreter is being
+    finalized, CPython (3.11: ``take_gil`` in ``Python/ceval_gil.h``) ends the thread instead, and the process dies of
+    SIGABRT, "terminate called without an active exception". Nothing is lost by then, but a launcher takes the finished
+    run for a failed one.
 
-    With status 0 it waits up to a minute for the other processes and leaves the process group. With another it does neither: they may be stuck in a
-    collective. Then, as at any end: threads that are no daemons are joined, ``atexit`` functions run, streams are flushed; where that fails, 120
-    stands for status 0. Let go of trainer and model before, or call it where they are out of scope. Without ``torch.distributed`` it ends the process
-    in the same way.
+    With status 0 it waits up to a minute for the other processes and leaves the process group. With another it does
+    neither: they may be stuck in a collective. Then, as at any end: threads that are no daemons are joined, ``atexit``
+    functions run, streams are flushed; where that fails, 120 stands for status 0. Let go of trainer and model before,
+    or call it where they are out of scope. Without ``torch.distributed`` it ends the process in the same way.
     """
     if is_distributed():
         gc.collect()

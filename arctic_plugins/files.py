@@ -1,4 +1,6 @@
-"""Files of a checkpoint, which may be a stranger's: what one names is opened only within it, and what one says is bounded by what is there."""
+"""Files of a checkpoint, which may be a stranger's: what one names is opened only within it, and what one says is
+bounded by what is there.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,20 @@ LONGEST_HEADER = 100 << 20
 LONGEST_NAME = 255
 """Bytes of a file's name, as file systems have it."""
 LAYERS = re.compile(r"(^|_)(n_)?(layers?|depths?)$")
-"""Keys of a ``config.json`` that say how many layers are built: ``num_hidden_layers``, ``n_layer``, ``decoder_layers`` and so on."""
+"""Keys of a ``config.json`` that say how many layers are built: ``num_hidden_layers``, ``n_layer``, ``decoder_layers``
+and so on.
+"""
 EXPERTS = re.compile(r"(^|_)experts$")
 ELSEWHERE = ("transformers_weights", "speculators_config")
-"""Keys with which transformers 5.19 reads weights from another file, a pickle as well, and vllm 0.32 serves another model."""
-KERNELS = ("attn_implementation", "attn_implementation_internal", "experts_implementation", "experts_implementation_internal")
+"""Keys with which transformers 5.19 reads weights from another file, a pickle as well, and vllm 0.32 serves another
+model.
+"""
+KERNELS = (
+    "attn_implementation",
+    "attn_implementation_internal",
+    "experts_implementation",
+    "experts_implementation_internal",
+)
 """Keys whose values transformers 5.19 takes for code on the hub where they have a slash."""
 FEW = 1000
 """Layers or experts that cost next to nothing, whatever files hold: some models use a layer's weights several times."""
@@ -37,14 +48,19 @@ ELEMENTS_PER_BYTE = 8
 
 
 def file_within(directory: str | Path, name: Any, where: str | Path) -> Path:
-    """The file of ``directory`` that ``where`` names: it may be absent, or a link to another file, as in the hub's cache.
+    """The file of ``directory`` that ``where`` names: it may be absent, or a link to another file, as in the hub's
+    cache.
 
     Raises:
-        CheckpointError: ``name`` is not a relative path that stays in ``directory``, or there is something else than a file: a device would be read
-            for ever.
+        CheckpointError: ``name`` is not a relative path that stays in ``directory``, or there is something else than a
+            file: a device would be read for ever.
     """
     if not isinstance(name, str) or not _is_relative(name):
-        raise CheckpointError(f"{where} names {name!r}", expected="a file of its own directory", fix="do not use this checkpoint, or make it again")
+        raise CheckpointError(
+            f"{where} names {name!r}",
+            expected="a file of its own directory",
+            fix="do not use this checkpoint, or make it again",
+        )
     path = Path(directory) / name
     check_regular(path)
     return path
@@ -61,16 +77,22 @@ def _is_relative(name: str) -> bool:
 
 
 def copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> None:
-    """Copy the files of the directory ``source`` whose names are ``wanted`` to the directory ``target``, with what is behind links.
+    """Copy the files of the directory ``source`` whose names are ``wanted`` to the directory ``target``, with what is
+    behind links.
 
     Raises:
-        CheckpointError: a link leads out of ``source``, as one in an unpacked archive may do, to a file that was never to be published.
+        CheckpointError: a link leads out of ``source``, as one in an unpacked archive may do, to a file that was never
+            to be published.
     """
     for path in sorted(source.iterdir()):
         if path.is_file() and wanted(path.name):
             if not _is_own(path):
                 found = f"{path} is a link to {path.resolve()}"
-                raise CheckpointError(found, expected="a file of the checkpoint", fix="put a copy in its place, if it belongs there, or remove it")
+                raise CheckpointError(
+                    found,
+                    expected="a file of the checkpoint",
+                    fix="put a copy in its place, if it belongs there, or remove it",
+                )
             shutil.copyfile(path, target / path.name)
 
 
@@ -90,11 +112,17 @@ def check_regular(path: Path) -> None:
     except OSError:  # absent, or unreadable, as opening it will say
         return
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path} is not a regular file", expected="a file of the checkpoint", fix="copy or download the checkpoint again")
+        raise CheckpointError(
+            f"{path} is not a regular file",
+            expected="a file of the checkpoint",
+            fix="copy or download the checkpoint again",
+        )
 
 
 def check_directory(directory: Path) -> None:
-    """Raise CheckpointError if a checkpoint's directory holds a device or a pipe: a host that looks for a file of its name would read it for ever."""
+    """Raise CheckpointError if a checkpoint's directory holds a device or a pipe: a host that looks for a file of its
+    name would read it for ever.
+    """
     for path in sorted(directory.glob("*")) + sorted(directory.glob("additional_chat_templates/*")):
         if not path.is_dir():
             check_regular(path)
@@ -109,7 +137,9 @@ def read_json(path: Path) -> dict[str, Any]:
     check_regular(path)
     try:
         if path.stat().st_size > LONGEST_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes", expected=f"at most {LONGEST_JSON}", fix="copy it again")
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes", expected=f"at most {LONGEST_JSON}", fix="copy it again"
+            )
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
         if "\\ud" in text.lower():  # half of a pair of UTF-16 cannot be written again, nor be a file's name
@@ -119,14 +149,21 @@ def read_json(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise CheckpointError(f"{path} is not valid JSON: {error}", fix="copy it again, or save the checkpoint again") from error
+        raise CheckpointError(
+            f"{path} is not valid JSON: {error}", fix="copy it again, or save the checkpoint again"
+        ) from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}", expected="an object", fix="copy it again, or save the checkpoint again")
+        raise CheckpointError(
+            f"{path} holds {type(content).__name__}",
+            expected="an object",
+            fix="copy it again, or save the checkpoint again",
+        )
     return content
 
 
 def check_keys(config: Mapping[str, Any], where: str | Path) -> None:
-    """Check that a ``config.json`` names nothing else to load: neither kernels of a hub, nor other files, nor another model.
+    """Check that a ``config.json`` names nothing else to load: neither kernels of a hub, nor other files, nor another
+    model.
 
     Raises:
         CheckpointError: names the key.
@@ -134,16 +171,19 @@ def check_keys(config: Mapping[str, Any], where: str | Path) -> None:
     for key, value in _items(config):
         if (key in ELSEWHERE and value is not None) or (str(key).strip("_") in KERNELS and "/" in str(value)):
             found = f"{where} has {key} {value!r}"
-            raise CheckpointError(found, expected="a model in this directory alone", fix=f"remove '{key}', if you trust the rest")
+            raise CheckpointError(
+                found, expected="a model in this directory alone", fix=f"remove '{key}', if you trust the rest"
+            )
 
 
 def check_sizes(config: Mapping[str, Any], weights: Iterable[Path], where: str | Path) -> None:
-    """Check that ``config`` speaks of no more layers than its files have tensors, and of no more experts than they have bytes: hosts build what it
-    says, one after the other.
+    """Check that ``config`` speaks of no more layers than its files have tensors, and of no more experts than they have
+    bytes: hosts build what it says, one after the other.
 
     Args:
         config: content of a ``config.json``, nested configs included.
-        weights: its safetensors files, whose headers are read where there are more than :data:`FEW` layers or experts; none, if they are not here.
+        weights: its safetensors files, whose headers are read where there are more than :data:`FEW` layers or experts;
+            none, if they are not here.
         where: the file, for messages.
 
     Raises:
@@ -152,17 +192,24 @@ def check_sizes(config: Mapping[str, Any], weights: Iterable[Path], where: str |
     many = [
         (key, value)
         for key, value in _items(config)
-        if isinstance(value, (int, float)) and not value <= FEW and (LAYERS.search(str(key)) or EXPERTS.search(str(key)))
+        if isinstance(value, (int, float))
+        and not value <= FEW
+        and (LAYERS.search(str(key)) or EXPERTS.search(str(key)))
     ]
     tensors, size = _tensor_counts(weights) if many else (0, 0)
     for key, value in many:
         if not value <= (tensors if LAYERS.search(str(key)) else size):
             found = f"{where} has {key} {value}"
-            raise CheckpointError(found, expected=f"no more than its files hold ({tensors} tensors)", fix="config.json is of another model")
+            raise CheckpointError(
+                found,
+                expected=f"no more than its files hold ({tensors} tensors)",
+                fix="config.json is of another model",
+            )
 
 
 def check_elements(elements: int, weights: Iterable[Path], where: str | Path) -> None:
-    """Check that a model has no more ``elements`` than its files can hold: hosts take memory for what a file lacks before they say so.
+    """Check that a model has no more ``elements`` than its files can hold: hosts take memory for what a file lacks
+    before they say so.
 
     Raises:
         CheckpointError: the files have too few bytes.
@@ -170,11 +217,17 @@ def check_elements(elements: int, weights: Iterable[Path], where: str | Path) ->
     size = sum(path.stat().st_size for path in weights)
     if elements > max(FEW_ELEMENTS, ELEMENTS_PER_BYTE * size):
         found = f"{where} describes a model of {elements} elements, and its files have {size} bytes"
-        raise CheckpointError(found, expected="a config.json that fits them", fix="the checkpoint is incomplete, or config.json is of another model")
+        raise CheckpointError(
+            found,
+            expected="a config.json that fits them",
+            fix="the checkpoint is incomplete, or config.json is of another model",
+        )
 
 
 def _tensor_counts(paths: Iterable[Path]) -> tuple[int, int]:
-    """How many tensors safetensors files hold, by their headers (format: a length of 8 bytes, then JSON), and how many bytes; 0 for others."""
+    """How many tensors safetensors files hold, by their headers (format: a length of 8 bytes, then JSON), and how many
+    bytes; 0 for others.
+    """
     tensors = size = 0
     for path in paths:
         check_regular(path)

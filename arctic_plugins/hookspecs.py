@@ -1,8 +1,9 @@
 """The contract, in lifecycle order: process, resolve, build, train, serve, any time.
 
-Hooks are called only through :class:`arctic_plugins.stack.Stack`, in the resolver's order, and, for the two that run without a stack,
-:func:`register` through :func:`arctic_plugins.discovery.process_registry` and :func:`diagnose` through :mod:`arctic_plugins.diagnosis`.
-None is ``firstresult``: results are collected, and where only one can win the slot decides or both plugins are named in an error.
+Hooks are called only through :class:`arctic_plugins.stack.Stack`, in the resolver's order, and, for the two that run
+without a stack, :func:`register` through :func:`arctic_plugins.discovery.process_registry` and :func:`diagnose` through
+:mod:`arctic_plugins.diagnosis`. None is ``firstresult``: results are collected, and where only one can win the slot
+decides or both plugins are named in an error.
 """
 
 from __future__ import annotations
@@ -28,23 +29,26 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 def register(registry: Registry) -> None:
     """Every process, once: name what this plugin adds, as lazy ``"module:attribute"`` strings.
 
-    Implement it as a ``classmethod`` marked with ``hookimpl``: it runs for every *installed* plugin, without options, because vLLM's worker
-    processes and ``from_pretrained`` get a checkpoint and no recipe. Must not import torch or a host.
+    Implement it as a ``classmethod`` marked with ``hookimpl``: it runs for every *installed* plugin, without options,
+    because vLLM's worker processes and ``from_pretrained`` get a checkpoint and no recipe. Must not import torch or a
+    host.
     """
 
 
 @hookspec
 def validate(stack: Stack, model_config: Any, hardware: str) -> Iterable[str] | None:
-    """After resolution and before weights are read: raise a :class:`~arctic_plugins.errors.UserError` for what cannot work on
-    ``hardware`` (``"cpu"`` or ``"cuda"``) with this host config, or return warnings, one line each, which are logged."""
+    """After resolution and before weights are read: raise a :class:`~arctic_plugins.errors.UserError` for what cannot
+    work on ``hardware`` (``"cpu"`` or ``"cuda"``) with this host config, or return warnings, one line each, which are
+    logged."""
 
 
 @hookspec
 def claim(model_config: Any, modules: Mapping[str, LinearSpec]) -> Iterable[Claim] | None:
-    """Before weights are read, with the model on the meta device: say which modules this plugin wants, in which slot, with which object.
+    """Before weights are read, with the model on the meta device: say which modules this plugin wants, in which slot,
+    with which object.
 
-    ``modules`` maps the dotted name of every linear module to its shape. All claims are collected and checked together; nothing has been
-    touched when two of them clash.
+    ``modules`` maps the dotted name of every linear module to its shape. All claims are collected and checked together;
+    nothing has been touched when two of them clash.
     """
 
 
@@ -72,7 +76,8 @@ def hf_attach_trainer(trainer: Any) -> None:
 def vllm_engine_args(checkpoint: Path) -> Mapping[str, Any] | None:
     """``arctic serve`` only: vLLM engine arguments (``EngineArgs`` field names) for ``checkpoint``.
 
-    Two plugins that give one key different values are an error that names both; what the user says on the command line wins.
+    Two plugins that give one key different values are an error that names both; what the user says on the command line
+    wins.
     """
 
 
@@ -80,6 +85,6 @@ def vllm_engine_args(checkpoint: Path) -> Mapping[str, Any] | None:
 def diagnose() -> Iterable[Finding] | None:  # type: ignore[empty-body]
     """``arctic doctor``: what this plugin finds on this machine, kernels and compilers for instance.
 
-    Implement it as a ``classmethod``, like ``register``: it runs for every installed plugin, without options, in a process of its own, and may
-    import torch.
+    Implement it as a ``classmethod``, like ``register``: it runs for every installed plugin, without options, in a
+    process of its own, and may import torch.
     """

@@ -34,7 +34,9 @@ class Slot:
     """A role in a model that plugins fill. A part of a stack can leave the slots of a plugin out one by one."""
 
     scope: Literal["module", "model"]
-    """``module``: filled for modules one by one, by a :class:`~arctic_plugins.claims.Claim` or by what an adapter targets; ``model``: once."""
+    """``module``: filled for modules one by one, by a :class:`~arctic_plugins.claims.Claim` or by what an adapter
+    targets; ``model``: once.
+    """
     exclusive: bool
     """Whether a module, or the model, takes only one plugin in it."""
     training_only: bool = False
@@ -49,20 +51,25 @@ SLOTS: Mapping[str, Slot] = {
     "placement": Slot("module", exclusive=False),
     "adapter": Slot("module", exclusive=False, hooks=frozenset({"hf_transform_model", "vllm_engine_args"})),
     "rope": Slot("model", exclusive=True, hooks=frozenset({"hf_configure_model"})),
-    "loss": Slot("model", exclusive=True, training_only=True, hooks=frozenset({"hf_transform_model", "hf_attach_trainer"})),
-    "attention": Slot("model", exclusive=True, training_only=True, hooks=frozenset({"hf_transform_model", "hf_attach_trainer"})),
+    "loss": Slot(
+        "model", exclusive=True, training_only=True, hooks=frozenset({"hf_transform_model", "hf_attach_trainer"})
+    ),
+    "attention": Slot(
+        "model", exclusive=True, training_only=True, hooks=frozenset({"hf_transform_model", "hf_attach_trainer"})
+    ),
 }
 """All slots, by name. Two plugins that fill the same exclusive one of the model never make a stack."""
 
 THIS_MACHINE = "this machine"
-"""Marks an option that names a path, a device, a host or a number of processes: ``path: Annotated[str | None, THIS_MACHINE] = None``. The user's
-recipe sets it; from a checkpoint, which may be a stranger's, it is never taken."""
+"""Marks an option that names a path, a device, a host or a number of processes: ``path: Annotated[str | None,
+THIS_MACHINE] = None``. The user's recipe sets it; from a checkpoint, which may be a stranger's, it is never taken."""
 
 
 class PluginConfig(BaseModel):
     """Base of a plugin's options: immutable, and an unknown key is an error rather than ignored.
 
-    The text under a field is what ``arctic plugins NAME`` says of it. Fields marked with :data:`THIS_MACHINE` need a default.
+    The text under a field is what ``arctic plugins NAME`` says of it. Fields marked with :data:`THIS_MACHINE` need a
+    default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -77,8 +84,8 @@ class Plugin:
     """Base class of every plugin. Keep the module that defines one light: import torch and hosts inside functions.
 
     Subclasses set the class attributes and implement hooks of :mod:`arctic_plugins.hookspecs` as methods marked with
-    :data:`hookimpl`. ``requires``, ``conflicts``, ``after`` and ``before`` hold names of plugins or of slots: with a slot,
-    a plugin speaks of whatever fills it and need not know who does.
+    :data:`hookimpl`. ``requires``, ``conflicts``, ``after`` and ``before`` hold names of plugins or of slots: with a
+    slot, a plugin speaks of whatever fills it and need not know who does.
     """
 
     name: ClassVar[str]
@@ -86,7 +93,9 @@ class Plugin:
     config: ClassVar[type[PluginConfig]] = PluginConfig
     slots: ClassVar[frozenset[str]] = frozenset()
     hosts: ClassVar[Mapping[str, str]] = {}
-    """Host library -> PEP 440 range, where it is narrower than that of this project's integration, e.g. ``{"transformers": ">=5.18"}``."""
+    """Host library -> PEP 440 range, where it is narrower than that of this project's integration, e.g.
+    ``{"transformers": ">=5.18"}``.
+    """
     requires: ClassVar[frozenset[str]] = frozenset()
     conflicts: ClassVar[frozenset[str]] = frozenset()
     after: ClassVar[frozenset[str]] = frozenset()
@@ -103,7 +112,11 @@ class Plugin:
             ConfigError: an unknown key (with the nearest known one), a wrong type or value.
         """
         if options is not None and not isinstance(options, Mapping):
-            raise ConfigError(f"plugins.{cls.name} is {options!r}", expected="a mapping of options", fix=f"write '{cls.name}: {{}}' for the defaults")
+            raise ConfigError(
+                f"plugins.{cls.name} is {options!r}",
+                expected="a mapping of options",
+                fix=f"write '{cls.name}: {{}}' for the defaults",
+            )
         try:
             return cls(cls.config.model_validate(dict(options or {})))
         except ValidationError as error:
@@ -111,17 +124,22 @@ class Plugin:
 
     @property
     def row_processes(self) -> int:
-        """How many processes work on one row of the data together. A plugin that lets them says so: a run takes as many times more steps."""
+        """How many processes work on one row of the data together. A plugin that lets them says so: a run takes as many
+        times more steps.
+        """
         return 1
 
     def check_processes(self, option: str) -> None:
-        """For a ``validate`` hook: raise ConfigError unless the processes that were started can be put in groups of as many as ``option`` says."""
+        """For a ``validate`` hook: raise ConfigError unless the processes that were started can be put in groups of as
+        many as ``option`` says.
+        """
         size, group = world_size(), getattr(self.options, option)
         if size % group:
             raise ConfigError(
                 f"plugins.{self.name}.{option} is {group} with {size} process{'es' if size > 1 else ''}",
                 expected="a divisor of the number of processes",
-                fix=f"'arctic train RECIPE --nproc {group}', torchrun or accelerate launch start several; or correct it",
+                fix=f"'arctic train RECIPE --nproc {group}', torchrun or accelerate launch start several; or correct "
+                "it",
             )
 
     def __repr__(self) -> str:
@@ -133,7 +151,9 @@ class Finding:
     """One thing that ``arctic doctor`` looked at."""
 
     status: Literal["ok", "warning", "error"]
-    """``error``: something enabled or installed does not work. ``warning``: something may be slower or is not available. ``ok``: as it should be."""
+    """``error``: something enabled or installed does not work. ``warning``: something may be slower or is not
+    available. ``ok``: as it should be.
+    """
     subject: str
     text: str
     """What was found, and what was expected."""

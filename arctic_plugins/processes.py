@@ -1,4 +1,6 @@
-"""What a launcher (torchrun, accelerate, DeepSpeed) has told this process of itself and of the others. Read here alone."""
+"""What a launcher (torchrun, accelerate, DeepSpeed) has told this process of itself and of the others. Read here
+alone.
+"""
 
 from __future__ import annotations
 

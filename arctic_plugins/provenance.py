@@ -1,7 +1,8 @@
-"""``arctic_plugins.json``: written last into every checkpoint, so that its presence says that the checkpoint is complete.
+"""``arctic_plugins.json``: written last into every checkpoint, so that its presence says that the checkpoint is
+complete.
 
-It holds the stack, who provides its plugins, the versions that wrote it, and the size and digest of every other file: a file that was cut or changed
-since is found before it becomes a wrong model.
+It holds the stack, who provides its plugins, the versions that wrote it, and the size and digest of every other file: a
+file that was cut or changed since is found before it becomes a wrong model.
 """
 
 from __future__ import annotations
@@ -24,7 +25,16 @@ from arctic_plugins.registry import FIRST_PARTY
 if TYPE_CHECKING:
     from arctic_plugins.stack import Stack
 
-__all__ = ["FILE_NAME", "FORMAT", "Provenance", "check_files", "check_plugins", "digest", "read_provenance", "write_provenance"]
+__all__ = [
+    "FILE_NAME",
+    "FORMAT",
+    "Provenance",
+    "check_files",
+    "check_plugins",
+    "digest",
+    "read_provenance",
+    "write_provenance",
+]
 
 FILE_NAME = "arctic_plugins.json"
 FORMAT = 1
@@ -57,14 +67,21 @@ def write_provenance(directory: str | Path, stack: Stack) -> Path:
     """
     path = Path(directory) / FILE_NAME
     providers = installed_plugins()
-    plugins = {plugin.name: f"{found[0].distribution}=={found[0].version}" for plugin in stack if (found := providers.get(plugin.name))}
+    plugins = {
+        plugin.name: f"{found[0].distribution}=={found[0].version}"
+        for plugin in stack
+        if (found := providers.get(plugin.name))
+    }
     content = {
         "format": FORMAT,
         "stack": stack.to_dict(),
         "sha256": stack.sha256(),
         "versions": {name: installed for name in _RECORDED if (installed := _version(name))},
         "plugins": dict(sorted(plugins.items())),
-        "files": {name: {"bytes": file.stat().st_size, "xxh3_128": digest(file, file.stat().st_size)} for name, file in sorted(_files(path.parent))},
+        "files": {
+            name: {"bytes": file.stat().st_size, "xxh3_128": digest(file, file.stat().st_size)}
+            for name, file in sorted(_files(path.parent))
+        },
     }
     draft = path.with_suffix(".json.tmp")
     with draft.open("w", encoding="utf-8") as file:
@@ -85,26 +102,47 @@ def read_provenance(directory: str | Path) -> Provenance:
     path = Path(directory) / FILE_NAME
     if not path.is_file():
         raise CheckpointError(
-            f"{directory} has no {FILE_NAME}", expected="a checkpoint that arctic-plugins finished writing", fix="name another directory"
+            f"{directory} has no {FILE_NAME}",
+            expected="a checkpoint that arctic-plugins finished writing",
+            fix="name another directory",
         )
     content = read_json(path)
     if type(content.get("format")) is not int or content["format"] < 1:
-        raise CheckpointError(f"{path} has format {content.get('format')!r}", expected="a positive integer", fix="save the checkpoint again")
+        raise CheckpointError(
+            f"{path} has format {content.get('format')!r}",
+            expected="a positive integer",
+            fix="save the checkpoint again",
+        )
     if content["format"] > FORMAT:
-        raise CheckpointError(f"{path} has format {content['format']}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins")
+        raise CheckpointError(
+            f"{path} has format {content['format']}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins"
+        )
     for key in ("stack", "files", "plugins", "versions"):
         if not isinstance(content.get(key, {} if key != "stack" else None), dict):
-            raise CheckpointError(f"{path} has {key} {content.get(key)!r}", expected="an object", fix="save the checkpoint again")
+            raise CheckpointError(
+                f"{path} has {key} {content.get(key)!r}", expected="an object", fix="save the checkpoint again"
+            )
     records = content.get("files", {}).values()
-    if not all(isinstance(record, dict) and type(record.get("bytes")) is int and isinstance(record.get("xxh3_128"), str) for record in records):
+    if not all(
+        isinstance(record, dict) and type(record.get("bytes")) is int and isinstance(record.get("xxh3_128"), str)
+        for record in records
+    ):
         raise CheckpointError(f"{path} has files without 'bytes' and 'xxh3_128'", fix="save the checkpoint again")
     if not all(isinstance(options, dict) for options in content["stack"].values()):
-        raise CheckpointError(f"{path} has a stack with plugins without options", expected="an object each", fix="save the checkpoint again")
-    return Provenance(**{key: content[key] for key in Provenance.__dataclass_fields__ if key in content} | {"sha256": content.get("sha256", "")})
+        raise CheckpointError(
+            f"{path} has a stack with plugins without options",
+            expected="an object each",
+            fix="save the checkpoint again",
+        )
+    return Provenance(
+        **{key: content[key] for key in Provenance.__dataclass_fields__ if key in content}
+        | {"sha256": content.get("sha256", "")}
+    )
 
 
 def check_files(directory: str | Path) -> None:
-    """Check that every file that the checkpoint's ``arctic_plugins.json`` lists is there and unchanged, reading each once.
+    """Check that every file that the checkpoint's ``arctic_plugins.json`` lists is there and unchanged, reading each
+    once.
 
     Raises:
         CheckpointError: names the file and what became of it.
@@ -115,7 +153,11 @@ def check_files(directory: str | Path) -> None:
         try:
             size = path.stat().st_size
             if size != record["bytes"]:
-                raise CheckpointError(f"{path} has {size} bytes", expected=f"the {record['bytes']} that were saved", fix=_or_accept(name, again))
+                raise CheckpointError(
+                    f"{path} has {size} bytes",
+                    expected=f"the {record['bytes']} that were saved",
+                    fix=_or_accept(name, again),
+                )
             if digest(path, size) != record["xxh3_128"]:
                 raise CheckpointError(f"{path} is not what was saved: its digest differs", fix=_or_accept(name, again))
         except FileNotFoundError:
@@ -125,19 +167,30 @@ def check_files(directory: str | Path) -> None:
 
 
 def check_plugins(provenance: Provenance) -> None:
-    """Raise PluginNotFoundError, naming the distributions to install, if a plugin that made the checkpoint is not installed.
+    """Raise PluginNotFoundError, naming the distributions to install, if a plugin that made the checkpoint is not
+    installed.
 
     No command installs what a file names: whoever wrote the file could have published it.
     """
     missing = sorted(provenance.stack.keys() - installed_plugins().keys())
     if missing:
         ours = [f"arctic-plugins-{name}" for name in missing if name in FIRST_PARTY]
-        others = [f"{provenance.plugins.get(name, 'a distribution that it does not name')!r}" for name in missing if name not in FIRST_PARTY]
+        others = [
+            f"{provenance.plugins.get(name, 'a distribution that it does not name')!r}"
+            for name in missing
+            if name not in FIRST_PARTY
+        ]
         fixes = [f"pip install {' '.join(ours)}"] if ours else []
         if others:
-            fixes.append(f"the checkpoint says that {', '.join(others)} provides it, which runs as code: install it if you know it and trust it")
+            fixes.append(
+                f"the checkpoint says that {', '.join(others)} provides it, which runs as code: install it if you "
+                "know it and trust it"
+            )
         plural = "s" if len(missing) > 1 else ""
-        raise PluginNotFoundError(f"the checkpoint was made with the plugin{plural} {', '.join(missing)}, not installed here", fix="; ".join(fixes))
+        raise PluginNotFoundError(
+            f"the checkpoint was made with the plugin{plural} {', '.join(missing)}, not installed here",
+            fix="; ".join(fixes),
+        )
 
 
 def _or_accept(name: str, fix: str) -> str:

@@ -1,4 +1,6 @@
-"""What installed plugins add to a process: codec types, and formats to export to and convert from, by name, looked up lazily."""
+"""What installed plugins add to a process: codec types, and formats to export to and convert from, by name, looked up
+lazily.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ FIRST_PARTY = frozenset({"fp8", "longseq", "lora", "moe", "offload", "rope", "sh
 """Plugins whose distribution is ``arctic-plugins-NAME``. Of others, only a file may have said where they come from."""
 
 ROPE_MARK = "arctic_rope"
-"""Key of a ``config.json`` whose RoPE scaling a plugin has written: hosts leave that of other models as they have it."""
+"""Key of a ``config.json`` whose RoPE scaling a plugin has written: hosts leave that of other models as they have
+it.
+"""
 
 
 @dataclass(frozen=True)
@@ -24,8 +28,8 @@ class ModelClasses:
     config: str
     """A ``PreTrainedConfig``, for both hosts."""
     base: str
-    """In transformers: the decoder, for ``AutoModel``. Its static method ``checkpoint_conversions`` gives what transformers'
-    ``register_checkpoint_conversion_mapping`` takes, where checkpoints name or cut weights otherwise."""
+    """In transformers: the decoder, for ``AutoModel``. Its static method ``checkpoint_conversions`` gives what
+    transformers' ``register_checkpoint_conversion_mapping`` takes, where checkpoints name or cut weights otherwise."""
     causal_lm: str
     """In transformers, for ``AutoModelForCausalLM``."""
     vllm: str
@@ -57,11 +61,15 @@ class Registry:
         """
         taken = self.models.setdefault(model_type, classes)
         if taken != classes:
-            raise PluginError(f"model type '{model_type}' is registered by {taken.config} and by {classes.config}", fix="uninstall one of the two")
+            raise PluginError(
+                f"model type '{model_type}' is registered by {taken.config} and by {classes.config}",
+                fix="uninstall one of the two",
+            )
 
     def experts_function(self, name: str, target: str) -> None:
-        """Add an ``experts_implementation`` of transformers: ``target`` is ``"module:attribute"`` of a function like those in
-        ``transformers/integrations/moe.py``, ``(experts, hidden_states, top_k_index, top_k_weights) -> hidden_states``.
+        """Add an ``experts_implementation`` of transformers: ``target`` is ``"module:attribute"`` of a function like
+        those in ``transformers/integrations/moe.py``, ``(experts, hidden_states, top_k_index, top_k_weights) ->
+        hidden_states``.
 
         Raises:
             PluginError: the name is taken by another target; the message names both.
@@ -73,9 +81,10 @@ class Registry:
 
         Args:
             name: the ``rope_type`` that stands in a config's ``rope_parameters``.
-            target: ``"module:attribute"`` of a function ``(rope_parameters, dim) -> (inverse frequencies [dim / 2] in float32, a factor for cosines
-                and sines)``. It gets what stands in the config, ``rope_theta`` and ``factor`` among it, and how many dimensions of a head are
-                rotated. ``max_position_embeddings`` of such a config is the trained length, of which ``factor`` times as much can be served.
+            target: ``"module:attribute"`` of a function ``(rope_parameters, dim) -> (inverse frequencies [dim / 2] in
+                float32, a factor for cosines and sines)``. It gets what stands in the config, ``rope_theta`` and
+                ``factor`` among it, and how many dimensions of a head are rotated. ``max_position_embeddings`` of such
+                a config is the trained length, of which ``factor`` times as much can be served.
 
         Raises:
             PluginError: the name is taken by another target; the message names both.
@@ -98,8 +107,9 @@ class Registry:
         """Add the function with which plain weights in bfloat16 are multiplied where products are in float32, on CPU.
 
         Args:
-            target: ``"module:attribute"`` of a function without arguments. It gives None where it has nothing faster than widening the whole weight,
-                otherwise a function ``(x float32 [..., K], weight bfloat16 [N, K]) -> float32 [..., N]``: differentiable, a torch operator.
+            target: ``"module:attribute"`` of a function without arguments. It gives None where it has nothing faster
+                than widening the whole weight, otherwise a function ``(x float32 [..., K], weight bfloat16 [N, K]) ->
+                float32 [..., N]``: differentiable, a torch operator.
 
         Raises:
             PluginError: another target is registered; the message names both.
@@ -107,11 +117,14 @@ class Registry:
         _add("product", self._widening, "linear of a bfloat16 weight in float32", target)
 
     def load_widening_linear(self) -> Any:
-        """Import what :meth:`widening_linear` was given, and return the product that it gives; None if there is none."""
+        """Import what :meth:`widening_linear` was given, and return the product that it gives; None if there is
+        none.
+        """
         return next((load(target)() for target in self._widening.values()), None)
 
     def exporter(self, format_name: str, target: str) -> None:
-        """Add a format of ``arctic export``: ``target`` is ``"module:attribute"`` of a :class:`~arctic_plugins.frozen.exporting.Exporter` class.
+        """Add a format of ``arctic export``: ``target`` is ``"module:attribute"`` of a
+        :class:`~arctic_plugins.frozen.exporting.Exporter` class.
 
         Raises:
             PluginError: the name is taken by another target; the message names both.
@@ -119,7 +132,8 @@ class Registry:
         _add("export format", self._exporters, format_name, target)
 
     def converter(self, format_name: str, target: str) -> None:
-        """Add a format of ``arctic convert``: ``target`` is ``"module:attribute"`` of a :class:`~arctic_plugins.frozen.exporting.Converter` class.
+        """Add a format of ``arctic convert``: ``target`` is ``"module:attribute"`` of a
+        :class:`~arctic_plugins.frozen.exporting.Converter` class.
 
         Raises:
             PluginError: the name is taken by another target; the message names both.
@@ -133,11 +147,16 @@ class Registry:
         """Import and return the codec class registered as ``type_name``.
 
         Raises:
-            PluginNotFoundError: nobody registered it; says which plugin would, or which installed plugin failed to load.
+            PluginNotFoundError: nobody registered it; says which plugin would, or which installed plugin failed to
+                load.
         """
         if type_name not in self._codecs:
             broken = "; ".join(str(error) for error in self.failures.values())
-            ours = f"pip install arctic-plugins-{type_name}" if type_name in FIRST_PARTY else "install the plugin that provides it, if you trust it"
+            ours = (
+                f"pip install arctic-plugins-{type_name}"
+                if type_name in FIRST_PARTY
+                else "install the plugin that provides it, if you trust it"
+            )
             raise PluginNotFoundError(
                 f"the checkpoint's codec type '{type_name}' is provided by no installed plugin",
                 fix=broken or f"{ours}; {suggest(type_name, self._codecs)}",
@@ -155,15 +174,21 @@ class Registry:
         return sorted(self._rope_types)
 
     def load_rope_type(self, name: str) -> Any:
-        """Import and return the function registered as ``name``; raises PluginNotFoundError when nobody registered it."""
+        """Import and return the function registered as ``name``; raises PluginNotFoundError when nobody registered
+        it.
+        """
         return _load_format(self._rope_types, name, "scales rotary position embeddings by")
 
     def load_exporter(self, format_name: str) -> Any:
-        """Import and return the exporter class registered as ``format_name``; raises PluginNotFoundError when nobody registered it."""
+        """Import and return the exporter class registered as ``format_name``; raises PluginNotFoundError when nobody
+        registered it.
+        """
         return _load_format(self._exporters, format_name, "exports to")
 
     def load_converter(self, format_name: str) -> Any:
-        """Import and return the converter class registered as ``format_name``; raises PluginNotFoundError when nobody registered it."""
+        """Import and return the converter class registered as ``format_name``; raises PluginNotFoundError when nobody
+        registered it.
+        """
         return _load_format(self._converters, format_name, "converts from")
 
 

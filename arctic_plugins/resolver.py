@@ -1,4 +1,6 @@
-"""From a set of plugins to an ordered, conflict-free stack. Pure: reads class attributes and installed versions, imports nothing."""
+"""From a set of plugins to an ordered, conflict-free stack. Pure: reads class attributes and installed versions,
+imports nothing.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,12 @@ INTEGRATIONS = {"transformers": "arctic-plugins-huggingface", "vllm": "arctic-pl
 def resolve(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
     """Check ``plugins`` against each other and order them.
 
-    The order honours every ``after`` and ``before``; plugins between which nothing is said stand in alphabetical order, so that the same set
-    always gives the same stack, however it was written down.
+    The order honours every ``after`` and ``before``; plugins between which nothing is said stand in alphabetical order,
+    so that the same set always gives the same stack, however it was written down.
 
     Raises:
-        ResolveError: an unmet ``requires``, two plugins that conflict or fill one exclusive slot of the model, or a cycle; names the plugins.
+        ResolveError: an unmet ``requires``, two plugins that conflict or fill one exclusive slot of the model, or a
+            cycle; names the plugins.
     """
     by_name = {plugin.name: plugin for plugin in sorted(plugins, key=lambda plugin: plugin.name)}
     everyone = list(by_name.values())
@@ -46,9 +49,12 @@ def resolve(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
             for other in _matching(unwanted, everyone, other_than=plugin):
                 raise ResolveError(f"plugins '{plugin.name}' and '{other.name}' conflict", fix="remove one of the two")
     for first, second in combinations(everyone, 2):
-        if shared := {slot for slot in first.slots & second.slots if SLOTS[slot].scope == "model" and SLOTS[slot].exclusive}:
+        if shared := {
+            slot for slot in first.slots & second.slots if SLOTS[slot].scope == "model" and SLOTS[slot].exclusive
+        }:
             raise ResolveError(
-                f"plugins '{first.name}' and '{second.name}' both fill the slot '{min(shared)}', of which a model has one",
+                f"plugins '{first.name}' and '{second.name}' both fill the slot '{min(shared)}', of which a model "
+                "has one",
                 fix="remove one of the two",
             )
     return _ordered(everyone)
@@ -67,7 +73,8 @@ def _ordered(everyone: Sequence[Plugin]) -> tuple[Plugin, ...]:
         sorter.prepare()
     except CycleError as error:
         raise ResolveError(
-            f"the order of the plugins is a cycle: {' before '.join(error.args[1])}", fix="one 'after' or 'before' of these plugins must go"
+            f"the order of the plugins is a cycle: {' before '.join(error.args[1])}",
+            fix="one 'after' or 'before' of these plugins must go",
         ) from None
     by_name = {plugin.name: plugin for plugin in everyone}
     order: list[Plugin] = []
@@ -100,7 +107,9 @@ def host_version(host: str) -> tuple[str, str] | None:
 
 
 def host_range(host: str) -> tuple[str, SpecifierSet] | None:
-    """The integration of ``host`` that is installed and the versions it declares in its metadata, the one place where they stand; or None."""
+    """The integration of ``host`` that is installed and the versions it declares in its metadata, the one place where
+    they stand; or None.
+    """
     try:
         requirements = [Requirement(line) for line in requires(INTEGRATIONS[host]) or []]
     except (KeyError, PackageNotFoundError):
@@ -110,14 +119,17 @@ def host_range(host: str) -> tuple[str, SpecifierSet] | None:
 
 
 def check_hosts(plugins: Iterable[Plugin | type[Plugin]], host: str) -> None:
-    """Check that ``host`` is installed, in the range that our integration of it declares and in those to which plugins narrow it.
+    """Check that ``host`` is installed, in the range that our integration of it declares and in those to which plugins
+    narrow it.
 
     Raises:
         HostVersionError: names who declares the range, the version found and the range.
     """
     found = host_version(host)
     if found is None:
-        raise HostVersionError(f"{host} is not installed", fix=f"pip install {' or '.join(HOST_DISTRIBUTIONS.get(host, (host,)))}")
+        raise HostVersionError(
+            f"{host} is not installed", fix=f"pip install {' or '.join(HOST_DISTRIBUTIONS.get(host, (host,)))}"
+        )
     distribution, installed = found
     declared = [(f"plugin '{plugin.name}'", plugin.hosts[host]) for plugin in plugins if host in plugin.hosts]
     if integration := host_range(host):

@@ -38,10 +38,11 @@ class Setting:
 
 
 class Stack:
-    """An immutable, ordered set of plugins. Build one with :meth:`from_dict`, :meth:`from_file` or :meth:`from_checkpoint`.
+    """An immutable, ordered set of plugins. Build one with :meth:`from_dict`, :meth:`from_file` or
+    :meth:`from_checkpoint`.
 
-    Iterating gives the plugins in the order in which their hooks are called. A part of a stack, from :meth:`only` or :meth:`without`, may hold a
-    plugin of which it does not use every slot.
+    Iterating gives the plugins in the order in which their hooks are called. A part of a stack, from :meth:`only` or
+    :meth:`without`, may hold a plugin of which it does not use every slot.
 
     Args:
         plugins: in any order.
@@ -50,7 +51,9 @@ class Stack:
 
     def __init__(self, plugins: tuple[Plugin, ...] = (), hidden: Mapping[str, frozenset[str]] | None = None) -> None:
         self.plugins = resolve(plugins)
-        self._hidden = {plugin.name: plugin.slots & (hidden or {}).get(plugin.name, frozenset()) for plugin in self.plugins}
+        self._hidden = {
+            plugin.name: plugin.slots & (hidden or {}).get(plugin.name, frozenset()) for plugin in self.plugins
+        }
         self._manager = new_plugin_manager()
         for plugin in self.plugins:
             self._manager.register(plugin, plugin.name)
@@ -58,7 +61,8 @@ class Stack:
             self._manager.check_pending()
         except pluggy.PluginValidationError as error:
             raise PluginError(
-                f"plugin '{getattr(error.plugin, 'name', error.plugin)}': {error}", fix="its hooks are not those of this version"
+                f"plugin '{getattr(error.plugin, 'name', error.plugin)}': {error}",
+                fix="its hooks are not those of this version",
             ) from error
 
     @classmethod
@@ -69,7 +73,11 @@ class Stack:
             PluginNotFoundError, PluginLoadError, ConfigError, ResolveError: each one line that says what to do.
         """
         if plugins is not None and not isinstance(plugins, Mapping):
-            raise ConfigError(f"plugins is {plugins!r}", expected="a mapping of plugin name to options", fix="write 'plugins: {fp8: {bits: 8}}'")
+            raise ConfigError(
+                f"plugins is {plugins!r}",
+                expected="a mapping of plugin name to options",
+                fix="write 'plugins: {fp8: {bits: 8}}'",
+            )
         return cls(tuple(load_plugin(name).from_options(options) for name, options in (plugins or {}).items()))
 
     @classmethod
@@ -79,15 +87,21 @@ class Stack:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> Stack:
-        """What the checkpoint directory ``path`` says of how it is computed: the stack that wrote it, less what is about the machine.
+        """What the checkpoint directory ``path`` says of how it is computed: the stack that wrote it, less what is
+        about the machine.
 
-        A checkpoint may come from a stranger. Placements are left out, and options marked with :data:`~arctic_plugins.plugin.THIS_MACHINE` have their
-        defaults: where bytes go is for who runs it to say.
+        A checkpoint may come from a stranger. Placements are left out, and options marked with
+        :data:`~arctic_plugins.plugin.THIS_MACHINE` have their defaults: where bytes go is for who runs it to say.
         """
         recorded = cls.recorded(path)
         if (size := len(json.dumps(recorded.to_dict()))) > LONGEST_STACK:
-            raise CheckpointError(f"the stack of {path} takes {size} characters", expected=f"at most {LONGEST_STACK}", fix="make it again")
-        return cls(tuple(plugin.from_options(plugin.options.anywhere()) for plugin in recorded.without("placement")), recorded._all("placement"))
+            raise CheckpointError(
+                f"the stack of {path} takes {size} characters", expected=f"at most {LONGEST_STACK}", fix="make it again"
+            )
+        return cls(
+            tuple(plugin.from_options(plugin.options.anywhere()) for plugin in recorded.without("placement")),
+            recorded._all("placement"),
+        )
 
     @classmethod
     def recorded(cls, path: str | Path) -> Stack:
@@ -112,7 +126,10 @@ class Stack:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The canonical form: every option spelled out, plugins in alphabetical order, JSON types only."""
-        return {plugin.name: plugin.options.model_dump(mode="json") for plugin in sorted(self.plugins, key=lambda plugin: plugin.name)}
+        return {
+            plugin.name: plugin.options.model_dump(mode="json")
+            for plugin in sorted(self.plugins, key=lambda plugin: plugin.name)
+        }
 
     def sha256(self) -> str:
         """Hex digest of the canonical form; equal for stacks that do the same."""
@@ -134,7 +151,9 @@ class Stack:
     def without(self, *slots: str) -> Stack:
         """This stack less what fills ``slots``. Of a plugin that fills another slot as well, that one stays."""
         hidden = self._all(*slots)
-        return Stack(tuple(plugin for plugin in self.plugins if not plugin.slots or plugin.slots - hidden[plugin.name]), hidden)
+        return Stack(
+            tuple(plugin for plugin in self.plugins if not plugin.slots or plugin.slots - hidden[plugin.name]), hidden
+        )
 
     def to_use(self) -> Stack:
         """This stack less what only training needs (:attr:`~arctic_plugins.plugin.Slot.training_only`)."""
@@ -147,7 +166,10 @@ class Stack:
             ConfigError: a plugin is in both.
         """
         if shared := sorted({plugin.name for plugin in self} & {plugin.name for plugin in other}):
-            raise ConfigError(f"plugin '{shared[0]}' is enabled twice: by the checkpoint and beside it", fix="leave it out beside the checkpoint")
+            raise ConfigError(
+                f"plugin '{shared[0]}' is enabled twice: by the checkpoint and beside it",
+                fix="leave it out beside the checkpoint",
+            )
         return Stack((*self, *other), {**self._hidden, **other._hidden})
 
     def slots(self, plugin: Plugin) -> frozenset[str]:
@@ -160,7 +182,9 @@ class Stack:
     # Typed calls over the hooks, in lifecycle order: nothing else in the project calls a hook.
 
     def check_host(self, host: str) -> None:
-        """Raise :class:`~arctic_plugins.errors.HostVersionError` unless ``host`` is installed in every plugin's range."""
+        """Raise :class:`~arctic_plugins.errors.HostVersionError` unless ``host`` is installed in every plugin's
+        range.
+        """
         check_hosts(self.plugins, host)
 
     def validate(self, model_config: Any, hardware: str) -> list[str]:
@@ -172,7 +196,8 @@ class Stack:
         """Gather every plugin's claims and settle them; see :func:`arctic_plugins.claims.arbitrate`.
 
         Raises:
-            ClaimError: see there, or a plugin that encodes or places weights claims nothing: whoever enabled it counts on it.
+            ClaimError: see there, or a plugin that encodes or places weights claims nothing: whoever enabled it counts
+                on it.
         """
         results = self._each("claim", model_config=model_config, modules=modules)
         made = [(plugin, claim) for plugin, claims in results for claim in claims]
@@ -183,7 +208,9 @@ class Stack:
                     expected="at least one weight; layers of other classes, as GPT-2's Conv1D, cannot be claimed",
                     fix=f"leave '{plugin.name}' out, or correct its options",
                 )
-        claims = arbitrate([(plugin.name, claim) for plugin, claim in made if claim.slot not in self._hidden[plugin.name]], modules)
+        claims = arbitrate(
+            [(plugin.name, claim) for plugin, claim in made if claim.slot not in self._hidden[plugin.name]], modules
+        )
         for slot, named in claims.by_slot.items():
             for name, values in named.items():
                 logger.debug("%s: %s <- %s", name, slot, values)
@@ -220,14 +247,17 @@ class Stack:
             for key, value in arguments.items():
                 if merged.setdefault(key, value) != value:
                     raise PluginError(
-                        f"plugins '{owner[key]}' and '{plugin.name}' set the engine argument '{key}' to {merged[key]!r} and {value!r}",
+                        f"plugins '{owner[key]}' and '{plugin.name}' set the engine argument '{key}' to "
+                        f"{merged[key]!r} and {value!r}",
                         fix=f"pass --{key.replace('_', '-')} yourself, or remove one of the two",
                     )
                 owner[key] = plugin.name
         return merged
 
     def _each(self, hook: str, *, only: Plugin | None = None, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
-        """Call ``hook`` of one plugin after another, in order, and yield (plugin, result) for every result that is not None."""
+        """Call ``hook`` of one plugin after another, in order, and yield (plugin, result) for every result that is not
+        None.
+        """
         for plugin in self.plugins if only is None else (only,):
             if any(hook in SLOTS[slot].hooks for slot in self._hidden[plugin.name]):
                 continue
@@ -238,7 +268,8 @@ class Stack:
                 raise
             except Exception as error:
                 raise PluginError(
-                    f"plugin '{plugin.name}' failed in {hook}: {type(error).__name__}: {error}", fix=f"report it to the authors of '{plugin.name}'"
+                    f"plugin '{plugin.name}' failed in {hook}: {type(error).__name__}: {error}",
+                    fix=f"report it to the authors of '{plugin.name}'",
                 ) from error
             yield from ((plugin, result) for result in results)
 
@@ -250,9 +281,13 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a list or mapping stands for a key", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a list or mapping stands for a key", key.start_mark
+                )
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key.value}' stands there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key '{key.value}' stands there twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -287,4 +322,6 @@ def parse_plugins(text: str) -> dict[str, Any]:
     try:
         return dict(json.loads(text))
     except ValueError as error:
-        raise ConfigError(f"plugins {text!r} is not valid JSON: {error}", expected='for instance \'{"fp8": {"bits": 8}}\'') from error
+        raise ConfigError(
+            f"plugins {text!r} is not valid JSON: {error}", expected='for instance \'{"fp8": {"bits": 8}}\''
+        ) from error

@@ -3,10 +3,11 @@
     pip install torchao bitsandbytes        # peers; those that are missing are left out
     python benchmarks/fp8_linear.py [--dtype bfloat16] [--plot docs/fp8_linear.png] [--json result.json]
 
-The columns `float32` and `bf16` are `nn.Linear` with weights and inputs in that dtype. Everybody else gets inputs in the dtype that `dtype: auto`
-means on this processor for a checkpoint in bfloat16, or in ``--dtype``. Caches are cold: every contender walks over as many layers as make 256 MB of
-fp8 weights, and contenders take turns, layer set by layer set, so that what else the machine does meets all of them. A cell is the median over rounds
-of the time per layer. What is very slow walks over fewer layers, twice. The bandwidth of memory is measured in the same run: reading is torch's sum
+The columns `float32` and `bf16` are `nn.Linear` with weights and inputs in that dtype. Everybody else gets inputs in
+the dtype that `dtype: auto` means on this processor for a checkpoint in bfloat16, or in ``--dtype``. Caches are cold:
+every contender walks over as many layers as make 256 MB of fp8 weights, and contenders take turns, layer set by layer
+set, so that what else the machine does meets all of them. A cell is the median over rounds of the time per layer. What
+is very slow walks over fewer layers, twice. The bandwidth of memory is measured in the same run: reading is torch's sum
 of 512 MB in one tensor, and its sum over the same weights; copying is its copy of 512 MB (bytes read and written).
 """
 
@@ -75,7 +76,9 @@ def _torchao(plain: nn.Linear) -> dict[str, nn.Module]:
 
     made = {}
     for name, config in (("torchao float8", Float8WeightOnlyConfig()), ("torchao int8", Int8WeightOnlyConfig())):
-        holder = nn.Sequential(nn.Linear(plain.in_features, plain.out_features, bias=False, device="meta", dtype=plain.weight.dtype))
+        holder = nn.Sequential(
+            nn.Linear(plain.in_features, plain.out_features, bias=False, device="meta", dtype=plain.weight.dtype)
+        )
         holder[0].weight = nn.Parameter(plain.weight.detach().clone(), requires_grad=False)
         quantize_(holder, config)
         made[name] = holder[0]
@@ -94,7 +97,9 @@ def _bitsandbytes(plain: nn.Linear) -> dict[str, nn.Module]:
 
 
 def interleaved(contenders: dict[str, Callable[[], object]], seconds: float, least: int) -> dict[str, float]:
-    """Median seconds of each, taking turns for about ``seconds`` in all and ``least`` rounds after one to warm up; what takes over 3 s, one."""
+    """Median seconds of each, taking turns for about ``seconds`` in all and ``least`` rounds after one to warm up; what
+    takes over 3 s, one.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     start, rounds = time.perf_counter(), 0
     while rounds <= least or time.perf_counter() - start < seconds:
@@ -129,7 +134,10 @@ def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, object]:
     count = max(2, -(-MEGABYTES * 2**20 // (out_features * in_features)))
     made = [layers(torch.randn(shape).mul_(0.02).bfloat16(), dtype) for _ in range(count)]
     read, copy = bandwidth()
-    print(f"\n### N = {out_features}, K = {in_features}: {count} layers; memory reads {read / 1e9:.1f} GB/s, copies {copy / 1e9:.1f} GB/s\n")
+    print(
+        f"\n### N = {out_features}, K = {in_features}: {count} layers; memory reads {read / 1e9:.1f} GB/s, copies "
+        f"{copy / 1e9:.1f} GB/s\n"
+    )
     names = list(made[0])
     print(f"| M | {' | '.join(names)} | fp8 / the faster plain |\n|{'---|' * (len(names) + 2)}")
     table: dict[str, dict[str, float]] = {}
@@ -156,10 +164,23 @@ def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, object]:
         codes = [layer[name].weight.view(torch.int64) for layer in made]
         with torch.inference_mode():
             x_MK = torch.randn(1, in_features, dtype=dtype)
-            times = interleaved({name: walk(name, x_MK), "sum": lambda codes=codes: [code.sum() for code in codes]}, 3, 5)
+            times = interleaved(
+                {name: walk(name, x_MK), "sum": lambda codes=codes: [code.sum() for code in codes]}, 3, 5
+            )
         speed, same = count * size / times[name], count * size / times["sum"]
-        print(f"\nM = 1, {name}: weights read at {speed / 1e9:.1f} GB/s; torch sums the same bytes at {same / 1e9:.1f} GB/s", end="")
-    return {"count": count, "read": read, "copy": copy, "milliseconds": table, "train": train(made, in_features, dtype), "encode": encode(made, copy)}
+        print(
+            f"\nM = 1, {name}: weights read at {speed / 1e9:.1f} GB/s; torch sums the same bytes at {same / 1e9:.1f} "
+            "GB/s",
+            end="",
+        )
+    return {
+        "count": count,
+        "read": read,
+        "copy": copy,
+        "milliseconds": table,
+        "train": train(made, in_features, dtype),
+        "encode": encode(made, copy),
+    }
 
 
 def train(made: list[dict[str, nn.Module]], in_features: int, dtype: torch.dtype) -> dict[str, float]:
@@ -182,7 +203,9 @@ def train(made: list[dict[str, nn.Module]], in_features: int, dtype: torch.dtype
 
 
 def encode(made: list[dict[str, nn.Module]], copy: float) -> dict[str, float]:
-    """Bytes per second (bfloat16 weights read, codes written) of encoding, into memory that is there already, as the copy is."""
+    """Bytes per second (bfloat16 weights read, codes written) of encoding, into memory that is there already, as the
+    copy is.
+    """
     weights, speeds = [layer["bf16"].weight for layer in made], {}
     for name in OURS:
         codec = made[0][name].codec
@@ -190,10 +213,18 @@ def encode(made: list[dict[str, nn.Module]], copy: float) -> dict[str, float]:
 
         def run(codec: FP8Codec = codec, buffers: list[dict[str, Tensor]] = buffers) -> None:
             for weight, encoded in zip(weights, buffers, strict=True):
-                kernels.encode(weight, encoded[""], encoded["_scale"], codec.bits, LARGEST_WEIGHT, CANDIDATES[codec.scale])
+                kernels.encode(
+                    weight, encoded[""], encoded["_scale"], codec.bits, LARGEST_WEIGHT, CANDIDATES[codec.scale]
+                )
 
-        speeds[name] = sum(weight.nbytes + codec.nbytes(tuple(weight.shape)) for weight in weights) / interleaved({name: run}, 2, 3)[name]
-    print(f"\nencode: {', '.join(f'{name} {speed / 1e9:.1f} GB/s = {speed / copy:.0%} of copying' for name, speed in speeds.items())}")
+        speeds[name] = (
+            sum(weight.nbytes + codec.nbytes(tuple(weight.shape)) for weight in weights)
+            / interleaved({name: run}, 2, 3)[name]
+        )
+    print(
+        "\nencode: "
+        + ", ".join(f"{name} {speed / 1e9:.1f} GB/s = {speed / copy:.0%} of copying" for name, speed in speeds.items())
+    )
     return speeds
 
 
@@ -225,11 +256,19 @@ def plot(results: dict[str, dict[str, object]], path: Path) -> None:
 def main() -> None:
     """Measure every shape, print tables, and write what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=dtype_name(compute_dtype(torch.bfloat16)), help="of the inputs")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default=dtype_name(compute_dtype(torch.bfloat16)),
+        help="of the inputs",
+    )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kernels.describe()[1]}, inputs in {arguments.dtype}")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kernels.describe()[1]}, inputs in "
+        f"{arguments.dtype}"
+    )
     results = {f"{shape[0]} x {shape[1]}": measure(shape, getattr(torch, arguments.dtype)) for shape in SHAPES}
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))

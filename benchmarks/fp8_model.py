@@ -1,15 +1,16 @@
 """Whole models: fp8 against float32, bfloat16 and the weight-only formats of other libraries.
 
-    python benchmarks/fp8_model.py vllm [MODEL] [--eager] [--floor]       # tokens/s of vLLM; default: a random Llama of 1.1B parameters
-    python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt    # of a real model
-    python benchmarks/fp8_model.py lora MODEL alpaca.json                 # loss and seconds of LoRA steps
+    python benchmarks/fp8_model.py vllm [MODEL] [--eager] [--floor]       # tokens/s of vLLM; default: a random Llama of
+    1.1B parameters python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt    # of a real model python
+    benchmarks/fp8_model.py lora MODEL alpaca.json                 # loss and seconds of LoRA steps
 
-vllm: engines run one after the other, each twice in turns, in processes of their own; a number is the better of its two runs. fp8 computes in the
-dtype that `dtype: auto` means here for a checkpoint in bfloat16. Decoding is what 64 more tokens take after the first, behind prompts of 8; prefill
-is the time to the first token of 1,024, left out where the processor has no instructions for the dtype (minutes). "products left out" is fp8 with
-zeros for every product over an encoded weight and of the head: what vLLM takes for everything else, which no kernel can better. perplexity: windows
-of 1,024 tokens, bfloat16 arithmetic. lora: r=16 on every linear module, bfloat16 arithmetic, the same batches of 4 x 256 tokens for both models,
-which take turns.
+vllm: engines run one after the other, each twice in turns, in processes of their own; a number is the better of its two
+runs. fp8 computes in the dtype that `dtype: auto` means here for a checkpoint in bfloat16. Decoding is what 64 more
+tokens take after the first, behind prompts of 8; prefill is the time to the first token of 1,024, left out where the
+processor has no instructions for the dtype (minutes). "products left out" is fp8 with zeros for every product over an
+encoded weight and of the head: what vLLM takes for everything else, which no kernel can better. perplexity: windows of
+1,024 tokens, bfloat16 arithmetic. lora: r=16 on every linear module, bfloat16 arithmetic, the same batches of 4 x 256
+tokens for both models, which take turns.
 """
 
 from __future__ import annotations
@@ -51,13 +52,22 @@ def run_vllm(arguments: argparse.Namespace) -> None:
         plain, encoded = Path(name, "bf16"), Path(name, "fp8")
         if arguments.model is None:
             config = LlamaConfig(
-                vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+                vocab_size=32000,
+                hidden_size=2048,
+                intermediate_size=5632,
+                num_hidden_layers=22,
+                num_attention_heads=32,
+                num_key_value_heads=4,
             )
             LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(plain)
         else:
             AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.bfloat16).save_pretrained(plain)
         _encode(plain, encoded)
-        engines = {"float32": (plain, "float32", False), "bf16": (plain, "bfloat16", False), "fp8": (encoded, own, False)}
+        engines = {
+            "float32": (plain, "float32", False),
+            "bf16": (plain, "bfloat16", False),
+            "fp8": (encoded, own, False),
+        }
         if arguments.eager:
             engines |= {f"{name} eager": (path, dtype, True) for name, (path, dtype, _) in engines.items()}
         if arguments.floor:
@@ -71,10 +81,17 @@ def run_vllm(arguments: argparse.Namespace) -> None:
                     times = best.setdefault(engine, {})
                     times[key] = min(seconds, times.get(key, math.inf))
         print("| engine | batch 1, tokens/s | batch 8, tokens/s | first token of 1,024, s |\n|---|---|---|---|")
-        fastest = {key: min(times.get(key, math.inf) for engine, times in best.items() if "fp8" not in engine) for key in ("1", "8", "prefill")}
+        fastest = {
+            key: min(times.get(key, math.inf) for engine, times in best.items() if "fp8" not in engine)
+            for key in ("1", "8", "prefill")
+        }
         for engine, times in best.items():
-            cells = [f"{int(batch) * 64 / times[batch]:.1f} ({fastest[batch] / times[batch]:.2f}x)" for batch in ("1", "8")]
-            cells.append(f"{times['prefill']:.2f} ({fastest['prefill'] / times['prefill']:.2f}x)" if "prefill" in times else "")
+            cells = [
+                f"{int(batch) * 64 / times[batch]:.1f} ({fastest[batch] / times[batch]:.2f}x)" for batch in ("1", "8")
+            ]
+            cells.append(
+                f"{times['prefill']:.2f} ({fastest['prefill'] / times['prefill']:.2f}x)" if "prefill" in times else ""
+            )
             print(f"| {engine} | {' | '.join(cells)} |")
 
 
@@ -86,11 +103,18 @@ def _encode(plain: Path, encoded: Path) -> None:
     from arctic_plugins import Stack
 
     register()
-    freeze(AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), Stack.from_dict({"fp8": {}})).save_pretrained(encoded)
+    freeze(
+        AutoModelForCausalLM.from_pretrained(plain, dtype=torch.bfloat16), Stack.from_dict({"fp8": {}})
+    ).save_pretrained(encoded)
 
 
 def _engine(path: Path, dtype: str, *options: str) -> dict[str, float]:
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment = {
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+    }
     command = [sys.executable, __file__, "engine", str(path), "--dtype", dtype, *options]
     done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -125,7 +149,10 @@ def run_engine(arguments: argparse.Namespace) -> None:
         return time.perf_counter() - start
 
     seconds(8, 8, 4)
-    result = {str(batch): statistics.median(seconds(batch, 8, 65) - seconds(batch, 8, 1) for _ in range(3)) for batch in (1, 8)}
+    result = {
+        str(batch): statistics.median(seconds(batch, 8, 65) - seconds(batch, 8, 1) for _ in range(3))
+        for batch in (1, 8)
+    }
     if is_native(getattr(torch, arguments.dtype), "cpu"):
         result["prefill"] = statistics.median(seconds(1, 1024, 1) for _ in range(3))
     print(json.dumps(result))
@@ -135,9 +162,15 @@ def run_perplexity(arguments: argparse.Namespace) -> None:
     """Compare formats."""
     from transformers import AutoTokenizer
 
-    tokens = AutoTokenizer.from_pretrained(arguments.model)(Path(arguments.data).read_text(), return_tensors="pt").input_ids[0]
+    tokens = AutoTokenizer.from_pretrained(arguments.model)(
+        Path(arguments.data).read_text(), return_tensors="pt"
+    ).input_ids[0]
     windows = tokens[: len(tokens) // 1024 * 1024].view(-1, 1024)[: arguments.windows]
-    print(f"{len(windows)} windows of 1,024 tokens\n\n| format | perplexity | over bf16 | MB of linear weights |\n|---|---|---|---|", flush=True)
+    print(
+        f"{len(windows)} windows of 1,024 tokens\n\n| format | perplexity | over bf16 | MB of linear weights "
+        "|\n|---|---|---|---|",
+        flush=True,
+    )
     plain = 0.0
     for name, load in _formats(arguments.model):
         model, size = load()
@@ -156,20 +189,28 @@ def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int
     from arctic_plugins import Stack
 
     def ours(options: dict[str, Any] | None) -> tuple[Any, int]:
-        model, _ = load_model(checkpoint, None if options is None else Stack.from_dict({"fp8": options}), dtype=torch.bfloat16)
+        model, _ = load_model(
+            checkpoint, None if options is None else Stack.from_dict({"fp8": options}), dtype=torch.bfloat16
+        )
         modules = [model.get_submodule(name) for name in weight_specs(model) if name != "lm_head"]
-        return model, sum(parameter.nbytes for module in modules for name, parameter in module.named_parameters() if name != "bias")
+        return model, sum(
+            parameter.nbytes for module in modules for name, parameter in module.named_parameters() if name != "bias"
+        )
 
     def bnb(**options: Any) -> tuple[Any, int]:
         config = BitsAndBytesConfig(llm_int8_skip_modules=["lm_head"], **options)
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=config, device_map="cpu")
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
+        )
         return model, _bytes(model)
 
     def torchao(config: Any) -> tuple[Any, int]:
         from torchao.quantization import quantize_
 
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
-        quantize_(model, config, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head")
+        quantize_(
+            model, config, filter_fn=lambda module, name: isinstance(module, torch.nn.Linear) and name != "lm_head"
+        )
         return model, 0
 
     yield "bf16", lambda: ours(None)
@@ -186,7 +227,10 @@ def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int
         import bitsandbytes  # noqa: F401
 
         yield "bnb int8", lambda: bnb(load_in_8bit=True)
-        yield "bnb nf4", lambda: bnb(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+        yield (
+            "bnb nf4",
+            lambda: bnb(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
+        )
     except ImportError as error:
         print(f"left out: {error}")
 
@@ -204,10 +248,17 @@ def run_lora(arguments: argparse.Namespace) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     records = json.loads(Path(arguments.data).read_text())
-    texts = [f"{record['instruction']}\n{record.get('input', '')}\n{record['output']}{tokenizer.eos_token}" for record in records]
+    texts = [
+        f"{record['instruction']}\n{record.get('input', '')}\n{record['output']}{tokenizer.eos_token}"
+        for record in records
+    ]
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lora, groups = {"lora": {"r": 16}}, {"group_size": 128, "scale": "mse"}
-    stacks: dict[str, dict[str, Any]] = {"bf16": lora, "fp8": {"fp8": {}, **lora}, "fp8 g128 mse": {"fp8": groups, **lora}}
+    stacks: dict[str, dict[str, Any]] = {
+        "bf16": lora,
+        "fp8": {"fp8": {}, **lora},
+        "fp8 g128 mse": {"fp8": groups, **lora},
+    }
     models, optimizers = {}, {}
     for name, plugins in stacks.items():
         torch.manual_seed(0)
@@ -233,7 +284,10 @@ def run_lora(arguments: argparse.Namespace) -> None:
     median = {name: statistics.median(values[1:]) for name, values in times.items()}
     print(f"| base | mean loss of {arguments.steps} steps | s/step (median) |\n|---|---|---|")
     for name in stacks:
-        print(f"| {name} | {mean[name]:.4f} ({mean[name] / mean['bf16'] - 1:+.2%}) | {median[name]:.3f} ({median[name] / median['bf16']:.2f}x) |")
+        print(
+            f"| {name} | {mean[name]:.4f} ({mean[name] / mean['bf16'] - 1:+.2%}) | {median[name]:.3f} "
+            f"({median[name] / median['bf16']:.2f}x) |"
+        )
 
 
 def main() -> None:

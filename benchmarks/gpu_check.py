@@ -1,11 +1,13 @@
-"""What of the project runs on this GPU, and how fast: its tests marked ``gpu``, the dtype policy, an fp8 layer and a LoRA run against bfloat16.
+"""What of the project runs on this GPU, and how fast: its tests marked ``gpu``, the dtype policy, an fp8 layer and a
+LoRA run against bfloat16.
 
     python benchmarks/gpu_check.py [--json result.json] [--layers 16] [--device cpu]
 
-Nothing has to be installed: the packages of this checkout are found by their metadata, which is written to a temporary directory. Figures are
-medians of 20 calls after 5, by CUDA events, with the weights of a layer in the card's cache or not as its size has it. The run trains a random
-Llama of ``--layers`` layers (about a billion parameters with 16) on random texts, and says seconds a step and the peak of allocated memory.
-``--device cpu`` is for trying the script itself.
+Nothing has to be installed: the packages of this checkout are found by their metadata, which is written to a temporary
+directory. Figures are medians of 20 calls after 5, by CUDA events, with the weights of a layer in the card's cache or
+not as its size has it. The run trains a random Llama of ``--layers`` layers (about a billion parameters with 16) on
+random texts, and says seconds a step and the peak of allocated memory. ``--device cpu`` is for trying the script
+itself.
 """
 
 from __future__ import annotations
@@ -25,9 +27,18 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PARTS = [ROOT, *sorted((ROOT / "integrations").iterdir()), *sorted((ROOT / "plugins").iterdir())]
-TESTS = ("plugins/fp8/tests/test_kernels.py", "plugins/longseq/tests/test_longseq.py", "plugins/offload/tests/test_offload.py")
+TESTS = (
+    "plugins/fp8/tests/test_kernels.py",
+    "plugins/longseq/tests/test_longseq.py",
+    "plugins/offload/tests/test_offload.py",
+)
 ROWS = (1, 8, 64, 512, 4096)
-CODECS: dict[str, dict[str, Any]] = {"fp8": {}, "fp8 g128": {"group_size": 128}, "fp6": {"bits": 6, "group_size": 128}, "fp12": {"bits": 12}}
+CODECS: dict[str, dict[str, Any]] = {
+    "fp8": {},
+    "fp8 g128": {"group_size": 128},
+    "fp6": {"bits": 6, "group_size": 128},
+    "fp12": {"bits": 12},
+}
 
 
 def expose(site: Path) -> None:
@@ -37,9 +48,14 @@ def expose(site: Path) -> None:
         project = tomllib.loads((part / "pyproject.toml").read_text())["project"]
         metadata = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
         metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+        )
         groups = project.get("entry-points", {}).items()
-        lines = [f"[{group}]\n" + "\n".join(f"{name} = {value}" for name, value in points.items()) for group, points in groups]
+        lines = [
+            f"[{group}]\n" + "\n".join(f"{name} = {value}" for name, value in points.items())
+            for group, points in groups
+        ]
         (metadata / "entry_points.txt").write_text("\n".join(lines) + "\n")
     paths = [str(site), *map(str, parts)]
     sys.path[:0] = paths
@@ -75,7 +91,9 @@ def milliseconds(call: Any, device: str) -> float:
 
 
 def layer(size: tuple[int, int], device: str) -> dict[str, Any]:
-    """Milliseconds of one linear layer by rows of x: forward, and forward with the gradient of x; the error against the decoded weight in float32."""
+    """Milliseconds of one linear layer by rows of x: forward, and forward with the gradient of x; the error against the
+    decoded weight in float32.
+    """
     import torch
     from arctic_plugins_fp8.codec import FP8Codec
 
@@ -86,7 +104,9 @@ def layer(size: tuple[int, int], device: str) -> dict[str, Any]:
     modules: dict[str, torch.nn.Module] = {"bf16": plain}
     found: dict[str, Any] = {}
     for name, options in CODECS.items():
-        module = FrozenLinear.from_linear(torch.nn.Linear(size[1], size[0], bias=False, device="meta", dtype=torch.bfloat16), FP8Codec(**options))
+        module = FrozenLinear.from_linear(
+            torch.nn.Linear(size[1], size[0], bias=False, device="meta", dtype=torch.bfloat16), FP8Codec(**options)
+        )
         module.encode(weight.cpu())
         modules[name] = module = module.to(device)
         x = torch.randn(64, size[1], device=device, dtype=torch.bfloat16, requires_grad=True)
@@ -119,7 +139,13 @@ def run(layers: int, directory: Path, device: str) -> dict[str, Any]:
     from arctic_plugins.compute import compute_dtype
     from arctic_plugins.testing import tiny_llama
 
-    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8, "num_hidden_layers": layers}
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_hidden_layers": layers,
+    }
     checkpoint = tiny_llama(directory / "llama", dtype="bfloat16", max_position_embeddings=2048, **sizes)
     texts = [{"input_ids": (ids := torch.randint(5, 250, (1024,))), "labels": ids} for _ in range(4 * 14)]
 
@@ -179,8 +205,13 @@ def main() -> None:
 
         from arctic_plugins.compute import compute_dtype
 
-        result: dict[str, Any] = {"device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu", "torch": torch.__version__}
-        result["dtypes"] = {str(dtype): str(compute_dtype(dtype, options.device)) for dtype in (torch.bfloat16, torch.float16)}
+        result: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else "cpu",
+            "torch": torch.__version__,
+        }
+        result["dtypes"] = {
+            str(dtype): str(compute_dtype(dtype, options.device)) for dtype in (torch.bfloat16, torch.float16)
+        }
         steps = {
             "tests": tests,
             "layer": lambda: layer((4096, 4096), options.device),

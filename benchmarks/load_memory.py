@@ -2,11 +2,11 @@
 
     python benchmarks/load_memory.py [CHECKPOINT]
 
-Without an argument it makes a random Llama of about 0.5B parameters. "peak" is the largest anonymous resident memory (RssAnon of
-/proc/self/status, sampled every millisecond) above what the process held before loading, "after" the same when loading is done. Tensors that are
-taken over as they are stay mapped from the checkpoint file: they are not anonymous memory, and count in "weights" only. Mapped weights are read when
-they are first used: "with first answer" is the time until the logits of one token are there, "cold" the same when the files were not in memory
-before. Linux only.
+Without an argument it makes a random Llama of about 0.5B parameters. "peak" is the largest anonymous resident memory
+(RssAnon of /proc/self/status, sampled every millisecond) above what the process held before loading, "after" the same
+when loading is done. Tensors that are taken over as they are stay mapped from the checkpoint file: they are not
+anonymous memory, and count in "weights" only. Mapped weights are read when they are first used: "with first answer" is
+the time until the logits of one token are there, "cold" the same when the files were not in memory before. Linux only.
 """
 
 from __future__ import annotations
@@ -137,13 +137,21 @@ def main() -> None:
             for times in (runs, cold, runs, cold, runs, cold):
                 if times is cold:
                     forget(source)
-                done = subprocess.run([sys.executable, __file__, "--child", str(source), plugins], capture_output=True, text=True, check=True)
+                done = subprocess.run(
+                    [sys.executable, __file__, "--child", str(source), plugins],
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
                 times.append(json.loads(done.stdout.splitlines()[-1]))
             slow = sorted(run["answered"] for run in cold)[1]
             middle = {key: sorted(run[key] for run in runs)[1] for key in runs[0]}
             extra = middle["peak"] - middle["after"]
             sizes = " | ".join(f"{middle[key]:.0f}" for key in ("weights", "after", "peak"))
-            print(f"| {label} | {sizes} | {extra:.0f} | {middle['largest']:.0f} | {middle['seconds']:.2f} | {middle['answered']:.2f} | {slow:.2f} |")
+            print(
+                f"| {label} | {sizes} | {extra:.0f} | {middle['largest']:.0f} | {middle['seconds']:.2f} | "
+                f"{middle['answered']:.2f} | {slow:.2f} |"
+            )
 
 
 if __name__ == "__main__":

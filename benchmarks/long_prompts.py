@@ -1,4 +1,5 @@
-"""Time to the first token by length of the prompt, up to 131,072 tokens, in the real vLLM engine on CPU: a tiny Llama, yarn and llama3 scaling.
+"""Time to the first token by length of the prompt, up to 131,072 tokens, in the real vLLM engine on CPU: a tiny Llama,
+yarn and llama3 scaling.
 
     python benchmarks/long_prompts.py [--types yarn llama3] [--lengths 8192 16384 32768 65536 131071] [--json FILE]
 
@@ -26,11 +27,20 @@ def serve(checkpoint: str, lengths: list[int]) -> dict[str, float]:
 
     from vllm import LLM, SamplingParams, TokensPrompt
 
-    llm = LLM(checkpoint, dtype="float32", enforce_eager=True, enable_chunked_prefill=True, max_num_batched_tokens=4096, max_num_seqs=2)
+    llm = LLM(
+        checkpoint,
+        dtype="float32",
+        enforce_eager=True,
+        enable_chunked_prefill=True,
+        max_num_batched_tokens=4096,
+        max_num_seqs=2,
+    )
     assert llm.model_config.max_model_len == LENGTH
     seconds = {}
     for length in lengths:
-        prompt = TokensPrompt(prompt_token_ids=[random.Random(length).randrange(5, 260)] + [7 + at % 200 for at in range(length - 1)])
+        prompt = TokensPrompt(
+            prompt_token_ids=[random.Random(length).randrange(5, 260)] + [7 + at % 200 for at in range(length - 1)]
+        )
         started = time.perf_counter()
         llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
         seconds[str(length)] = time.perf_counter() - started
@@ -56,17 +66,25 @@ def main() -> None:
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        plain = tiny_llama(Path(folder) / "plain", max_position_embeddings=2048, num_hidden_layers=2, num_key_value_heads=1)
+        plain = tiny_llama(
+            Path(folder) / "plain", max_position_embeddings=2048, num_hidden_layers=2, num_key_value_heads=1
+        )
         for kind in options.types:
             stack = Stack.from_dict({"rope": {"type": kind, "max_position_embeddings": LENGTH}})
             checkpoint = save_checkpoint(*load_model(plain, stack), Path(folder) / kind, stack)
             command = [sys.executable, __file__, "--child", str(checkpoint), "--lengths", *map(str, options.lengths)]
             done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-            found[kind] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
+            found[kind] = json.loads(
+                next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT ")
+            )
     columns = list(next(iter(found.values())))
     print("| type | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
     for kind, row in found.items():
-        print(f"| {kind} | " + " | ".join(f"{value:.1f}" if key != "peak MB" else f"{value:.0f}" for key, value in row.items()) + " |")
+        print(
+            f"| {kind} | "
+            + " | ".join(f"{value:.1f}" if key != "peak MB" else f"{value:.0f}" for key, value in row.items())
+            + " |"
+        )
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1))
 

@@ -1,10 +1,12 @@
-"""Training SmolLM2-135M with LoRA on longer and longer sequences: peak resident memory and step time, with and without `longseq`, beside plain PEFT.
+"""Training SmolLM2-135M with LoRA on longer and longer sequences: peak resident memory and step time, with and without
+`longseq`, beside plain PEFT.
 
     python benchmarks/longseq.py [--shapes 4x256 1x1024 1x2048 ...] [--limit-mb 8000] [--steps 3] [--json FILE]
 
-A process for each contender and shape, in turns; random tokens, bfloat16 weights, autocast, r = 16 on all linear layers, AdamW. "Peak" is the largest
-resident size of the whole process (VmHWM: libraries, which take about half a gigabyte, are in it), "step" the median of the steps after the first.
-A contender whose peak at one length is above the limit is not run at longer ones. The model is the demo's; Linux only.
+A process for each contender and shape, in turns; random tokens, bfloat16 weights, autocast, r = 16 on all linear
+layers, AdamW. "Peak" is the largest resident size of the whole process (VmHWM: libraries, which take about half a
+gigabyte, are in it), "step" the median of the steps after the first. A contender whose peak at one length is above the
+limit is not run at longer ones. The model is the demo's; Linux only.
 """
 
 from __future__ import annotations
@@ -59,7 +61,11 @@ def measure(plugins: dict[str, Any], checkpoints: bool, rows: int, length: int, 
         losses.append(loss.item())
         del loss
         seconds.append(time.perf_counter() - started)
-    peak = next(int(line.split()[1]) / 1e3 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    peak = next(
+        int(line.split()[1]) / 1e3
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return {"peak": peak, "step": statistics.median(seconds[1:] or seconds), "loss": losses[0]}
 
 
@@ -77,7 +83,9 @@ def main() -> None:
         print("\nRESULT " + json.dumps(measure(**json.loads(options.child))))
         return
     found: dict[str, dict[str, dict[str, float]]] = {name: {} for name in options.contenders}
-    print("| rows x length | contender | peak MB | of PEFT's | step s | of PEFT's | loss |\n|---|---|---|---|---|---|---|")
+    print(
+        "| rows x length | contender | peak MB | of PEFT's | step s | of PEFT's | loss |\n|---|---|---|---|---|---|---|"
+    )
     for shape in options.shapes:
         rows, length = map(int, shape.split("x"))
         for name in options.contenders:
@@ -88,12 +96,16 @@ def main() -> None:
             job = {"plugins": plugins, "checkpoints": checkpoints, "rows": rows, "length": length, "steps": steps}
             command = [sys.executable, __file__, "--child", json.dumps(job)]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            result = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT "))
+            result = json.loads(
+                next(line for line in done.stdout.splitlines() if line.startswith("RESULT ")).removeprefix("RESULT ")
+            )
             found[name][shape] = result
             plain = found.get("PEFT", {}).get(shape)
             ratios = [f"{result[key] / plain[key]:.2f}" if plain else "" for key in ("peak", "step")]
             print(
-                f"| {shape} | {name} | {result['peak']:.0f} | {ratios[0]} | {result['step']:.2f} | {ratios[1]} | {result['loss']:.4f} |", flush=True
+                f"| {shape} | {name} | {result['peak']:.0f} | {ratios[0]} | {result['step']:.2f} | {ratios[1]} | "
+                f"{result['loss']:.4f} |",
+                flush=True,
             )
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1))

@@ -1,7 +1,9 @@
-"""Forward and backward of one mixture of experts on CPU, bfloat16: transformers' implementations, ours, DeepSpeed's layer, and fp8 experts.
+"""Forward and backward of one mixture of experts on CPU, bfloat16: transformers' implementations, ours, DeepSpeed's
+layer, and fp8 experts.
 
-All in one run, interleaved, medians; every contender's result is compared before it is timed. Sizes are those of Arctic's and Mixtral's layers scaled
-down so that weights and gradients fit in memory. "plain" rows train the experts; "frozen" ones give gradients to the tokens only, as under adapters.
+All in one run, interleaved, medians; every contender's result is compared before it is timed. Sizes are those of
+Arctic's and Mixtral's layers scaled down so that weights and gradients fit in memory. "plain" rows train the experts;
+"frozen" ones give gradients to the tokens only, as under adapters.
 
 ``python benchmarks/moe.py``; ``--json FILE`` keeps the figures.
 """
@@ -33,7 +35,15 @@ SLOW = 3.0
 class Contender:
     """One step of a layer; :meth:`clear` frees the gradients of the step before, outside of what is timed."""
 
-    def __init__(self, module: Any, x: Tensor, implementation: str | None = None, *, trains: bool = True, forward: Callable[[], Tensor]) -> None:
+    def __init__(
+        self,
+        module: Any,
+        x: Tensor,
+        implementation: str | None = None,
+        *,
+        trains: bool = True,
+        forward: Callable[[], Tensor],
+    ) -> None:
         self.module, self.x, self.implementation, self.trains, self.forward = module, x, implementation, trains, forward
 
     def clear(self) -> None:
@@ -125,7 +135,9 @@ def main() -> None:
     parser.add_argument("--json")
     options = parser.parse_args()
     if not options.no_deepspeed:
-        os.environ.update(DS_ACCELERATOR="cpu", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517")
+        os.environ.update(
+            DS_ACCELERATOR="cpu", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="29517"
+        )
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo")
@@ -154,7 +166,9 @@ def main() -> None:
             medians = {contender: statistics.median(seconds) for contender, seconds in times.items()}
             for contender, seconds in sorted(medians.items()):
                 ratio = medians["plain arctic" if contender.startswith("plain") else "frozen arctic"] / seconds
-                rows.append({"layer": name, "tokens": tokens, "contender": contender, "seconds": seconds, "ours / it": ratio})
+                rows.append(
+                    {"layer": name, "tokens": tokens, "contender": contender, "seconds": seconds, "ours / it": ratio}
+                )
                 print(f"| {name} | {tokens} | {contender} | {1e3 * seconds:.1f} | {ratio:.2f} |", flush=True)
             del runs, results
     if options.json:

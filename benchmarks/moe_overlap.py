@@ -1,8 +1,10 @@
-"""Expert parallelism over an emulated link: how much communication of Arctic's hybrid layers hides behind attention and the dense residual.
+"""Expert parallelism over an emulated link: how much communication of Arctic's hybrid layers hides behind attention and
+the dense residual.
 
-Two processes with one thread each, gloo. What all-to-all brings arrives ``bytes / rate`` after it was sent, one message after the other; waiting
-costs no processor time. In one run and interleaved, for every rate: the step (forward and backward) as it is, with every message waited for where it
-is sent, and with a link that takes no time. The hidden share is (waiting - overlapped) / (waiting - no link).
+Two processes with one thread each, gloo. What all-to-all brings arrives ``bytes / rate`` after it was sent, one message
+after the other; waiting costs no processor time. In one run and interleaved, for every rate: the step (forward and
+backward) as it is, with every message waited for where it is sent, and with a link that takes no time. The hidden share
+is (waiting - overlapped) / (waiting - no link).
 
 ``python benchmarks/moe_overlap.py``: medians of some steps, ratios; writes JSON with ``--json FILE``.
 """
@@ -116,14 +118,21 @@ def process(rank: int, options: argparse.Namespace, store: str) -> None:
     if rank == 0:
         rows = []
         for share in options.shares:
-            none, waiting, overlapped = (statistics.median(times[share, kind]) for kind in ("none", "waiting", "overlapped"))
+            none, waiting, overlapped = (
+                statistics.median(times[share, kind]) for kind in ("none", "waiting", "overlapped")
+            )
             hidden = (waiting - overlapped) / (waiting - none)
             rows.append({"share": share, "none": none, "waiting": waiting, "overlapped": overlapped, "hidden": hidden})
-        print("| communication / step without it | no link s | waiting s | overlapped s | overlapped / waiting | hidden |")
+        print(
+            "| communication / step without it | no link s | waiting s | overlapped s | overlapped / waiting | hidden |"
+        )
         print("|---|---|---|---|---|---|")
         for row in rows:
             ratio = row["overlapped"] / row["waiting"]
-            print(f"| {row['share']:.2f} | {row['none']:.3f} | {row['waiting']:.3f} | {row['overlapped']:.3f} | {ratio:.2f} | {row['hidden']:.0%} |")
+            print(
+                f"| {row['share']:.2f} | {row['none']:.3f} | {row['waiting']:.3f} | {row['overlapped']:.3f} | "
+                f"{ratio:.2f} | {row['hidden']:.0%} |"
+            )
         if options.json:
             with open(options.json, "w", encoding="utf-8") as file:
                 json.dump(rows, file, indent=1)

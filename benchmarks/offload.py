@@ -1,12 +1,14 @@
-"""LoRA over a base that is partly on disk: resident bytes and step time by ratio, and a memory limit that only offload survives.
+"""LoRA over a base that is partly on disk: resident bytes and step time by ratio, and a memory limit that only offload
+survives.
 
     python benchmarks/offload.py ratios [--tokens 512] [--steps 6] [--rounds 3]
     python benchmarks/offload.py limit [--limit-mb 2000] [--tokens 128]
 
-The model is a random Llama of 1.1B parameters (TinyLlama's shapes), trained in bfloat16 with LoRA (r=16) under gradient checkpointing on one row of
-random tokens. ratios: a process per ratio, the processes in turns; "resident" is what of the encoded weights is in memory between two steps, page by
-page (/proc/self/pagemap), and the largest value during a step, sampled; "step" the median over all rounds. limit: RLIMIT_DATA, which bounds what a
-process may allocate (files that are mapped read-only do not count), for stacks one after the other. Linux only.
+The model is a random Llama of 1.1B parameters (TinyLlama's shapes), trained in bfloat16 with LoRA (r=16) under gradient
+checkpointing on one row of random tokens. ratios: a process per ratio, the processes in turns; "resident" is what of
+the encoded weights is in memory between two steps, page by page (/proc/self/pagemap), and the largest value during a
+step, sampled; "step" the median over all rounds. limit: RLIMIT_DATA, which bounds what a process may allocate (files
+that are mapped read-only do not count), for stacks one after the other. Linux only.
 """
 
 from __future__ import annotations
@@ -31,12 +33,20 @@ def make_model(folder: Path) -> Path:
     """The random model, written once."""
     from arctic_plugins.testing import tiny_llama
 
-    sizes = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32, "num_key_value_heads": 4}
+    sizes = {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+    }
     return tiny_llama(folder / "model", dtype="bfloat16", head_dim=64, vocab_size=32000, **sizes)
 
 
 def present(ranges: list[tuple[int, int]]) -> int:
-    """Bytes of (address, length) that are in this process's memory (Documentation/admin-guide/mm/pagemap.rst: bit 63)."""
+    """Bytes of (address, length) that are in this process's memory (Documentation/admin-guide/mm/pagemap.rst: bit
+    63).
+    """
     pages = 0
     with open("/proc/self/pagemap", "rb", buffering=0) as file:
         for address, length in ranges:
@@ -68,7 +78,9 @@ def measure(checkpoint: str, plugins: dict[str, Any], tokens: int, steps: int) -
     model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
     ids = torch.randint(10, 31000, (1, tokens))
-    frozen = [(module, leaf) for module in model.modules() if isinstance(module, FrozenModule) for leaf in module.frozen]
+    frozen = [
+        (module, leaf) for module in model.modules() if isinstance(module, FrozenModule) for leaf in module.frozen
+    ]
     ranges = [(buffer.data_ptr(), buffer.nbytes) for module, leaf in frozen for buffer in module.export(leaf).values()]
     highest, done = 0, threading.Event()
 
@@ -89,13 +101,33 @@ def measure(checkpoint: str, plugins: dict[str, Any], tokens: int, steps: int) -
         losses.append(loss.item())
         times.append(time.perf_counter() - started)
     done.set()
-    sizes = {"encoded": sum(length for _, length in ranges), "resident": present(ranges), "highest": highest, "rss": rss()}
-    return {"seconds": times[1:-1], "loss": losses[-1], "loading": loading, **{key: size / 1e6 for key, size in sizes.items()}}
+    sizes = {
+        "encoded": sum(length for _, length in ranges),
+        "resident": present(ranges),
+        "highest": highest,
+        "rss": rss(),
+    }
+    return {
+        "seconds": times[1:-1],
+        "loss": losses[-1],
+        "loading": loading,
+        **{key: size / 1e6 for key, size in sizes.items()},
+    }
 
 
-def child(checkpoint: Path, plugins: dict[str, Any], arguments: argparse.Namespace, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+def child(
+    checkpoint: Path, plugins: dict[str, Any], arguments: argparse.Namespace, limit: int | None = None
+) -> subprocess.CompletedProcess[str]:
     """:func:`measure` in a process of its own."""
-    command = [sys.executable, __file__, "child", str(checkpoint), json.dumps(plugins), str(arguments.tokens), str(arguments.steps)]
+    command = [
+        sys.executable,
+        __file__,
+        "child",
+        str(checkpoint),
+        json.dumps(plugins),
+        str(arguments.tokens),
+        str(arguments.steps),
+    ]
 
     def bound() -> None:
         if limit is not None:
@@ -115,13 +147,19 @@ def run_ratios(arguments: argparse.Namespace, folder: Path) -> None:
             if done.returncode:
                 sys.exit(done.stderr[-2000:])
             runs[ratio].append(json.loads(done.stdout.splitlines()[-1]))
-    print("| ratio | promised MB | resident MB | highest MB | process MB | s/step | of ratio 0 | loss |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| ratio | promised MB | resident MB | highest MB | process MB | s/step | of ratio 0 | loss "
+        "|\n|---|---|---|---|---|---|---|---|"
+    )
     base = statistics.median(time for run in runs[0.0] for time in run["seconds"])
     for ratio, found in runs.items():
         step = statistics.median(time for run in found for time in run["seconds"])
         last = found[-1]
         sizes = " | ".join(f"{last[key]:.0f}" for key in ("resident", "highest", "rss"))
-        print(f"| {ratio} | {last['encoded'] * (1 - ratio):.0f} | {sizes} | {step:.2f} | {step / base:.2f} | {last['loss']:.6f} |")
+        print(
+            f"| {ratio} | {last['encoded'] * (1 - ratio):.0f} | {sizes} | {step:.2f} | {step / base:.2f} | "
+            f"{last['loss']:.6f} |"
+        )
 
 
 def run_limit(arguments: argparse.Namespace, folder: Path) -> None:
@@ -141,11 +179,17 @@ def run_limit(arguments: argparse.Namespace, folder: Path) -> None:
     ):
         done = child(checkpoint, plugins, arguments, arguments.limit_mb * 10**6)
         if done.returncode:
-            last = next((line for line in reversed(done.stderr.splitlines()) if "emory" in line), f"exit status {done.returncode}")
+            last = next(
+                (line for line in reversed(done.stderr.splitlines()) if "emory" in line),
+                f"exit status {done.returncode}",
+            )
             print(f"| {label} | dies: {last[:150]} |")
         else:
             found = json.loads(done.stdout.splitlines()[-1])
-            print(f"| {label} | trains: loss {found['loss']:.4f}, {statistics.median(found['seconds']):.2f} s/step, {found['rss']:.0f} MB resident |")
+            print(
+                f"| {label} | trains: loss {found['loss']:.4f}, {statistics.median(found['seconds']):.2f} s/step, "
+                f"{found['rss']:.0f} MB resident |"
+            )
 
 
 def main() -> None:
@@ -159,7 +203,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit-mb", type=int, default=2000)
-    parser.add_argument("--folder", type=Path, help="where the model and the offloaded weights go; default: a temporary directory")
+    parser.add_argument(
+        "--folder", type=Path, help="where the model and the offloaded weights go; default: a temporary directory"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         (run_ratios if arguments.what == "ratios" else run_limit)(arguments, Path(folder))

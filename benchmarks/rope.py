@@ -1,11 +1,13 @@
-"""What RoPE scaling buys, without training and with an adapter: SmolLM2-135M, trained on texts of up to 8,192 tokens, on longer ones.
+"""What RoPE scaling buys, without training and with an adapter: SmolLM2-135M, trained on texts of up to 8,192 tokens,
+on longer ones.
 
-    python benchmarks/rope.py TEXT [--lengths 4096 8192 16384] [--passkeys 4096 8192] [--adapter DIR] [--plot docs/rope.png] [--json FILE]
+    python benchmarks/rope.py TEXT [--lengths 4096 8192 16384] [--passkeys 4096 8192] [--adapter DIR] [--plot
+    docs/rope.png] [--json FILE]
 
-Perplexity by position: windows of TEXT (a file; WikiText-2's test split for the figures in the docs), mean over the positions of every bucket.
-Pass keys: five digits for each of several cities stand in a passage of TEXT, at --depths of it, and all are asked for, as in
-`examples/long_context.py`; a key is found where each of its digits is the most likely next token. Every type is scaled to the longest length. No
-network: the model is the demo's.
+Perplexity by position: windows of TEXT (a file; WikiText-2's test split for the figures in the docs), mean over the
+positions of every bucket. Pass keys: five digits for each of several cities stand in a passage of TEXT, at --depths of
+it, and all are asked for, as in `examples/long_context.py`; a key is found where each of its digits is the most likely
+next token. Every type is scaled to the longest length. No network: the model is the demo's.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ passage = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "long_cont
 
 def scaled(kind: str, longest: int, adapter: str | None = None) -> tuple[Any, Any]:
     """The model with RoPE scaled to ``longest`` tokens, with an adapter merged into it perhaps."""
-    plugins = {} if kind == "none" else {"rope": {"type": kind, "max_position_embeddings": longest, "original_max_position_embeddings": ORIGINAL}}
+    plugins = (
+        {}
+        if kind == "none"
+        else {"rope": {"type": kind, "max_position_embeddings": longest, "original_max_position_embeddings": ORIGINAL}}
+    )
     model, tokenizer = load_model(str(smollm2()), Stack.from_dict(plugins), dtype=torch.bfloat16)
     if adapter:
         from arctic_plugins.frozen.lora import load_adapter
@@ -43,17 +49,25 @@ def scaled(kind: str, longest: int, adapter: str | None = None) -> tuple[Any, An
 
 @torch.no_grad()
 def token_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """``[length - 1]``: negative log-likelihood of every token but the first; logits exist for 512 positions at a time."""
+    """``[length - 1]``: negative log-likelihood of every token but the first; logits exist for 512 positions at a
+    time.
+    """
     hidden = model.model(ids[None], use_cache=False).last_hidden_state[0]
     parts = [
-        torch.nn.functional.cross_entropy(model.lm_head(hidden[at : at + 512]).float()[: len(ids) - 1 - at], ids[at + 1 : at + 513], reduction="none")
+        torch.nn.functional.cross_entropy(
+            model.lm_head(hidden[at : at + 512]).float()[: len(ids) - 1 - at], ids[at + 1 : at + 513], reduction="none"
+        )
         for at in range(0, len(ids) - 1, 512)
     ]
     return torch.cat(parts)
 
 
-def with_keys(tokenizer: Any, text: str, length: int, depths: list[float], seed: int) -> tuple[torch.Tensor, dict[str, float], dict[str, list[int]]]:
-    """Token ids of at most ``length``, the depth of each key in them, and the positions of the tokens that answer with each."""
+def with_keys(
+    tokenizer: Any, text: str, length: int, depths: list[float], seed: int
+) -> tuple[torch.Tensor, dict[str, float], dict[str, list[int]]]:
+    """Token ids of at most ``length``, the depth of each key in them, and the positions of the tokens that answer with
+    each.
+    """
     characters, count = 3 * length, 0
     while not 0.98 * length < count <= length:
         prompt, completion, keys = passage(text, characters, depths, random.Random(seed))
@@ -62,7 +76,10 @@ def with_keys(tokenizer: Any, text: str, length: int, depths: list[float], seed:
         count = len(tokens.input_ids)
         characters = int(characters * 0.99 * length / count)
     starts = {key: whole.rindex(key) for key in keys}
-    positions = {key: sorted({tokens.char_to_token(at) for at in range(start, start + len(key))}) for key, start in starts.items()}
+    positions = {
+        key: sorted({tokens.char_to_token(at) for at in range(start, start + len(key))})
+        for key, start in starts.items()
+    }
     return torch.tensor(tokens.input_ids), keys, positions
 
 
@@ -70,7 +87,11 @@ def with_keys(tokenizer: Any, text: str, length: int, depths: list[float], seed:
 def found_keys(model: Any, ids: torch.Tensor, positions: dict[str, list[int]]) -> list[str]:
     """The keys whose every token is the most likely one after those before it, all in one pass."""
     hidden = model.model(ids[None], use_cache=False).last_hidden_state[0]
-    return [key for key, at in positions.items() if model.lm_head(hidden[[p - 1 for p in at]]).argmax(-1).tolist() == ids[at].tolist()]
+    return [
+        key
+        for key, at in positions.items()
+        if model.lm_head(hidden[[p - 1 for p in at]]).argmax(-1).tolist() == ids[at].tolist()
+    ]
 
 
 def main() -> None:
@@ -80,7 +101,9 @@ def main() -> None:
     parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--windows", type=int, default=1)
-    parser.add_argument("--passkeys", type=int, nargs="*", help="lengths of texts with pass keys, where they are not those of --lengths")
+    parser.add_argument(
+        "--passkeys", type=int, nargs="*", help="lengths of texts with pass keys, where they are not those of --lengths"
+    )
     parser.add_argument("--depths", type=float, nargs="+", default=[0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
     parser.add_argument("--texts", type=int, default=4, help="texts with pass keys of each length")
     parser.add_argument("--adapter", help="measure this adapter over the last type as well")
@@ -92,7 +115,9 @@ def main() -> None:
     passkeys = options.lengths if options.passkeys is None else options.passkeys
     edges = [0, *options.lengths]
     text = options.text.read_text(encoding="utf-8")
-    contenders = [(kind, None) for kind in options.types] + ([(options.types[-1], options.adapter)] if options.adapter else [])
+    contenders = [(kind, None) for kind in options.types] + (
+        [(options.types[-1], options.adapter)] if options.adapter else []
+    )
     for kind, adapter in contenders:
         model, tokenizer = scaled(kind, longest, adapter)
         name = f"{kind}, trained" if adapter else kind
@@ -104,7 +129,9 @@ def main() -> None:
                 losses = token_losses(model, ids[window * longest : (window + 1) * longest])
                 for at, (first, last) in enumerate(itertools.pairwise(edges)):
                     sums[at] += losses[first : last - 1].mean().item() / options.windows
-            found[name]["perplexity"] = {f"{first}-{last}": math.exp(s) for (first, last), s in zip(itertools.pairwise(edges), sums, strict=True)}
+            found[name]["perplexity"] = {
+                f"{first}-{last}": math.exp(s) for (first, last), s in zip(itertools.pairwise(edges), sums, strict=True)
+            }
         print(name, json.dumps(found[name]), flush=True)
         for length in passkeys:
             right = dict.fromkeys(options.depths, 0)
@@ -116,7 +143,12 @@ def main() -> None:
         print(name, json.dumps(found[name]), flush=True)
     if not options.no_perplexity:
         buckets = list(next(iter(found.values()))["perplexity"])
-        print("\n| type | " + " | ".join(f"perplexity at {bucket}" for bucket in buckets) + " |\n|" + "---|" * (len(buckets) + 1))
+        print(
+            "\n| type | "
+            + " | ".join(f"perplexity at {bucket}" for bucket in buckets)
+            + " |\n|"
+            + "---|" * (len(buckets) + 1)
+        )
         for name, result in found.items():
             print(f"| {name} | " + " | ".join(f"{result['perplexity'][bucket]:.1f}" for bucket in buckets) + " |")
     for length in map(str, passkeys):
@@ -124,7 +156,9 @@ def main() -> None:
         print("| type | " + " | ".join(map(str, options.depths)) + " | all |\n|" + "---|" * (len(options.depths) + 2))
         for name, result in found.items():
             counts = result["passkey"][length].values()
-            print(f"| {name} | " + " | ".join(map(str, counts)) + f" | {sum(counts)} of {options.texts * len(counts)} |")
+            print(
+                f"| {name} | " + " | ".join(map(str, counts)) + f" | {sum(counts)} of {options.texts * len(counts)} |"
+            )
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=1))
     if options.plot and not options.no_perplexity:

@@ -1,9 +1,11 @@
-"""LoRA over a base that every process holds whole, or a part of: bytes in each process and step time, several processes on this machine (gloo).
+"""LoRA over a base that every process holds whole, or a part of: bytes in each process and step time, several processes
+on this machine (gloo).
 
     python benchmarks/shard.py [--processes 2] [--tokens 512] [--steps 5]
 
-The model is a random Llama of 0.5B parameters, trained in bfloat16 with LoRA (r=16) under gradient checkpointing on one row of random tokens in each
-process; the stacks take turns, "step" is the median. "gather" is how fast gloo gathers a weight of the model's largest size, bytes received.
+The model is a random Llama of 0.5B parameters, trained in bfloat16 with LoRA (r=16) under gradient checkpointing on one
+row of random tokens in each process; the stacks take turns, "step" is the median. "gather" is how fast gloo gathers a
+weight of the model's largest size, bytes received.
 """
 
 from __future__ import annotations
@@ -48,9 +50,15 @@ def train(checkpoint: str, tokens: int, steps: int) -> None:
         linear = [module for path, module in model.named_modules() if path.endswith(("_proj", "base_layer"))]
         held[name] = sum(parameter.nbytes for module in linear for parameter in module.parameters(recurse=False))
         handles = [
-            weight.handle for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values() if weight.handle
+            weight.handle
+            for module in model.modules()
+            if isinstance(module, FrozenModule)
+            for weight in module.frozen.values()
+            if weight.handle
         ]
-        held[name] += sum(handle.kept.nbytes for handle in handles if isinstance(getattr(handle, "kept", None), torch.Tensor))
+        held[name] += sum(
+            handle.kept.nbytes for handle in handles if isinstance(getattr(handle, "kept", None), torch.Tensor)
+        )
     ids = torch.randint(10, 31000, (1, tokens))
     for step in range(steps + 1):
         for name, model in models.items():
@@ -60,7 +68,10 @@ def train(checkpoint: str, tokens: int, steps: int) -> None:
             if step:
                 times[name].append(time.perf_counter() - started)
     largest = 1536 * 6144
-    part, whole = torch.zeros(largest // dist.get_world_size(), dtype=torch.uint8), torch.zeros(largest, dtype=torch.uint8)
+    part, whole = (
+        torch.zeros(largest // dist.get_world_size(), dtype=torch.uint8),
+        torch.zeros(largest, dtype=torch.uint8),
+    )
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     for _ in range(3):
         gather(whole, part)
@@ -85,13 +96,29 @@ def main() -> None:
     arguments = parser.parse_args()
     from arctic_plugins.testing import tiny_llama
 
-    sizes = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4}
+    sizes = {
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    }
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = tiny_llama(Path(folder) / "model", dtype="bfloat16", head_dim=128, vocab_size=32000, **sizes)
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(arguments.processes), __file__]
+        launcher = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(arguments.processes),
+            __file__,
+        ]
         threads = str(max(1, (os.cpu_count() or 1) // arguments.processes))
         command = [*launcher, "child", str(checkpoint), str(arguments.tokens), str(arguments.steps)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": threads})
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": threads}
+        )
     if done.returncode:
         sys.exit(done.stderr[-3000:])
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))

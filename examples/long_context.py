@@ -1,9 +1,12 @@
-"""Data for `long_context.yaml`: passages of a text in which pass keys of several cities stand, and the question for all of them.
+"""Data for `long_context.yaml`: passages of a text in which pass keys of several cities stand, and the question for all
+of them.
 
-    python examples/long_context.py TEXT examples/long_context.jsonl [--rows 64] [--keys 8] [--shortest 2000] [--longest 16000] [--seed 0]
+    python examples/long_context.py TEXT examples/long_context.jsonl [--rows 64] [--keys 8] [--shortest 2000] [--longest
+    16000] [--seed 0]
 
-TEXT is a file of prose; the lengths are in characters, about four to a token, spread evenly over their logarithms. Several keys in one text, all of
-which are asked for, are the "multi-query needles" of Hsieh et al., "RULER", 2024: every text teaches, or measures, many retrievals.
+TEXT is a file of prose; the lengths are in characters, about four to a token, spread evenly over their logarithms.
+Several keys in one text, all of which are asked for, are the "multi-query needles" of Hsieh et al., "RULER", 2024:
+every text teaches, or measures, many retrievals.
 """
 
 import argparse
@@ -32,12 +35,17 @@ CITIES = (
 
 
 def passage(text: str, length: int, depths: list[float], draw: random.Random) -> tuple[str, str, dict[str, float]]:
-    """A piece of ``text`` of ``length`` characters with a key at each of the depths (0 to 1), as a prompt; what completes it; and key -> its depth.
+    """A piece of ``text`` of ``length`` characters with a key at each of the depths (0 to 1), as a prompt; what
+    completes it; and key -> its depth.
 
     The question asks for the keys in another order than the text gives them.
     """
     start, count, depths = draw.randrange(len(text) - length), len(depths), sorted(depths)
-    filler, parts, at = text[start : start + length], ["There are pass keys hidden in this text. Find and memorize them."], 0
+    filler, parts, at = (
+        text[start : start + length],
+        ["There are pass keys hidden in this text. Find and memorize them."],
+        0,
+    )
     cities, keys = draw.sample(CITIES, count), [str(key) for key in draw.sample(range(10000, 100000), count)]
     needles = [f"The pass key of {city} is {key}." for city, key in zip(cities, keys, strict=True)]
     for depth, needle in zip(depths, needles, strict=True):
@@ -55,14 +63,23 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--keys", type=int, default=8, choices=range(1, len(CITIES) + 1), metavar="N", help=f"in each text, at most {len(CITIES)}")
+    parser.add_argument(
+        "--keys",
+        type=int,
+        default=8,
+        choices=range(1, len(CITIES) + 1),
+        metavar="N",
+        help=f"in each text, at most {len(CITIES)}",
+    )
     parser.add_argument("--shortest", type=int, default=2000)
     parser.add_argument("--longest", type=int, default=16000)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw, text = random.Random(options.seed), options.text.read_text(encoding="utf-8")
     if options.longest >= len(text):
-        parser.error(f"{options.text} has {len(text):,} characters; passages of --longest {options.longest:,} need more")
+        parser.error(
+            f"{options.text} has {len(text):,} characters; passages of --longest {options.longest:,} need more"
+        )
     with options.out.open("w", encoding="utf-8") as file:
         for _ in range(options.rows):
             length = int(math.exp(draw.uniform(math.log(options.shortest), math.log(options.longest))))

@@ -1,5 +1,9 @@
-"""Your own script, the ordinary Trainer, and a stack. Run: python examples/train_with_trainer.py CHECKPOINT --output_dir out --max_steps 4 \
---plugins '{"fp8": {}, "lora": {"r": 8}}' --use_cpu --report_to none"""
+"""Your own script, the ordinary Trainer, and a stack.
+
+Run:
+    python examples/train_with_trainer.py CHECKPOINT --output_dir out --max_steps 4 --use_cpu --report_to none \\
+        --plugins '{"fp8": {}, "lora": {"r": 8}}'
+"""
 
 import sys
 

@@ -19,7 +19,19 @@ def int8_plugin(tmp_path_factory):
     """
     site = tmp_path_factory.mktemp("site")
     source = Path(__file__).parent / "int8_plugin"
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", site, source]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "--target",
+        site,
+        source,
+    ]
     subprocess.run(command, check=True, timeout=300, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
     sys.path.insert(0, str(site))
     process_registry.cache_clear()
@@ -30,7 +42,8 @@ def int8_plugin(tmp_path_factory):
 
 @pytest.fixture
 def train_relative(tmp_path):
-    """A function that takes a name of ``LLAMA_LIKE`` or ``MIXTURES`` through a recipe: a tiny random model of that kind, encoded, trained, merged.
+    """A function that takes a name of ``LLAMA_LIKE`` or ``MIXTURES`` through a recipe: a tiny random model of that
+    kind, encoded, trained, merged.
 
     Gives (plain checkpoint, the training's result, merged checkpoint).
     """
@@ -46,7 +59,14 @@ def train_relative(tmp_path):
         checkpoint = tiny_model(directory / "plain", model_type, **config)
         records = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(16)]
         (directory / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-        training = {"output_dir": str(directory / "out"), "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "bf16": False}
+        training = {
+            "output_dir": str(directory / "out"),
+            "max_steps": 6,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "use_cpu": True,
+            "bf16": False,
+        }
         recipe = {
             "model": str(checkpoint),
             "plugins": {"fp8": {"group_size": 64}, "lora": {"r": 4}},

@@ -1,8 +1,10 @@
-"""Run in an interpreter of its own: forks pairs of processes that end right after a collective, and counts their exit statuses.
+"""Run in an interpreter of its own: forks pairs of processes that end right after a collective, and counts their exit
+statuses.
 
-``python ending_script.py PAIRS leave|exit|alone DIRECTORY`` prints them as JSON. With ``alone`` the second of a pair ends with status 7 before the
-first leaves. With ``exit`` the interpreter is finalized while gloo's thread still has
-the collective's tensor: on two cores about one process in five dies of SIGABRT (-6). The long switch interval keeps the thread waiting for the lock.
+``python ending_script.py PAIRS leave|exit|alone DIRECTORY`` prints them as JSON. With ``alone`` the second of a pair
+ends with status 7 before the first leaves. With ``exit`` the interpreter is finalized while gloo's thread still has the
+collective's tensor: on two cores about one process in five dies of SIGABRT (-6). The long switch interval keeps the
+thread waiting for the lock.
 """
 
 import collections

@@ -1,6 +1,7 @@
 """Run in a process of its own: starts the real vLLM engine, once for each model, and prints the greedy tokens as JSON.
 
-``python engine.py '{"llm": {LLM arguments}, "models": [paths], "prompts": [[ids]], "tokens": n, "adapter": path or null}'``
+``python engine.py '{"llm": {LLM arguments}, "models": [paths], "prompts": [[ids]], "tokens": n, "adapter": path or
+null}'``
 """
 
 import gc
@@ -22,7 +23,10 @@ if __name__ == "__main__":
         outputs = [output.outputs[0] for output in llm.generate(prompts, sampling)]
         result = {
             "base": [list(output.token_ids) for output in outputs],
-            "logprobs": [[entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)] for output in outputs],
+            "logprobs": [
+                [entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+                for output in outputs
+            ],
         }
         if job.get("adapter"):
             outputs = llm.generate(prompts, sampling, lora_request=LoRARequest("adapter", 1, job["adapter"]))

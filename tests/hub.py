@@ -1,4 +1,6 @@
-"""A stub of the Hugging Face Hub on this machine: enough of its HTTP interface for huggingface_hub 2.4.0, transformers 5.19.0 and datasets 5.2.0."""
+"""A stub of the Hugging Face Hub on this machine: enough of its HTTP interface for huggingface_hub 2.4.0, transformers
+5.19.0 and datasets 5.2.0.
+"""
 
 import base64
 import hashlib
@@ -15,7 +17,8 @@ OWNER = "someone"
 
 
 class Hub:
-    """Serves the directories under ``root`` (``models/someone/name``, ``datasets/someone/name``) as repositories with one revision, ``main``.
+    """Serves the directories under ``root`` (``models/someone/name``, ``datasets/someone/name``) as repositories with
+    one revision, ``main``.
 
     Files are sent inline with the commit, never as LFS or Xet objects: a server may choose so, and these are small.
     """
@@ -35,7 +38,13 @@ class Hub:
 
     def environment(self, home: Path) -> dict[str, str]:
         """For child processes: they read the endpoint when they import the client. ``home`` gets their caches."""
-        own = {"HF_ENDPOINT": self.url, "HF_TOKEN": "hf_stub", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        own = {
+            "HF_ENDPOINT": self.url,
+            "HF_TOKEN": "hf_stub",
+            "HF_HOME": str(home),
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
         return {**os.environ, **own}
 
     def repository(self, name: str, kind: str = "models") -> Path:
@@ -68,8 +77,12 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/":
             return self.answer({})
         if path == "/api/whoami-v2":
-            return self.answer({"name": OWNER, "type": "user", "auth": {"type": "access_token", "accessToken": {"role": "write"}}})
-        if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|commits|refs)(?:/([^/]+))?.*)?", path):
+            return self.answer(
+                {"name": OWNER, "type": "user", "auth": {"type": "access_token", "accessToken": {"role": "write"}}}
+            )
+        if found := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|commits|refs)(?:/([^/]+))?.*)?", path
+        ):
             return self.describe(*found.groups())
         if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             return self.send_file(self.hub.repository(found[2], "datasets" if found[1] else "models"), found[4])
@@ -93,11 +106,16 @@ class _Handler(BaseHTTPRequestHandler):
             if not root.is_dir():
                 return self.missing("RepoNotFound")
             if found[3] == "preupload":
-                files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+                files = [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
                 return self.answer({"files": files})
             if found[3] == "paths-info":
                 wanted = re.findall(r"paths=([^&]+)", body.decode()) or json.loads(body or b"{}").get("paths", [])
-                return self.answer([self.entry(root, root / unquote(name)) for name in wanted if (root / unquote(name)).is_file()])
+                return self.answer(
+                    [self.entry(root, root / unquote(name)) for name in wanted if (root / unquote(name)).is_file()]
+                )
             for line in map(json.loads, body.splitlines()):
                 target = root / line["value"].get("path", "")
                 if line["key"] == "file":
@@ -108,7 +126,14 @@ class _Handler(BaseHTTPRequestHandler):
                 elif line["key"] != "header":
                     return self.do_not_know(f"commit of {line['key']}")
             oid = self.hub.commit(root)
-            return self.answer({"success": True, "commitOid": oid, "commitUrl": f"{self.hub.url}/{found[2]}/commit/{oid}", "hookOutput": ""})
+            return self.answer(
+                {
+                    "success": True,
+                    "commitOid": oid,
+                    "commitUrl": f"{self.hub.url}/{found[2]}/commit/{oid}",
+                    "hookOutput": "",
+                }
+            )
         return self.do_not_know(path)
 
     def describe(self, kind, name, what, revision):
@@ -122,14 +147,38 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             return self.answer([self.entry(root, path) for path in files])
         if what == "commits":
-            return self.answer([{"id": oid, "title": "", "message": "", "date": "2026-01-01T00:00:00.000Z", "authors": []}])
+            return self.answer(
+                [{"id": oid, "title": "", "message": "", "date": "2026-01-01T00:00:00.000Z", "authors": []}]
+            )
         if what == "refs":
-            return self.answer({"branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": oid}], "tags": [], "converts": []})
+            return self.answer(
+                {
+                    "branches": [{"name": "main", "ref": "refs/heads/main", "targetCommit": oid}],
+                    "tags": [],
+                    "converts": [],
+                }
+            )
         siblings = [{"rfilename": path.relative_to(root).as_posix()} for path in files]
-        return self.answer({"id": name, "modelId": name, "sha": oid, "private": False, "tags": [], "siblings": siblings, "downloads": 0, "likes": 0})
+        return self.answer(
+            {
+                "id": name,
+                "modelId": name,
+                "sha": oid,
+                "private": False,
+                "tags": [],
+                "siblings": siblings,
+                "downloads": 0,
+                "likes": 0,
+            }
+        )
 
     def entry(self, root, path):
-        return {"type": "file", "path": path.relative_to(root).as_posix(), "size": path.stat().st_size, "oid": _etag(path)}
+        return {
+            "type": "file",
+            "path": path.relative_to(root).as_posix(),
+            "size": path.stat().st_size,
+            "oid": _etag(path),
+        }
 
     def send_file(self, root, name):
         path = root / name
@@ -137,7 +186,10 @@ class _Handler(BaseHTTPRequestHandler):
             return self.missing("RepoNotFound")
         if not path.is_file():
             return self.missing("EntryNotFound", {"X-Repo-Commit": self.hub.commit(root)})
-        return self.answer(path.read_bytes(), {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": self.hub.commit(root), "Accept-Ranges": "bytes"})
+        return self.answer(
+            path.read_bytes(),
+            {"ETag": f'"{_etag(path)}"', "X-Repo-Commit": self.hub.commit(root), "Accept-Ranges": "bytes"},
+        )
 
     def missing(self, code, headers=()):
         return self.answer({"error": code}, {"X-Error-Code": code, **dict(headers)}, status=404)
@@ -149,7 +201,11 @@ class _Handler(BaseHTTPRequestHandler):
     def answer(self, content, headers=(), status=200):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(body)), **dict(headers)}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            **dict(headers),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

@@ -1,6 +1,7 @@
 """Run in a process of its own: forks `arctic train --resume` again and again and kills it at random moments.
 
-``python kill_script.py RECIPE OUTPUT_DIR KILLS``; prints a JSON line for each kill. Forking saves the imports of each run.
+``python kill_script.py RECIPE OUTPUT_DIR KILLS``; prints a JSON line for each kill. Forking saves the imports of each
+run.
 """
 
 import json
@@ -77,4 +78,7 @@ if __name__ == "__main__":
         os.waitpid(child, 0)
         found, ignored = last_checkpoint(output)
         committed = int(found.name.split("-")[1]) if found else 0
-        print(json.dumps({"before": before, "begun": begun(started), "committed": committed, "ignored": len(ignored)}), flush=True)
+        print(
+            json.dumps({"before": before, "begun": begun(started), "committed": committed, "ignored": len(ignored)}),
+            flush=True,
+        )

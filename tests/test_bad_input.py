@@ -127,54 +127,130 @@ def write(name, text):
 
 CASES = {
     # checkpoints: files
-    "no such directory": (None, ("generate", "./nowhere", "hi"), "./nowhere does not exist; expected a checkpoint directory or a hub id"),
+    "no such directory": (
+        None,
+        ("generate", "./nowhere", "hi"),
+        "./nowhere does not exist; expected a checkpoint directory or a hub id",
+    ),
     "a file": (None, ("generate", "data.jsonl", "hi"), "data.jsonl is a file; expected a checkpoint directory"),
-    "an empty directory": (lambda here: (here / "empty").mkdir(), ("generate", "empty", "hi"), "empty/config.json does not exist"),
-    "no weights": (lambda here: (here / "plain/model.safetensors").unlink(), ("generate", "plain", "hi"), "has no model.safetensors"),
-    "truncated in the header": (lambda here: truncate(here / "plain/model.safetensors", 100), ("generate", "plain", "hi"), "is damaged or truncated"),
+    "an empty directory": (
+        lambda here: (here / "empty").mkdir(),
+        ("generate", "empty", "hi"),
+        "empty/config.json does not exist",
+    ),
+    "no weights": (
+        lambda here: (here / "plain/model.safetensors").unlink(),
+        ("generate", "plain", "hi"),
+        "has no model.safetensors",
+    ),
+    "truncated in the header": (
+        lambda here: truncate(here / "plain/model.safetensors", 100),
+        ("generate", "plain", "hi"),
+        "is damaged or truncated",
+    ),
     "truncated in the data": (
         lambda here: truncate(here / "plain/model.safetensors", 200_000),
         ("generate", "plain", "hi"),
         "is damaged or truncated",
     ),
-    "empty weights": (lambda here: truncate(here / "plain/model.safetensors", 0), ("generate", "plain", "hi"), "is damaged or truncated"),
-    "truncated after saving": (lambda here: truncate(here / "encoded/model.safetensors", 200_000), ENCODED, "has 200000 bytes; expected the"),
-    "no tokenizer": (lambda here: (here / "plain/tokenizer.json").unlink(), ("generate", "plain", "hi"), "the tokenizer of plain cannot be read"),
-    "bad tokenizer": (write("plain/tokenizer.json", "{}"), ("generate", "plain", "hi"), "the tokenizer of plain cannot be read"),
-    "an index that names an absent shard": (lambda here: (here / SHARD).unlink(), ("generate", "sharded", "hi"), "index names model-00002-of-00004"),
-    "a truncated shard": (lambda here: truncate(here / SHARD, 50_000), ("generate", "sharded", "hi"), "is damaged or truncated"),
-    "a bad index": (write("sharded/model.safetensors.index.json", '{"weight_map": 3}'), ("generate", "sharded", "hi"), "has no valid 'weight_map'"),
-    "an index that is no JSON": (write("sharded/model.safetensors.index.json", "{"), ("generate", "sharded", "hi"), "is not valid JSON"),
+    "empty weights": (
+        lambda here: truncate(here / "plain/model.safetensors", 0),
+        ("generate", "plain", "hi"),
+        "is damaged or truncated",
+    ),
+    "truncated after saving": (
+        lambda here: truncate(here / "encoded/model.safetensors", 200_000),
+        ENCODED,
+        "has 200000 bytes; expected the",
+    ),
+    "no tokenizer": (
+        lambda here: (here / "plain/tokenizer.json").unlink(),
+        ("generate", "plain", "hi"),
+        "the tokenizer of plain cannot be read",
+    ),
+    "bad tokenizer": (
+        write("plain/tokenizer.json", "{}"),
+        ("generate", "plain", "hi"),
+        "the tokenizer of plain cannot be read",
+    ),
+    "an index that names an absent shard": (
+        lambda here: (here / SHARD).unlink(),
+        ("generate", "sharded", "hi"),
+        "index names model-00002-of-00004",
+    ),
+    "a truncated shard": (
+        lambda here: truncate(here / SHARD, 50_000),
+        ("generate", "sharded", "hi"),
+        "is damaged or truncated",
+    ),
+    "a bad index": (
+        write("sharded/model.safetensors.index.json", '{"weight_map": 3}'),
+        ("generate", "sharded", "hi"),
+        "has no valid 'weight_map'",
+    ),
+    "an index that is no JSON": (
+        write("sharded/model.safetensors.index.json", "{"),
+        ("generate", "sharded", "hi"),
+        "is not valid JSON",
+    ),
     "a shard that lacks a tensor": (
         lambda here: shutil.copy(here / SHARD, here / "sharded/model-00001-of-00004.safetensors"),
         ("generate", "sharded", "hi"),
         "model-00001-of-00004.safetensors lacks",
     ),
     # checkpoints: config.json
-    "config.json is no JSON": (write("plain/config.json", '{"a": '), ("generate", "plain", "hi"), "config.json is not valid JSON: .*line 1 column"),
-    "config.json is a list": (write("plain/config.json", "[]"), ("generate", "plain", "hi"), "config.json holds list; expected an object"),
-    "config.json without model_type": (config(model_type=None), ENCODED, "has model_type None; expected a model's name"),
+    "config.json is no JSON": (
+        write("plain/config.json", '{"a": '),
+        ("generate", "plain", "hi"),
+        "config.json is not valid JSON: .*line 1 column",
+    ),
+    "config.json is a list": (
+        write("plain/config.json", "[]"),
+        ("generate", "plain", "hi"),
+        "config.json holds list; expected an object",
+    ),
+    "config.json without model_type": (
+        config(model_type=None),
+        ENCODED,
+        "has model_type None; expected a model's name",
+    ),
     "unknown model_type": (config(model_type="lama"), ENCODED, "config.json cannot be read as a model"),
     "a bad value in config.json": (config(hidden_size="wide"), ENCODED, "config.json cannot be read as a model"),
     "sizes that do not fit": (config(num_attention_heads=3, head_dim=None), ENCODED, "config.json|shape"),
     "another model's config.json": (config(vocab_size=300), ENCODED, "has shape|cannot be loaded"),
     "more layers than weights": (config(num_hidden_layers=3), ENCODED, r"is missing|lacks"),
     # checkpoints: encoded weights
-    "a newer format": (config(quantization_config__format=2), ENCODED, "quantization_config has format 2; expected at most 1; upgrade"),
+    "a newer format": (
+        config(quantization_config__format=2),
+        ENCODED,
+        "quantization_config has format 2; expected at most 1; upgrade",
+    ),
     "no format": (config(quantization_config__format=None), ENCODED, "quantization_config.format is None"),
     "no codecs": (config(quantization_config__codecs=None), ENCODED, "quantization_config.codecs is None"),
     "codecs of another kind": (config(quantization_config__codecs=["fp8"]), ENCODED, "quantization_config.codecs is"),
     "an unknown codec id": (config(quantization_config__modules={"a": "x"}), ENCODED, r"names the codecs \['x'\]"),
-    "modules of another model": (config(quantization_config__modules={"a": "fp8"}), ENCODED, "matches no linear module"),
+    "modules of another model": (
+        config(quantization_config__modules={"a": "fp8"}),
+        ENCODED,
+        "matches no linear module",
+    ),
     "a codec with bad options": (config(quantization_config__codecs__fp8__bits=5), ENCODED, "is not valid"),
     "a codec nobody provides": (
         config(quantization_config__codecs__fp8__type="fp3"),
         ENCODED,
         "codec type 'fp3' is provided by no installed plugin; install the plugin",
     ),
-    "a missing scale": (lambda here: retensor(here / "encoded", lambda t: t.pop(f"{KEY}_scale")), ENCODED, f"{KEY}_scale is missing"),
+    "a missing scale": (
+        lambda here: retensor(here / "encoded", lambda t: t.pop(f"{KEY}_scale")),
+        ENCODED,
+        f"{KEY}_scale is missing",
+    ),
     "missing codes": (lambda here: retensor(here / "encoded", lambda t: t.pop(KEY)), ENCODED, f"{KEY} is missing"),
-    "a missing plain tensor": (lambda here: retensor(here / "encoded", lambda t: t.pop("model.norm.weight")), ENCODED, "lacks 1 weights"),
+    "a missing plain tensor": (
+        lambda here: retensor(here / "encoded", lambda t: t.pop("model.norm.weight")),
+        ENCODED,
+        "lacks 1 weights",
+    ),
     "codes of another shape": (
         lambda here: retensor(here / "encoded", lambda t: t.update({KEY: t[KEY][:-1].clone()})),
         ENCODED,
@@ -195,7 +271,11 @@ CASES = {
         ("generate", "plain", "hi"),
         "cannot be loaded",
     ),
-    "NaN to encode": (plain_tensors(lambda t: t[KEY].fill_(float("nan"))), ("quantize", "plain", "out"), f"{KEY}: the weight holds NaN"),
+    "NaN to encode": (
+        plain_tensors(lambda t: t[KEY].fill_(float("nan"))),
+        ("quantize", "plain", "out"),
+        f"{KEY}: the weight holds NaN",
+    ),
     # checkpoints: what made them
     "a newer arctic_plugins.json": (
         lambda here: rewrite(here / f"encoded/{FILE_NAME}", format=2),
@@ -206,17 +286,32 @@ CASES = {
     "a plugin that is not installed": (
         lambda here: rewrite(here / f"encoded/{FILE_NAME}", stack={"nf3": {}}, plugins={"nf3": "someones-nf3==2.1"}),
         ENCODED,
-        "made with the plugin nf3, not installed here; the checkpoint says that 'someones-nf3==2.1' provides it, which runs as code",
+        (
+            "made with the plugin nf3, not installed here; the checkpoint says that 'someones-nf3==2.1' provides it, "
+            "which runs as code"
+        ),
     ),
     "an adapter whose save was cut off": (
         lambda here: (here / f"adapter/{FILE_NAME}").unlink(),
         ("merge", "adapter", "out"),
         "has no arctic_plugins.json",
     ),
-    "an adapter without weights": (lambda here: (here / "adapter/adapter_model.safetensors").unlink(), ("merge", "adapter", "out"), "is missing"),
-    "an adapter whose base is gone": (lambda here: (here / "plain").rename(here / "moved"), ("merge", "adapter", "out"), "no directory 'plain'"),
+    "an adapter without weights": (
+        lambda here: (here / "adapter/adapter_model.safetensors").unlink(),
+        ("merge", "adapter", "out"),
+        "is missing",
+    ),
+    "an adapter whose base is gone": (
+        lambda here: (here / "plain").rename(here / "moved"),
+        ("merge", "adapter", "out"),
+        "no directory 'plain'",
+    ),
     "what is no adapter": (None, ("merge", "plain", "out"), "has no adapter_config.json; expected a LoRA adapter"),
-    "what is encoded already": (None, ("quantize", "encoded", "out"), "encoded is encoded already; expected a plain checkpoint"),
+    "what is encoded already": (
+        None,
+        ("quantize", "encoded", "out"),
+        "encoded is encoded already; expected a plain checkpoint",
+    ),
     "an output that exists": (None, ("quantize", "plain", "encoded"), "encoded exists and is not empty"),
     "plugins that encode nothing": (None, ("quantize", "plain", "out", "--plugins", "lora"), "encodes nothing"),
     "nothing to serve": (None, ("serve", "./nowhere"), "has no config.json"),
@@ -232,36 +327,89 @@ CASES = {
     "a recipe of bytes": (lambda here: (here / "recipe.yaml").write_bytes(b"\xff\x00"), TRAIN, "cannot be read"),
     "a key twice": (write("recipe.yaml", "model: a\nmodel: b\n"), TRAIN, "the key 'model' stands there twice .*line 2"),
     "an unknown key": (recipe(modle="x"), TRAIN, "modle is not an option; did you mean 'model'"),
-    "a section of another kind": (recipe(plugins=["fp8"]), TRAIN, "recipe.yaml.plugins is .*; expected a valid dictionary"),
+    "a section of another kind": (
+        recipe(plugins=["fp8"]),
+        TRAIN,
+        "recipe.yaml.plugins is .*; expected a valid dictionary",
+    ),
     "no data section": (write("recipe.yaml", "model: plain\nplugins:\ndata:\n"), TRAIN, "recipe.yaml.data is missing"),
     "an unknown plugin": (recipe(plugins={"fp9": {}}), TRAIN, "did you mean 'fp8'"),
-    "nothing to train": (recipe(plugins={"fp8": {}}), TRAIN, r"freeze the weights \(fp8\) and none adds what could be trained; .*lora"),
-    "an unknown option": (recipe(plugins={"fp8": {"bit": 8}}), TRAIN, "plugins.fp8.bit is not an option; did you mean 'bits'"),
+    "nothing to train": (
+        recipe(plugins={"fp8": {}}),
+        TRAIN,
+        r"freeze the weights \(fp8\) and none adds what could be trained; .*lora",
+    ),
+    "an unknown option": (
+        recipe(plugins={"fp8": {"bit": 8}}),
+        TRAIN,
+        "plugins.fp8.bit is not an option; did you mean 'bits'",
+    ),
     "a bad option": (recipe(plugins={"fp8": {"bits": 7}}), TRAIN, "plugins.fp8.bits is 7; expected 6, 8 or 12"),
     "an unknown training argument": (recipe(training__learning_rat=1), TRAIN, "did you mean 'learning_rate'"),
     "a bad training argument": (recipe(training__lr_scheduler_type="zigzag"), TRAIN, "training is not valid: .*zigzag"),
     "a training argument of another type": (recipe(training__max_steps="many"), TRAIN, "training"),
     "a negative learning rate": (recipe(training__learning_rate=-1.0), TRAIN, "learning_rate|Invalid"),
-    "a tracker that is not installed": (recipe(training__report_to=["comet_ml"]), TRAIN, "report_to names comet_ml, not installed here; pip install"),
+    "a tracker that is not installed": (
+        recipe(training__report_to=["comet_ml"]),
+        TRAIN,
+        "report_to names comet_ml, not installed here; pip install",
+    ),
     "arguments that only the trainer checks": (
-        recipe(training__eval_strategy="steps", training__load_best_model_at_end=True, training__save_strategy="epoch", data__eval_size=1),
+        recipe(
+            training__eval_strategy="steps",
+            training__load_best_model_at_end=True,
+            training__save_strategy="epoch",
+            data__eval_size=1,
+        ),
         TRAIN,
         "training is not valid",
     ),
     "no output_dir": (recipe(training={}), TRAIN, "training.output_dir is missing"),
-    "an output_dir in use": (lambda here: shutil.copytree(here / "plain", here / "out"), TRAIN, "out exists and is not empty.*--resume.*--overwrite"),
-    "an output_dir that is a file": (recipe(training__output_dir="data.jsonl"), TRAIN, "data.jsonl is a file; expected a directory"),
-    "a dataset that is nowhere": (recipe(data={"path": "someone/nothing"}), TRAIN, "cannot be loaded as a dataset: .* cannot be reached"),
+    "an output_dir in use": (
+        lambda here: shutil.copytree(here / "plain", here / "out"),
+        TRAIN,
+        "out exists and is not empty.*--resume.*--overwrite",
+    ),
+    "an output_dir that is a file": (
+        recipe(training__output_dir="data.jsonl"),
+        TRAIN,
+        "data.jsonl is a file; expected a directory",
+    ),
+    "a dataset that is nowhere": (
+        recipe(data={"path": "someone/nothing"}),
+        TRAIN,
+        "cannot be loaded as a dataset: .* cannot be reached",
+    ),
     "resume and overwrite": (None, (*TRAIN, "--resume", "--overwrite"), "exclude each other"),
     "no data": (recipe(data={"path": "nowhere.jsonl"}), TRAIN, "data.path nowhere.jsonl does not exist"),
     "empty data": (write("data.jsonl", ""), TRAIN, "data.jsonl is empty"),
-    "malformed data": (write("data.jsonl", f"{json.dumps(RECORD)}\n" * 3 + "{\n"), TRAIN, "data.jsonl:4 is not valid JSON"),
+    "malformed data": (
+        write("data.jsonl", f"{json.dumps(RECORD)}\n" * 3 + "{\n"),
+        TRAIN,
+        "data.jsonl:4 is not valid JSON",
+    ),
     "data that lack a column": (write("data.jsonl", '{"instruction": "a"}'), TRAIN, "data.jsonl:1 has no 'output'"),
-    "all rows too long": (recipe(data__max_length=3), TRAIN, "no row of data.jsonl has anything left .*raise data.max_length"),
-    "streaming without max_steps": (recipe(data__streaming=True, training__max_steps=None), TRAIN, "training.max_steps is not set"),
+    "all rows too long": (
+        recipe(data__max_length=3),
+        TRAIN,
+        "no row of data.jsonl has anything left .*raise data.max_length",
+    ),
+    "streaming without max_steps": (
+        recipe(data__streaming=True, training__max_steps=None),
+        TRAIN,
+        "training.max_steps is not set",
+    ),
     "nothing to evaluate on": (recipe(training__eval_strategy="epoch"), TRAIN, "nothing to evaluate on"),
-    "a module that is not there": (recipe(plugins={"fp8": {"include": ["**.experts.*"]}, "lora": {}}), TRAIN, "matches no linear module"),
-    "modules that vLLM fuses": (recipe(plugins={"fp8": {"exclude": ["**.q_proj"]}, "lora": {}}), TRAIN, "different codecs, but vLLM fuses them"),
+    "a module that is not there": (
+        recipe(plugins={"fp8": {"include": ["**.experts.*"]}, "lora": {}}),
+        TRAIN,
+        "matches no linear module",
+    ),
+    "modules that vLLM fuses": (
+        recipe(plugins={"fp8": {"exclude": ["**.q_proj"]}, "lora": {}}),
+        TRAIN,
+        "different codecs, but vLLM fuses them",
+    ),
     "no command": (None, ("trian", "x"), "did you mean 'train'"),
 }
 
@@ -297,19 +445,28 @@ def offline(tmp_path_factory):
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
 
 
-@pytest.mark.parametrize("arguments", [["quantize", "plain", "out"], ["merge", "adapter", "out"], ["train", "recipe.yaml"]], ids=lambda a: a[0])
+@pytest.mark.parametrize(
+    "arguments",
+    [["quantize", "plain", "out"], ["merge", "adapter", "out"], ["train", "recipe.yaml"]],
+    ids=lambda a: a[0],
+)
 def test_a_disk_that_takes_no_more(here, offline, arguments):
     """A limit on file sizes makes writes fail in the middle, as a full disk does."""
     done = offline.run(["-c", f"{LIMIT} from arctic_plugins.cli import main; main({arguments!r})"], cwd=here)
     assert done.returncode == 2, done.stderr
-    assert "out cannot be written: " in done.stderr.splitlines()[-1] or "final cannot be written: " in done.stderr.splitlines()[-1], done.stderr
+    assert (
+        "out cannot be written: " in done.stderr.splitlines()[-1]
+        or "final cannot be written: " in done.stderr.splitlines()[-1]
+    ), done.stderr
     assert "Traceback" not in done.stderr
     assert not list(here.rglob("*.unfinished"))
     assert not list((here / "out").rglob(FILE_NAME)), "something incomplete is marked as complete"
 
 
 @pytest.mark.parametrize(
-    "arguments", [["generate", "someone/model", "hi"], ["generate", "oneword", "hi"], ["merge", "someone/adapter", "out"]], ids=lambda a: a[1]
+    "arguments",
+    [["generate", "someone/model", "hi"], ["generate", "oneword", "hi"], ["merge", "someone/adapter", "out"]],
+    ids=lambda a: a[1],
 )
 def test_a_hub_id_offline_is_told_at_once(offline, tmp_path, arguments):
     done = offline.arctic(*arguments, cwd=tmp_path)
@@ -322,7 +479,12 @@ def test_a_hub_id_offline_is_told_at_once(offline, tmp_path, arguments):
 def logits(checkpoint):
     model, tokenizer = load_checkpoint(checkpoint)
     with torch.no_grad():
-        return torch.cat([model(torch.arange(10, 40)[None]).logits[0], torch.tensor(tokenizer("Hello, you!")["input_ids"])[:, None].expand(-1, 272)])
+        return torch.cat(
+            [
+                model(torch.arange(10, 40)[None]).logits[0],
+                torch.tensor(tokenizer("Hello, you!")["input_ids"])[:, None].expand(-1, 272),
+            ]
+        )
 
 
 @pytest.mark.parametrize("name", ["encoded", "adapter"])
@@ -337,7 +499,11 @@ def test_no_flipped_or_cut_byte_of_a_checkpoint_gives_another_model(here, name):
         victim = files[turn % len(files)]
         sound = victim.read_bytes()
         at = choose.randrange(len(sound))
-        broken = sound[:at] if turn % 3 == 0 else sound[:at] + bytes([sound[at] ^ (1 << choose.randrange(8))]) + sound[at + 1 :]
+        broken = (
+            sound[:at]
+            if turn % 3 == 0
+            else sound[:at] + bytes([sound[at] ^ (1 << choose.randrange(8))]) + sound[at + 1 :]
+        )
         victim.write_bytes(broken)
         try:
             assert torch.equal(logits(here / name), expected), f"{victim.name} broken at {at} gives another model"

@@ -36,7 +36,11 @@ def test_the_third_partys_codec_keeps_the_contract():
 def test_two_codecs_on_different_modules_save_and_reload(tiny_checkpoint, tmp_path):
     stack = Stack.from_dict(CODECS)
     model, tokenizer = load_model(tiny_checkpoint, stack)
-    kinds = {name.split(".")[-1]: module.codec.type for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    kinds = {
+        name.split(".")[-1]: module.codec.type
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenLinear)
+    }
     assert kinds == {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "test-int8"),
         **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "fp8"),
@@ -63,7 +67,9 @@ def test_a_plugins_validation_stops_the_load(tiny_checkpoint, caplog):
 
 def test_bytes_on_disk_compute_the_same(tiny_checkpoint, tmp_path):
     resident, _ = load_model(tiny_checkpoint, Stack.from_dict({"int8": {}}))
-    spooled, tokenizer = load_model(tiny_checkpoint, stack := Stack.from_dict({"int8": {"spool": str(tmp_path / "spool")}}))
+    spooled, tokenizer = load_model(
+        tiny_checkpoint, stack := Stack.from_dict({"int8": {"spool": str(tmp_path / "spool")}})
+    )
     layer = spooled.model.layers[0].self_attn.q_proj
     assert layer.weight.numel() == 0
     assert layer.handle is not None
@@ -103,7 +109,10 @@ def test_train_and_merge_over_two_codecs_and_a_placement(tiny_checkpoint, tmp_pa
         assert log.read_text().split() == ["1", "2", "3", "4"]
         adapter = tmp_path / where / "checkpoint-4"
         merged, _ = load_model(merge_adapter(adapter, tmp_path / f"merged-{where}"))
-        assert {module.codec.type for module in merged.modules() if isinstance(module, FrozenLinear)} == {"fp8", "test-int8"}
+        assert {module.codec.type for module in merged.modules() if isinstance(module, FrozenLinear)} == {
+            "fp8",
+            "test-int8",
+        }
         trained = logits(load_checkpoint(adapter)[0])
         assert (logits(merged) - trained).norm() / trained.norm() < 0.5
         model.merge_adapter()
@@ -126,7 +135,9 @@ def test_a_plugin_that_fills_two_slots_keeps_one_without_the_other(tiny_checkpoi
     ):
         assert part.claim(config, weight_specs(skeleton(config))).by_slot.keys() == slots
     assert "int8" not in stack.without("placement", "weight_codec")
-    assert "quantization_config" in planned_config(tiny_checkpoint, Stack.from_dict({"int8": {}})), "what 'arctic serve --plugins int8' serves"
+    assert "quantization_config" in planned_config(tiny_checkpoint, Stack.from_dict({"int8": {}})), (
+        "what 'arctic serve --plugins int8' serves"
+    )
     other = Stack.from_dict({"int8": {"include": ["**.mlp.*"]}, "lora": {"r": 4}})
     assert other.without("placement").sha256() != stack.without("placement").sha256(), "--resume tells them apart"
 

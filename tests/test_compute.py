@@ -1,4 +1,6 @@
-"""Computing in the dtype that the hardware multiplies: `dtype: auto` asks it, what the user says wins, and nothing of it reaches the disk."""
+"""Computing in the dtype that the hardware multiplies: `dtype: auto` asks it, what the user says wins, and nothing of
+it reaches the disk.
+"""
 
 import json
 import os
@@ -37,8 +39,18 @@ def dtypes(directory):
 
 
 def test_a_processor_with_the_instructions_of_avx2_computes_in_float32():
-    code = "import torch; from arctic_plugins.compute import *; print([str(compute_dtype(d)) for d in (torch.bfloat16, torch.float16)])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300, env={**os.environ, **ORDINARY})
+    code = (
+        "import torch; from arctic_plugins.compute import *; print([str(compute_dtype(d)) for d in "
+        "(torch.bfloat16, torch.float16)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env={**os.environ, **ORDINARY},
+    )
     assert json.loads(done.stdout.replace("'", '"')) == ["torch.float32"] * 2
 
 
@@ -65,7 +77,9 @@ def test_what_is_written_does_not_depend_on_the_processor(bfloat16_checkpoint, t
     save_checkpoint(*load_model(bfloat16_checkpoint, stack, dtype=STORED), tmp_path / "stored", stack)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     save_checkpoint(*load_model(bfloat16_checkpoint, stack), tmp_path / "auto", stack)
-    assert (tmp_path / "auto" / "model.safetensors").read_bytes() == (tmp_path / "stored" / "model.safetensors").read_bytes()
+    assert (tmp_path / "auto" / "model.safetensors").read_bytes() == (
+        tmp_path / "stored" / "model.safetensors"
+    ).read_bytes()
     assert (tmp_path / "auto" / "config.json").read_text() == (tmp_path / "stored" / "config.json").read_text()
 
 
@@ -77,7 +91,11 @@ def test_what_the_user_says_wins_with_a_warning(ordinary, bfloat16_checkpoint, c
 
 def test_autocast_follows_unless_the_user_turns_it_on(ordinary, tmp_path, caplog):
     def arguments(**training):
-        recipe = {"model": "x", "data": {"path": "d.jsonl"}, "training": {"output_dir": str(tmp_path), "use_cpu": True, **training}}
+        recipe = {
+            "model": "x",
+            "data": {"path": "d.jsonl"},
+            "training": {"output_dir": str(tmp_path), "use_cpu": True, **training},
+        }
         (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
         return training_arguments(Recipe.from_file(tmp_path / "recipe.yaml"))
 

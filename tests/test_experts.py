@@ -24,7 +24,14 @@ from arctic_plugins.testing import MIXTURES, tiny_model
 
 E, K, I = 6, 64, 48  # noqa: E741 - as in the docstrings
 FP8 = Stack.from_dict({"fp8": {}})
-MIXED = Stack.from_dict({"fp8": {"bits": 12, "formats": {"**.down_proj": {"bits": 6, "group_size": 32}, "**.gate_up_proj": {"group_size": 64}}}})
+MIXED = Stack.from_dict(
+    {
+        "fp8": {
+            "bits": 12,
+            "formats": {"**.down_proj": {"bits": 6, "group_size": 32}, "**.gate_up_proj": {"group_size": 64}},
+        }
+    }
+)
 IDS = torch.arange(10, 60)[None]
 
 
@@ -79,7 +86,9 @@ def test_experts_of_other_processes_add_nothing():
     module = experts()
     x, (index, weights) = torch.randn(9, K), routing(9)
     index[2], index[5, 0], index[7, 1] = E, -1, E + 3
-    torch.testing.assert_close(module(x, index, weights).double(), definition(module, x, index, weights), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        module(x, index, weights).double(), definition(module, x, index, weights), rtol=1e-4, atol=1e-5
+    )
     assert torch.equal(module(x, torch.full_like(index, E), weights), torch.zeros(9, K))
 
 
@@ -148,7 +157,10 @@ def test_to_dtype_leaves_the_bytes_and_autocast_computes_in_its_dtype():
     module, x, (index, weights) = experts(), torch.randn(4, K), routing(4)
     expected = {name: parameter.clone() for name, parameter in module.named_parameters()}
     module.to(torch.bfloat16)
-    assert all(torch.equal(parameter, expected[name]) and parameter.dtype == expected[name].dtype for name, parameter in module.named_parameters())
+    assert all(
+        torch.equal(parameter, expected[name]) and parameter.dtype == expected[name].dtype
+        for name, parameter in module.named_parameters()
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert module(x, index, weights).dtype == torch.bfloat16
     assert torch.equal(copy.deepcopy(module)(x, index, weights), module(x, index, weights))
@@ -201,12 +213,16 @@ def test_pieces_of_processes_are_sorted_by_piece(sizes):
     places = _places(sizes, 3).tolist()
     sequence = sorted(range(18), key=lambda expert: places[expert])
     ends = [0, *itertools.accumulate(sizes)]
-    assert sequence == [6 * process + expert for piece in itertools.pairwise(ends) for process in range(3) for expert in range(*piece)]
+    assert sequence == [
+        6 * process + expert for piece in itertools.pairwise(ends) for process in range(3) for expert in range(*piece)
+    ]
     assert places[18] == 18
 
 
 def test_no_rows_at_all():
-    y = mix_experts(torch.empty(0, K), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2), E, lambda rows, counts: swiglu(rows))
+    y = mix_experts(
+        torch.empty(0, K), torch.empty(0, 2, dtype=torch.long), torch.empty(0, 2), E, lambda rows, counts: swiglu(rows)
+    )
     assert y.shape == (0, K // 2)
 
 
@@ -262,7 +278,10 @@ def test_freezing_a_loaded_model_is_loading_it_frozen(plain, tmp_path):
     save_checkpoint(frozen, tokenizer, tmp_path / "a", MIXED)
     save_checkpoint(model, tokenizer, tmp_path / "b", MIXED)
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
-    assert json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"] == model.config.quantization_config.to_dict()
+    assert (
+        json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]
+        == model.config.quantization_config.to_dict()
+    )
 
 
 @pytest.mark.parametrize("name", MIXTURES)
@@ -272,8 +291,12 @@ def test_encode_train_merge_reload(train_relative, name):
     assert losses[-1] < losses[0]
     adapted = logits(load_checkpoint(result.directory)[0])
     again, _ = load_model(merged)
-    assert {weight.codec for module, _ in frozen_weights(again).values() for weight in module.frozen.values()} == {FP8Codec(group_size=64)}
-    assert (logits(again) - adapted).norm() < (logits(AutoModelForCausalLM.from_pretrained(checkpoint)) - adapted).norm()
+    assert {weight.codec for module, _ in frozen_weights(again).values() for weight in module.frozen.values()} == {
+        FP8Codec(group_size=64)
+    }
+    assert (logits(again) - adapted).norm() < (
+        logits(AutoModelForCausalLM.from_pretrained(checkpoint)) - adapted
+    ).norm()
 
 
 def test_a_placement_holds_them_and_saving_gives_them_back(int8_plugin, plain, tmp_path):
@@ -340,7 +363,10 @@ def test_what_cannot_be_encoded_is_reported_and_stays_plain(tmp_path):
     model, _ = load_model(tiny_model(tmp_path / "plain", "gpt_oss", **config), FP8)
     assert not any(isinstance(module, FrozenExperts) for module in model.modules())
     assert any(isinstance(module, FrozenLinear) for module in model.modules())
-    assert "model.layers.*.mlp.experts: plain, their weights are transposed or interleaved, or have biases" in encoding_report(model)
+    assert (
+        "model.layers.*.mlp.experts: plain, their weights are transposed or interleaved, or have biases"
+        in encoding_report(model)
+    )
 
 
 def test_stock_transformers_reads_exported_experts(tmp_path):
@@ -357,7 +383,13 @@ def test_stock_transformers_reads_exported_experts(tmp_path):
 
 def test_deepspeedfp_experts_there_and_back(tmp_path):
     model_type, config = MIXTURES["mixtral"]
-    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_attention_heads": 4, "head_dim": 128, "num_hidden_layers": 1}
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "head_dim": 128,
+        "num_hidden_layers": 1,
+    }
     stack = Stack.from_dict({"fp8": {"group_size": 512}})
     model, tokenizer = load_model(tiny_model(tmp_path / "plain", model_type, **{**config, **sizes}), stack)
     save_checkpoint(model, tokenizer, tmp_path / "encoded", stack)

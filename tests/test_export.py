@@ -44,7 +44,12 @@ def encoded(tiny_checkpoint, tmp_path_factory):
 
 
 def stock_logits(path, tmp_path):
-    done = subprocess.run([sys.executable, "-c", STOCK, str(path), str(tmp_path / "logits.pt")], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK, str(path), str(tmp_path / "logits.pt")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return torch.load(tmp_path / "logits.pt")
 
@@ -52,7 +57,9 @@ def stock_logits(path, tmp_path):
 def test_stock_transformers_reads_compressed_tensors(encoded, tmp_path):
     exported = export_checkpoint(encoded, tmp_path / "out", "compressed-tensors")
     model, _ = load_model(encoded, dtype=torch.float32)
-    torch.testing.assert_close(stock_logits(exported, tmp_path), model(torch.arange(24)[None]).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        stock_logits(exported, tmp_path), model(torch.arange(24)[None]).logits, rtol=1e-4, atol=1e-4
+    )
     assert not (exported / "arctic_plugins.json").exists()
     assert (exported / "tokenizer_config.json").is_file()
 
@@ -70,7 +77,9 @@ def test_stock_transformers_rounds_activations_too(tiny_checkpoint, tmp_path):
 
 
 def test_stock_transformers_reads_fp8_block(tmp_path):
-    source = tiny_llama(tmp_path / "plain", hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2)
+    source = tiny_llama(
+        tmp_path / "plain", hidden_size=128, intermediate_size=384, num_attention_heads=4, num_key_value_heads=2
+    )
     model = encode(source, tmp_path / "encoded", {"formats": {"**.mlp.*": {"bits": 12}}})
     exported = export_checkpoint(tmp_path / "encoded", tmp_path / "out", "fp8-block")
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
@@ -82,7 +91,9 @@ def test_stock_transformers_reads_fp8_block(tmp_path):
                 product, own = weight.float() * blocks, module.decode()
                 assert (product - own).norm() <= 0.04 * own.norm()
                 plain.get_submodule(name).weight.data = product
-    torch.testing.assert_close(stock_logits(exported, tmp_path), plain(torch.arange(24)[None]).logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        stock_logits(exported, tmp_path), plain(torch.arange(24)[None]).logits, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_compressed_tensors_has_exactly_the_bytes(encoded, tmp_path):
@@ -114,9 +125,14 @@ def test_what_cannot_be_exported_is_told(encoded, tiny_checkpoint, tmp_path):
     encode(tiny_checkpoint, tmp_path / "mixed", {"formats": {"**.mlp.*": {"bits": 6}}})
     with pytest.raises(CodecError, match="mlp.* is encoded as FP8Codec.bits=6.*export as fp8-block"):
         export_checkpoint(tmp_path / "mixed", tmp_path / "out", "compressed-tensors")
-    with pytest.raises(CodecError, match="model.layers.0.mlp.down_proj: the weight is 64 x 176; expected sizes that are multiples of 128"):
+    with pytest.raises(
+        CodecError,
+        match="model.layers.0.mlp.down_proj: the weight is 64 x 176; expected sizes that are multiples of 128",
+    ):
         export_checkpoint(encoded, tmp_path / "out", "fp8-block")
-    with pytest.raises(PluginNotFoundError, match="no installed plugin exports to 'fp8-blok'.*did you mean 'fp8-block'"):
+    with pytest.raises(
+        PluginNotFoundError, match="no installed plugin exports to 'fp8-blok'.*did you mean 'fp8-block'"
+    ):
         export_checkpoint(encoded, tmp_path / "out", "fp8-blok")
     with pytest.raises(CheckpointError, match="is not encoded"):
         export_checkpoint(tiny_checkpoint, tmp_path / "out", "fp8-block")
@@ -124,13 +140,26 @@ def test_what_cannot_be_exported_is_told(encoded, tiny_checkpoint, tmp_path):
         export_checkpoint(encoded, tmp_path / "mixed", "fp8-block")
     assert not (tmp_path / "out").exists()
     with pytest.raises(CodecError, match="holds 480"):
-        CompressedTensors().tensors(FP8Codec(), {"": torch.full((4, 1, 8), 255, dtype=torch.uint8), "_scale": torch.ones(4, 1)}, (4, 8))
+        CompressedTensors().tensors(
+            FP8Codec(), {"": torch.full((4, 1, 8), 255, dtype=torch.uint8), "_scale": torch.ones(4, 1)}, (4, 8)
+        )
 
 
 @pytest.mark.parametrize("bits", [8, 6])
 def test_deepspeedfp_there_and_back(tmp_path, bits):
-    source = tiny_llama(tmp_path / "plain", hidden_size=512, intermediate_size=1024, num_attention_heads=4, num_key_value_heads=2, head_dim=128)
-    model = encode(source, tmp_path / "encoded", {"bits": bits, "group_size": 512, "exclude": ["lm_head", "**.k_proj", "**.q_proj", "**.v_proj"]})
+    source = tiny_llama(
+        tmp_path / "plain",
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=128,
+    )
+    model = encode(
+        source,
+        tmp_path / "encoded",
+        {"bits": bits, "group_size": 512, "exclude": ["lm_head", "**.k_proj", "**.q_proj", "**.v_proj"]},
+    )
     exported = export_checkpoint(tmp_path / "encoded", tmp_path / "exported", "deepspeedfp")
     assert json.loads((exported / "config.json").read_text())["quantization_config"] == {
         "quant_method": "deepspeedfp",
@@ -143,7 +172,9 @@ def test_deepspeedfp_there_and_back(tmp_path, bits):
     found, _ = load_model(tmp_path / "converted")
     x = torch.arange(24)[None]
     expected = model(x).logits
-    assert (found(x).logits - expected).norm() <= {8: 1e-3, 6: 0.05}[bits] * expected.norm()  # zero is not a DeepSpeedFP number
+    assert (found(x).logits - expected).norm() <= {8: 1e-3, 6: 0.05}[
+        bits
+    ] * expected.norm()  # zero is not a DeepSpeedFP number
 
 
 def test_what_cannot_be_converted_is_told(encoded, tiny_checkpoint, tmp_path):

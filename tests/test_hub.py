@@ -1,4 +1,6 @@
-"""Hub ids where a directory could stand, and push_to_hub as in transformers, against a stub of the hub on this machine."""
+"""Hub ids where a directory could stand, and push_to_hub as in transformers, against a stub of the hub on this
+machine.
+"""
 
 import importlib.util
 import json
@@ -29,7 +31,10 @@ def server(tmp_path_factory):
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     home = tmp_path_factory.mktemp("home")
-    with module.Hub(tmp_path_factory.mktemp("hub")) as hub, closing(Forks(["arctic_plugins_huggingface.sft"], hub.environment(home))) as forks:
+    with (
+        module.Hub(tmp_path_factory.mktemp("hub")) as hub,
+        closing(Forks(["arctic_plugins_huggingface.sft"], hub.environment(home))) as forks,
+    ):
         yield hub, home, forks
 
 
@@ -48,7 +53,11 @@ def hub(server, tmp_path):
 def run(hub, server, tmp_path):
     """Run Python source, or the command line, in a process that sees the stub as the hub."""
     forks = server[2]
-    return lambda *command: forks.run(["-c", dedent(command[0])], cwd=tmp_path) if len(command) == 1 else forks.arctic(*command, cwd=tmp_path)
+    return lambda *command: (
+        forks.run(["-c", dedent(command[0])], cwd=tmp_path)
+        if len(command) == 1
+        else forks.arctic(*command, cwd=tmp_path)
+    )
 
 
 def ok(done):
@@ -108,8 +117,16 @@ def test_train_push_merge_and_generate_with_hub_ids_alone(hub, run, tiny_checkpo
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     assert "eval loss" in ok(run("train", "recipe.yaml"))
-    assert hub.files("someone/adapter") >= {"adapter_config.json", "adapter_model.safetensors", FILE_NAME, "tokenizer.json"}
-    assert json.loads((hub.repository("someone/adapter") / "adapter_config.json").read_text())["base_model_name_or_path"] == "someone/base"
+    assert hub.files("someone/adapter") >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        FILE_NAME,
+        "tokenizer.json",
+    }
+    assert (
+        json.loads((hub.repository("someone/adapter") / "adapter_config.json").read_text())["base_model_name_or_path"]
+        == "someone/base"
+    )
     local = load_file(tmp_path / "out" / "final" / "adapter_model.safetensors")
     pushed = load_file(hub.repository("someone/adapter") / "adapter_model.safetensors")
     assert all(torch.equal(pushed[name], tensor) for name, tensor in local.items())
@@ -128,8 +145,10 @@ def test_the_ordinary_trainer_pushes_its_adapter(hub, run, tiny_checkpoint):
             from transformers import Trainer
             from arctic_plugins import Stack
             from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model
-            args = ArcticTrainingArguments(output_dir="out", max_steps=2, save_steps=1, use_cpu=True, report_to="none", push_to_hub=True,
-                                           hub_model_id="someone/trained", hub_strategy="checkpoint", plugins={PLUGINS!r})
+            args = ArcticTrainingArguments(output_dir="out", max_steps=2, save_steps=1, use_cpu=True, report_to="none",
+                                           push_to_hub=True,
+                                           hub_model_id="someone/trained", hub_strategy="checkpoint",
+                                           plugins={PLUGINS!r})
             stack = Stack.from_dict(args.plugins)
             model, tokenizer = load_model({str(tiny_checkpoint)!r}, stack)
             rows = [{{"input_ids": list(range(10, 30)), "labels": list(range(10, 30))}}] * 8
@@ -151,7 +170,11 @@ def test_what_the_hub_does_not_have_is_one_line(hub, run, tiny_checkpoint, tmp_p
         assert done.returncode == 2, done.stderr
         assert message in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
-    recipe = {"model": "someone/base", "data": {"path": "someone/nothing"}, "training": {"output_dir": "out", "use_cpu": True}}
+    recipe = {
+        "model": "someone/base",
+        "data": {"path": "someone/nothing"},
+        "training": {"output_dir": "out", "use_cpu": True},
+    }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     done = run("train", "recipe.yaml")
     assert done.returncode == 2, done.stderr
@@ -163,7 +186,9 @@ def test_a_model_in_the_cache_is_used_when_the_hub_is_gone(hub, server, run, tin
     answer = ok(run("generate", "someone/base", "hi", "--max-new-tokens", "4"))
     environment = {**hub.environment(server[1]), "HF_ENDPOINT": "http://127.0.0.1:9"}
     command = [sys.executable, "-m", "arctic_plugins.cli", "generate", "someone/base", "hi", "--max-new-tokens", "4"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, env=environment, cwd=tmp_path)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=120, env=environment, cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (0, answer), done.stderr
     assert "someone/base comes from the cache: http://127.0.0.1:9 cannot be reached" in done.stderr
 
@@ -171,8 +196,13 @@ def test_a_model_in_the_cache_is_used_when_the_hub_is_gone(hub, server, run, tin
 def test_a_plugin_that_made_a_checkpoint_of_the_hub_is_named(hub, run, tiny_checkpoint, tmp_path):
     checkpoint = save_checkpoint(*load_model(tiny_checkpoint, FP8), tmp_path / "encoded", FP8)
     content = json.loads((checkpoint / FILE_NAME).read_text())
-    (checkpoint / FILE_NAME).write_text(json.dumps({**content, "stack": {"nf3": {}}, "plugins": {"nf3": "someones-nf3==2.1"}}))
+    (checkpoint / FILE_NAME).write_text(
+        json.dumps({**content, "stack": {"nf3": {}}, "plugins": {"nf3": "someones-nf3==2.1"}})
+    )
     hub.put("someone/encoded", checkpoint)
     done = run("generate", "someone/encoded", "hi")
     assert done.returncode == 2
-    assert "made with the plugin nf3, not installed here; the checkpoint says that 'someones-nf3==2.1' provides it" in done.stderr
+    assert (
+        "made with the plugin nf3, not installed here; the checkpoint says that 'someones-nf3==2.1' provides it"
+        in done.stderr
+    )

@@ -37,12 +37,25 @@ def recipe(tiny_checkpoint, tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
 
     def write(name, *, data=None, **training):
-        settings = {"max_steps": 12, "save_steps": 1, "logging_steps": 1, "learning_rate": 1e-2, "lr_scheduler_type": "cosine", "bf16": False}
+        settings = {
+            "max_steps": 12,
+            "save_steps": 1,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "cosine",
+            "bf16": False,
+        }
         content = {
             "model": str(tiny_checkpoint),
             "plugins": {"fp8": {}, "lora": {"r": 4, "dropout": 0.2}},
             "data": {"path": "data.jsonl", "eval_size": 4, **(data or {})},
-            "training": {"output_dir": str(tmp_path / name), "per_device_train_batch_size": 4, "use_cpu": True, **settings, **training},
+            "training": {
+                "output_dir": str(tmp_path / name),
+                "per_device_train_batch_size": 4,
+                "use_cpu": True,
+                **settings,
+                **training,
+            },
         }
         path = tmp_path / f"{name}.yaml"
         path.write_text(json.dumps(content))
@@ -81,9 +94,11 @@ def test_a_signal_stops_with_a_checkpoint_and_resuming_gives_exactly_the_same_lo
     stopped = recipe("stopped", data=data, save_strategy="no", max_steps=12, report_to="none")
     begun = tmp_path / "begun"
     code = (
-        "import sys; import arctic_plugins_huggingface.sft as sft; from pathlib import Path; from transformers import TrainerCallback\n"
+        "import sys; import arctic_plugins_huggingface.sft as sft; from pathlib import Path; from transformers "
+        "import TrainerCallback\n"
         "class Begun(TrainerCallback):\n"
-        f"    def on_step_begin(self, args, state, control, **kwargs): state.global_step == 4 and Path({str(begun)!r}).touch()\n"
+        "    def on_step_begin(self, args, state, control, **kwargs): state.global_step == 4 and "
+        f"Path({str(begun)!r}).touch()\n"
         "run = sft.train; sft.train = lambda *a, **k: run(*a, callbacks=[Begun()], **k)\n"
         "from arctic_plugins.cli import main; main(sys.argv[1:])"
     )
@@ -99,7 +114,9 @@ def test_a_signal_stops_with_a_checkpoint_and_resuming_gives_exactly_the_same_lo
     assert not (tmp_path / "stopped" / "final").exists()
     rewritten = recipe("stopped", data=data, save_steps=12)
     train(Recipe.from_file(rewritten), resume=True)
-    assert [row for row in losses(tmp_path / "stopped") if row[1]] == [row for row in losses(tmp_path / "whole") if row[1]]
+    assert [row for row in losses(tmp_path / "stopped") if row[1]] == [
+        row for row in losses(tmp_path / "whole") if row[1]
+    ]
     assert (tmp_path / "stopped" / "final" / "adapter_model.safetensors").read_bytes() == (
         tmp_path / "whole" / "final" / "adapter_model.safetensors"
     ).read_bytes()
@@ -107,7 +124,9 @@ def test_a_signal_stops_with_a_checkpoint_and_resuming_gives_exactly_the_same_lo
 
 def test_killed_twenty_times_at_random_it_loses_at_most_the_step_in_progress(recipe, tmp_path):
     killed = recipe("killed", max_steps=100_000, save_total_limit=2, lr_scheduler_type="constant")
-    done = trainers().run([Path(__file__).with_name("kill_script.py"), killed, tmp_path / "killed", 20], timeout=900, env=ENVIRONMENT)
+    done = trainers().run(
+        [Path(__file__).with_name("kill_script.py"), killed, tmp_path / "killed", 20], timeout=900, env=ENVIRONMENT
+    )
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) == 20, done.stderr[-3000:]
     for kill in kills:
@@ -118,7 +137,9 @@ def test_killed_twenty_times_at_random_it_loses_at_most_the_step_in_progress(rec
     train(Recipe.from_file(recipe("killed", max_steps=last + 2, lr_scheduler_type="constant")), resume=True)
     train(Recipe.from_file(recipe("whole", max_steps=last + 2, lr_scheduler_type="constant", save_steps=last + 2)))
     # An evaluation between two saves is not made up for; every training step is.
-    assert [row for row in losses(tmp_path / "killed") if row[1]] == [row for row in losses(tmp_path / "whole") if row[1]]
+    assert [row for row in losses(tmp_path / "killed") if row[1]] == [
+        row for row in losses(tmp_path / "whole") if row[1]
+    ]
 
 
 def test_what_was_not_committed_is_passed_over_and_named(recipe, tmp_path):
@@ -172,18 +193,24 @@ def test_what_cannot_be_resumed(recipe, tmp_path):
     path = recipe("run", max_steps=2, save_only_model=True)
     train(Recipe.from_file(path))
     shutil.rmtree(tmp_path / "run" / "final")
-    with pytest.raises(CheckpointError, match=r"has no optimizer\.pt; expected a checkpoint saved without training\.save_only_model"):
+    with pytest.raises(
+        CheckpointError, match=r"has no optimizer\.pt; expected a checkpoint saved without training\.save_only_model"
+    ):
         train(Recipe.from_file(path), resume=True)
     changed = json.loads(path.read_text())
     changed["plugins"]["lora"]["r"] = 8
     path.write_text(json.dumps(changed))
     with pytest.raises(
-        ConfigError, match=r"was made with other plugins or options than the recipe's: plugins\.lora\.r was 4 and is 8; expected the same"
+        ConfigError,
+        match=r"was made with other plugins or options than the recipe's: plugins\.lora\.r was 4 and is 8; "
+        r"expected the same",
     ):
         train(Recipe.from_file(path), resume=True)
 
 
-@pytest.mark.parametrize("training", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"])
+@pytest.mark.parametrize(
+    "training", [{"max_steps": 3}, {"max_steps": -1, "num_train_epochs": 1}], ids=["steps", "epochs"]
+)
 def test_killed_while_saving_the_end_it_only_saves_the_end(recipe, tmp_path, training):
     path = recipe("run", **training)
     train(Recipe.from_file(path))

@@ -21,13 +21,25 @@ ORIGINAL, LENGTH = 2048, 131072
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares the CPU engine")
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
 def test_the_last_token_of_a_prompt_of_128k_is_that_of_transformers(tmp_path, kind):
-    sizes = {"max_position_embeddings": ORIGINAL, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    sizes = {
+        "max_position_embeddings": ORIGINAL,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    }
     plain = tiny_llama(tmp_path / "plain", **sizes, initializer_range=0.2)
     stack = Stack.from_dict({"rope": {"type": kind, "max_position_embeddings": LENGTH}})
     model, tokenizer = load_model(plain, stack)
     scaled = save_checkpoint(model, tokenizer, tmp_path / "scaled", stack)
     ids = torch.randint(5, 260, (LENGTH - 1,), generator=torch.Generator().manual_seed(0))
-    llm = {"model": str(scaled), "dtype": "float32", "enforce_eager": True, "enable_chunked_prefill": True, "max_num_batched_tokens": 4096}
+    llm = {
+        "model": str(scaled),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 4096,
+    }
     job = {"llm": {**llm, "max_num_seqs": 2}, "prompts": [ids.tolist()], "tokens": 1, "scored": False}
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
     environment = {
@@ -37,8 +49,12 @@ def test_the_last_token_of_a_prompt_of_128k_is_that_of_transformers(tmp_path, ki
         "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "2",
     }
-    result = engines().run([Path(__file__).with_name("engine_jobs.py"), f"@{tmp_path / 'jobs.json'}"], timeout=1800, env=environment)
-    answers = [json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    result = engines().run(
+        [Path(__file__).with_name("engine_jobs.py"), f"@{tmp_path / 'jobs.json'}"], timeout=1800, env=environment
+    )
+    answers = [
+        json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     assert len(answers) == 1, result.stderr[-4000:]
     assert answers[0]["max_model_len"] == LENGTH
     assert answers[0]["peak_mb"] < 6000

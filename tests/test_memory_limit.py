@@ -22,7 +22,13 @@ LIMIT = 1_250_000_000
 def checkpoints(tmp_path_factory):
     """The plain and the encoded checkpoint of a random Llama of 0.5B parameters."""
     folder = tmp_path_factory.mktemp("limit")
-    sizes = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4}
+    sizes = {
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    }
     plain = tiny_llama(folder / "plain", dtype="bfloat16", head_dim=128, vocab_size=32000, **sizes)
     stack = Stack.from_dict({"fp8": {}})
     return plain, save_checkpoint(*load_model(plain, stack), folder / "encoded", stack)

@@ -1,4 +1,6 @@
-"""Relatives of Llama: encoded, trained over, merged and reloaded, each with what it adds (arctic_plugins/testing/models.py)."""
+"""Relatives of Llama: encoded, trained over, merged and reloaded, each with what it adds
+(arctic_plugins/testing/models.py).
+"""
 
 import pytest
 import torch
@@ -24,7 +26,9 @@ def test_encode_train_merge_reload(train_relative, name):
     plain = AutoModelForCausalLM.from_pretrained(checkpoint)
     encoded, _ = load_model(checkpoint, Stack.from_dict({"fp8": {"group_size": 64}}))
     frozen = {name for name, module in encoded.named_modules() if isinstance(module, FrozenLinear)}
-    assert frozen == {name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"}
+    assert frozen == {
+        name for name, module in plain.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
     for name in frozen:
         layer = encoded.get_submodule(name)
         assert (layer.bias is None) == (plain.get_submodule(name).bias is None)
@@ -40,4 +44,6 @@ def test_encode_train_merge_reload(train_relative, name):
     again, _ = load_model(merged)
     assert {name for name, module in again.named_modules() if isinstance(module, FrozenLinear)} == frozen
     assert torch.equal(logits(again), logits(load_model(merged)[0]))
-    assert (logits(again) - adapted).norm() < (logits(AutoModelForCausalLM.from_pretrained(checkpoint)) - adapted).norm()
+    assert (logits(again) - adapted).norm() < (
+        logits(AutoModelForCausalLM.from_pretrained(checkpoint)) - adapted
+    ).norm()

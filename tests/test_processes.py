@@ -29,17 +29,53 @@ ACCELERATE = (
 )
 
 
-def start(processes, checkpoint, directory, *, batch, checkpointing=False, plugins=PLUGINS, launcher=None, kill=None, spoil=None):
+def start(
+    processes,
+    checkpoint,
+    directory,
+    *,
+    batch,
+    checkpointing=False,
+    plugins=PLUGINS,
+    launcher=None,
+    kill=None,
+    spoil=None,
+):
     arguments = [
         str(Path(__file__).with_name("train_script.py")),
         str(checkpoint),
         str(directory / "losses.json"),
-        *("--output_dir", str(directory), "--use_cpu", "--report_to", "none", "--disable_tqdm", "True", "--plugins", json.dumps(plugins)),
-        *("--max_steps", "4", "--save_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-2", "--per_device_train_batch_size", str(batch)),
+        *(
+            "--output_dir",
+            str(directory),
+            "--use_cpu",
+            "--report_to",
+            "none",
+            "--disable_tqdm",
+            "True",
+            "--plugins",
+            json.dumps(plugins),
+        ),
+        *(
+            "--max_steps",
+            "4",
+            "--save_steps",
+            "2",
+            "--logging_steps",
+            "1",
+            "--learning_rate",
+            "1e-2",
+            "--per_device_train_batch_size",
+            str(batch),
+        ),
         *("--gradient_checkpointing", str(checkpointing), "--train_sampling_strategy", "sequential"),
     ]
     directory.mkdir(exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **{name: json.dumps(what) for name, what in (("KILL", kill), ("SPOIL", spoil)) if what}}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        **{name: json.dumps(what) for name, what in (("KILL", kill), ("SPOIL", spoil)) if what},
+    }
     if launcher is None:
         return trainers().run(arguments, processes=processes, env=environment)
     command = [sys.executable, *launcher, str(processes), *arguments]
@@ -50,7 +86,9 @@ def train(processes, checkpoint, directory, **options):
     done = start(processes, checkpoint, directory, **options)
     assert done.returncode == 0, done.stderr[-4000:]
     assert (directory / "checkpoint-4" / FILE_NAME).is_file()
-    return json.loads((directory / "losses.json").read_text()), load_file(directory / "checkpoint-4" / "adapter_model.safetensors")
+    return json.loads((directory / "losses.json").read_text()), load_file(
+        directory / "checkpoint-4" / "adapter_model.safetensors"
+    )
 
 
 def assert_same(one, other):
@@ -58,13 +96,22 @@ def assert_same(one, other):
     assert losses_of_one == pytest.approx(losses_of_other, rel=1e-4)
     for name, tensor in one.items():
         difference = (tensor - other[name]).abs().max()
-        assert difference <= 2e-3, f"{name} differs by {difference}"  # Adam turns rounding in a tiny gradient into a step of its own size
+        assert difference <= 2e-3, (
+            f"{name} differs by {difference}"
+        )  # Adam turns rounding in a tiny gradient into a step of its own size
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_two_processes_train_like_one(tiny_checkpoint, tmp_path, checkpointing):
     one = train(1, tiny_checkpoint, tmp_path / "one", batch=4, checkpointing=checkpointing)
-    two = train(2, tiny_checkpoint, tmp_path / "two", batch=2, checkpointing=checkpointing, launcher=TORCHRUN if checkpointing else None)
+    two = train(
+        2,
+        tiny_checkpoint,
+        tmp_path / "two",
+        batch=2,
+        checkpointing=checkpointing,
+        launcher=TORCHRUN if checkpointing else None,
+    )
     assert_same(one, two)
     assert one[0][0] - one[0][-1] > 0.5
 
@@ -73,7 +120,9 @@ def test_shards_of_two_and_four_processes_train_like_one(tiny_checkpoint, tmp_pa
     one = train(1, tiny_checkpoint, tmp_path / "one", batch=4)
     sharded = {**PLUGINS, "shard": {}}
     assert_same(one, train(2, tiny_checkpoint, tmp_path / "two", batch=2, plugins=sharded, launcher=ACCELERATE))
-    assert_same(one, train(4, tiny_checkpoint, tmp_path / "four", batch=1, plugins={**PLUGINS, "shard": {"group_size": 2}}))
+    assert_same(
+        one, train(4, tiny_checkpoint, tmp_path / "four", batch=1, plugins={**PLUGINS, "shard": {"group_size": 2}})
+    )
     offloaded = {**sharded, "offload": {"to": "disk", "ratio": 0.5, "path": str(tmp_path / "files")}}
     assert_same(one, train(2, tiny_checkpoint, tmp_path / "offloaded", batch=2, plugins=offloaded, checkpointing=True))
 

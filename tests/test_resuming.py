@@ -1,4 +1,6 @@
-"""A run that is resumed with a changed recipe is the uninterrupted one with that change, or is refused in a line that names it."""
+"""A run that is resumed with a changed recipe is the uninterrupted one with that change, or is refused in a line that
+names it.
+"""
 
 import json
 import shutil
@@ -58,7 +60,9 @@ class House:
         (directory / "eval.jsonl").write_text("\n".join(map(record, range(40, 44))))
 
     def recipe(self, output, changes=None):
-        """The recipe with ``changes`` (section.key -> value); dropout makes it depend on every random state there is."""
+        """The recipe with ``changes`` (section.key -> value); dropout makes it depend on every random state there
+        is.
+        """
         content = {
             "model": str(self.checkpoint),
             "plugins": {"fp8": {}, "lora": {"r": 4, "dropout": 0.2}},
@@ -131,7 +135,12 @@ def house(tmp_path_factory, tiny_checkpoint):
         {"training.save_steps": 4, "training.save_total_limit": 5, "training.save_only_model": True},
         {"training.logging_steps": 3, "training.disable_tqdm": True, "training.run_name": "other"},
         {"training.eval_strategy": "no"},
-        {"training.eval_strategy": "steps", "training.eval_steps": 2, "training.per_device_eval_batch_size": 1, "training.eval_on_start": True},
+        {
+            "training.eval_strategy": "steps",
+            "training.eval_steps": 2,
+            "training.per_device_eval_batch_size": 1,
+            "training.eval_on_start": True,
+        },
         {"training.dataloader_num_workers": 1, "training.dataloader_prefetch_factor": 2},
         {"training.gradient_checkpointing": True},
         {"training.gradient_checkpointing": True, "training.gradient_checkpointing_kwargs": {"use_reentrant": True}},
@@ -147,7 +156,9 @@ def test_what_changes_no_number_is_taken_and_said(house, changes):
     text = house.resume(changes)
     assert adapter(output) == whole
     assert all(f"{key} " in text for key in changes if key != "plugins")
-    assert ("was made with another recipe; from here on: " in text) == bool({*changes} - {"plugins"}) or "plugins.offload" in text
+    assert ("was made with another recipe; from here on: " in text) == bool(
+        {*changes} - {"plugins"}
+    ) or "plugins.offload" in text
     if "training.save_steps" in changes:
         assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-8", "checkpoint-12"}
     if "training.logging_steps" in changes:
@@ -157,7 +168,9 @@ def test_what_changes_no_number_is_taken_and_said(house, changes):
         state = json.loads((output / f"checkpoint-{END}" / "trainer_state.json").read_text())
         assert {6, 8, 10} <= {entry["step"] for entry in state["log_history"] if "eval_loss" in entry}
     values = json.loads((output / f"checkpoint-{END}" / RECIPE).read_text())["values"]
-    assert all(values[key] == value for key, value in changes.items() if key.startswith("training")), "the next resume compares with this recipe"
+    assert all(values[key] == value for key, value in changes.items() if key.startswith("training")), (
+        "the next resume compares with this recipe"
+    )
 
 
 @pytest.mark.parametrize(
@@ -166,9 +179,17 @@ def test_what_changes_no_number_is_taken_and_said(house, changes):
         ({"training.lr_scheduler_type": "constant"}, {"training.max_steps": STOP}, {"training.max_steps": END}),
         ({"training.lr_scheduler_type": "constant"}, {"training.max_steps": 10}, {"training.max_steps": END}),
         ({"training.lr_scheduler_type": "constant"}, {}, {"training.max_steps": 8}),
-        ({"training.lr_scheduler_type": "constant_with_warmup", "training.warmup_steps": 8}, {"training.max_steps": STOP}, {}),
+        (
+            {"training.lr_scheduler_type": "constant_with_warmup", "training.warmup_steps": 8},
+            {"training.max_steps": STOP},
+            {},
+        ),
         ({"training.lr_scheduler_type": "inverse_sqrt", "training.warmup_steps": 3}, {"training.max_steps": STOP}, {}),
-        ({"training.lr_scheduler_type": "constant", "training.max_steps": -1}, {"training.num_train_epochs": 1}, {"training.num_train_epochs": 2}),
+        (
+            {"training.lr_scheduler_type": "constant", "training.max_steps": -1},
+            {"training.num_train_epochs": 1},
+            {"training.num_train_epochs": 2},
+        ),
         ({"training.lr_scheduler_type": "constant"}, {"training.max_steps": -1, "training.num_train_epochs": 1}, {}),
         ({"training.lr_scheduler_type": "constant", "data.streaming": True}, {"training.max_steps": STOP}, {}),
         (
@@ -177,7 +198,17 @@ def test_what_changes_no_number_is_taken_and_said(house, changes):
             {},
         ),
     ],
-    ids=["longer", "longer, from the end of an epoch", "shorter", "warmup", "inverse_sqrt", "epochs", "steps for epochs", "stream", "packed"],
+    ids=[
+        "longer",
+        "longer, from the end of an epoch",
+        "shorter",
+        "warmup",
+        "inverse_sqrt",
+        "epochs",
+        "steps for epochs",
+        "stream",
+        "packed",
+    ],
 )
 def test_another_end_is_taken_where_the_schedule_has_none(house, schedule, before, after):
     whole, output = house.whole({**schedule, **after}), house.stopped({**schedule, **before})
@@ -199,13 +230,22 @@ def test_a_stream_that_has_begun_anew_goes_on_where_it_was(house, step, end):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"training.learning_rate": 1e-3}, r"training\.learning_rate was 0\.01 and is 0\.001; expected the same; give .* another output_dir"),
-        ({"training.learning_rate": 1e-3, "training.seed": 1}, r"training\.learning_rate was .*, training\.seed was 42 and is 1;"),
+        (
+            {"training.learning_rate": 1e-3},
+            r"training\.learning_rate was 0\.01 and is 0\.001; expected the same; give .* another output_dir",
+        ),
+        (
+            {"training.learning_rate": 1e-3, "training.seed": 1},
+            r"training\.learning_rate was .*, training\.seed was 42 and is 1;",
+        ),
         ({"training.lr_scheduler_type": "linear"}, r"training\.lr_scheduler_type was 'cosine' and is 'linear'"),
         ({"training.warmup_steps": 3}, r"training\.warmup_steps was 0 and is 3"),
         ({"training.max_steps": 20}, r"training\.max_steps was 12 and is 20 \(the schedule 'cosine' depends on it\)"),
         ({"training.max_steps": -1}, r"training\.max_steps was 12 and is -1 \(the schedule"),
-        ({"training.per_device_train_batch_size": 8}, r"per_device_train_batch_size was 4 and is 8 \(their product is the batch of a step\)"),
+        (
+            {"training.per_device_train_batch_size": 8},
+            r"per_device_train_batch_size was 4 and is 8 \(their product is the batch of a step\)",
+        ),
         ({"training.gradient_accumulation_steps": 2}, r"training\.gradient_accumulation_steps was 1 and is 2"),
         ({"training.weight_decay": 0.1}, r"training\.weight_decay was"),
         ({"training.optim": "sgd"}, r"training\.optim was 'adamw"),
@@ -223,8 +263,14 @@ def test_a_stream_that_has_begun_anew_goes_on_where_it_was(house, step, end):
         ({"data.eval_path": None, "data.eval_size": 4}, r"data\.eval_size was not set and is 4"),
         ({"load.attn_implementation": "eager"}, r"load\.attn_implementation was not set and is 'eager'"),
         (
-            {"training.gradient_checkpointing": True, "training.gradient_checkpointing_kwargs": {"preserve_rng_state": False}},
-            r"training\.gradient_checkpointing was False and is True \(gradient_checkpointing_kwargs may change numbers\)",
+            {
+                "training.gradient_checkpointing": True,
+                "training.gradient_checkpointing_kwargs": {"preserve_rng_state": False},
+            },
+            (
+                r"training\.gradient_checkpointing was False and is True "
+                r"\(gradient_checkpointing_kwargs may change numbers\)"
+            ),
         ),
         ({"load.dtype": "bfloat16"}, r"load\.dtype was not set and is 'bfloat16'"),
     ],
@@ -232,7 +278,9 @@ def test_a_stream_that_has_begun_anew_goes_on_where_it_was(house, step, end):
 )
 def test_what_makes_another_run_is_refused_before_weights_are_loaded(house, changes, message):
     output = house.stopped()
-    with pytest.raises(ConfigError, match=rf"{output}/checkpoint-5 was made with another recipe: .*{message}") as raised:
+    with pytest.raises(
+        ConfigError, match=rf"{output}/checkpoint-5 was made with another recipe: .*{message}"
+    ) as raised:
         house.begin(changes)
     assert "\n" not in str(raised.value)
 
@@ -240,7 +288,9 @@ def test_what_makes_another_run_is_refused_before_weights_are_loaded(house, chan
 def test_plugins_that_act_on_numbers_are_refused(house):
     house.stopped()
     with pytest.raises(
-        ConfigError, match=r"than the recipe's: plugins\.fp8 was \{'bits': 8, .* and is not set, plugins\.lora\.dropout was 0\.2 and is 0\.0;"
+        ConfigError,
+        match=r"than the recipe's: plugins\.fp8 was \{'bits': 8, .* and is not set, "
+        r"plugins\.lora\.dropout was 0\.2 and is 0\.0;",
     ):
         house.begin({"plugins": {"lora": {"r": 4}}})
 
@@ -248,9 +298,13 @@ def test_plugins_that_act_on_numbers_are_refused(house):
 def test_an_end_before_the_checkpoint_is_refused(house):
     constant = {"training.lr_scheduler_type": "constant"}
     house.stopped(constant)
-    with pytest.raises(ConfigError, match=r"checkpoint-5 is past the end of the recipe: training\.max_steps is 3; expected at least 5"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint-5 is past the end of the recipe: training\.max_steps is 3; expected at least 5"
+    ):
         house.begin({**constant, "training.max_steps": 3})
-    with pytest.raises(ConfigError, match=r"past the end of the recipe: training\.num_train_epochs is 0\.25; expected at least 0\.5"):
+    with pytest.raises(
+        ConfigError, match=r"past the end of the recipe: training\.num_train_epochs is 0\.25; expected at least 0\.5"
+    ):
         house.begin({**constant, "training.max_steps": -1, "training.num_train_epochs": 0.25})
     fraction = {"training.lr_scheduler_type": "constant_with_warmup", "training.warmup_steps": 0.5}
     house.stopped(fraction)
@@ -259,9 +313,16 @@ def test_an_end_before_the_checkpoint_is_refused(house):
 
 
 def test_where_evaluations_decide_they_are_part_of_the_run(house):
-    best = {"training.load_best_model_at_end": True, "training.eval_strategy": "steps", "training.eval_steps": 4, "training.save_steps": 4}
+    best = {
+        "training.load_best_model_at_end": True,
+        "training.eval_strategy": "steps",
+        "training.eval_steps": 4,
+        "training.save_steps": 4,
+    }
     house.stopped(best)
-    with pytest.raises(ConfigError, match=r"training\.eval_steps was 4 and is 2 \(the .* best model goes by evaluations\)"):
+    with pytest.raises(
+        ConfigError, match=r"training\.eval_steps was 4 and is 2 \(the .* best model goes by evaluations\)"
+    ):
         house.begin({**best, "training.eval_steps": 2})
     with pytest.raises(ConfigError, match=r"data\.eval_path was"):
         house.begin({**best, "data.eval_path": "data.jsonl"})
@@ -301,7 +362,9 @@ def test_the_same_batches_in_other_pieces(house):
     house.begin(pieces)
     whole = {"training.dataloader_drop_last": True}
     house.stopped(whole)
-    with pytest.raises(ConfigError, match=r"gradient_accumulation_steps was 1 and is 2 .*per_device_train_batch_size was 4 and is 2"):
+    with pytest.raises(
+        ConfigError, match=r"gradient_accumulation_steps was 1 and is 2 .*per_device_train_batch_size was 4 and is 2"
+    ):
         house.begin({**whole, **pieces})
 
 
@@ -311,7 +374,8 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(house):
     write_provenance(output / "checkpoint-5", Stack.recorded(output / "checkpoint-5"))
     text = house.resume()
     assert (
-        f"warning: {output}/checkpoint-5 has no recipe.json, an earlier version made it: whether the recipe is still the same cannot be told" in text
+        f"warning: {output}/checkpoint-5 has no recipe.json, an earlier version made it: whether the recipe is still "
+        "the same cannot be told" in text
     )
     assert adapter(output) == whole
 
@@ -364,17 +428,20 @@ def test_secrets_are_not_recorded(house):
 
 
 REFUSED = """
-    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
-    optim_target_modules average_tokens_across_devices max_grad_norm label_smoothing_factor bf16 fp16 bf16_full_eval fp16_full_eval tf32
-    torch_compile torch_compile_backend torch_compile_mode use_liger_kernel liger_kernel_config use_cache
-    neftune_noise_alpha auto_find_batch_size load_best_model_at_end metric_for_best_model greater_is_better ignore_data_skip
-    restore_callback_states_from_checkpoint full_determinism seed data_seed accelerator_config parallelism_config dataloader_drop_last
-    dataloader_in_order remove_unused_columns label_names train_sampling_strategy length_column_name fsdp fsdp_config deepspeed debug
-    model_init_kwargs trust_remote_code router_aux_loss_coef chat_template_path dataset_text_field dataset_kwargs dataset_num_proc eos_token
-    truncation_mode shuffle_dataset packing_strategy padding_free pad_to_multiple_of eval_packing completion_only_loss assistant_only_loss
-    loss_type activation_offloading pad_token
+    learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2
+    adam_epsilon optim_target_modules average_tokens_across_devices max_grad_norm label_smoothing_factor bf16 fp16
+    bf16_full_eval fp16_full_eval tf32 torch_compile torch_compile_backend torch_compile_mode use_liger_kernel
+    liger_kernel_config use_cache neftune_noise_alpha auto_find_batch_size load_best_model_at_end metric_for_best_model
+    greater_is_better ignore_data_skip restore_callback_states_from_checkpoint full_determinism seed data_seed
+    accelerator_config parallelism_config dataloader_drop_last dataloader_in_order remove_unused_columns label_names
+    train_sampling_strategy length_column_name fsdp fsdp_config deepspeed debug model_init_kwargs trust_remote_code
+    router_aux_loss_coef chat_template_path dataset_text_field dataset_kwargs dataset_num_proc eos_token truncation_mode
+    shuffle_dataset packing_strategy padding_free pad_to_multiple_of eval_packing completion_only_loss
+    assistant_only_loss loss_type activation_offloading pad_token
 """
-"""Training arguments that make another run; a new one is refused as well, until somebody has thought about it and named it here or there."""
+"""Training arguments that make another run; a new one is refused as well, until somebody has thought about it and named
+it here or there.
+"""
 NOT_RECORDED = {"hub_token", "max_length", "packing"}
 
 

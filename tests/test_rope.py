@@ -59,14 +59,20 @@ def test_texts_of_the_new_length_are_the_same_in_both_hosts(tmp_path, install_pl
     gemma = tiny_model(tmp_path / "gemma", *LLAMA_LIKE["gemma3"][:1], **{**LLAMA_LIKE["gemma3"][1], **sizes})
     ids = torch.randint(5, 200, (LENGTH - 1,), generator=torch.Generator().manual_seed(0)).tolist()
     models = {}
-    for name, checkpoint, options in [*((name, llama, own) for name, own in ROPES.items()), ("gemma", gemma, {"type": "yarn"})]:
+    for name, checkpoint, options in [
+        *((name, llama, own) for name, own in ROPES.items()),
+        ("gemma", gemma, {"type": "yarn"}),
+    ]:
         stack = Stack.from_dict({"rope": {"type": name, "max_position_embeddings": LENGTH, **options}})
         model, tokenizer = load_model(checkpoint, stack, attn_implementation="eager")
         models[name] = model.eval(), save_checkpoint(model, tokenizer, tmp_path / "scaled" / name, stack)
     jobs = [{"llm": {"model": str(path)}} for _, path in models.values()]
     stack = Stack.from_dict({"rope": {"type": "yarn", "max_position_embeddings": LENGTH}})
     jobs.append({"llm": {"model": str(llama), "hf_overrides": on_the_fly(str(llama), stack)}})
-    jobs = [{"llm": {**job["llm"], "dtype": "float32", "enforce_eager": True}, "prompts": [ids], "tokens": 1} for job in jobs]
+    jobs = [
+        {"llm": {**job["llm"], "dtype": "float32", "enforce_eager": True}, "prompts": [ids], "tokens": 1}
+        for job in jobs
+    ]
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -78,7 +84,9 @@ def test_texts_of_the_new_length_are_the_same_in_both_hosts(tmp_path, install_pl
     # Not in a fork: types of plugins have to be known before vLLM's models are imported.
     command = [sys.executable, str(Path(__file__).with_name("engine_jobs.py")), json.dumps(jobs)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment)
-    answers = [json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    answers = [
+        json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     assert len(answers) == len(jobs), result.stderr[-4000:]
     while_loading = answers.pop()
     assert while_loading["max_model_len"] == LENGTH
@@ -88,7 +96,12 @@ def test_texts_of_the_new_length_are_the_same_in_both_hosts(tmp_path, install_pl
         assert answer["max_model_len"] == LENGTH, name
         whole = ids + answer["base"]["tokens"][0]  # of the maximum length, where also those agree that look at it
         with torch.no_grad():
-            expected = model(torch.tensor([whole])).logits[0].log_softmax(-1)[:-1].gather(1, torch.tensor(whole[1:])[:, None])[:, 0]
+            expected = (
+                model(torch.tensor([whole]))
+                .logits[0]
+                .log_softmax(-1)[:-1]
+                .gather(1, torch.tensor(whole[1:])[:, None])[:, 0]
+            )
         found = torch.tensor(answer["base"]["prompt"][0] + answer["base"]["logprobs"][0])
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
         texts.add(tuple(round(value, 3) for value in answer["base"]["prompt"][0][-8:]))
@@ -105,7 +118,11 @@ def test_an_adapter_is_served_over_a_scaled_base(tmp_path):
     model, tokenizer = load_model(llama, stack)
     adapter = save_checkpoint(model, tokenizer, tmp_path / "adapter", stack)
     values, _ = server_options(str(adapter), base=str(llama))
-    assert values["hf_overrides"] == {"rope_parameters": model.config.rope_parameters, "max_position_embeddings": LENGTH, "arctic_rope": True}
+    assert values["hf_overrides"] == {
+        "rope_parameters": model.config.rope_parameters,
+        "max_position_embeddings": LENGTH,
+        "arctic_rope": True,
+    }
     merged = merge_adapter(adapter, tmp_path / "merged")
     assert load_config(merged).rope_parameters == model.config.rope_parameters
     assert load_config(merged).max_position_embeddings == LENGTH

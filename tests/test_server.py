@@ -46,7 +46,17 @@ def servers(tmp_path):
     checkpoint, started = tiny_llama(tmp_path / "a model, ünïcode"), []
     for name in ("stopped", "killed"):
         at, log = port(), tmp_path / f"{name}.log"
-        command = [sys.executable, "-m", "arctic_plugins.cli", "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(at)]
+        command = [
+            sys.executable,
+            "-m",
+            "arctic_plugins.cli",
+            "serve",
+            str(checkpoint),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(at),
+        ]
         with log.open("w") as file:
             process = subprocess.Popen(
                 [*command, "--max-model-len", "64", "--enforce-eager"],
@@ -68,7 +78,11 @@ def test_a_supervisor_learns_how_the_server_ended(servers):
         model = ready(server, where, text)
         assert ask(where, "/v1/completions", {"model": model, "prompt": "ab", "max_tokens": 2})["choices"]
     stopped.send_signal(signal.SIGTERM)
-    engine = next(child for child in psutil.Process(killed.pid).children(recursive=True) if "EngineCore" in " ".join(child.cmdline()))
+    engine = next(
+        child
+        for child in psutil.Process(killed.pid).children(recursive=True)
+        if "EngineCore" in " ".join(child.cmdline())
+    )
     engine.kill()
     assert stopped.wait(timeout=120) == 0
     assert killed.wait(timeout=120) == ENGINE_DIED, log.read_text()[-3000:]

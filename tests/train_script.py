@@ -42,7 +42,11 @@ def main():
     torch.manual_seed(0)
     model, _ = load_model(checkpoint, stack)
     texts = [torch.arange(24) % 3 + 20 + row % 4 for row in range(32)]
-    callbacks = [kind(*json.loads(os.environ[name])) for name, kind in (("KILL", Killed), ("SPOIL", Spoilt)) if name in os.environ]
+    callbacks = [
+        kind(*json.loads(os.environ[name]))
+        for name, kind in (("KILL", Killed), ("SPOIL", Spoilt))
+        if name in os.environ
+    ]
     rows = [{"input_ids": ids, "labels": ids} for ids in texts]
     trainer = attach(Trainer(model=model, args=args, train_dataset=rows, callbacks=callbacks), stack)
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir)[0])
@@ -53,5 +57,7 @@ def main():
 
 if __name__ == "__main__":
     main()
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # a process of torchrun's, not a fork: a thread of gloo may abort one that finalizes its interpreter
+    if (
+        "TORCHELASTIC_RUN_ID" in os.environ
+    ):  # a process of torchrun's, not a fork: a thread of gloo may abort one that finalizes its interpreter
         leave()

@@ -1,4 +1,6 @@
-"""The ``arctic`` command. Its subcommands are entry points of the group ``arctic_plugins.commands``, loaded when they are needed."""
+"""The ``arctic`` command. Its subcommands are entry points of the group ``arctic_plugins.commands``, loaded when they
+are needed.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,15 @@ class _Commands(click.Group):
             command = point.load()
         except Exception as error:  # an import can fail with anything, and it is all reported
             owner = point.dist.name if point.dist else "an unknown distribution"
-            return _broken(cmd_name, f"command '{cmd_name}' of {owner} cannot be imported: {type(error).__name__}: {error}")
+            return _broken(
+                cmd_name, f"command '{cmd_name}' of {owner} cannot be imported: {type(error).__name__}: {error}"
+            )
         assert isinstance(command, click.Command)
         return command
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in _commands():
             raise click.UsageError(f"'{args[0]}' is not a command; {suggest(args[0], _commands())}")
         return super().resolve_command(ctx, args)
@@ -58,7 +64,12 @@ def _broken(name: str, reason: str) -> click.Command:
 
 @click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="arctic-plugins")
-@click.option("--traceback", is_flag=True, expose_value=False, help="Show the whole traceback of an error (taken anywhere on the line).")
+@click.option(
+    "--traceback",
+    is_flag=True,
+    expose_value=False,
+    help="Show the whole traceback of an error (taken anywhere on the line).",
+)
 @click.pass_context
 def arctic(context: click.Context) -> None:
     """Fine-tune, encode, merge and serve models with interchangeable plugins.
@@ -74,15 +85,19 @@ def arctic(context: click.Context) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line. Exit status: 0 fine, 2 the user's input, 1 anything else, 130 interrupted; errors are one line on stderr.
+    """Run the command line. Exit status: 0 fine, 2 the user's input, 1 anything else, 130 interrupted; errors are one
+    line on stderr.
 
-    The arguments are by default those of the process, which then ends without finalizing the interpreter: with torch imported that takes a second.
+    The arguments are by default those of the process, which then ends without finalizing the interpreter: with torch
+    imported that takes a second.
     """
     arguments = sys.argv[1:] if args is None else args
     show_traceback = "--traceback" in arguments
     arguments = [argument for argument in arguments if argument != "--traceback"]  # wherever it stands
     try:
-        status = arctic.main(arguments, prog_name="arctic", standalone_mode=False)  # a command's `context.exit(status)` comes back as the result
+        status = arctic.main(
+            arguments, prog_name="arctic", standalone_mode=False
+        )  # a command's `context.exit(status)` comes back as the result
         sys.stdout.flush()
         status = status if isinstance(status, int) else 0
     except click.exceptions.Exit as error:

@@ -15,7 +15,8 @@ __all__ = ["doctor"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def doctor(context: click.Context, recipe: str | None, as_json: bool) -> None:
-    """Check Python, hosts, compilers, distributions and plugins, each plugin in a process of its own, and registration where vLLM's workers run.
+    """Check Python, hosts, compilers, distributions and plugins, each plugin in a process of its own, and registration
+    where vLLM's workers run.
 
     With RECIPE, also say which plugins it enables and whether they make a stack. Exit status 1 if anything is broken.
 

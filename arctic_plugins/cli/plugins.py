@@ -62,7 +62,13 @@ def _installed() -> list[dict[str, Any]]:
         try:
             plugin = load_plugin(name)
             rows.append(
-                {**row, "slots": sorted(plugin.slots), "hosts": dict(plugin.hosts), "options": sorted(plugin.config.model_fields), "error": None}
+                {
+                    **row,
+                    "slots": sorted(plugin.slots),
+                    "hosts": dict(plugin.hosts),
+                    "options": sorted(plugin.config.model_fields),
+                    "error": None,
+                }
             )
         except PluginError as error:
             rows.append({**row, "slots": [], "hosts": {}, "options": [], "error": str(error)})
@@ -83,7 +89,12 @@ def _described(plugin: type[Plugin]) -> dict[str, Any]:
         for name, field in plugin.config.model_fields.items()
     ]
     meaning = (inspect.getdoc(plugin) or "").partition("\n\n")[0].replace("``", "")
-    return {"name": plugin.name, "meaning": " ".join(meaning.split()), "slots": sorted(plugin.slots), "options": options}
+    return {
+        "name": plugin.name,
+        "meaning": " ".join(meaning.split()),
+        "slots": sorted(plugin.slots),
+        "options": options,
+    }
 
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -102,8 +113,15 @@ def _kind(schema: dict[str, Any]) -> str:
 
 
 def _in_words(described: dict[str, Any]) -> str:
-    paragraphs = [f"{described['name']}: {described['meaning']}", f"Slots: {', '.join(described['slots']) or 'none'}", ""]
-    lines = [click.wrap_text(text, 80) for text in [*paragraphs, "Options:" if described["options"] else "It takes no options."]]
+    paragraphs = [
+        f"{described['name']}: {described['meaning']}",
+        f"Slots: {', '.join(described['slots']) or 'none'}",
+        "",
+    ]
+    lines = [
+        click.wrap_text(text, 80)
+        for text in [*paragraphs, "Options:" if described["options"] else "It takes no options."]
+    ]
     for option in described["options"]:
         default = "required" if option["required"] else f"default {json.dumps(option['default'])}"
         lines += ["", click.wrap_text(f"{option['name']}: {option['type']}; {default}", 80, "  ", "    ")]

@@ -1,4 +1,6 @@
-"""Frozen base weights: encoded bytes (a codec's) somewhere (a placement's), in layers that train what is added to them."""
+"""Frozen base weights: encoded bytes (a codec's) somewhere (a placement's), in layers that train what is added to
+them.
+"""
 
 from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict
 from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs

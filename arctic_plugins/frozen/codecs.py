@@ -43,7 +43,9 @@ class ModuleCodecs:
         """
         version, codecs, modules = (config.get(key) for key in ("format", "codecs", "modules"))
         if type(version) is int and version > FORMAT:
-            raise CheckpointError(f"quantization_config has format {version}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins")
+            raise CheckpointError(
+                f"quantization_config has format {version}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins"
+            )
         if unknown := sorted(config.keys() - _KEYS):
             raise CheckpointError(f"quantization_config has the unknown keys {unknown}", fix="upgrade arctic-plugins")
         if type(version) is not int or version < 1:
@@ -54,23 +56,32 @@ class ModuleCodecs:
             raise _malformed("modules", modules, "an object of module name -> codec id")
         patterns = [name for name in modules if "*" in name]
         characters = sum(map(len, patterns))
-        if len(patterns) > MOST_PATTERNS or characters > MOST_CHARACTERS or any(len(name) > LONGEST_PATTERN for name in patterns):
+        if (
+            len(patterns) > MOST_PATTERNS
+            or characters > MOST_CHARACTERS
+            or any(len(name) > LONGEST_PATTERN for name in patterns)
+        ):
             longest = max(map(len, patterns))
             raise CheckpointError(
-                f"quantization_config.modules has {len(patterns)} patterns of up to {longest} characters, {characters} together",
+                f"quantization_config.modules has {len(patterns)} patterns of up to {longest} characters, "
+                f"{characters} together",
                 expected=f"at most {MOST_PATTERNS} of {LONGEST_PATTERN}, {MOST_CHARACTERS} together",
                 fix="make the checkpoint again",
             )
         built = {name: codec_from_dict(codec) for name, codec in codecs.items()}
         if missing := sorted(set(modules.values()) - codecs.keys()):
             raise CheckpointError(
-                f"quantization_config.modules names the codecs {missing}", expected=f"one of {sorted(codecs)}", fix="make the checkpoint again"
+                f"quantization_config.modules names the codecs {missing}",
+                expected=f"one of {sorted(codecs)}",
+                fix="make the checkpoint again",
             )
         return cls(built, modules)
 
     @classmethod
     def from_owners(cls, owners: Mapping[str, Codec], modules: Iterable[str]) -> ModuleCodecs:
-        """Write module name -> codec with as few patterns as say the same about all ``modules`` (every linear module's name)."""
+        """Write module name -> codec with as few patterns as say the same about all ``modules`` (every linear module's
+        name).
+        """
         ids: dict[Codec, str] = {}
         for codec in owners.values():
             if codec not in ids:
@@ -92,4 +103,6 @@ class ModuleCodecs:
 
 
 def _malformed(key: str, found: Any, expected: str) -> CheckpointError:
-    return CheckpointError(f"quantization_config.{key} is {found!r}", expected=expected, fix="make the checkpoint again")
+    return CheckpointError(
+        f"quantization_config.{key} is {found!r}", expected=expected, fix="make the checkpoint again"
+    )

@@ -1,4 +1,6 @@
-"""Expert dispatch: how rows come to the experts that compute with them, and back, when processes share the experts of a mixture."""
+"""Expert dispatch: how rows come to the experts that compute with them, and back, when processes share the experts of a
+mixture.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,15 @@ __all__ = ["Exchange", "ExpertsDispatch", "Stay", "local_parameters"]
 
 
 class Exchange(ABC):
-    """The way of rows to some experts and back, started by :meth:`ExpertsDispatch.send`. Its steps are called once each, in this order."""
+    """The way of rows to some experts and back, started by :meth:`ExpertsDispatch.send`. Its steps are called once
+    each, in this order.
+    """
 
     @abstractmethod
     def receive(self) -> tuple[Tensor, Sequence[int]]:
-        """Wait for the rows of this process's experts among them: ``[rows, K]`` sorted by expert, and how many each has."""
+        """Wait for the rows of this process's experts among them: ``[rows, K]`` sorted by expert, and how many each
+        has.
+        """
 
     @abstractmethod
     def send_back(self, rows_RK: Tensor) -> None:
@@ -46,8 +52,9 @@ class Stay(Exchange):
 class ExpertsDispatch(ABC):
     """What fills the slot ``experts_dispatch``: one object serves all mixtures of a model.
 
-    ``size`` processes hold one copy of the experts together, each from loading on; when there are more, several copies are trained on different
-    data. Parameters of a process's own experts (:func:`local_parameters`) are none of DDP's business.
+    ``size`` processes hold one copy of the experts together, each from loading on; when there are more, several copies
+    are trained on different data. Parameters of a process's own experts (:func:`local_parameters`) are none of DDP's
+    business.
     """
 
     experts_implementation: ClassVar[str] = "eager"
@@ -74,7 +81,8 @@ class ExpertsDispatch(ABC):
         """
 
     def pieces(self, num_experts: int) -> list[int]:
-        """How many of this process's experts are computed together, piece after piece: the rows of one travel while another is computed.
+        """How many of this process's experts are computed together, piece after piece: the rows of one travel while
+        another is computed.
 
         The same in all processes. The default is one piece.
         """
@@ -89,14 +97,17 @@ class ExpertsDispatch(ABC):
 
         Args:
             rows_RK: sorted by piece (see :meth:`pieces`), then by expert.
-            counts: for each piece, the rows of each of the experts that processes have in it, those of the first process first.
+            counts: for each piece, the rows of each of the experts that processes have in it, those of the first
+                process first.
 
         Returns:
             An exchange for each piece. Those of all pieces have started; processes finish them in the same order.
         """
 
     def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        """Change routing before anything is sent, while training: an index of ``num_experts`` goes nowhere. The default changes nothing."""
+        """Change routing before anything is sent, while training: an index of ``num_experts`` goes nowhere. The default
+        changes nothing.
+        """
         return index_MT, weights_MT
 
     @abstractmethod
@@ -109,11 +120,15 @@ class ExpertsDispatch(ABC):
 
     @abstractmethod
     def gather(self, local: Tensor) -> list[Tensor] | None:
-        """Collective: what the processes of the first copy have, in order of rank and host memory, in the first process of all; None elsewhere."""
+        """Collective: what the processes of the first copy have, in order of rank and host memory, in the first process
+        of all; None elsewhere.
+        """
 
 
 def local_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, ExpertsDispatch]]:
-    """Name -> parameter of this process's own experts, and the dispatch. What adapters add beside experts that they wrap is among them."""
+    """Name -> parameter of this process's own experts, and the dispatch. What adapters add beside experts that they
+    wrap is among them.
+    """
     owners: dict[str, ExpertsDispatch] = {}
     for name, module in model.named_modules():
         dispatch = getattr(module, "dispatch", None)
@@ -122,5 +137,8 @@ def local_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, ExpertsD
                 name = name.removesuffix(".base_layer")
             owners[f"{name}."] = dispatch
     return {
-        name: (parameter, dispatch) for name, parameter in model.named_parameters() for owner, dispatch in owners.items() if name.startswith(owner)
+        name: (parameter, dispatch)
+        for name, parameter in model.named_parameters()
+        for owner, dispatch in owners.items()
+        if name.startswith(owner)
     }

@@ -1,4 +1,6 @@
-"""The experts of a mixture over encoded bytes: any codec, any placement, here or in other processes; only experts with tokens are decoded."""
+"""The experts of a mixture over encoded bytes: any codec, any placement, here or in other processes; only experts with
+tokens are decoded.
+"""
 
 from __future__ import annotations
 
@@ -20,24 +22,28 @@ Product = Callable[[Tensor, Sequence[int]], Tensor]
 Piece = tuple[int, Product]
 """Experts that are computed together: how many, and their product."""
 Update = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
-"""What an adapter makes of a product: ``(product, rows, rows of each expert) -> product``. By leaf in :attr:`FrozenExperts.updates`."""
+"""What an adapter makes of a product: ``(product, rows, rows of each expert) -> product``. By leaf in
+:attr:`FrozenExperts.updates`.
+"""
 
 
 class Mixture:
-    """``y[m] = sum over t of weights[m, t] * down(act(up(x[m])))`` with the matrices of expert ``index[m, t]``, in three steps.
+    """``y[m] = sum over t of weights[m, t] * down(act(up(x[m])))`` with the matrices of expert ``index[m, t]``, in
+    three steps.
 
-    Building it starts what brings rows to their experts; :meth:`compute` multiplies and starts the way back; :meth:`result` waits for it and sums.
-    What is computed between the steps, forward and by autograd backward, overlaps with the communication of a dispatch; so do pieces of the experts
-    with each other's. Compilers leave all steps alone: which expert gets how many tokens depends on data.
+    Building it starts what brings rows to their experts; :meth:`compute` multiplies and starts the way back;
+    :meth:`result` waits for it and sums. What is computed between the steps, forward and by autograd backward, overlaps
+    with the communication of a dispatch; so do pieces of the experts with each other's. Compilers leave all steps
+    alone: which expert gets how many tokens depends on data.
 
     Args:
         x_MK: tokens.
-        index_MT: for each token the indices of its T experts; an index outside ``0 <= index < num_experts`` (an expert of another process, a token
-            that was dropped) adds nothing.
+        index_MT: for each token the indices of its T experts; an index outside ``0 <= index < num_experts`` (an expert
+            of another process, a token that was dropped) adds nothing.
         weights_MT: the routing weights.
         num_experts: E, in all processes together.
-        pieces: how many of this process's experts are computed together, and ``(rows sorted by expert, rows of each of them) -> rows``:
-            ``down(act(up(rows)))``. One piece unless the dispatch wants more.
+        pieces: how many of this process's experts are computed together, and ``(rows sorted by expert, rows of each of
+            them) -> rows``: ``down(act(up(rows)))``. One piece unless the dispatch wants more.
         dispatch: None when all experts are here.
     """
 
@@ -98,13 +104,13 @@ def mix_experts(x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, num_experts:
 
 
 BLOCK = 24 << 20
-"""Bytes. glibc's malloc takes anything of 32 MiB and more from the system anew (mallopt(3), M_MMAP_THRESHOLD), whose first use of every page costs
-as much as the arithmetic of activations."""
+"""Bytes. glibc's malloc takes anything of 32 MiB and more from the system anew (mallopt(3), M_MMAP_THRESHOLD), whose
+first use of every page costs as much as the arithmetic of activations."""
 
 
 def in_blocks(products: Product, rows_RK: Tensor, counts: Sequence[int], width: int) -> Tensor:
-    """``products(rows, counts)``, on CPU for a few experts at a time, so that an intermediate result of ``width`` columns has at most :data:`BLOCK`
-    bytes, or the rows of one expert."""
+    """``products(rows, counts)``, on CPU for a few experts at a time, so that an intermediate result of ``width``
+    columns has at most :data:`BLOCK` bytes, or the rows of one expert."""
     limit = BLOCK // (width * rows_RK.element_size())
     if rows_RK.device.type != "cpu" or len(rows_RK) <= limit:
         return products(rows_RK, counts)
@@ -117,18 +123,25 @@ def in_blocks(products: Product, rows_RK: Tensor, counts: Sequence[int], width: 
         if count:
             blocks[-1][expert] = count
             free -= count
-    return torch.cat([products(rows, block) for rows, block in zip(rows_RK.split([sum(block) for block in blocks]), blocks, strict=True)])
+    return torch.cat(
+        [
+            products(rows, block)
+            for rows, block in zip(rows_RK.split([sum(block) for block in blocks]), blocks, strict=True)
+        ]
+    )
 
 
 def piece_sizes(experts: Any) -> list[int]:
-    """How many experts of a module with ``num_experts`` and perhaps a ``dispatch`` are computed together, piece after piece."""
+    """How many experts of a module with ``num_experts`` and perhaps a ``dispatch`` are computed together, piece after
+    piece.
+    """
     dispatch: ExpertsDispatch | None = getattr(experts, "dispatch", None)
     return [experts.num_experts] if dispatch is None else dispatch.pieces(experts.num_experts)
 
 
 def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, pieces: Sequence[Piece]) -> Mixture:
-    """The :class:`Mixture` of a module ``experts`` with ``num_experts`` and perhaps a ``dispatch``: in autocast's dtype, and while training with
-    what the dispatch keeps."""
+    """The :class:`Mixture` of a module ``experts`` with ``num_experts`` and perhaps a ``dispatch``: in autocast's
+    dtype, and while training with what the dispatch keeps."""
     dispatch: ExpertsDispatch | None = getattr(experts, "dispatch", None)
     if torch.is_autocast_enabled(x_MK.device.type):
         x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
@@ -138,13 +151,15 @@ def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tens
 
 
 class FrozenExperts(FrozenModule):
-    """Two encoded weights with one matrix per expert, called as transformers calls experts (``integrations/moe.py``, 5.19.0).
+    """Two encoded weights with one matrix per expert, called as transformers calls experts (``integrations/moe.py``,
+    5.19.0).
 
     Args:
         num_experts: E, in all processes together.
-        act: activation and gate between the two: ``[rows, 2I]`` of a gated MLP, ``[rows, I]`` otherwise, to ``[rows, I]``.
-        up, down: names of the two weights, which the caller adds with :meth:`add_weight`: ``[E, 2I, K]`` or ``[E, I, K]``, and ``[E, K, I]``, E
-            being the experts of this process.
+        act: activation and gate between the two: ``[rows, 2I]`` of a gated MLP, ``[rows, I]`` otherwise, to ``[rows,
+            I]``.
+        up, down: names of the two weights, which the caller adds with :meth:`add_weight`: ``[E, 2I, K]`` or ``[E, I,
+            K]``, and ``[E, K, I]``, E being the experts of this process.
         dtype: compute dtype.
         dispatch: how rows come to experts of other processes; None when all are here.
     """
@@ -165,7 +180,9 @@ class FrozenExperts(FrozenModule):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # which expert gets how many tokens depends on data
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; see :class:`Mixture`."""
+        """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; see
+        :class:`Mixture`.
+        """
         return self.start(hidden_states, top_k_index, top_k_weights).finish()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -192,5 +209,8 @@ class FrozenExperts(FrozenModule):
         return self.updates[leaf](product, rows, counts) if leaf in self.updates else product
 
     def extra_repr(self) -> str:
-        weights = ", ".join(f"{leaf}={weight.shape} {weight.codec}{', placed' if weight.handle else ''}" for leaf, weight in self.frozen.items())
+        weights = ", ".join(
+            f"{leaf}={weight.shape} {weight.codec}{', placed' if weight.handle else ''}"
+            for leaf, weight in self.frozen.items()
+        )
         return f"num_experts={self.num_experts}, {weights}"

@@ -1,4 +1,6 @@
-"""Encoded weights in the formats of other libraries: exporters write them, for those who cannot install this one; converters read them."""
+"""Encoded weights in the formats of other libraries: exporters write them, for those who cannot install this one;
+converters read them.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,14 @@ class Exporter(ABC):
             plain: names of the linear modules that are not encoded.
 
         Raises:
-            CodecError: the format cannot hold what one of the codecs encodes; names the module. Called before weights are read.
+            CodecError: the format cannot hold what one of the codecs encodes; names the module. Called before weights
+                are read.
         """
 
     @abstractmethod
     def tensors(self, codec: Codec, buffers: Buffers, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """The tensors of a module with the weight ``shape`` (N, K): name after the module's own (``weight``, ``weight_scale``) -> tensor.
+        """The tensors of a module with the weight ``shape`` (N, K): name after the module's own (``weight``,
+        ``weight_scale``) -> tensor.
 
         Raises:
             CodecError: the format cannot hold these values.
@@ -38,7 +42,8 @@ class Exporter(ABC):
 
 
 class Converter(ABC):
-    """Subclass for each format that ``arctic convert`` reads, and register the class under the format's name with ``registry.converter``.
+    """Subclass for each format that ``arctic convert`` reads, and register the class under the format's name with
+    ``registry.converter``.
 
     ``arctic convert`` rewrites checkpoints with it, and vLLM reads them through it under the format's name.
 
@@ -65,4 +70,6 @@ class Converter(ABC):
 
     @abstractmethod
     def buffers(self, weight: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """The buffers of :meth:`codec` for the stored ``weight``. Raises CodecError when it is not what the format says."""
+        """The buffers of :meth:`codec` for the stored ``weight``. Raises CodecError when it is not what the format
+        says.
+        """

@@ -1,4 +1,6 @@
-"""The one change to PEFT: adapters over frozen modules are made as :mod:`arctic_plugins.frozen.tuners` says. Read in peft 0.21.2."""
+"""The one change to PEFT: adapters over frozen modules are made as :mod:`arctic_plugins.frozen.tuners` says. Read in
+peft 0.21.2.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ _MODULE = "peft.tuners.tuners_utils"
 
 
 def guard_tuners() -> None:
-    """Have every adapter that PEFT puts on a model pass through :func:`arctic_plugins.frozen.tuners.over_frozen`, now or when PEFT is imported.
+    """Have every adapter that PEFT puts on a model pass through :func:`arctic_plugins.frozen.tuners.over_frozen`, now
+    or when PEFT is imported.
 
-    All tuners that put layers in a model do it in ``BaseTuner.inject_adapter``. Models without frozen modules are left to PEFT alone.
+    All tuners that put layers in a model do it in ``BaseTuner.inject_adapter``. Models without frozen modules are left
+    to PEFT alone.
     """
     if _MODULE in sys.modules:
         _guard(sys.modules[_MODULE])
@@ -45,7 +49,9 @@ def _guard(tuners_utils: ModuleType) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds nothing of its own; guards PEFT once it has been executed, since importing it takes seconds that most do not need."""
+    """Finds nothing of its own; guards PEFT once it has been executed, since importing it takes seconds that most do
+    not need.
+    """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _MODULE:

@@ -17,7 +17,10 @@ from arctic_plugins.frozen.placement import Handle, Placement
 __all__ = ["FrozenLinear"]
 
 
-_ABOUT = {getattr(Tensor, name).__get__ for name in ("device", "dtype", "is_cuda", "is_meta", "layout", "ndim", "requires_grad", "shape")}
+_ABOUT = {
+    getattr(Tensor, name).__get__
+    for name in ("device", "dtype", "is_cuda", "is_meta", "layout", "ndim", "requires_grad", "shape")
+}
 _ABOUT |= {Tensor.dim, Tensor.element_size, Tensor.is_complex, Tensor.is_floating_point, Tensor.numel, Tensor.size}
 
 
@@ -36,7 +39,8 @@ class _Unread(Tensor):
 
 
 class FrozenLinear(FrozenModule, nn.Linear):
-    """``y_MN = x_MK @ decode(bytes).T + bias_N``, computed in the dtype of ``x_MK`` (the autocast dtype under autocast).
+    """``y_MN = x_MK @ decode(bytes).T + bias_N``, computed in the dtype of ``x_MK`` (the autocast dtype under
+    autocast).
 
     Its one encoded weight is called ``weight``; see :class:`arctic_plugins.frozen.module.FrozenModule`.
 
@@ -68,17 +72,36 @@ class FrozenLinear(FrozenModule, nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         weight = FrozenWeight((out_features, in_features), codec, f"{name}.weight", placement)
         self.add_weight("weight", weight, device=device, until_encoded=until_encoded)
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=self.compute_dtype, device=device)) if bias else None)
+        self.register_parameter(
+            "bias", nn.Parameter(torch.empty(out_features, dtype=self.compute_dtype, device=device)) if bias else None
+        )
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, codec: Codec, *, device: torch.device | str | None = None, until_encoded: bool = False, **kwargs: Any
+        cls,
+        linear: nn.Linear,
+        codec: Codec,
+        *,
+        device: torch.device | str | None = None,
+        until_encoded: bool = False,
+        **kwargs: Any,
     ) -> FrozenLinear:
-        """A layer of the shape, dtype and bias of ``linear``: empty, on ``device`` (default: that of ``linear``), or still with its plain weight."""
+        """A layer of the shape, dtype and bias of ``linear``: empty, on ``device`` (default: that of ``linear``), or
+        still with its plain weight.
+        """
         device, dtype = device or linear.weight.device, linear.weight.dtype
         plain = nn.Parameter(linear.weight, requires_grad=False) if until_encoded else None
         has_bias = linear.bias is not None
-        frozen = cls(linear.in_features, linear.out_features, has_bias, codec=codec, device=device, dtype=dtype, until_encoded=plain, **kwargs)
+        frozen = cls(
+            linear.in_features,
+            linear.out_features,
+            has_bias,
+            codec=codec,
+            device=device,
+            dtype=dtype,
+            until_encoded=plain,
+            **kwargs,
+        )
         if has_bias:
             frozen.bias = linear.bias
         return frozen.train(linear.training)
@@ -108,7 +131,9 @@ class FrozenLinear(FrozenModule, nn.Linear):
 
     @contextmanager
     def as_plain(self, weight: Tensor, bias: nn.Parameter | None) -> Iterator[None]:
-        """While this lasts, these are the parameters, for whoever reads or changes them, and the layer computes nothing. Its own stay as they are."""
+        """While this lasts, these are the parameters, for whoever reads or changes them, and the layer computes
+        nothing. Its own stay as they are.
+        """
         stock = self._parameters
         self._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
         try:
@@ -118,7 +143,9 @@ class FrozenLinear(FrozenModule, nn.Linear):
 
     @contextmanager
     def as_unread(self) -> Iterator[None]:
-        """While this lasts, ``weight`` has the shape and dtype of the decoded weight, and raises ConfigError where its values are read."""
+        """While this lasts, ``weight`` has the shape and dtype of the decoded weight, and raises ConfigError where its
+        values are read.
+        """
         if "weight" in self.__dict__:
             yield
             return

@@ -91,8 +91,8 @@ class BeforeMerge:
 class FrozenLoraLinear(LoraLinear):
     """A LoRA layer over a :class:`FrozenLinear`. PEFT's own would add floats to bytes when it merges.
 
-    Merging decodes, adds the update in float32 and encodes again with the same codec. The bytes from before are kept until the layer is unloaded,
-    so that unmerging gives them back exactly.
+    Merging decodes, adds the update in float32 and encodes again with the same codec. The bytes from before are kept
+    until the layer is unloaded, so that unmerging gives them back exactly.
     """
 
     _before_merge: BeforeMerge | None = None
@@ -124,15 +124,18 @@ class FrozenLoraLinear(LoraLinear):
 
 
 class FrozenLoraExperts(ParamWrapper):
-    """A LoRA layer over one weight of :class:`FrozenExperts`: a pair of matrices per expert, with the names and shapes of PEFT's ``ParamWrapper``.
+    """A LoRA layer over one weight of :class:`FrozenExperts`: a pair of matrices per expert, with the names and shapes
+    of PEFT's ``ParamWrapper``.
 
-    PEFT's own would add the update to the whole weight in every forward. This one is called by the experts with the rows of each, and touches only
-    experts with rows. Merging goes expert by expert; see :class:`FrozenLoraLinear`.
+    PEFT's own would add the update to the whole weight in every forward. This one is called by the experts with the
+    rows of each, and touches only experts with rows. Merging goes expert by expert; see :class:`FrozenLoraLinear`.
     """
 
     _before_merge: BeforeMerge | None = None
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
+    ) -> None:
         _check_dropout(adapter_name, config)
         super().__init__(base_layer, adapter_name, parameter_name, config, **kwargs)
         self.get_base_layer().updates[parameter_name] = self.update
@@ -217,31 +220,44 @@ class FrozenLoraExperts(ParamWrapper):
             self._before_merge = None
         self.merged_adapters.clear()
 
-    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: list[str] | None) -> nn.Module:
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
         frozen: FrozenExperts = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         frozen.updates.clear()
         return frozen
 
 
-# PEFT 0.21.2 knows wrappers that may be nested, and reused for another adapter, by the name of their class (tuners/tuners_utils.py).
+# PEFT 0.21.2 knows wrappers that may be nested, and reused for another adapter, by the name of their class
+# (tuners/tuners_utils.py).
 FrozenLoraExperts.__name__ = ParamWrapper.__name__
 
 
 @dataclass(frozen=True)
 class ExpertPairs:
-    """How an adapter's parameter holds a matrix per expert, in memory and on disk: PEFT's layout of ``ParamWrapper``."""
+    """How an adapter's parameter holds a matrix per expert, in memory and on disk: PEFT's layout of
+    ``ParamWrapper``.
+    """
 
     rank: int
     last: bool
-    """True of ``lora_B [N, r * E]``, where the expert's number runs fastest; False of ``lora_A [E * r, K]``, where it runs slowest."""
+    """True of ``lora_B [N, r * E]``, where the expert's number runs fastest; False of ``lora_A [E * r, K]``, where it
+    runs slowest.
+    """
 
     def split(self, tensor: Tensor) -> Tensor:
         """A view with one matrix per expert: ``[E, N, r]`` or ``[E, r, K]``."""
-        return tensor.unflatten(1, (self.rank, -1)).permute(2, 0, 1) if self.last else tensor.unflatten(0, (-1, self.rank))
+        return (
+            tensor.unflatten(1, (self.rank, -1)).permute(2, 0, 1) if self.last else tensor.unflatten(0, (-1, self.rank))
+        )
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The parameter of all experts, from those that processes have of their own."""
-        return torch.cat([part.unflatten(1, (self.rank, -1)) for part in parts], 2).flatten(1) if self.last else torch.cat(list(parts))
+        return (
+            torch.cat([part.unflatten(1, (self.rank, -1)) for part in parts], 2).flatten(1)
+            if self.last
+            else torch.cat(list(parts))
+        )
 
     def part(self, whole: Tensor, experts: slice) -> Tensor:
         """The parameter of these ``experts``, from that of all."""
@@ -251,8 +267,8 @@ class ExpertPairs:
 
 
 def expert_pairs(model: nn.Module) -> dict[str, ExpertPairs]:
-    """Name of every parameter that adapters add beside experts, in a model that has them -> its layout. All other parameters that have something for
-    each expert have the expert's number as their first dimension."""
+    """Name of every parameter that adapters add beside experts, in a model that has them -> its layout. All other
+    parameters that have something for each expert have the expert's number as their first dimension."""
     return {
         f"{name}.{half}.{adapter}.weight": ExpertPairs(rank, half == "lora_B")
         for name, module in model.named_modules()
@@ -267,7 +283,9 @@ _EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
-    """The weights of experts as PEFT's ``target_parameters``: names within a layer, such as ``mlp.experts.down_proj``."""
+    """The weights of experts as PEFT's ``target_parameters``: names within a layer, such as
+    ``mlp.experts.down_proj``.
+    """
     found = set[str]()
     for name, module in model.named_modules():
         if isinstance(module, FrozenExperts):
@@ -275,7 +293,11 @@ def expert_parameters(model: nn.Module) -> list[str]:
         elif isinstance(module, FrozenModule):
             continue
         else:
-            leaves = [leaf for leaf, parameter in module.named_parameters(recurse=False) if leaf in _EXPERT_WEIGHTS and parameter.dim() == 3]
+            leaves = [
+                leaf
+                for leaf, parameter in module.named_parameters(recurse=False)
+                if leaf in _EXPERT_WEIGHTS and parameter.dim() == 3
+            ]
         found |= {re.sub(r"^.*\.\d+\.", "", f"{name}.{leaf}") for leaf in leaves}
     return sorted(found)
 
@@ -305,20 +327,30 @@ def check_plain(adapter_name: str, config: LoraConfig) -> None:
         found = f"init_lora_weights={config.init_lora_weights!r}"
     if found is not None:
         found = "DoRA" if found == "use_dora" else found
-        raise ConfigError(f"adapter '{adapter_name}' uses {found} over encoded weights", expected="plain LoRA or rsLoRA", fix="train a plain adapter")
+        raise ConfigError(
+            f"adapter '{adapter_name}' uses {found} over encoded weights",
+            expected="plain LoRA or rsLoRA",
+            fix="train a plain adapter",
+        )
 
 
 def _check_dropout(adapter_name: str, config: LoraConfig) -> None:
     if config.lora_dropout:
-        raise ConfigError(f"adapter '{adapter_name}' has dropout {config.lora_dropout} and adapts experts", expected="0", fix="leave it out")
+        raise ConfigError(
+            f"adapter '{adapter_name}' has dropout {config.lora_dropout} and adapts experts",
+            expected="0",
+            fix="leave it out",
+        )
 
 
 @contextmanager
 def only_modules(model: nn.Module, *, always: bool = False) -> Iterator[None]:
-    """While this lasts, PEFT adapts of a ``model`` with encoded experts no fused parameters but those that ``target_parameters`` names.
+    """While this lasts, PEFT adapts of a ``model`` with encoded experts no fused parameters but those that
+    ``target_parameters`` names.
 
-    PEFT (utils/transformers_weight_conversion.py) takes 'all-linear', and names like ``gate_proj``, in mixtures of experts for the fused
-    parameters that hold what had these names in transformers 4. With ``always``, also where no experts are encoded.
+    PEFT (utils/transformers_weight_conversion.py) takes 'all-linear', and names like ``gate_proj``, in mixtures of
+    experts for the fused parameters that hold what had these names in transformers 4. With ``always``, also where no
+    experts are encoded.
     """
     with _without_bitsandbytes(), _only_modules(model, always):
         yield
@@ -336,7 +368,9 @@ def _only_modules(model: nn.Module, always: bool) -> Iterator[None]:
 
 
 def up_first(model: nn.Module) -> None:
-    """Put the parameters of encoded experts in the order in which PEFT nests its layers; the loader came across them in any."""
+    """Put the parameters of encoded experts in the order in which PEFT nests its layers; the loader came across them in
+    any.
+    """
     for module in model.modules():
         if isinstance(module, FrozenExperts):
             names = sorted(module._parameters, key=lambda name: not name.startswith(module.up))
@@ -355,7 +389,9 @@ def _without_conversion() -> Iterator[None]:
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """While nobody has executed bitsandbytes, no layer is one of its: PEFT (tuners/lora/model.py) need not, seconds long, to see that."""
+    """While nobody has executed bitsandbytes, no layer is one of its: PEFT (tuners/lora/model.py) need not, seconds
+    long, to see that.
+    """
     if type(sys.modules.get("bitsandbytes")) is ModuleType:
         yield
         return
@@ -368,7 +404,9 @@ def _without_bitsandbytes() -> Iterator[None]:
 
 
 def with_frozen_layer(config: LoraConfig) -> LoraConfig:
-    """Make PEFT use the layers of this module where the base layer is frozen. That is not saved with the adapter, so do it on every load."""
+    """Make PEFT use the layers of this module where the base layer is frozen. That is not saved with the adapter, so do
+    it on every load.
+    """
     config._register_custom_module({FrozenLinear: FrozenLoraLinear, FrozenExperts: FrozenLoraExperts})
     return config
 
@@ -382,14 +420,20 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
     try:
         read_adapter(adapter)
         config = LoraConfig.from_pretrained(str(adapter))
-        config.init_lora_weights = True  # how it was drawn once, with a decomposition of the base for one, is not done again
-        if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):  # expressions, which would be evaluated
+        config.init_lora_weights = (
+            True  # how it was drawn once, with a decomposition of the base for one, is not done again
+        )
+        if isinstance(config.target_modules, str) or isinstance(
+            config.exclude_modules, str
+        ):  # expressions, which would be evaluated
             config.target_modules, config.exclude_modules = adapted_modules(adapter), None
         with only_modules(model, always=bool(config.target_parameters)):
             if local_parameters(model):
                 adapted = _load_local(model, adapter, config, trainable=trainable)
             else:
-                adapted = PeftModel.from_pretrained(model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable)
+                adapted = PeftModel.from_pretrained(
+                    model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable
+                )
         with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
             saved = set(file.keys())
     except ArcticError:
@@ -397,10 +441,14 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
     except Exception as error:  # what a damaged file does to PEFT can be anything
         text = next(iter(str(error).splitlines()), "")
         raise CheckpointError(
-            f"{adapter} cannot be put on its base model: {type(error).__name__}: {text}", fix="it is damaged or of another model: train it again"
+            f"{adapter} cannot be put on its base model: {type(error).__name__}: {text}",
+            fix="it is damaged or of another model: train it again",
         ) from error
     if missing := get_peft_model_state_dict(adapted).keys() - saved:
-        raise CheckpointError(f"{adapter} lacks {len(missing)} tensors, {min(missing)} for one", fix="the adapter is incomplete: save it again")
+        raise CheckpointError(
+            f"{adapter} lacks {len(missing)} tensors, {min(missing)} for one",
+            fix="the adapter is incomplete: save it again",
+        )
     return adapted
 
 

@@ -1,4 +1,6 @@
-"""What layers over encoded weights have in common: bytes that are parameters or somewhere else, and products that never save them."""
+"""What layers over encoded weights have in common: bytes that are parameters or somewhere else, and products that never
+save them.
+"""
 
 from __future__ import annotations
 
@@ -44,8 +46,9 @@ class FrozenWeight:
 class FrozenModule(nn.Module):
     """A module with encoded weights, each under the name (``leaf``) that the plain weight would have.
 
-    Resident bytes are parameters named leaf + suffix, which never require gradients and keep their dtype under ``.to(dtype)``. With a placement,
-    its :class:`Handle` owns the bytes and the parameter ``leaf`` is an empty one of the compute dtype. Subclasses call :meth:`add_weight`.
+    Resident bytes are parameters named leaf + suffix, which never require gradients and keep their dtype under
+    ``.to(dtype)``. With a placement, its :class:`Handle` owns the bytes and the parameter ``leaf`` is an empty one of
+    the compute dtype. Subclasses call :meth:`add_weight`.
     """
 
     compute_dtype: torch.dtype
@@ -57,7 +60,12 @@ class FrozenModule(nn.Module):
         guard_tuners()
 
     def add_weight(
-        self, leaf: str, weight: FrozenWeight, *, device: torch.device | str | None = None, until_encoded: nn.Parameter | None = None
+        self,
+        leaf: str,
+        weight: FrozenWeight,
+        *,
+        device: torch.device | str | None = None,
+        until_encoded: nn.Parameter | None = None,
     ) -> None:
         """Add an encoded weight.
 
@@ -65,7 +73,8 @@ class FrozenModule(nn.Module):
             leaf: its name in this module.
             weight: what it is.
             device: where to allocate its empty buffers; ``"meta"`` while a host is building the model.
-            until_encoded: instead of buffers, the plain parameter that :meth:`encode` will replace. Hosts cast what they load to its dtype.
+            until_encoded: instead of buffers, the plain parameter that :meth:`encode` will replace. Hosts cast what
+                they load to its dtype.
 
         Raises:
             CodecError: the codec does not encode weights of this shape.
@@ -75,7 +84,10 @@ class FrozenModule(nn.Module):
         if until_encoded is not None:
             self.register_parameter(leaf, until_encoded)
         else:
-            self._set_resident(leaf, {suffix: torch.empty(spec.shape, dtype=spec.dtype, device=device) for suffix, spec in layout.items()})
+            self._set_resident(
+                leaf,
+                {suffix: torch.empty(spec.shape, dtype=spec.dtype, device=device) for suffix, spec in layout.items()},
+            )
 
     @property
     def weight_device(self) -> torch.device:
@@ -112,7 +124,11 @@ class FrozenModule(nn.Module):
         """
         weight = self.frozen[leaf]
         if tuple(plain.shape) != weight.shape:
-            raise CodecError(f"{weight.name} has shape {tuple(plain.shape)}", expected=f"{weight.shape}", fix="the weights do not fit the model")
+            raise CodecError(
+                f"{weight.name} has shape {tuple(plain.shape)}",
+                expected=f"{weight.shape}",
+                fix="the weights do not fit the model",
+            )
         with named(weight.name, CodecError):
             buffers = weight.codec.encode(plain)
         self.hold(buffers, leaf)
@@ -133,7 +149,9 @@ class FrozenModule(nn.Module):
         else:
             device = next(iter(buffers.values())).device
             weight.handle = weight.placement.hold(weight.name, buffers)
-            self.register_parameter(leaf, nn.Parameter(torch.empty(0, dtype=self.compute_dtype, device=device), requires_grad=False))
+            self.register_parameter(
+                leaf, nn.Parameter(torch.empty(0, dtype=self.compute_dtype, device=device), requires_grad=False)
+            )
 
     def multiply(self, x_MK: Tensor, leaf: str = "weight", counts: Sequence[int] | None = None) -> Tensor:
         """``x_MK @ decode(bytes).T``, in the dtype of ``x_MK``; gradients flow through it, never into the bytes.
@@ -143,10 +161,16 @@ class FrozenModule(nn.Module):
             leaf: which weight.
             counts: for a weight of experts, how many of the rows each has; only those of experts with rows are decoded.
         """
-        if torch.is_grad_enabled() and x_MK.requires_grad and not (torch.compiler.is_compiling() and self.frozen[leaf].handle is None):
+        if (
+            torch.is_grad_enabled()
+            and x_MK.requires_grad
+            and not (torch.compiler.is_compiling() and self.frozen[leaf].handle is None)
+        ):
             y_MN: Tensor = _FrozenMatmul.apply(x_MK, self, leaf, counts)
             return y_MN
-        return self._product(x_MK, leaf, counts)  # also while compiling: compilers see the codec's operator, and its gradient
+        return self._product(
+            x_MK, leaf, counts
+        )  # also while compiling: compilers see the codec's operator, and its gradient
 
     def _product(self, x_MK: Tensor, leaf: str, counts: Sequence[int] | None) -> Tensor:
         weight = self.frozen[leaf]
@@ -174,8 +198,12 @@ class FrozenModule(nn.Module):
             self.register_parameter(f"{leaf}{suffix}", nn.Parameter(buffer, requires_grad=False))
 
     def encoded(self) -> list[nn.Parameter]:
-        """The parameters that hold encoded buffers: none of a weight that a placement has, or that is not encoded yet."""
-        resident = [weight for weight in self.frozen.values() if weight.handle is None and weight.parameters is not None]
+        """The parameters that hold encoded buffers: none of a weight that a placement has, or that is not encoded
+        yet.
+        """
+        resident = [
+            weight for weight in self.frozen.values() if weight.handle is None and weight.parameters is not None
+        ]
         return [parameter for weight in resident for parameter in self._resident(weight).values()]  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -204,5 +232,7 @@ class _FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.version != ctx.module.frozen[ctx.leaf].version:
-            raise RuntimeError("a frozen weight was changed between forward and backward (an adapter was merged?): run forward again")
+            raise RuntimeError(
+                "a frozen weight was changed between forward and backward (an adapter was merged?): run forward again"
+            )
         return ctx.module._gradient(grads[0], ctx.leaf, ctx.counts), None, None, None

@@ -1,6 +1,7 @@
 """Placements: where encoded bytes live when not with their module, and how they are borrowed for one computation.
 
-A frozen weight that no placement takes is *resident*: its bytes are the module's own parameters, and nothing here is involved.
+A frozen weight that no placement takes is *resident*: its bytes are the module's own parameters, and nothing here is
+involved.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ class Handle(ABC):
     """One weight's encoded bytes, wherever they are. Immutable: a changed weight gets a new handle."""
 
     collective: bool = False
-    """Whether the bytes are spread over processes: then all of them must lease, and export, the same weights in the same order."""
+    """Whether the bytes are spread over processes: then all of them must lease, and export, the same weights in the
+    same order.
+    """
 
     @abstractmethod
     def lease(self, device: torch.device) -> AbstractContextManager[Buffers]:
-        """Borrow the buffers on ``device``, where they are computed with. Leases nest; what they give must not be kept after they end."""
+        """Borrow the buffers on ``device``, where they are computed with. Leases nest; what they give must not be kept
+        after they end.
+        """
 
     @abstractmethod
     def export(self) -> dict[str, Tensor]:
@@ -39,11 +44,14 @@ class Handle(ABC):
 class Placement(ABC):
     """Takes encoded buffers in, one weight at a time, while a model is loading. One object serves a whole model.
 
-    Placements are chained in the order of the stack: what an outer one keeps (a process's part of a weight) the next one may put elsewhere.
+    Placements are chained in the order of the stack: what an outer one keeps (a process's part of a weight) the next
+    one may put elsewhere.
     """
 
     collective: bool = False
-    """Whether it spreads a weight over processes: not for weights that differ between them, those of experts that are dispatched."""
+    """Whether it spreads a weight over processes: not for weights that differ between them, those of experts that are
+    dispatched.
+    """
 
     def __deepcopy__(self, memo: dict[int, object]) -> Placement:
         return self  # one object serves every copy of a model and of its config
@@ -52,11 +60,12 @@ class Placement(ABC):
         """Called once, before anything is read: choose which weights to take.
 
         Args:
-            nbytes: name in the claim -> encoded bytes of every weight for which this placement was claimed, in the order of the model; in this
-                process, after what comes before it in a chain.
+            nbytes: name in the claim -> encoded bytes of every weight for which this placement was claimed, in the
+                order of the model; in this process, after what comes before it in a chain.
 
         Returns:
-            Name -> bytes that stay on the compute device, of those that it takes. The default takes all, and leaves nothing there.
+            Name -> bytes that stay on the compute device, of those that it takes. The default takes all, and leaves
+                nothing there.
 
         Raises:
             UserError: what is asked for is impossible, or there is no room.
@@ -70,7 +79,8 @@ class Placement(ABC):
         Args:
             name: the parameter's dotted name.
             buffers: freed when the caller lets go of them, unless the placement keeps them.
-            inner: the next placement of a chain, to which goes what this one would keep; one that keeps nothing here raises ClaimError.
+            inner: the next placement of a chain, to which goes what this one would keep; one that keeps nothing here
+                raises ClaimError.
         """
 
     def describe(self) -> str:
@@ -102,8 +112,8 @@ def chain(placements: Sequence[Placement]) -> Placement:
 class LeaseOrder:
     """Learns in which order weights are leased, and says which come next.
 
-    A successor is remembered for every two leases in a row, so that the way back through a model (backward, or a checkpointed layer computed again)
-    is told from the way there.
+    A successor is remembered for every two leases in a row, so that the way back through a model (backward, or a
+    checkpointed layer computed again) is told from the way there.
     """
 
     def __init__(self) -> None:
@@ -116,7 +126,9 @@ class LeaseOrder:
         self._last = (self._last[1], name)
 
     def upcoming(self, count: int) -> list[str]:
-        """At most ``count`` names that were leased next when the last two leases were as they are now, without the one leased last."""
+        """At most ``count`` names that were leased next when the last two leases were as they are now, without the one
+        leased last.
+        """
         at = self._last
         found: list[str] = []
         while len(found) < count and (name := self._next.get(at)) is not None:

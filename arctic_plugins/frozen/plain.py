@@ -23,7 +23,9 @@ def _widening_linear() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class PlainCodec(Codec):
-    """The weight as it is, in ``dtype`` (a torch dtype's name). Only in memory: checkpoints hold such a weight under its own name and shape."""
+    """The weight as it is, in ``dtype`` (a torch dtype's name). Only in memory: checkpoints hold such a weight under
+    its own name and shape.
+    """
 
     type: ClassVar[str] = "plain"
 
@@ -44,12 +46,19 @@ class PlainCodec(Codec):
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         return {"": weight.detach().to(self.torch_dtype).contiguous()}
 
-    def decode(self, buffers: Buffers, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    def decode(
+        self, buffers: Buffers, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Tensor:
         return buffers[""].to(dtype, copy=True) if out is None else out.copy_(buffers[""])
 
     def linear(self, x: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
         weight = buffers[""]
-        if x.dtype == torch.float32 and weight.dtype == torch.bfloat16 and weight.device.type == "cpu" and (product := _widening_linear()):
+        if (
+            x.dtype == torch.float32
+            and weight.dtype == torch.bfloat16
+            and weight.device.type == "cpu"
+            and (product := _widening_linear())
+        ):
             y: Tensor = product(x, weight)
             return y
         return torch.nn.functional.linear(x, weight.to(x.dtype))

@@ -21,9 +21,11 @@ _scratch = _Scratch()
 
 
 def take_scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """A tensor of ``shape`` that the caller may overwrite, and must be done with when the next one is taken in this thread.
+    """A tensor of ``shape`` that the caller may overwrite, and must be done with when the next one is taken in this
+    thread.
 
-    There is one buffer per (device, stream, dtype), as large as the largest that was asked for. None while a compiler traces: it plans memory itself.
+    There is one buffer per (device, stream, dtype), as large as the largest that was asked for. None while a compiler
+    traces: it plans memory itself.
     """
     if torch.compiler.is_compiling():
         return None

@@ -1,7 +1,8 @@
 """PEFT's tuners over frozen weights: layers that know nothing of encoded bytes never see them. Read in peft 0.21.2.
 
-PEFT takes a :class:`FrozenLinear` for the ``nn.Linear`` that it is, too. While its layers are made and while they merge, ``weight`` is the decoded
-one, and what they made of it is encoded; while they compute, it is a tensor that has a shape and no values.
+PEFT takes a :class:`FrozenLinear` for the ``nn.Linear`` that it is, too. While its layers are made and while they
+merge, ``weight`` is the decoded one, and what they made of it is encoded; while they compute, it is a tensor that has a
+shape and no values.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ OVER_FROZEN = frozenset(
         "WAVEFT",
     }
 )
-"""PEFT's types of tuners whose layers compute from the product of the layer below, and change its weight only when they merge: ``test_tuners.py`` of
-the lora plugin compares each with PEFT over the decoded weights. Others read the weight in every forward, or change it when they are made."""
+"""PEFT's types of tuners whose layers compute from the product of the layer below, and change its weight only when they
+merge: ``test_tuners.py`` of the lora plugin compares each with PEFT over the decoded weights. Others read the weight in
+every forward, or change it when they are made."""
 
 
 @contextmanager
@@ -70,7 +72,9 @@ def over_frozen(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterat
         with_frozen_layer(config)
         up_first(model)
 
-    def create_and_replace(config: Any, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_and_replace(
+        config: Any, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
         frozen = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(frozen, FrozenModule):
             create(config, adapter_name, target, name, parent, *args, **kwargs)
@@ -107,7 +111,9 @@ def _check(adapter_name: str, config: Any, frozen: FrozenModule, parameter: str 
         )
     if kind == "LORA":
         check_plain(adapter_name, config)
-    if (parameter is not None) == isinstance(frozen, FrozenLinear) or (parameter is not None and parameter not in frozen.frozen):
+    if (parameter is not None) == isinstance(frozen, FrozenLinear) or (
+        parameter is not None and parameter not in frozen.frozen
+    ):
         raise ConfigError(
             f"adapter '{adapter_name}' targets {parameter or 'a whole module'} of {where}",
             expected="linear modules in target_modules, weights of experts in target_parameters",
@@ -130,7 +136,9 @@ def _check_copies(model: nn.Module, adapter_name: str, config: Any) -> None:
 
 @cache
 def _over_frozen(kind: Any) -> type:
-    """``kind``, a layer of PEFT, over a :class:`FrozenLinear`. It derives from ``kind`` alone, so that a layer that exists can be made one."""
+    """``kind``, a layer of PEFT, over a :class:`FrozenLinear`. It derives from ``kind`` alone, so that a layer that
+    exists can be made one.
+    """
     if hasattr(kind, "_before_merge"):
         return kind  # type: ignore[no-any-return]
 
@@ -154,12 +162,16 @@ def _over_frozen(kind: Any) -> type:
             before = BeforeMerge.of(frozen, kept=self._before_merge)
             if self._before_merge is None and frozen.bias is not None:
                 before.bias = frozen.bias.detach().clone()
-            bias = None if frozen.bias is None else nn.Parameter(frozen.bias.detach().clone().float(), requires_grad=False)
+            bias = (
+                None if frozen.bias is None else nn.Parameter(frozen.bias.detach().clone().float(), requires_grad=False)
+            )
             try:
                 with frozen.as_plain(frozen.decode(torch.float32), bias):
                     super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
                     weight, bias = frozen.weight, frozen.bias
-                if not torch.equal(weight, frozen.decode(torch.float32)):  # what is not changed is not rounded once more
+                if not torch.equal(
+                    weight, frozen.decode(torch.float32)
+                ):  # what is not changed is not rounded once more
                     frozen.encode(weight.detach())
             except BaseException:
                 self.merged_adapters[:] = already
@@ -176,11 +188,19 @@ def _over_frozen(kind: Any) -> type:
             self.merged_adapters.clear()
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return _again, (kind,), self.__dict__  # pickle finds classes by their names, and this one has that of another
+            return (
+                _again,
+                (kind,),
+                self.__dict__,
+            )  # pickle finds classes by their names, and this one has that of another
 
     if not hasattr(kind, "get_delta_weight"):  # PEFT looks for it
         del OverFrozen.get_delta_weight
-    OverFrozen.__name__, OverFrozen.__qualname__, OverFrozen.__module__ = kind.__name__, kind.__qualname__, kind.__module__
+    OverFrozen.__name__, OverFrozen.__qualname__, OverFrozen.__module__ = (
+        kind.__name__,
+        kind.__qualname__,
+        kind.__module__,
+    )
     return OverFrozen
 
 

@@ -1,7 +1,8 @@
-"""For plugin authors: checks that a part keeps the contract, small real models to try it on, and real processes to try it in.
+"""For plugin authors: checks that a part keeps the contract, small real models to try it on, and real processes to try
+it in.
 
-``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec` and :func:`check_placement` need torch, :func:`tiny_model`
-transformers.
+``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec` and :func:`check_placement` need
+torch, :func:`tiny_model` transformers.
 """
 
 from arctic_plugins.testing.codecs import check_codec

@@ -34,27 +34,40 @@ def check_codec(codec: Codec, *, tolerance: float, shapes: Iterable[tuple[int, .
         weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
         buffers, layout = codec.encode(weight), codec.layout(shape)
         found = {suffix: (tuple(buffer.shape), buffer.dtype) for suffix, buffer in buffers.items()}
-        assert found == {suffix: (spec.shape, spec.dtype) for suffix, spec in layout.items()}, f"layout{shape} is not what encode gives"
+        assert found == {suffix: (spec.shape, spec.dtype) for suffix, spec in layout.items()}, (
+            f"layout{shape} is not what encode gives"
+        )
         assert sum(buffer.nbytes for buffer in buffers.values()) == codec.nbytes(shape)
         assert tuple(layout[""].shape) != shape, (
             f"codes of {shape} have the weight's own shape: a host without the plugin would take them for numbers"
         )
         again = codec.encode(weight)
-        assert all(torch.equal(buffer, again[suffix]) for suffix, buffer in buffers.items()), f"encode of {shape} is not deterministic"
+        assert all(torch.equal(buffer, again[suffix]) for suffix, buffer in buffers.items()), (
+            f"encode of {shape} is not deterministic"
+        )
 
         decoded = codec.decode(buffers, shape, torch.float32)
         assert decoded.shape == shape
-        assert ((decoded - weight).norm() / weight.norm()).item() <= tolerance, f"decode of {shape} is further than {tolerance} from the weight"
+        assert ((decoded - weight).norm() / weight.norm()).item() <= tolerance, (
+            f"decode of {shape} is further than {tolerance} from the weight"
+        )
         for dtype in (torch.float32, torch.bfloat16):
             out = torch.full(shape, float("nan"), dtype=dtype)
             assert codec.decode(buffers, shape, dtype, out=out) is out
-            assert torch.equal(out, codec.decode(buffers, shape, dtype)), f"decode of {shape} into out differs in {dtype}"
+            assert torch.equal(out, codec.decode(buffers, shape, dtype)), (
+                f"decode of {shape} into out differs in {dtype}"
+            )
             assert torch.equal(out, decoded.to(dtype)), f"decode of {shape} to {dtype} is not float32 rounded once"
 
         rows = slice(0, -(-shape[-2] // 2))
-        part = {suffix: buffer[..., rows, :, :] if buffer.dim() == len(shape) + 1 else buffer[..., rows, :] for suffix, buffer in buffers.items()}
+        part = {
+            suffix: buffer[..., rows, :, :] if buffer.dim() == len(shape) + 1 else buffer[..., rows, :]
+            for suffix, buffer in buffers.items()
+        }
         part_shape = (*shape[:-2], rows.stop, shape[-1])
-        assert torch.equal(codec.decode(part, part_shape, torch.float32), decoded[..., rows, :]), f"row law: rows of {shape} do not decode alone"
+        assert torch.equal(codec.decode(part, part_shape, torch.float32), decoded[..., rows, :]), (
+            f"row law: rows of {shape} do not decode alone"
+        )
 
         broken = weight.clone()
         broken.view(-1)[0] = float("nan")

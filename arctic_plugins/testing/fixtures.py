@@ -23,7 +23,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class PluginSites:
-    """Installs plugins' sources as distributions of their own, under ``root``, until :meth:`close`; see :func:`install_plugin`."""
+    """Installs plugins' sources as distributions of their own, under ``root``, until :meth:`close`; see
+    :func:`install_plugin`.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -35,7 +37,9 @@ class PluginSites:
         metadata = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
         metadata.mkdir(parents=True)
         (site / f"{module}.py").write_text(dedent(source), encoding="utf-8")
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n", encoding="utf-8")
+        (metadata / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n", encoding="utf-8"
+        )
         (metadata / "entry_points.txt").write_text(f"[arctic_plugins]\n{name} = {module}:plugin\n", encoding="utf-8")
         sys.path.insert(0, str(site))
         self.added.append(str(site))
@@ -45,7 +49,11 @@ class PluginSites:
     def close(self) -> None:
         for site in self.added:
             sys.path.remove(site)
-            for module in [name for name, loaded in sys.modules.items() if (getattr(loaded, "__file__", None) or "").startswith(site)]:
+            for module in [
+                name
+                for name, loaded in sys.modules.items()
+                if (getattr(loaded, "__file__", None) or "").startswith(site)
+            ]:
                 del sys.modules[module]
         process_registry.cache_clear()
 
@@ -54,8 +62,9 @@ class PluginSites:
 def install_plugin(tmp_path: Path) -> Iterator[PluginSites]:
     """A function that installs a plugin's source as a distribution of its own, for the time of the test.
 
-    ``install_plugin("name", source)`` writes a module ``name_plugin`` whose ``plugin`` object is the entry point, with metadata for a
-    distribution ``name-dist`` 1.0, and returns the directory that holds both (put it on ``PYTHONPATH`` for child processes).
+    ``install_plugin("name", source)`` writes a module ``name_plugin`` whose ``plugin`` object is the entry point, with
+    metadata for a distribution ``name-dist`` 1.0, and returns the directory that holds both (put it on ``PYTHONPATH``
+    for child processes).
     """
     sites = PluginSites(tmp_path)
     yield sites

@@ -1,4 +1,6 @@
-"""One interpreter that has imported what is heavy, and forks of it that run tests' programs: the imports are paid once."""
+"""One interpreter that has imported what is heavy, and forks of it that run tests' programs: the imports are paid
+once.
+"""
 
 from __future__ import annotations
 
@@ -76,13 +78,17 @@ class Fork:
             if not select.select([self._connection], [], [], timeout)[0]:
                 self._connection.close()
                 self._lines.close()
-                raise subprocess.TimeoutExpired(self._program, timeout, *(path.read_bytes()[-4000:] for path in self._outputs))
+                raise subprocess.TimeoutExpired(
+                    self._program, timeout, *(path.read_bytes()[-4000:] for path in self._outputs)
+                )
             self.returncode = self._read()
         return self.returncode
 
     def texts(self) -> tuple[str, str]:
         """Both outputs so far."""
-        output, error = (path.read_text(encoding="utf-8", errors="replace") if path.exists() else "" for path in self._outputs)
+        output, error = (
+            path.read_text(encoding="utf-8", errors="replace") if path.exists() else "" for path in self._outputs
+        )
         return output, error
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
@@ -98,9 +104,10 @@ class Fork:
 class Forks:
     """Starts a Python that imports ``modules`` with the environment ``environment``; each :meth:`run` is a fork of it.
 
-    What a program changes in its process, its working directory and its limits goes with it. Of its environment a module sees what it reads
-    when it is used, not what it reads when it is imported: tests that are about that start another of these, or a process of their own. Nor
-    does a fork run what the interpreter does at its end. ``OMP_NUM_THREADS`` counts. It is closed when this interpreter ends, if not before.
+    What a program changes in its process, its working directory and its limits goes with it. Of its environment a
+    module sees what it reads when it is used, not what it reads when it is imported: tests that are about that start
+    another of these, or a process of their own. Nor does a fork run what the interpreter does at its end.
+    ``OMP_NUM_THREADS`` counts. It is closed when this interpreter ends, if not before.
 
     Args:
         modules: names; those that are not installed are left out.
@@ -114,7 +121,12 @@ class Forks:
             listener.bind(self._address)
             listener.listen(64)
             # A thread more in the one that forks would not be there in its forks, with what it has locked.
-            settings = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TORCH_WARM_POOL": "0"}
+            settings = {
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+                "TOKENIZERS_PARALLELISM": "false",
+                "TORCH_WARM_POOL": "0",
+            }
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"from {__name__} import _begin; _begin()", str(listener.fileno()), *modules],
                 stdin=subprocess.PIPE,
@@ -124,11 +136,19 @@ class Forks:
             )
         atexit.register(self.close)
 
-    def start(self, arguments: Sequence[Any], *, processes: int = 1, env: Mapping[str, str] | None = None, cwd: Path | str | None = None) -> Fork:
+    def start(
+        self,
+        arguments: Sequence[Any],
+        *,
+        processes: int = 1,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | str | None = None,
+    ) -> Fork:
         """Run ``python ARGUMENT ...`` in forks.
 
         Args:
-            arguments: as Python has them: ``[script, ...]``, ``["-m", module, ...]`` or ``["-c", source, ...]``; they become texts.
+            arguments: as Python has them: ``[script, ...]``, ``["-m", module, ...]`` or ``["-c", source, ...]``; they
+                become texts.
             processes: how many; several have the variables that ``torchrun`` sets and, like there, end when one fails.
             env: the environment, by default that of this process.
             cwd: the working directory, by default that of this process.
@@ -233,7 +253,12 @@ def _supervise(connection: socket.socket) -> None:
     request = json.loads(lines.readline())
     count = request.pop("processes")
     if count > 1:
-        shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        shared = {
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": _free_port(),
+        }
         request["environment"] |= {name: str(value) for name, value in shared.items()}
     pids = []
     for rank in range(count):
@@ -275,7 +300,9 @@ def _signal(pids: Any, number: int) -> None:
 
 
 def _free_port() -> int:
-    """Below those that the system gives by itself (``ip_local_port_range``), so that nobody is given it before it is used."""
+    """Below those that the system gives by itself (``ip_local_port_range``), so that nobody is given it before it is
+    used.
+    """
     port = 10_000 + os.getpid() % 20_000
     while True:
         with socket.socket() as trial:
@@ -292,7 +319,9 @@ def _child(arguments: list[str], environment: dict[str, str], directory: str, ou
     """Run it as the interpreter would; the exit status."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
-    for target, opened in enumerate((null, *(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for path in outputs))):
+    for target, opened in enumerate(
+        (null, *(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) for path in outputs))
+    ):
         os.dup2(opened, target)
     os.chdir(directory)
     before = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -317,7 +346,10 @@ def _child(arguments: list[str], environment: dict[str, str], directory: str, ou
             main = sys.modules["__main__"] = ModuleType("__main__")
             if not kind:
                 main.__file__ = rest[0]
-            exec(compile(rest[0] if kind else Path(rest[0]).read_bytes(), "<string>" if kind else rest[0], "exec"), main.__dict__)  # noqa: S102
+            exec(  # noqa: S102
+                compile(rest[0] if kind else Path(rest[0]).read_bytes(), "<string>" if kind else rest[0], "exec"),
+                main.__dict__,
+            )
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
         if end.code is not None and not isinstance(end.code, int):

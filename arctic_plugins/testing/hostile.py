@@ -1,4 +1,6 @@
-"""What a process does while it reads a stranger's files: an audit hook that tells of writing elsewhere, of executing what they hold, of sockets."""
+"""What a process does while it reads a stranger's files: an audit hook that tells of writing elsewhere, of executing
+what they hold, of sockets.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,17 @@ from typing import Any
 __all__ = ["watched"]
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate")
+CHANGES = (
+    "os.mkdir",
+    "os.rename",
+    "os.remove",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.chmod",
+    "os.chown",
+    "os.truncate",
+)
 STARTS = ("subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.fork", "os.forkpty", "pty.spawn")
 SOCKETS = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo", "urllib.Request")
 
@@ -62,8 +74,8 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 def watched(hostile: str | Path, *writable: str | Path) -> Iterator[list[str]]:
     """Watch this thread for the time of the block (``sys.addaudithook``), which reads files in ``hostile``.
 
-    Gives the list of what it should not have done: written outside of ``writable``, started a process, used a socket, unpickled an object, executed
-    or imported a file of ``hostile``. Import what the block uses before it.
+    Gives the list of what it should not have done: written outside of ``writable``, started a process, used a socket,
+    unpickled an object, executed or imported a file of ``hostile``. Import what the block uses before it.
     """
     global _hooked
     if not _hooked:  # a hook cannot be taken away again

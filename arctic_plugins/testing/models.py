@@ -16,22 +16,46 @@ LLAMA_LIKE: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm2": ("llama", {"tie_word_embeddings": True}),
     "llama": ("llama", {"attention_bias": True, "mlp_bias": True, "intermediate_size": 168}),
     "mistral": ("mistral", {"sliding_window": 16, "num_key_value_heads": 1}),
-    "qwen2": ("qwen2", {"hidden_size": 128, "intermediate_size": 200, "tie_word_embeddings": True}),  # biases of q, k, v only
+    "qwen2": (
+        "qwen2",
+        {"hidden_size": 128, "intermediate_size": 200, "tie_word_embeddings": True},
+    ),  # biases of q, k, v only
     "qwen3": ("qwen3", {"hidden_size": 80}),  # norms of q and k; heads wider than the hidden size
-    "phi": ("phi", {"partial_rotary_factor": 0.5, "hidden_size": 128, "head_dim": 32}),  # biases everywhere, in the head too; layer norms
+    "phi": (
+        "phi",
+        {"partial_rotary_factor": 0.5, "hidden_size": 128, "head_dim": 32},
+    ),  # biases everywhere, in the head too; layer norms
     "phi3": ("phi3", {"hidden_size": 128, "sliding_window": 16}),  # q, k, v and gate, up fused on disk
-    "gemma": ("gemma", {"hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 1}),  # tied, norms plus one, scaled embeddings
+    "gemma": (
+        "gemma",
+        {"hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 1},
+    ),  # tied, norms plus one, scaled embeddings
     "gemma2": ("gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 32}),  # every other layer slides; soft caps
-    "gemma3": ("gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": (
+        "gemma3_text",
+        {"sliding_window": 16, "query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
 }
 """Relatives of Llama, each for what it adds: name -> (model_type, config) for :func:`tiny_model`."""
 
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # other names in checkpoints than in the model
-    "qwen3_moe": ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True}),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+    ),  # other names in checkpoints than in the model
+    "qwen3_moe": (
+        "qwen3_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
+    ),
     "qwen2_moe": (
         "qwen2_moe",
-        {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 128, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80},
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "hidden_size": 128,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 80,
+        },
     ),
     "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 3, "hidden_size": 128, "intermediate_size": 32}),
 }
@@ -39,7 +63,9 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def draw_adapter(model: Any, part: str = "lora_B") -> None:
-    """Draw the parameters with ``part`` in their names at random, always the same: an adapter that changes what ``model`` says."""
+    """Draw the parameters with ``part`` in their names at random, always the same: an adapter that changes what
+    ``model`` says.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -97,7 +123,9 @@ def tiny_model(directory: str | Path, model_type: str, *, dtype: str = "float32"
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**defaults, **config}), dtype=getattr(torch, dtype))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(model_type, **{**defaults, **config}), dtype=getattr(torch, dtype)
+        )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return Path(directory)

@@ -12,7 +12,8 @@ __all__ = ["check_placement"]
 
 
 def check_placement(make: Callable[[], Placement]) -> None:
-    """Assert the protocol of :class:`arctic_plugins.frozen.Placement` and :class:`~arctic_plugins.frozen.Handle` in one process.
+    """Assert the protocol of :class:`arctic_plugins.frozen.Placement` and :class:`~arctic_plugins.frozen.Handle` in one
+    process.
 
     Args:
         make: gives a new placement, as a plugin's ``claim`` hook would.
@@ -28,12 +29,15 @@ def check_placement(make: Callable[[], Placement]) -> None:
     sizes = {f"layers.{index}.mlp": 1024 * (index + 1) for index in range(4)}
     plan = placement.plan(sizes)
     assert plan.keys() <= sizes.keys(), "plan() takes weights that it was not offered"
-    assert all(0 <= left <= sizes[name] for name, left in plan.items()), "plan() leaves more on the device than there is"
+    assert all(0 <= left <= sizes[name] for name, left in plan.items()), (
+        "plan() leaves more on the device than there is"
+    )
     assert copy.deepcopy(placement) is placement, "a placement is one object for every copy of a model"
     generator = torch.Generator().manual_seed(0)
     handles: dict[str, tuple[Handle, dict[str, torch.Tensor]]] = {}
     for name, dtype in (
-        (f"layers.{index}.mlp.weight", dtype) for index, dtype in enumerate((torch.uint8, torch.int8, torch.bfloat16, torch.float32))
+        (f"layers.{index}.mlp.weight", dtype)
+        for index, dtype in enumerate((torch.uint8, torch.int8, torch.bfloat16, torch.float32))
     ):
         codes = torch.randint(0, 100, (3, 5, 7), generator=generator).to(dtype)
         buffers = {"": codes, "_scale": torch.rand(3, 5, generator=generator)}
@@ -46,7 +50,9 @@ def check_placement(make: Callable[[], Placement]) -> None:
             with handle.lease(cpu) as leased:
                 assert leased.keys() == expected.keys(), f"lease of {name} has other buffers"
                 with handle.lease(cpu) as again:
-                    assert all(torch.equal(again[suffix], buffer) for suffix, buffer in expected.items()), f"a lease of {name} within a lease differs"
+                    assert all(torch.equal(again[suffix], buffer) for suffix, buffer in expected.items()), (
+                        f"a lease of {name} within a lease differs"
+                    )
                 for suffix, buffer in expected.items():
                     assert leased[suffix].dtype == buffer.dtype, f"lease of {name}{suffix} changes its dtype"
                     assert torch.equal(leased[suffix], buffer), f"lease of {name}{suffix} differs from what was held"

@@ -27,8 +27,11 @@ QUIET_RUN: dict[str, Any] = {
 """``TrainingArguments`` of a short run whose log is all that is wanted: every step in it, gradients clipped."""
 
 
-def run_processes(script: Path, processes: int, *arguments: Any, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """``python SCRIPT ARGUMENT ...`` in ``processes`` processes as of ``torchrun``, with one thread each, forked from one that has imported.
+def run_processes(
+    script: Path, processes: int, *arguments: Any, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """``python SCRIPT ARGUMENT ...`` in ``processes`` processes as of ``torchrun``, with one thread each, forked from
+    one that has imported.
 
     Args:
         script: calls ``torch.distributed.init_process_group`` itself.
@@ -36,8 +39,15 @@ def run_processes(script: Path, processes: int, *arguments: Any, timeout: float 
         arguments: texts and paths as they are, anything else as JSON, paths in it as texts.
         timeout: seconds, after which ``subprocess.TimeoutExpired`` is raised.
     """
-    texts = [str(argument) if isinstance(argument, (str, Path)) else json.dumps(argument, default=str) for argument in arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}  # of a process that aborts: where its threads were
+    texts = [
+        str(argument) if isinstance(argument, (str, Path)) else json.dumps(argument, default=str)
+        for argument in arguments
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
+    }  # of a process that aborts: where its threads were
     return trainers().run([script, *texts], processes=processes, env=environment, timeout=timeout)
 
 

@@ -9,13 +9,18 @@ from arctic_plugins.claims import arbitrate, compress_names, matches
 from arctic_plugins.errors import ClaimError
 
 LAYERS = [
-    f"model.layers.{layer}.{name}" for layer in range(3) for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
+    f"model.layers.{layer}.{name}"
+    for layer in range(3)
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
 ]
 MODULES = {name: LinearSpec(8, 4) for name in [*LAYERS, "lm_head"]}
 
 
 def test_two_codecs_on_different_modules_are_a_stack():
-    claims = arbitrate([("fp8", Claim("weight_codec", "**.up_proj", "A")), ("nf4", Claim("weight_codec", "**.self_attn.*", "B"))], MODULES)
+    claims = arbitrate(
+        [("fp8", Claim("weight_codec", "**.up_proj", "A")), ("nf4", Claim("weight_codec", "**.self_attn.*", "B"))],
+        MODULES,
+    )
     codecs = claims.exclusive("weight_codec")
     assert codecs["model.layers.0.mlp.up_proj"] == "A"
     assert codecs["model.layers.2.self_attn.k_proj"] == "B"
@@ -23,8 +28,12 @@ def test_two_codecs_on_different_modules_are_a_stack():
 
 
 def test_two_codecs_on_one_module_name_both_plugins():
-    with pytest.raises(ClaimError, match=r"plugins 'fp8' and 'nf4' both claim model\.layers\.0\.self_attn\.q_proj as weight_codec"):
-        arbitrate([("fp8", Claim("weight_codec", "**", "A")), ("nf4", Claim("weight_codec", "**.self_attn.*", "B"))], MODULES)
+    with pytest.raises(
+        ClaimError, match=r"plugins 'fp8' and 'nf4' both claim model\.layers\.0\.self_attn\.q_proj as weight_codec"
+    ):
+        arbitrate(
+            [("fp8", Claim("weight_codec", "**", "A")), ("nf4", Claim("weight_codec", "**.self_attn.*", "B"))], MODULES
+        )
 
 
 def test_adapters_stack_up_in_order():
@@ -56,7 +65,9 @@ def test_star_stays_within_a_component():
 def test_compressed_names_say_exactly_the_same(owned):
     patterns = compress_names(owned, MODULES)
     for name in MODULES:
-        assert [owner for pattern, owner in patterns.items() if matches(pattern, name)] == ([owned[name]] if name in owned else [])
+        assert [owner for pattern, owner in patterns.items() if matches(pattern, name)] == (
+            [owned[name]] if name in owned else []
+        )
 
 
 def test_layers_that_agree_become_one_pattern():

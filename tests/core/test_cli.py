@@ -40,7 +40,8 @@ def here(capsys):
 def test_help_lists_every_command_and_loads_nothing_heavy():
     code = (
         "import sys; from arctic_plugins.cli import arctic; "
-        "arctic.main(['--help'], standalone_mode=False); print([m for m in ('torch', 'transformers', 'vllm', 'pydantic') if m in sys.modules])"
+        "arctic.main(['--help'], standalone_mode=False); print([m for m in ('torch', 'transformers', 'vllm', "
+        "'pydantic') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] in ("[]", "['pydantic']")

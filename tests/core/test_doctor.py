@@ -23,13 +23,19 @@ def broken(body, head="", name="odd"):
 
 
 def only(*subjects):
-    """The doctor's way into its children, for the checks that have a part in the test: ``recipe``, ``plugin`` and its name."""
-    return lambda subject, *arguments: IN_CHILD(subject, *arguments) if not {subject, arguments[0]}.isdisjoint(subjects) else []
+    """The doctor's way into its children, for the checks that have a part in the test: ``recipe``, ``plugin`` and its
+    name.
+    """
+    return lambda subject, *arguments: (
+        IN_CHILD(subject, *arguments) if not {subject, arguments[0]}.isdisjoint(subjects) else []
+    )
 
 
 @pytest.fixture
 def doctor(install_plugin, monkeypatch):
-    """A function that installs sources as plugins named ``odd`` and gives the findings, with no other check in a child than is asked for."""
+    """A function that installs sources as plugins named ``odd`` and gives the findings, with no other check in a child
+    than is asked for.
+    """
 
     def run(*sources, recipe=None, keep=("plugin odd",)):
         sites = []
@@ -54,9 +60,18 @@ WAYS = {
     "is no plugin": ("plugin = 3", "is not a plugin"),
     "has another name": (broken("", name="even"), "calls itself 'even'"),
     "knows a hook that is none": (broken("    @hookimpl\n    def clam(self): ...\n"), "unknown hook"),
-    "fails in diagnose": (broken("    @classmethod\n    @hookimpl\n    def diagnose(cls): return 1 / 0\n"), "ZeroDivisionError"),
-    "yields nonsense": (broken("    @classmethod\n    @hookimpl\n    def diagnose(cls): return [3]\n"), "AttributeError"),
-    "wants another host": (broken("    hosts = {'transformers': '<2'}\n"), "plugin '{name}' does not work with transformers"),
+    "fails in diagnose": (
+        broken("    @classmethod\n    @hookimpl\n    def diagnose(cls): return 1 / 0\n"),
+        "ZeroDivisionError",
+    ),
+    "yields nonsense": (
+        broken("    @classmethod\n    @hookimpl\n    def diagnose(cls): return [3]\n"),
+        "AttributeError",
+    ),
+    "wants another host": (
+        broken("    hosts = {'transformers': '<2'}\n"),
+        "plugin '{name}' does not work with transformers",
+    ),
     "declares a bad range": (broken("    hosts = {'transformers': 'two'}\n"), "declares an invalid range"),
 }
 NAMES = {way: f"odd-{'-'.join(way.split())}" for way in WAYS}
@@ -64,7 +79,9 @@ NAMES = {way: f"odd-{'-'.join(way.split())}" for way in WAYS}
 
 @pytest.fixture(scope="module")
 def among_broken(tmp_path_factory):
-    """The findings where every broken plugin is installed beside the others and the sound ones, each under a name of its own."""
+    """The findings where every broken plugin is installed beside the others and the sound ones, each under a name of
+    its own.
+    """
     install = PluginSites(tmp_path_factory.mktemp("broken"))
     with pytest.MonkeyPatch.context() as patch, closing(install):
         for number, (way, (source, _)) in enumerate(WAYS.items()):
@@ -94,7 +111,10 @@ def test_a_plugin_that_hangs_is_given_up(doctor, monkeypatch):
 
 
 def test_what_a_plugin_prints_is_not_taken_for_its_findings(doctor):
-    body = "    @classmethod\n    @hookimpl\n    def diagnose(cls): yield Finding('warning', 'compiler', 'none', 'install one')\n"
+    body = (
+        "    @classmethod\n    @hookimpl\n    def diagnose(cls): yield Finding('warning', 'compiler', 'none', "
+        "'install one')\n"
+    )
     findings = about(doctor(broken(body, head="print('[]'); print('{\"status\": 1}')")), "plugin odd")
     assert [(found.status, found.subject, found.fix) for found in findings] == [
         ("ok", "plugin odd", ""),
@@ -152,12 +172,17 @@ def test_a_host_out_of_range_or_absent(monkeypatch):
     monkeypatch.setattr("arctic_plugins.resolver.host_version", lambda host: (host, "4.57.0"))
     wrong = about(diagnose(), "transformers")[0]
     assert wrong.status == "error"
-    assert "arctic-plugins-huggingface does not work with transformers 4.57.0; expected transformers<5.20,>=5.16.1" in wrong.text
+    assert (
+        "arctic-plugins-huggingface does not work with transformers 4.57.0; expected transformers<5.20,>=5.16.1"
+        in wrong.text
+    )
 
 
 def arctic_doctor(*arguments, **environment):
     command = [sys.executable, "-m", "arctic_plugins.cli", "doctor", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=500, env={**os.environ, **environment})
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, timeout=500, env={**os.environ, **environment}
+    )
 
 
 @pytest.mark.vllm
@@ -167,8 +192,12 @@ def test_the_whole_of_it_as_json_with_the_real_vllm(install_plugin, monkeypatch)
     done = arctic_doctor("--json", PYTHONPATH=str(site))
     findings = [Finding(**found) for found in json.loads(done.stdout)]
     assert done.returncode == 1
-    assert [found.subject for found in findings if found.status == "error"] == ["plugin crash", "vllm worker"], done.stdout
-    assert "exit status 3" in about(findings, "vllm worker")[0].text, "such a plugin ends vLLM's workers too, and that is said"
+    assert [found.subject for found in findings if found.status == "error"] == ["plugin crash", "vllm worker"], (
+        done.stdout
+    )
+    assert "exit status 3" in about(findings, "vllm worker")[0].text, (
+        "such a plugin ends vLLM's workers too, and that is said"
+    )
     sound = arctic_doctor()
     assert sound.returncode == 0, sound.stdout
     assert "the method 'arctic' is registered" in " ".join(sound.stdout.split())

@@ -19,7 +19,10 @@ def forks():
         yield forks
 
 
-SAY = "import json, os, sys; print(json.dumps([sys.argv, os.getcwd(), os.environ.get('WORD'), __name__, 'json' in sys.modules, sys.path[0]]))"
+SAY = (
+    "import json, os, sys; print(json.dumps([sys.argv, os.getcwd(), os.environ.get('WORD'), __name__, 'json' in "
+    "sys.modules, sys.path[0]]))"
+)
 
 
 def test_it_is_as_if_the_interpreter_had_been_started(forks, tmp_path):
@@ -58,7 +61,8 @@ def test_how_it_ended(forks, source, status, error):
 
 
 RANKS = (
-    "import os; os.write(1, ' '.join([os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')] + ['\\n']).encode())"
+    "import os; os.write(1, ' '.join([os.environ[n] for n in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', "
+    "'MASTER_PORT')] + ['\\n']).encode())"
 )
 
 
@@ -76,7 +80,10 @@ def test_when_one_fails_the_others_end(forks):
 
 
 def test_one_that_takes_too_long_is_killed_with_what_it_started(forks, tmp_path):
-    code = f"import subprocess as s, pathlib; p = s.Popen(['sleep', '600']); pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(p.pid)); p.wait()"
+    code = (
+        "import subprocess as s, pathlib; p = s.Popen(['sleep', '600']); "
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(p.pid)); p.wait()"
+    )
     fork = forks.start(["-c", code])
     while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
         assert fork.poll() is None
@@ -90,7 +97,13 @@ def test_one_that_takes_too_long_is_killed_with_what_it_started(forks, tmp_path)
 
 def test_a_signal_reaches_it(forks):
     fork = forks.start(
-        ["-c", "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); print('ready', flush=True); time.sleep(600)"]
+        [
+            "-c",
+            (
+                "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); print('ready', "
+                "flush=True); time.sleep(600)"
+            ),
+        ]
     )
     while "ready" not in fork.texts()[0]:
         assert fork.poll() is None

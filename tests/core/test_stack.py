@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from arctic_plugins import Plugin, PluginConfig, Stack
-from arctic_plugins.errors import ConfigError, HostVersionError, PluginError, PluginLoadError, PluginNotFoundError, ResolveError
+from arctic_plugins.errors import (
+    ConfigError,
+    HostVersionError,
+    PluginError,
+    PluginLoadError,
+    PluginNotFoundError,
+    ResolveError,
+)
 from arctic_plugins.resolver import resolve
 
 MINIMAL = """
@@ -52,7 +59,10 @@ def test_plugins_must_be_a_mapping():
 def test_broken_plugin_fails_only_when_enabled(install_plugin):
     install_plugin("broken", "import a_module_that_is_not_there")
     assert "fp8" in Stack.from_dict({"fp8": {}})
-    with pytest.raises(PluginLoadError, match=r"plugin 'broken' of distribution broken-dist 1.0 cannot be imported: ModuleNotFoundError: .*a_module"):
+    with pytest.raises(
+        PluginLoadError,
+        match=r"plugin 'broken' of distribution broken-dist 1.0 cannot be imported: ModuleNotFoundError: .*a_module",
+    ):
         Stack.from_dict({"broken": {}})
 
 
@@ -64,7 +74,11 @@ def test_broken_plugin_fails_only_when_enabled(install_plugin):
         (minimal("odd", "slots = frozenset({'weight_codecs'})"), "unknown slots .*did you mean 'weight_codec'"),
         (minimal("odd", "config = dict"), "is not a subclass of arctic_plugins.PluginConfig"),
         (
-            "from arctic_plugins import Plugin, hookimpl\nclass plugin(Plugin):\n    name = 'odd'\n    @hookimpl\n    def claim(self, nonsense): ...",
+            (
+                "from arctic_plugins import Plugin, hookimpl\nclass plugin(Plugin):\n    name = 'odd'\n"
+                "    @hookimpl\n   "
+                " def claim(self, nonsense): ..."
+            ),
             "(?s)nonsense",
         ),
     ],
@@ -79,13 +93,20 @@ def test_a_plugin_that_breaks_the_contract_is_named(install_plugin, source, mess
 @pytest.mark.parametrize("option", ["tryfirst", "trylast", "wrapper", "hookwrapper", "optionalhook"])
 def test_options_of_pluggy_that_would_be_ignored_are_refused(install_plugin, option):
     hook = f"    @hookimpl({option}=True)\n    def hf_training_arguments(self, args): yield"
-    install_plugin("odd", f"from arctic_plugins import Plugin, hookimpl\nclass plugin(Plugin):\n    name = 'odd'\n{hook}")
-    with pytest.raises(PluginLoadError, match=f"marks hf_training_arguments with {option}, which is not honoured; 'before' and 'after'"):
+    install_plugin(
+        "odd", f"from arctic_plugins import Plugin, hookimpl\nclass plugin(Plugin):\n    name = 'odd'\n{hook}"
+    )
+    with pytest.raises(
+        PluginLoadError, match=f"marks hf_training_arguments with {option}, which is not honoured; 'before' and 'after'"
+    ):
         Stack.from_dict({"odd": {}})
 
 
 def test_a_hook_that_does_not_exist_is_refused(install_plugin):
-    source = "from arctic_plugins import Plugin, hookimpl\nclass plugin(Plugin):\n    name = 'odd'\n    @hookimpl\n    def clam(self): ..."
+    source = (
+        "from arctic_plugins import Plugin, hookimpl\nclass plugin(Plugin):\n    name = 'odd'\n    @hookimpl\n  "
+        "  def clam(self): ..."
+    )
     install_plugin("odd", source)
     with pytest.raises(PluginError, match="clam"):
         Stack.from_dict({"odd": {}})
@@ -99,7 +120,9 @@ def test_two_distributions_with_one_name_are_an_error(install_plugin):
 
 
 def make(name, **attributes):
-    sets = {key: frozenset(value) if isinstance(value, (list, set, tuple)) else value for key, value in attributes.items()}
+    sets = {
+        key: frozenset(value) if isinstance(value, (list, set, tuple)) else value for key, value in attributes.items()
+    }
     return type(name, (Plugin,), {"name": name, **sets})(PluginConfig())
 
 
@@ -107,7 +130,10 @@ def make(name, **attributes):
     ("plugins", "message"),
     [
         ([make("a", requires={"b"})], "plugin 'a' requires 'b', which is not in the stack"),
-        ([make("a", requires={"weight_codec"}), make("b", slots={"adapter"})], "requires a plugin that fills 'weight_codec'"),
+        (
+            [make("a", requires={"weight_codec"}), make("b", slots={"adapter"})],
+            "requires a plugin that fills 'weight_codec'",
+        ),
         ([make("a", conflicts={"b"}), make("b")], "'a' and 'b' conflict"),
         ([make("a", conflicts={"rope"}), make("b", slots={"rope"})], "'a' and 'b' conflict"),
         ([make("a", slots={"rope"}), make("b", slots={"rope"})], "'a' and 'b' both fill the slot 'rope'"),
@@ -122,12 +148,19 @@ def test_what_does_not_make_a_stack(plugins, message):
 @pytest.mark.parametrize("wanted", ["<1", ">=99"])
 def test_host_out_of_range_is_known_before_loading(wanted):
     plugin = make("old", hosts={"transformers": wanted})
-    with pytest.raises(HostVersionError, match=r"plugin 'old' does not work with transformers \d.*pip install 'transformers"):
+    with pytest.raises(
+        HostVersionError, match=r"plugin 'old' does not work with transformers \d.*pip install 'transformers"
+    ):
         Stack((plugin,)).check_host("transformers")
 
 
 def test_order_by_slot_then_by_name():
-    plugins = [make("z", slots={"weight_codec"}), make("a", after={"weight_codec"}), make("m", before={"weight_codec"}), make("b")]
+    plugins = [
+        make("z", slots={"weight_codec"}),
+        make("a", after={"weight_codec"}),
+        make("m", before={"weight_codec"}),
+        make("b"),
+    ]
     assert [plugin.name for plugin in resolve(plugins)] == ["b", "m", "z", "a"]
 
 
@@ -207,12 +240,17 @@ def test_an_exception_in_a_hook_names_plugin_and_hook(install_plugin, tmp_path):
 def test_importing_the_core_loads_nothing_heavy():
     heavy = ("torch", "transformers", "vllm", "peft")
     code = (
-        f"import sys, arctic_plugins; arctic_plugins.Stack.from_dict({{'fp8': {{}}, 'lora': {{}}}}); print([m for m in {heavy} if m in sys.modules])"
+        f"import sys, arctic_plugins; arctic_plugins.Stack.from_dict({{'fp8': {{}}, 'lora': {{}}}}); print([m for "
+        f"m in {heavy} if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- 1", "a mapping"), (None, "does not exist")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("a: [", "not valid YAML"), ("- 1", "a mapping"), (None, "does not exist")]
+)
 def test_recipe_files_that_cannot_be_read(tmp_path, text, message):
     path = tmp_path / "recipe.yaml"
     if text is not None:

@@ -8,7 +8,9 @@ from arctic_plugins import Finding
 from arctic_plugins.cli import main
 from arctic_plugins.discovery import installed_plugins, load_plugin
 
-OURS = [name for name, providers in installed_plugins().items() if providers[0].distribution.startswith("arctic-plugins-")]
+OURS = [
+    name for name, providers in installed_plugins().items() if providers[0].distribution.startswith("arctic-plugins-")
+]
 
 
 @pytest.fixture
@@ -37,7 +39,13 @@ def test_a_plugin_is_a_line(arctic, install_plugin):
     lines = {line.split()[0]: line for line in output.split("\n\n")[0].splitlines()}
     assert status == 0
     assert lines.keys() == installed_plugins().keys()
-    assert lines["moe"].split() == ["moe", "arctic-plugins-moe", installed_plugins()["moe"][0].version, "ok", "experts_dispatch"]
+    assert lines["moe"].split() == [
+        "moe",
+        "arctic-plugins-moe",
+        installed_plugins()["moe"][0].version,
+        "ok",
+        "experts_dispatch",
+    ]
     assert "a_module_that_is_not_there" in lines["broken"]
     assert all(len(line) <= 80 for name, line in lines.items() if name != "broken")
 
@@ -69,7 +77,11 @@ def test_a_plugin_that_is_not_there(arctic):
 
 def test_findings_fit(arctic, monkeypatch):
     findings = [
-        Finding("ok", "versions", ", ".join(f"arctic-plugins-{name}" for name in ("fp8", "longseq", "lora", "moe", "offload", "rope"))),
+        Finding(
+            "ok",
+            "versions",
+            ", ".join(f"arctic-plugins-{name}" for name in ("fp8", "longseq", "lora", "moe", "offload", "rope")),
+        ),
         Finding("warning", "plugin fp8: kernels", "CPU: reference in torch", "install g++"),
     ]
     monkeypatch.setattr("arctic_plugins.diagnosis.diagnose", lambda recipe: findings)

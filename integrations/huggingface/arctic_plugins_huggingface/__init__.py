@@ -1,4 +1,6 @@
-"""The Hugging Face host: loading, training and saving with a stack. Importing this package loads no torch and no transformers."""
+"""The Hugging Face host: loading, training and saving with a stack. Importing this package loads no torch and no
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ if TYPE_CHECKING:
     from arctic_plugins_huggingface.saving import save_checkpoint
     from arctic_plugins_huggingface.training import ArcticTrainingArguments, attach, last_checkpoint
 
-__all__ = ["ArcticTrainingArguments", "attach", "freeze", "last_checkpoint", "load_model", "merge_adapter", "register", "save_checkpoint"]
+__all__ = [
+    "ArcticTrainingArguments",
+    "attach",
+    "freeze",
+    "last_checkpoint",
+    "load_model",
+    "merge_adapter",
+    "register",
+    "save_checkpoint",
+]
 
 _HOME = {
     "ArcticTrainingArguments": "training",

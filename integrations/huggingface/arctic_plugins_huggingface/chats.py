@@ -1,6 +1,8 @@
-"""Chats: from a record of one of the formats to messages, and from messages to texts of which it is known where the model speaks.
+"""Chats: from a record of one of the formats to messages, and from messages to texts of which it is known where the
+model speaks.
 
-Formats as Alpaca, ShareGPT, OpenAI and LLaMA-Factory (``data/README.md``, 0.9) write them. Templates as in transformers 5.19.0.
+Formats as Alpaca, ShareGPT, OpenAI and LLaMA-Factory (``data/README.md``, 0.9) write them. Templates as in transformers
+5.19.0.
 """
 
 from __future__ import annotations
@@ -47,13 +49,15 @@ def unknown_fields(record: Record, config: DataConfig) -> Iterator[str]:
     for key in ("messages", "conversations", "prompt", "completion"):
         for message in record[key] if key in KNOWN[config.format] and isinstance(record.get(key), list) else ():
             if isinstance(message, Mapping):
-                unknown = (name for name, value in message.items() if name not in _KNOWN_OF_MESSAGES and value is not None)
+                unknown = (
+                    name for name, value in message.items() if name not in _KNOWN_OF_MESSAGES and value is not None
+                )
                 yield from (f"{key}[].{name}" for name in unknown)
 
 
 def converted(record: Record, where: str, config: DataConfig) -> Record:
-    """What ``record`` says: ``text``; or ``prompt`` and ``completion``, two texts; or a chat: ``messages`` for a template, ``learnt`` (for each of
-    them whether the model is to say it) and ``tools``, None without.
+    """What ``record`` says: ``text``; or ``prompt`` and ``completion``, two texts; or a chat: ``messages`` for a
+    template, ``learnt`` (for each of them whether the model is to say it) and ``tools``, None without.
 
     Raises:
         DataError: a field is absent or of another type; names ``where`` and the field.
@@ -64,7 +68,11 @@ def converted(record: Record, where: str, config: DataConfig) -> Record:
 def _text(record: Record, key: str, where: str, config: DataConfig) -> str:
     value = record.get(key)
     if not isinstance(value, str):
-        fix = "correct the record" if key in record else f"{suggest(key, map(str, record))}; data.columns: {{{key}: ...}} renames"
+        fix = (
+            "correct the record"
+            if key in record
+            else f"{suggest(key, map(str, record))}; data.columns: {{{key}: ...}} renames"
+        )
         found = f"{key}={value!r}" if key in record else f"no '{key}'"
         raise DataError(f"{where} has {found}", expected=f"a text under '{key}' (format {config.format})", fix=fix)
     return value
@@ -78,12 +86,18 @@ def _optional_text(record: Record, key: str, where: str) -> str:
 
 
 def _alpaca(record: Record, where: str, config: DataConfig) -> Record:
-    """The user says instruction, blank line, input (if any); the assistant says output. What the assistant said before is learnt, too."""
+    """The user says instruction, blank line, input (if any); the assistant says output. What the assistant said before
+    is learnt, too.
+    """
     instruction, output = (_text(record, key, where, config) for key in ("instruction", "output"))
     question = "\n\n".join(part for part in (instruction, _optional_text(record, "input", where)) if part)
     history = record.get("history") or []
     if not isinstance(history, list) or not all(_is_exchange(exchange) for exchange in history):
-        raise DataError(f"{where} has history={history!r}", expected="a list of pairs of texts: question, answer", fix="correct the record")
+        raise DataError(
+            f"{where} has history={history!r}",
+            expected="a list of pairs of texts: question, answer",
+            fix="correct the record",
+        )
     system = _optional_text(record, "system", where) or config.system
     messages = chat("", system)[:-1]
     for asked, answered in [*history, (question, output)]:
@@ -99,7 +113,11 @@ def _chat(record: Record, where: str, config: DataConfig) -> Record:
     key = "conversations" if "messages" not in record and isinstance(record.get("conversations"), list) else "messages"
     messages, learnt = _messages(record.get(key), key, where, config)
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where} has no message of the role 'assistant'", expected="something to learn", fix="correct or remove the record")
+        raise DataError(
+            f"{where} has no message of the role 'assistant'",
+            expected="something to learn",
+            fix="correct or remove the record",
+        )
     system = _optional_text(record, "system", where)
     if system and messages[0]["role"] != "system":
         messages, learnt = [{"role": "system", "content": system}, *messages], [False, *learnt]
@@ -112,8 +130,16 @@ def _prompt_completion(record: Record, where: str, config: DataConfig) -> Record
     prompt, _ = _messages(record.get("prompt"), "prompt", where, config)
     completion, learnt = _messages(record.get("completion"), "completion", where, config)
     if not any(message["role"] == "assistant" for message in completion):
-        raise DataError(f"{where} has a completion without the role 'assistant'", expected="something to learn", fix="correct or remove the record")
-    return {"messages": [*prompt, *completion], "learnt": [*[False] * len(prompt), *learnt], "tools": _tools(record, where)}
+        raise DataError(
+            f"{where} has a completion without the role 'assistant'",
+            expected="something to learn",
+            fix="correct or remove the record",
+        )
+    return {
+        "messages": [*prompt, *completion],
+        "learnt": [*[False] * len(prompt), *learnt],
+        "tools": _tools(record, where),
+    }
 
 
 def _plain(record: Record, where: str, config: DataConfig) -> Record:
@@ -132,7 +158,9 @@ def _messages(value: Any, key: str, where: str, config: DataConfig) -> tuple[lis
     """Messages as templates take them, and for each whether the model is to say it."""
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{where} has {key}={value!r}", expected=f"a list of messages under '{key}' (format {config.format})", fix="correct the record"
+            f"{where} has {key}={value!r}",
+            expected=f"a list of messages under '{key}' (format {config.format})",
+            fix="correct the record",
         )
     messages, learnt = [], []
     for at, given in enumerate(value):
@@ -140,14 +168,20 @@ def _messages(value: Any, key: str, where: str, config: DataConfig) -> tuple[lis
         message = _message(given, here)
         weight, train = given.get("weight"), given.get("train")
         if weight not in (None, 0, 1) or train not in (None, False, True):
-            raise DataError(f"{here} with weight={weight!r} and train={train!r}", expected="weight 0 or 1, train false or true", fix="correct it")
+            raise DataError(
+                f"{here} with weight={weight!r} and train={train!r}",
+                expected="weight 0 or 1, train false or true",
+                fix="correct it",
+            )
         messages.append(message)
         learnt.append(message["role"] == "assistant" and weight != 0 and train is not False)
     return messages, learnt
 
 
 def _message(given: Any, here: str) -> Record:
-    wrong = DataError(f"{here}={given!r}", expected="a message with 'role' and 'content', both texts", fix="correct the record")
+    wrong = DataError(
+        f"{here}={given!r}", expected="a message with 'role' and 'content', both texts", fix="correct the record"
+    )
     if not isinstance(given, Mapping):
         raise wrong
     if "from" in given:  # ShareGPT
@@ -172,7 +206,9 @@ def _message(given: Any, here: str) -> Record:
 def _part(part: Any, here: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
         kind = part.get("type") if isinstance(part, Mapping) else part
-        raise DataError(f"{here} with a part of the type {kind!r}", expected="parts of the type 'text'", fix="remove it")
+        raise DataError(
+            f"{here} with a part of the type {kind!r}", expected="parts of the type 'text'", fix="remove it"
+        )
     return str(part["text"])
 
 
@@ -180,19 +216,29 @@ def _parsed(text: Any, here: str) -> Any:
     try:
         return json.loads(text) if isinstance(text, str) else text
     except ValueError as error:
-        raise DataError(f"{here}={text!r}, which is not valid JSON: {error}", expected="a function call", fix="correct the record") from error
+        raise DataError(
+            f"{here}={text!r}, which is not valid JSON: {error}", expected="a function call", fix="correct the record"
+        ) from error
 
 
 def _calls(value: Any, here: str) -> list[Record]:
-    """Calls as transformers' templates take them: each a ``function`` with a ``name``, and ``arguments`` that are an object."""
+    """Calls as transformers' templates take them: each a ``function`` with a ``name``, and ``arguments`` that are an
+    object.
+    """
     calls = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"{here} with the call {call!r}", expected="a function call with a 'name' and 'arguments'", fix="correct the record")
+            raise DataError(
+                f"{here} with the call {call!r}",
+                expected="a function call with a 'name' and 'arguments'",
+                fix="correct the record",
+            )
         arguments = function.get("arguments", {})
         outer = {key: call[key] for key in ("id", "type") if call.get(key) is not None}
-        calls.append({"type": "function", **outer, "function": {"name": function["name"], "arguments": _parsed(arguments, here)}})
+        calls.append(
+            {"type": "function", **outer, "function": {"name": function["name"], "arguments": _parsed(arguments, here)}}
+        )
     return calls
 
 
@@ -202,8 +248,12 @@ def _tools(record: Record, where: str) -> list[Record] | None:
     tools = _parsed(given or None, f"{where} has tools")
     if not tools:
         return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) and isinstance(_name(tool), str) for tool in tools):
-        raise DataError(f"{where} has tools={given!r}", expected="a list of functions with a 'name' each", fix="correct the record")
+    if not isinstance(tools, list) or not all(
+        isinstance(tool, Mapping) and isinstance(_name(tool), str) for tool in tools
+    ):
+        raise DataError(
+            f"{where} has tools={given!r}", expected="a list of functions with a 'name' each", fix="correct the record"
+        )
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
 
@@ -215,12 +265,15 @@ def _name(tool: Mapping[str, Any]) -> Any:
 # What the template makes of it.
 
 
-def rendered(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, *, everything: bool = False) -> list[tuple[str, Spans]]:
+def rendered(
+    row: Record, tokenizer: PreTrainedTokenizerBase, where: str, *, everything: bool = False
+) -> list[tuple[str, Spans]]:
     """The chat in ``row`` as its template writes it, and where in it the model speaks.
 
-    One text, if the template only adds to it from turn to turn. Some write a turn otherwise once others follow: they leave its thinking out, or put
-    an empty block of it before the last answer only. Then it is one text for each turn that is learnt, which ends with that turn, as it is when the
-    model says it. What is learnt of a turn is all between the prompt for it and its end: its words, its calls, and the token that ends it.
+    One text, if the template only adds to it from turn to turn. Some write a turn otherwise once others follow: they
+    leave its thinking out, or put an empty block of it before the last answer only. Then it is one text for each turn
+    that is learnt, which ends with that turn, as it is when the model says it. What is learnt of a turn is all between
+    the prompt for it and its end: its words, its calls, and the token that ends it.
 
     Args:
         row: see :func:`converted`.
@@ -229,7 +282,8 @@ def rendered(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, *, eve
         everything: one text and no spans.
 
     Raises:
-        DataError: the template refuses the chat, or leaves its tools or calls out, or does not tell where a turn begins.
+        DataError: the template refuses the chat, or leaves its tools or calls out, or does not tell where a turn
+            begins.
     """
     messages, learnt, tools = row["messages"], row["learnt"], row["tools"]
 
@@ -243,12 +297,22 @@ def rendered(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, *, eve
 
     refusals: list[Exception] = []
     whole = render(messages)
-    texts = {at: whole if at == len(messages) - 1 else render(messages[: at + 1]) for at in range(len(messages)) if learnt[at] and not everything}
+    texts = {
+        at: whole if at == len(messages) - 1 else render(messages[: at + 1])
+        for at in range(len(messages))
+        if learnt[at] and not everything
+    }
     if whole is None or None in texts.values():
-        raise DataError(f"{where} is refused by the model's chat template: {reason(refusals[0])}", fix="correct or remove the record")
+        raise DataError(
+            f"{where} is refused by the model's chat template: {reason(refusals[0])}",
+            fix="correct or remove the record",
+        )
     if tools and render(messages, None) == whole:
         raise _left_out("tools", where)
-    if any("tool_calls" in message for message in messages) and render([_without_calls(message) for message in messages]) == whole:
+    if (
+        any("tool_calls" in message for message in messages)
+        and render([_without_calls(message) for message in messages]) == whole
+    ):
         raise _left_out("tool_calls", where)
     if everything:
         return [(whole, [])]
@@ -257,7 +321,8 @@ def rendered(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, *, eve
         turn = _turn(str(text), messages[:at], messages[at], render)
         if turn is None:
             raise DataError(
-                f"{where}: the chat template does not tell where turn {at + 1} begins", fix="set data.loss to 'all', or remove the record"
+                f"{where}: the chat template does not tell where turn {at + 1} begins",
+                fix="set data.loss to 'all', or remove the record",
             )
         turns.append(turn)
     if all(whole.startswith(text) for text, _ in turns):
@@ -265,13 +330,17 @@ def rendered(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, *, eve
     return [(text, [(begin, len(text))]) for text, begin in turns]
 
 
-def _turn(text: str, before: Sequence[Record], message: Record, render: Callable[..., str | None]) -> tuple[str, int] | None:
-    """``text``, which ends with ``message``, and where in it the model begins to speak: behind the prompt that it is given for this turn.
+def _turn(
+    text: str, before: Sequence[Record], message: Record, render: Callable[..., str | None]
+) -> tuple[str, int] | None:
+    """``text``, which ends with ``message``, and where in it the model begins to speak: behind the prompt that it is
+    given for this turn.
 
-    If the prompt is not what stands there, content of other words is rendered and compared. Where the content follows the prompt's last characters
-    the prompt takes the place of what the template makes of it afterwards (Mistral's writes the system message only while a question is the last);
-    otherwise the two part at the turn (DeepSeek's prompt begins to think, and its history shows no thinking), or there is none (a chat that begins
-    with the assistant). None if other words make no difference.
+    If the prompt is not what stands there, content of other words is rendered and compared. Where the content follows
+    the prompt's last characters the prompt takes the place of what the template makes of it afterwards (Mistral's
+    writes the system message only while a question is the last); otherwise the two part at the turn (DeepSeek's prompt
+    begins to think, and its history shows no thinking), or there is none (a chat that begins with the assistant). None
+    if other words make no difference.
     """
     prompt = render(before, add_generation_prompt=True) if before else None
     if prompt and text.startswith(prompt):

@@ -1,4 +1,6 @@
-"""What is wrong with a recipe and can be known without torch and hosts, so that it is said in a second. Read in transformers 5.19.0, trl 1.16.0."""
+"""What is wrong with a recipe and can be known without torch and hosts, so that it is said in a second. Read in
+transformers 5.19.0, trl 1.16.0.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ from arctic_plugins_huggingface.recipe import FILE_KINDS, DataConfig, Recipe
 
 __all__ = ["argument_types", "check_arguments", "check_output", "check_recipe", "check_source"]
 
-OURS = {"max_length": "data.max_length", "packing": "data.packing", "completion_only_loss": "data.loss", "assistant_only_loss": "data.loss"}
+OURS = {
+    "max_length": "data.max_length",
+    "packing": "data.packing",
+    "completion_only_loss": "data.loss",
+    "assistant_only_loss": "data.loss",
+}
 """Fields of SFTConfig that a recipe says under ``data``."""
 _SOURCES = {"transformers": ("training_args.py",), "trl": ("trainer/base_config.py", "trainer/sft_config.py")}
 _CLASSES = ("TrainingArguments", "_BaseConfig", "SFTConfig")
@@ -32,7 +39,8 @@ _AT_LEAST = {
 
 
 def check_recipe(recipe: Recipe) -> Stack:
-    """The stack of ``recipe``, whose plugins, arguments, files of data and checkpoint (unless it is the hub's) are looked at, in this order.
+    """The stack of ``recipe``, whose plugins, arguments, files of data and checkpoint (unless it is the hub's) are
+    looked at, in this order.
 
     Raises:
         UserError: what is wrong with one of them.
@@ -41,9 +49,15 @@ def check_recipe(recipe: Recipe) -> Stack:
     check_arguments(recipe.training, argument_types())
     if (frozen := [*stack.only("weight_codec"), *stack.only("placement")]) and not stack.only("adapter"):
         names = ", ".join(dict.fromkeys(plugin.name for plugin in frozen))
-        raise ConfigError(f"plugins freeze the weights ({names}) and none adds what could be trained", expected="an adapter", fix="add 'lora: {}'")
+        raise ConfigError(
+            f"plugins freeze the weights ({names}) and none adds what could be trained",
+            expected="an adapter",
+            fix="add 'lora: {}'",
+        )
     if recipe.nonfinite == "skip" and recipe.training.get("deepspeed"):
-        raise ConfigError("nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out")
+        raise ConfigError(
+            "nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out"
+        )
     check_source(recipe.data)
     if is_directory(recipe.model):
         check_checkpoint(recipe.model, contents=False, **recipe.load)
@@ -53,13 +67,23 @@ def check_recipe(recipe: Recipe) -> Stack:
 def check_source(config: DataConfig) -> None:
     """Raise DataError if a data file is absent."""
     for key, path in (("path", config.path), ("eval_path", config.eval_path)):
-        if path is not None and not Path(path).is_file() and (Path(path).suffix in FILE_KINDS or Path(path).is_absolute() or Path(path).exists()):
+        if (
+            path is not None
+            and not Path(path).is_file()
+            and (Path(path).suffix in FILE_KINDS or Path(path).is_absolute() or Path(path).exists())
+        ):
             found = "is a directory" if Path(path).is_dir() else "does not exist"
-            raise DataError(f"data.{key} {path} {found}", expected="a JSON, JSONL, CSV, TSV or Parquet file", fix=f"correct data.{key}")
+            raise DataError(
+                f"data.{key} {path} {found}",
+                expected="a JSON, JSONL, CSV, TSV or Parquet file",
+                fix=f"correct data.{key}",
+            )
 
 
 def check_output(output: Path, *, new: bool) -> None:
-    """Raise ConfigError unless ``output`` can be written to and, if ``new``, is absent or empty; the first of several processes looks."""
+    """Raise ConfigError unless ``output`` can be written to and, if ``new``, is absent or empty; the first of several
+    processes looks.
+    """
     if not is_first():
         return
     if output.exists() and not output.is_dir():
@@ -73,15 +97,18 @@ def check_output(output: Path, *, new: bool) -> None:
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
-            f"training.output_dir {output} cannot be written: {existing} does not allow it", fix="name another, or change its permissions"
+            f"training.output_dir {output} cannot be written: {existing} does not allow it",
+            fix="name another, or change its permissions",
         )
 
 
 @functools.cache
 def argument_types() -> dict[str, Any]:
-    """Training argument -> its type (``Any`` where it takes an import to know), as the source of TRL's ``SFTConfig`` declares it.
+    """Training argument -> its type (``Any`` where it takes an import to know), as the source of TRL's ``SFTConfig``
+    declares it.
 
-    Empty where the source is not where it is expected: what is checked by it is checked again when the class has been imported.
+    Empty where the source is not where it is expected: what is checked by it is checked again when the class has been
+    imported.
     """
     types: dict[str, Any] = {}
     try:
@@ -89,8 +116,14 @@ def argument_types() -> dict[str, Any]:
             spec = find_spec(package)
             for name in files if spec and spec.origin else ():
                 tree = ast.parse((Path(str(spec and spec.origin)).parent / name).read_bytes())
-                for body in [found.body for found in tree.body if isinstance(found, ast.ClassDef) and found.name in _CLASSES]:
-                    types |= {ast.unparse(line.target): _evaluated(line.annotation) for line in body if isinstance(line, ast.AnnAssign)}
+                for body in [
+                    found.body for found in tree.body if isinstance(found, ast.ClassDef) and found.name in _CLASSES
+                ]:
+                    types |= {
+                        ast.unparse(line.target): _evaluated(line.annotation)
+                        for line in body
+                        if isinstance(line, ast.AnnAssign)
+                    }
     except (OSError, SyntaxError):
         return {}
     return types if "output_dir" in types and "max_length" in types else {}
@@ -109,7 +142,8 @@ def check_arguments(training: Mapping[str, Any], types: Mapping[str, Any]) -> di
     """A recipe's ``training``, each value as the type that ``types`` gives for its key; with no ``types``, unchecked.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, a wrong type, no ``output_dir``.
+        ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, a wrong type, no
+            ``output_dir``.
     """
     if not types:
         return dict(training)
@@ -125,12 +159,16 @@ def check_arguments(training: Mapping[str, Any], types: Mapping[str, Any]) -> di
 
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
-    """``value`` as the type that the argument declares, which transformers does not check: YAML reads 1e-3, without a dot, as a text."""
+    """``value`` as the type that the argument declares, which transformers does not check: YAML reads 1e-3, without a
+    dot, as a text.
+    """
     try:
         checked = TypeAdapter(kind, config={"arbitrary_types_allowed": True}).validate_python(value)
     except ValidationError as error:
         expected = error.errors()[0]["msg"].removeprefix("Input should be ")
         raise ConfigError(f"training.{key} is {value!r}", expected=expected, fix="correct the value") from error
     if isinstance(checked, (int, float)) and not checked >= _AT_LEAST.get(key, checked if checked == checked else 0):
-        raise ConfigError(f"training.{key} is {checked}", expected=f"at least {_AT_LEAST.get(key, 0)}", fix="correct the value")
+        raise ConfigError(
+            f"training.{key} is {checked}", expected=f"at least {_AT_LEAST.get(key, 0)}", fix="correct the value"
+        )
     return checked

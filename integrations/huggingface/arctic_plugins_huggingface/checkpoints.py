@@ -1,4 +1,5 @@
-"""Finding a checkpoint, and everything wrong with one that can be known before its weights are read. Read in transformers 5.19.0.
+"""Finding a checkpoint, and everything wrong with one that can be known before its weights are read. Read in
+transformers 5.19.0.
 
 Importing this loads neither torch nor transformers, and a checkpoint in a directory is checked without them.
 """
@@ -59,7 +60,8 @@ _SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs: Any) -> dict[str, Any]:
-    """Check what is known of a checkpoint before its weights are read: that it is there, whole, unchanged, and not of a newer version.
+    """Check what is known of a checkpoint before its weights are read: that it is there, whole, unchanged, and not of a
+    newer version.
 
     Args:
         checkpoint: directory or hub id.
@@ -85,11 +87,17 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
     config = read_json(directory / "config.json")
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
-            f"{directory / 'config.json'} has model_type {config.get('model_type')!r}", expected="a model's name, 'llama' for one", fix="correct it"
+            f"{directory / 'config.json'} has model_type {config.get('model_type')!r}",
+            expected="a model's name, 'llama' for one",
+            fix="correct it",
         )
     check_keys(config, directory / "config.json")
     if (directory / ADAPTER).exists():  # which transformers would put on the model without a word
-        raise CheckpointError(f"{directory} holds a model and an adapter", expected="one of them", fix=f"move {ADAPTER} to a directory of its own")
+        raise CheckpointError(
+            f"{directory} holds a model and an adapter",
+            expected="one of them",
+            fix=f"move {ADAPTER} to a directory of its own",
+        )
     _check_unchanged(directory, contents=contents)
     if kwargs.get("use_safetensors", True):
         held = _weight_files(directory, kwargs.get("variant"))
@@ -98,7 +106,9 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
     return kwargs
 
 
-def check_encoded(directory: Path, encoded: Mapping[str, tuple[Codec, tuple[int, int]]], variant: str | None = None) -> None:
+def check_encoded(
+    directory: Path, encoded: Mapping[str, tuple[Codec, tuple[int, int]]], variant: str | None = None
+) -> None:
     """Compare the headers of a checkpoint's files with ``encoded``: module -> its codec and the weight's (N, K).
 
     The loader does not: it casts what has another dtype.
@@ -109,12 +119,16 @@ def check_encoded(directory: Path, encoded: Mapping[str, tuple[Codec, tuple[int,
     headers: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in _weight_files(directory, variant):
         with safe_open(path, "pt") as file:
-            headers.update({key: (tuple((part := file.get_slice(key)).get_shape()), part.get_dtype()) for key in file.keys()})  # noqa: SIM118
+            headers.update(
+                {key: (tuple((part := file.get_slice(key)).get_shape()), part.get_dtype()) for key in file.keys()}  # noqa: SIM118
+            )
     for module, (codec, weight) in encoded.items():
         for suffix, spec in codec.layout(weight).items():
             name = f"{module}.weight{suffix}"
             if name not in headers:
-                raise CheckpointError(f"{name} is missing from {directory}", fix="the checkpoint is incomplete: make it again")
+                raise CheckpointError(
+                    f"{name} is missing from {directory}", fix="the checkpoint is incomplete: make it again"
+                )
             shape, dtype = headers[name]
             expected = _DTYPES.get(dtype_name(spec.dtype), dtype)
             if (shape, dtype) != (spec.shape, expected):
@@ -126,7 +140,8 @@ def check_encoded(directory: Path, encoded: Mapping[str, tuple[Codec, tuple[int,
 
 
 def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
-    """The local directory of a LoRA adapter (a hub id's is downloaded), checked as by :func:`check_checkpoint`; None if it is a model.
+    """The local directory of a LoRA adapter (a hub id's is downloaded), checked as by :func:`check_checkpoint`; None if
+    it is a model.
 
     Raises:
         CheckpointError: neither is there, or it is damaged.
@@ -138,7 +153,11 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
         if _hub_file(str(checkpoint), ADAPTER, kwargs) is None:
             return None
         allowed = [*_SMALL, WEIGHTS]
-        known = {key: kwargs[key] for key in ("cache_dir", "force_download", "local_files_only", "revision", "token") if key in kwargs}
+        known = {
+            key: kwargs[key]
+            for key in ("cache_dir", "force_download", "local_files_only", "revision", "token")
+            if key in kwargs
+        }
         checkpoint = snapshot_download(str(checkpoint), allow_patterns=allowed, **known)
     directory = Path(checkpoint)
     if not (directory / ADAPTER).is_file():
@@ -151,7 +170,11 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
     with safe_open(weights, "np") as file:
         rows = [file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key]  # noqa: SIM118 - safe_open is not a mapping
     if rows and rank > max(rows):
-        raise CheckpointError(f"{directory / ADAPTER} has r {rank}", expected=f"the rank of its tensors, {max(rows)}", fix="save the adapter again")
+        raise CheckpointError(
+            f"{directory / ADAPTER} has r {rank}",
+            expected=f"the rank of its tensors, {max(rows)}",
+            fix="save the adapter again",
+        )
     return directory
 
 
@@ -175,7 +198,11 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def reason(error: BaseException) -> str:
     """The first line of what a host's exception says, with its type where the text alone would not be understood."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return text if isinstance(error, (OSError, ValueError, RuntimeError)) and text else f"{type(error).__name__}: {text or 'no message'}"
+    return (
+        text
+        if isinstance(error, (OSError, ValueError, RuntimeError)) and text
+        else f"{type(error).__name__}: {text or 'no message'}"
+    )
 
 
 def hub_trouble() -> str | None:
@@ -196,9 +223,15 @@ def is_directory(checkpoint: str | Path) -> bool:
     if Path(checkpoint).is_dir():
         return True
     if Path(checkpoint).exists():
-        raise CheckpointError(f"{checkpoint} is a file", expected="a checkpoint directory or a hub id", fix="name the directory that holds it")
+        raise CheckpointError(
+            f"{checkpoint} is a file",
+            expected="a checkpoint directory or a hub id",
+            fix="name the directory that holds it",
+        )
     if not isinstance(checkpoint, str) or not _HUB_ID.fullmatch(checkpoint) or checkpoint.startswith("."):
-        raise CheckpointError(f"{checkpoint} does not exist", expected="a checkpoint directory or a hub id", fix="correct the path")
+        raise CheckpointError(
+            f"{checkpoint} does not exist", expected="a checkpoint directory or a hub id", fix="correct the path"
+        )
     return False
 
 
@@ -212,7 +245,11 @@ def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     local = {**kwargs, "local_files_only": True}
     for name in ("config.json", ADAPTER):
         if cached_file(
-            repository, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False, **hub_arguments(local)
+            repository,
+            name,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_arguments(local),
         ):
             logger.warning("%s comes from the cache: %s", repository, trouble)
             return local
@@ -252,7 +289,12 @@ def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
     if whole.is_file():
         return {whole: set()}
     if not index.is_file():
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern) if path.name != "training_args.bin")
+        pickled = sorted(
+            path.name
+            for pattern in ("*.bin", "*.pt", "*.pth")
+            for path in directory.glob(pattern)
+            if path.name != "training_args.bin"
+        )
         fix = (
             f"convert {pickled[0]}, a pickle, which is not read unasked (load: {{use_safetensors: false}})"
             if pickled
@@ -261,7 +303,11 @@ def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
         raise CheckpointError(f"{directory} has no {whole.name}", expected="weights in safetensors", fix=fix)
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(f"{index} has no valid 'weight_map'", expected="an object of tensor -> file", fix="make the checkpoint again")
+        raise CheckpointError(
+            f"{index} has no valid 'weight_map'",
+            expected="an object of tensor -> file",
+            fix="make the checkpoint again",
+        )
     held: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
         held.setdefault(name, set()).add(tensor)
@@ -273,10 +319,13 @@ def _check_weights(directory: Path, files: Mapping[Path, set[str]]) -> None:
     for path, tensors in files.items():
         if not path.is_file():
             raise CheckpointError(
-                f"{directory}'s index names {path.name}, which is absent", fix="copy the missing shard, or make the checkpoint again"
+                f"{directory}'s index names {path.name}, which is absent",
+                fix="copy the missing shard, or make the checkpoint again",
             )
         if missing := tensors - _open(path):
-            raise CheckpointError(f"{path} lacks {min(missing)}, which the index says it holds", fix="make the checkpoint again")
+            raise CheckpointError(
+                f"{path} lacks {min(missing)}, which the index says it holds", fix="make the checkpoint again"
+            )
 
 
 def _open(path: Path) -> set[str]:
@@ -286,7 +335,9 @@ def _open(path: Path) -> set[str]:
         with safe_open(path, "np") as file:
             return set(file.keys())
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing", fix="the checkpoint is incomplete: copy it again, or save it again") from None
+        raise CheckpointError(
+            f"{path} is missing", fix="the checkpoint is incomplete: copy it again, or save it again"
+        ) from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or truncated: {reason(error).removeprefix('SafetensorError: ')}",

@@ -1,7 +1,7 @@
 """From data files to rows of tokens and labels; cutting, packing, collating are TRL's.
 
-Reading is ours because a file with a bad line must be told by that line: pyarrow's JSON reader, behind ``datasets.load_dataset``, names blocks
-and infers types (a column of dates becomes timestamps).
+Reading is ours because a file with a bad line must be told by that line: pyarrow's JSON reader, behind
+``datasets.load_dataset``, names blocks and infers types (a column of dates becomes timestamps).
 """
 
 from __future__ import annotations
@@ -49,8 +49,16 @@ class DataCounts:
     """Chats that became a row for each answer, because their template writes answers otherwise once others follow."""
 
     def __str__(self) -> str:
-        cut = f"; {self.truncated} of them truncated, {self.cut_tokens:,} tokens cut, {self.dropped} dropped" if self.truncated + self.dropped else ""
-        divided = f"; {self.divided:,} chats as a row for each answer (the template writes it otherwise once others follow)" if self.divided else ""
+        cut = (
+            f"; {self.truncated} of them truncated, {self.cut_tokens:,} tokens cut, {self.dropped} dropped"
+            if self.truncated + self.dropped
+            else ""
+        )
+        divided = (
+            f"; {self.divided:,} chats as a row for each answer (the template writes it otherwise once others follow)"
+            if self.divided
+            else ""
+        )
         return f"{self.rows:,} rows, {self.tokens:,} tokens{cut}{divided}"
 
 
@@ -75,7 +83,8 @@ class Limits:
             raise DataError(
                 f"{where} has the token {max(ids)}, and the model has embeddings for {self.embeddings}",
                 expected="the tokenizer of the model",
-                fix="resize the model's embeddings (resize_token_embeddings of transformers) and save it, or remove the tokens that were added",
+                fix="resize the model's embeddings (resize_token_embeddings of transformers) and save it, or remove "
+                "the tokens that were added",
             )
 
 
@@ -92,7 +101,12 @@ class TrainingData:
 
 
 def load_data(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, keep_end: bool = False, limits: Limits | None = None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int = 0,
+    keep_end: bool = False,
+    limits: Limits | None = None,
 ) -> TrainingData:
     """Read, check and tokenize the training data and, if any, the evaluation data.
 
@@ -104,8 +118,9 @@ def load_data(
         limits: of the model; None checks nothing against them.
 
     Raises:
-        DataError: absent, empty, malformed (with the line), a record that lacks a column or holds another type (named), a row beyond ``limits``, rows
-            that all lose their labels when they are cut, or a tokenizer that lacks what the format needs.
+        DataError: absent, empty, malformed (with the line), a record that lacks a column or holds another type (named),
+            a row beyond ``limits``, rows that all lose their labels when they are cut, or a tokenizer that lacks what
+            the format needs.
     """
     if config.format in ("alpaca", "messages") and tokenizer.chat_template is None:
         raise DataError(
@@ -122,27 +137,46 @@ def load_data(
     counts, evaluation, eval_counts = DataCounts(), None, None
     if config.eval_path is not None or config.eval_split is not None:
         eval_counts = DataCounts()
-        other = {"path": config.eval_path or config.path, "split": config.eval_split or config.split, "streaming": False}
-        evaluation = _table(_rows(config.model_copy(update=other), tokenizer, eval_counts, keep_end, limits), config, eval_counts)
+        other = {
+            "path": config.eval_path or config.path,
+            "split": config.eval_split or config.split,
+            "streaming": False,
+        }
+        evaluation = _table(
+            _rows(config.model_copy(update=other), tokenizer, eval_counts, keep_end, limits), config, eval_counts
+        )
     if config.streaming:
-        check_first = next(_rows(config, tokenizer, DataCounts(), keep_end, limits))  # an error in the first row is said before weights are read
+        check_first = next(
+            _rows(config, tokenizer, DataCounts(), keep_end, limits)
+        )  # an error in the first row is said before weights are read
         assert check_first.keys() == {"input_ids", "labels"}
         held_out = config.eval_size if isinstance(config.eval_size, int) else 0
         if held_out:
-            evaluation = _table(islice(_rows(config, tokenizer, DataCounts(), keep_end, limits), held_out), config, DataCounts(rows=held_out))
+            evaluation = _table(
+                islice(_rows(config, tokenizer, DataCounts(), keep_end, limits), held_out),
+                config,
+                DataCounts(rows=held_out),
+            )
 
         def read() -> Iterator[dict[str, list[int]]]:
             vars(counts).update(vars(DataCounts()))  # each pass counts anew
             return islice(_rows(config, tokenizer, counts, keep_end, limits), held_out, None)
 
         stream = IterableDataset.from_generator(read)
-        return TrainingData(stream.shuffle(seed=seed, buffer_size=config.shuffle_buffer), evaluation, counts, eval_counts)
+        return TrainingData(
+            stream.shuffle(seed=seed, buffer_size=config.shuffle_buffer), evaluation, counts, eval_counts
+        )
     train = _table(_rows(config, tokenizer, counts, keep_end, limits), config, counts)
     if config.eval_size is not None:
         if len(train) < 2 or (isinstance(config.eval_size, int) and config.eval_size >= len(train)):
-            raise DataError(f"data.eval_size {config.eval_size} leaves none of {len(train)} rows to train on", fix="lower it")
+            raise DataError(
+                f"data.eval_size {config.eval_size} leaves none of {len(train)} rows to train on", fix="lower it"
+            )
         if counts.divided:
-            logger.warning("rows of one chat may be held out (data.eval_size) while others are trained on; data.eval_path keeps chats apart")
+            logger.warning(
+                "rows of one chat may be held out (data.eval_size) while others are trained on; data.eval_path keeps "
+                "chats apart"
+            )
         parts = train.train_test_split(test_size=config.eval_size, seed=seed)
         train, evaluation = parts["train"], parts["test"]
     return TrainingData(train, evaluation, counts, eval_counts)
@@ -164,7 +198,9 @@ def _table(rows: Iterator[dict[str, list[int]]], config: DataConfig, counts: Dat
 def _rows(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, counts: DataCounts, keep_end: bool, limits: Limits | None
 ) -> Iterator[dict[str, list[int]]]:
-    """Tokenize one record after another, and count what cutting will take; rows with nothing left for the loss are dropped here."""
+    """Tokenize one record after another, and count what cutting will take; rows with nothing left for the loss are
+    dropped here.
+    """
     window = slice(-config.max_length, None) if keep_end else slice(None, config.max_length)
     splits = config.format == "text" and config.packing  # documents are split, not cut
     told: set[str] = set()
@@ -199,7 +235,9 @@ def _records(config: DataConfig) -> Iterator[tuple[str, Record]]:
             raise DataError(f"{where} is {type(record).__name__}", expected="an object", fix="correct or remove it")
         for key, column in config.columns.items():
             if column not in record:
-                raise DataError(f"{where} has no column '{column}' (data.columns.{key})", fix=suggest(column, map(str, record)))
+                raise DataError(
+                    f"{where} has no column '{column}' (data.columns.{key})", fix=suggest(column, map(str, record))
+                )
             record = {**record, key: record[column]}
         yield where, record
     if empty:
@@ -221,7 +259,9 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8: {error}", fix="save it as UTF-8") from error
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"data.path {path} cannot be read: {reason(error)}", expected="a whole file of the kind that its name says") from error
+        raise DataError(
+            f"data.path {path} cannot be read: {reason(error)}", expected="a whole file of the kind that its name says"
+        ) from error
 
 
 def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
@@ -241,7 +281,9 @@ def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
                 try:
                     record = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise DataError(f"{path}:{number} is not valid JSON: {error}", fix="correct or remove the line") from error
+                    raise DataError(
+                        f"{path}:{number} is not valid JSON: {error}", fix="correct or remove the line"
+                    ) from error
                 yield f"{path}:{number}", record
 
 
@@ -252,10 +294,15 @@ def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
             for record in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in record or None in record.values():
-                    raise DataError(f"{where} has another number of fields than the header's {len(reader.fieldnames or ())}", fix="correct the line")
+                    raise DataError(
+                        f"{where} has another number of fields than the header's {len(reader.fieldnames or ())}",
+                        fix="correct the line",
+                    )
                 yield where, record
         except csv.Error as error:
-            raise DataError(f"{path}:{reader.reader.line_num} is not valid CSV: {error}", fix="correct the line") from error
+            raise DataError(
+                f"{path}:{reader.reader.line_num} is not valid CSV: {error}", fix="correct the line"
+            ) from error
 
 
 def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:
@@ -272,8 +319,12 @@ def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:
     yield from ((f"{config.path}: row {number}", dict(record)) for number, record in enumerate(dataset, 1))
 
 
-def tokenized(row: Record, tokenizer: PreTrainedTokenizerBase, where: str, config: DataConfig) -> Iterator[dict[str, list[int]]]:
-    """Tokens and labels of the row, or of the rows that a template makes of it. A token counts if its characters overlap what the model is to say."""
+def tokenized(
+    row: Record, tokenizer: PreTrainedTokenizerBase, where: str, config: DataConfig
+) -> Iterator[dict[str, list[int]]]:
+    """Tokens and labels of the row, or of the rows that a template makes of it. A token counts if its characters
+    overlap what the model is to say.
+    """
     everything, chats = config.loss == "all" or "text" in row, "messages" in row
     if chats:
         texts = rendered(row, tokenizer, where, everything=everything)

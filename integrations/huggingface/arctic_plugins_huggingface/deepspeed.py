@@ -1,11 +1,13 @@
-"""Checkpoints of DeepSpeed, as the original stack trained with it: LoRA of its ``OptimizedLinear`` to PEFT adapters and merged checkpoints, and the
-names and files of DeepSpeed-MoE to those of Hugging Face.
+"""Checkpoints of DeepSpeed, as the original stack trained with it: LoRA of its ``OptimizedLinear`` to PEFT adapters and
+merged checkpoints, and the names and files of DeepSpeed-MoE to those of Hugging Face.
 
-The layout is that which the stack's own converter reads. ``<step>/mp_rank_00_model_states.pt`` holds, under ``module``, every tensor but the frozen
-weights, ``X.lora_weight_1.weight [r, K]`` and ``X.lora_weight_2.weight [N, r]`` among them; ``<step>/lora_optimized_linear_sharding_rank_R.pt``
-holds process R's part of every frozen weight, ``X.weight [N, K / processes]``, to be put side by side. DeepSpeed's own class
-(``deepspeed/linear/optimized_linear.py``, 0.19.8) cuts the flattened weight instead: parts of one dimension are put one behind the other. A mixture
-has ``layer_L_expert_E_mp_rank_00_model_states.pt`` for each expert, L being the mixtures' number (``DeepSpeedEngine._save_moe_checkpoint``, 0.19.8).
+The layout is that which the stack's own converter reads. ``<step>/mp_rank_00_model_states.pt`` holds, under ``module``,
+every tensor but the frozen weights, ``X.lora_weight_1.weight [r, K]`` and ``X.lora_weight_2.weight [N, r]`` among them;
+``<step>/lora_optimized_linear_sharding_rank_R.pt`` holds process R's part of every frozen weight, ``X.weight [N, K /
+processes]``, to be put side by side. DeepSpeed's own class (``deepspeed/linear/optimized_linear.py``, 0.19.8) cuts the
+flattened weight instead: parts of one dimension are put one behind the other. A mixture has
+``layer_L_expert_E_mp_rank_00_model_states.pt`` for each expert, L being the mixtures' number
+(``DeepSpeedEngine._save_moe_checkpoint``, 0.19.8).
 """
 
 from __future__ import annotations
@@ -58,12 +60,14 @@ def convert_deepspeed(
     alpha: float | None = None,
     base: str | None = None,
 ) -> list[str]:
-    """Write a DeepSpeed checkpoint under Hugging Face's names, LoRA merged, or with ``base`` its LoRA as a PEFT adapter on that model.
+    """Write a DeepSpeed checkpoint under Hugging Face's names, LoRA merged, or with ``base`` its LoRA as a PEFT adapter
+    on that model.
 
     Args:
         checkpoint: the directory of a step, or the one above it (whose ``latest`` names a step).
         directory: a new directory.
-        scaling: what updates are multiplied by: ``alpha/r`` in DeepSpeed, ``alpha/sqrt(r)`` in the converter of the original stack.
+        scaling: what updates are multiplied by: ``alpha/r`` in DeepSpeed, ``alpha/sqrt(r)`` in the converter of the
+            original stack.
         alpha: numerator of the scaling; default: ``ds_lora.lora_alpha`` of ``config.json``.
         base: the model that was trained, a directory or hub id.
 
@@ -71,8 +75,8 @@ def convert_deepspeed(
         Lines that say what was found.
 
     Raises:
-        CheckpointError: a file is missing, an expert's for instance, or no pickle of tensors alone; tensors do not fit together; there is no LoRA for
-            an adapter, or its alpha is not known.
+        CheckpointError: a file is missing, an expert's for instance, or no pickle of tensors alone; tensors do not fit
+            together; there is no LoRA for an adapter, or its alpha is not known.
         CodecError: a merged weight holds NaN or Inf; names the module.
         ConfigError: ``directory`` exists and is not empty.
     """
@@ -80,10 +84,17 @@ def convert_deepspeed(
     source.check_experts()
     updates = source.updates(scaling, alpha)
     if not updates and base is not None:
-        raise CheckpointError(f"{source.step} has no lora_weight_1", expected="a checkpoint of DeepSpeed's OptimizedLinear with LoRA")
+        raise CheckpointError(
+            f"{source.step} has no lora_weight_1", expected="a checkpoint of DeepSpeed's OptimizedLinear with LoRA"
+        )
     found = [f"{source.step}: no LoRA, weights are taken over as they are"]
     if updates:
-        found = [f"{source.step}: {len(updates)} updates of rank {source.rank}, scaled by {source.factor(scaling, alpha):g} ({scaling})"]
+        found = [
+            (
+                f"{source.step}: {len(updates)} updates of rank {source.rank}, scaled by "
+                f"{source.factor(scaling, alpha):g} ({scaling})"
+            )
+        ]
     if source.experts:
         found.append(f"{len(source.experts)} files of experts")
     with staged(directory) as draft:
@@ -93,7 +104,11 @@ def convert_deepspeed(
                 found.append(f"{len(source.shards)} parts of the frozen weights were put together")
         else:
             source.write_adapter(draft, updates, base, use_rslora=scaling != "alpha/r", alpha=source.alpha(alpha))
-        copy_files(source.top, draft, lambda name: name.startswith("tokenizer") or name == "special_tokens_map.json" or name.endswith(".jinja"))
+        copy_files(
+            source.top,
+            draft,
+            lambda name: name.startswith("tokenizer") or name == "special_tokens_map.json" or name.endswith(".jinja"),
+        )
         write_provenance(draft, Stack())
     return found
 
@@ -110,13 +125,21 @@ class _Source:
         step = path
         if not (path / _STATES).is_file():
             latest = (path / "latest").read_text(errors="replace").strip() if (path / "latest").is_file() else None
-            steps = sorted((found.parent for found in path.glob(f"*/{_STATES}")), key=lambda found: (len(found.name), found.name))
+            steps = sorted(
+                (found.parent for found in path.glob(f"*/{_STATES}")), key=lambda found: (len(found.name), found.name)
+            )
             if not steps:
-                raise CheckpointError(f"{path} has no {_STATES}", expected="a DeepSpeed checkpoint, or a step of it", fix="correct the path")
+                raise CheckpointError(
+                    f"{path} has no {_STATES}",
+                    expected="a DeepSpeed checkpoint, or a step of it",
+                    fix="correct the path",
+                )
             step = next((found for found in steps if found.name == latest), steps[-1])
         top = next((folder for folder in (step, step.parent) if (folder / "config.json").is_file()), None)
         if top is None:
-            raise CheckpointError(f"neither {step} nor its parent has a config.json", fix="copy the model's beside the steps")
+            raise CheckpointError(
+                f"neither {step} nor its parent has a config.json", fix="copy the model's beside the steps"
+            )
         return cls(top, step)
 
     @cached_property
@@ -133,10 +156,15 @@ class _Source:
         if not numbered:
             return []
         if sorted(numbered) != list(range(len(numbered))):
-            raise CheckpointError(f"{self.step} has the parts {sorted(numbered)}", expected="all from 0", fix="copy the missing files")
+            raise CheckpointError(
+                f"{self.step} has the parts {sorted(numbered)}", expected="all from 0", fix="copy the missing files"
+            )
         parts = [_tensors(numbered[rank]) for rank in range(len(numbered))]
         if any(part.keys() != parts[0].keys() for part in parts):
-            raise CheckpointError(f"the files lora_optimized_linear_sharding_rank_*.pt of {self.step} hold different weights", fix="copy them again")
+            raise CheckpointError(
+                f"the files lora_optimized_linear_sharding_rank_*.pt of {self.step} hold different weights",
+                fix="copy them again",
+            )
         return parts
 
     @cached_property
@@ -160,7 +188,9 @@ class _Source:
         count = self.config.get("num_local_experts") or self.config.get("num_experts")
         if not isinstance(count, int):
             raise CheckpointError(
-                f"{self.top}/config.json says no number of experts", expected="num_local_experts", fix="copy the model's config.json"
+                f"{self.top}/config.json says no number of experts",
+                expected="num_local_experts",
+                fix="copy the model's config.json",
             )
         mixtures = range(max(mixture for mixture, _ in self.experts) + 1)
         wanted = {(mixture, expert) for mixture in mixtures for expert in range(count)}
@@ -173,17 +203,25 @@ class _Source:
             )
         if other := sorted(self.experts.keys() - wanted):
             raise CheckpointError(
-                f"{self.step} has {self.experts[other[0]].name}", expected=f"{count} experts (config.json)", fix="copy the model's config.json"
+                f"{self.step} has {self.experts[other[0]].name}",
+                expected=f"{count} experts (config.json)",
+                fix="copy the model's config.json",
             )
 
     @property
     def rank(self) -> int:
-        return min(tensor.shape[0] for name, tensor in self.everything.items() if name.endswith(".lora_weight_1.weight"))
+        return min(
+            tensor.shape[0] for name, tensor in self.everything.items() if name.endswith(".lora_weight_1.weight")
+        )
 
     def alpha(self, given: float | None) -> float:
         known = given if given is not None else (self.config.get("ds_lora") or {}).get("lora_alpha")
         if not isinstance(known, (int, float)):
-            raise CheckpointError(f"{self.top}/config.json has no ds_lora.lora_alpha", expected="the alpha of training", fix="give it with --alpha")
+            raise CheckpointError(
+                f"{self.top}/config.json has no ds_lora.lora_alpha",
+                expected="the alpha of training",
+                fix="give it with --alpha",
+            )
         return float(known)
 
     def factor(self, scaling: Scaling, alpha: float | None) -> float:
@@ -192,16 +230,26 @@ class _Source:
     def updates(self, scaling: Scaling, alpha: float | None) -> dict[str, Update]:
         """Module (its name in the original stack) -> what is added to its weight."""
         pairs = {
-            name.removesuffix(".lora_weight_1.weight"): (down, self.everything.get(name.replace(".lora_weight_1.", ".lora_weight_2.")))
+            name.removesuffix(".lora_weight_1.weight"): (
+                down,
+                self.everything.get(name.replace(".lora_weight_1.", ".lora_weight_2.")),
+            )
             for name, down in self.everything.items()
             if name.endswith(".lora_weight_1.weight")
         }
         found = {}
         for module, (down, up) in pairs.items():
-            if up is None or down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1] or down.shape[0] != self.rank:
+            if (
+                up is None
+                or down.dim() != 2
+                or up.dim() != 2
+                or down.shape[0] != up.shape[1]
+                or down.shape[0] != self.rank
+            ):
                 second = None if up is None else tuple(up.shape)
                 raise CheckpointError(
-                    f"{module} has lora_weight_1 {tuple(down.shape)} and lora_weight_2 {second}", expected=f"[{self.rank}, K] and [N, {self.rank}]"
+                    f"{module} has lora_weight_1 {tuple(down.shape)} and lora_weight_2 {second}",
+                    expected=f"[{self.rank}, K] and [N, {self.rank}]",
                 )
             found[module] = Update(down, up, self.factor(scaling, alpha))
         return found
@@ -213,28 +261,41 @@ class _Source:
         if not parts and name in self.everything:
             parts = [self.everything[name]]
         if not parts:
-            raise CheckpointError(f"{name} is in no file of {self.step}", fix="copy the files lora_optimized_linear_sharding_rank_*.pt")
+            raise CheckpointError(
+                f"{name} is in no file of {self.step}", fix="copy the files lora_optimized_linear_sharding_rank_*.pt"
+            )
         whole = torch.cat(parts, dim=1) if parts[0].dim() == 2 else torch.cat(parts).view(-1)
         if whole.numel() != math.prod(shape) or (whole.dim() == 2 and tuple(whole.shape) != shape):
-            raise CheckpointError(f"the parts of {name} make {tuple(whole.shape)}", expected=str(shape), fix="copy the missing files")
+            raise CheckpointError(
+                f"the parts of {name} make {tuple(whole.shape)}", expected=str(shape), fix="copy the missing files"
+            )
         return whole.view(shape)
 
     def write_merged(self, draft: Path, updates: Mapping[str, Update]) -> None:
         """Weight by weight into safetensors files; memory is bounded by one of them."""
         changed = {f"{module}.weight": update for module, update in updates.items()}
         dtype = next((update.up.dtype for update in updates.values()), None)
-        whole = {_renamed(name): name for name in [*(name for name in self.everything if ".lora_weight_" not in name), *changed]}
+        whole = {
+            _renamed(name): name
+            for name in [*(name for name in self.everything if ".lora_weight_" not in name), *changed]
+        }
         sizes = {
             new: torch.empty((changed[name].up.shape[0], changed[name].down.shape[1]), dtype=dtype, device="meta")
             if name in changed
             else torch.empty_like(self.everything[name], device="meta")
             for new, name in whole.items()
         }
-        split = split_torch_state_dict_into_shards(sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE)
+        split = split_torch_state_dict_into_shards(
+            sizes, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_SIZE
+        )
         for file_name, names in split.filename_to_tensors.items():
-            save_file({new: self._merged(whole[new], changed) for new in names}, draft / file_name, metadata={"format": "pt"})
+            save_file(
+                {new: self._merged(whole[new], changed) for new in names}, draft / file_name, metadata={"format": "pt"}
+            )
         if split.is_sharded:
-            (draft / INDEX).write_text(json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2))
+            (draft / INDEX).write_text(
+                json.dumps({"metadata": split.metadata, "weight_map": split.tensor_to_filename}, indent=2)
+            )
         config = {key: value for key, value in self.config.items() if key not in _OURS}
         (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         copy_files(self.top, draft, lambda name: name == "generation_config.json")
@@ -245,10 +306,14 @@ class _Source:
         with named(name.removesuffix(".weight"), CodecError):
             weight = self.weight(name, changed[name])
             if not weight.is_floating_point():
-                raise CodecError(f"the frozen weight is {weight.dtype}, quantized", fix="convert to an adapter, with --base")
+                raise CodecError(
+                    f"the frozen weight is {weight.dtype}, quantized", fix="convert to an adapter, with --base"
+                )
             return changed[name].add_to(weight).to(weight.dtype)
 
-    def write_adapter(self, draft: Path, updates: Mapping[str, Update], base: str, *, use_rslora: bool, alpha: float) -> None:
+    def write_adapter(
+        self, draft: Path, updates: Mapping[str, Update], base: str, *, use_rslora: bool, alpha: float
+    ) -> None:
         """As PEFT saves a LoRA adapter."""
         tensors = dict(_halves(updates))
         targets = sorted({_renamed(f"{module}.").rstrip(".").rpartition(".")[2] for module in updates})
@@ -287,7 +352,10 @@ def _tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError as error:
-        line = next((line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line), str(error).splitlines()[0])
+        line = next(
+            (line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line),
+            str(error).splitlines()[0],
+        )
         raise CheckpointError(
             f"{path} is a pickle that wants to run code: {line[:200]}",
             expected="tensors, numbers, texts and containers only",
@@ -297,7 +365,11 @@ def _tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}", fix="copy it again") from error
     if key is not None and isinstance(content, Mapping):
         content = content.get(key)
-    if not isinstance(content, Mapping) or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+    if not isinstance(content, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
         where = f"'{key}' of {path}" if key else str(path)
-        raise CheckpointError(f"{where} is not a mapping of names to tensors", expected="a DeepSpeed checkpoint", fix="correct the path")
+        raise CheckpointError(
+            f"{where} is not a mapping of names to tensors", expected="a DeepSpeed checkpoint", fix="correct the path"
+        )
     return dict(content)

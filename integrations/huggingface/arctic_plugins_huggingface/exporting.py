@@ -1,4 +1,6 @@
-"""``arctic export`` and ``arctic convert``: encoded checkpoints to and from other libraries' formats, rewritten file by file."""
+"""``arctic export`` and ``arctic convert``: encoded checkpoints to and from other libraries' formats, rewritten file by
+file.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ __all__ = ["convert_checkpoint", "export_checkpoint"]
 
 
 def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name: str) -> Path:
-    """Write the encoded ``checkpoint`` (a directory) in the format that a plugin registered as ``format_name``, with the same files.
+    """Write the encoded ``checkpoint`` (a directory) in the format that a plugin registered as ``format_name``, with
+    the same files.
 
     Memory is bounded by the largest safetensors file.
 
@@ -43,11 +46,17 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name
     config = _config(source)
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
-        raise CheckpointError(f"{source} is not encoded", expected="a checkpoint that 'arctic quantize' or 'arctic merge' wrote", fix="quantize it")
+        raise CheckpointError(
+            f"{source} is not encoded",
+            expected="a checkpoint that 'arctic quantize' or 'arctic merge' wrote",
+            fix="quantize it",
+        )
     check_checkpoint(source)
     codecs, shapes = ModuleCodecs.from_config(quantization), _shapes(source)
     encoded = {name: codec for name in shapes if (codec := codecs.codec_of(name)) is not None}
-    config["quantization_config"] = exporter.quantization_config(encoded, [name for name in shapes if name not in encoded])
+    config["quantization_config"] = exporter.quantization_config(
+        encoded, [name for name in shapes if name not in encoded]
+    )
 
     def tensors(name: str, read: Read) -> Mapping[str, Tensor]:
         buffers = {suffix: read(f"weight{suffix}") for suffix in encoded[name].layout(shapes[name])}
@@ -60,7 +69,8 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name
 
 
 def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_name: str) -> list[str]:
-    """Write ``checkpoint`` (a directory), in a format that a plugin registered as ``format_name``, as an encoded checkpoint.
+    """Write ``checkpoint`` (a directory), in a format that a plugin registered as ``format_name``, as an encoded
+    checkpoint.
 
     Modules whose stored weight is floating point stay plain. Memory is bounded by the largest safetensors file.
 
@@ -70,7 +80,8 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
     Raises:
         PluginNotFoundError: nobody converts from ``format_name``.
         CheckpointError: ``checkpoint`` is damaged, or does not say what the format needs to know.
-        CodecError: a weight is not what the format says, or no codec can hold it; names the module. Nothing is left behind.
+        CodecError: a weight is not what the format says, or no codec can hold it; names the module. Nothing is left
+            behind.
         ConfigError: ``directory`` exists and is not empty.
     """
     source = Path(checkpoint)
@@ -87,7 +98,9 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
                 encoded[name] = converter.codec(shape)
     if not encoded:
         raise CheckpointError(
-            f"{source} has no linear weight stored as bytes", expected=f"a checkpoint in the format {format_name}", fix="quantize it"
+            f"{source} has no linear weight stored as bytes",
+            expected=f"a checkpoint in the format {format_name}",
+            fix="quantize it",
         )
     codecs = ModuleCodecs.from_owners(encoded, shapes)
     config["quantization_config"] = codecs.to_config()
@@ -102,12 +115,17 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
         for name in converter_class.config_files:
             (draft / name).unlink(missing_ok=True)
         write_provenance(draft, Stack())
-    return [f"{pattern}: {kind}" for pattern, kind in compress_names({name: codec.describe() for name, codec in encoded.items()}, shapes).items()]
+    return [
+        f"{pattern}: {kind}"
+        for pattern, kind in compress_names({name: codec.describe() for name, codec in encoded.items()}, shapes).items()
+    ]
 
 
 def _config(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
-        raise CheckpointError(f"{source} has no config.json", expected="the directory of a checkpoint", fix="correct the path")
+        raise CheckpointError(
+            f"{source} has no config.json", expected="the directory of a checkpoint", fix="correct the path"
+        )
     return read_json(source / "config.json")
 
 
@@ -136,4 +154,8 @@ def _shapes(source: Path) -> dict[str, tuple[int, int]]:
 
 def _dtypes(source: Path) -> dict[str, str]:
     with ExitStack() as stack:
-        return {key: file.get_slice(key).get_dtype() for file in open_files(source, stack).values() for key in file.keys()}  # noqa: SIM118
+        return {
+            key: file.get_slice(key).get_dtype()
+            for file in open_files(source, stack).values()
+            for key in file.keys()  # noqa: SIM118
+        }

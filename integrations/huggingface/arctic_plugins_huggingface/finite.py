@@ -1,4 +1,6 @@
-"""A run that diverges stops before the step that would spoil its weights, or leaves that step out. Read in transformers 5.19.0."""
+"""A run that diverges stops before the step that would spoil its weights, or leaves that step out. Read in transformers
+5.19.0.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,19 @@ MOST_SKIPPED = 10
 
 
 class FiniteGuard(TrainerCallback):
-    """Raises :class:`~arctic_plugins.errors.Diverged` at the first step whose loss or gradients hold NaN or infinity, before the optimizer uses them,
-    and before trainable weights that do are saved. Several processes raise together, whichever of them saw it.
+    """Raises :class:`~arctic_plugins.errors.Diverged` at the first step whose loss or gradients hold NaN or infinity,
+    before the optimizer uses them, and before trainable weights that do are saved. Several processes raise together,
+    whichever of them saw it.
 
-    The Trainer by itself leaves NaN out of the losses that it logs (``logging_nan_inf_filter``), goes on, and saves what has become of the weights.
-    With float16 autocast, infinite gradients are the scaler's business, which leaves the step out, and only the loss counts; so it is with DeepSpeed,
-    whose gradients are not here. The device is waited for once a step.
+    The Trainer by itself leaves NaN out of the losses that it logs (``logging_nan_inf_filter``), goes on, and saves
+    what has become of the weights. With float16 autocast, infinite gradients are the scaler's business, which leaves
+    the step out, and only the loss counts; so it is with DeepSpeed, whose gradients are not here. The device is waited
+    for once a step.
 
     Args:
         trainer: whose callback this will be.
-        skip: leave such a step out, with a warning, and raise only where more than :data:`MOST_SKIPPED` follow one another.
+        skip: leave such a step out, with a warning, and raise only where more than :data:`MOST_SKIPPED` follow one
+            another.
 
     Raises:
         ConfigError: ``skip`` and DeepSpeed, whose optimizer cannot be kept from the step.
@@ -40,13 +45,19 @@ class FiniteGuard(TrainerCallback):
 
     def __init__(self, trainer: Trainer, *, skip: bool = False) -> None:
         if skip and trainer.is_deepspeed_enabled:
-            raise ConfigError("nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out")
+            raise ConfigError(
+                "nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out"
+            )
         self.bad: Tensor | None = None
         """Whether a loss since the last step was not finite, on the device."""
         self.skip = skip
         self.skipped = 0
         """Steps left out since the last that was made."""
-        self.only_loss = trainer.args.fp16 or trainer.is_deepspeed_enabled or getattr(trainer.accelerator, "scaler", None) is not None
+        self.only_loss = (
+            trainer.args.fp16
+            or trainer.is_deepspeed_enabled
+            or getattr(trainer.accelerator, "scaler", None) is not None
+        )
         step = trainer.training_step
 
         def training_step(*args: Any, **kwargs: Any) -> Tensor:
@@ -58,10 +69,19 @@ class FiniteGuard(TrainerCallback):
         trainer.training_step = training_step
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         bad, self.bad = self.bad is not None and bool(self.bad), None
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None] if model is not None else []
+        gradients = (
+            [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            if model is not None
+            else []
+        )
         bad, spoilt = anywhere(args.device, bad, bad if self.only_loss else not _are_finite(gradients))
         if bad and not spoilt:  # 0 / 0 of a batch without labels, which changes nothing
             logger.warning("the loss of step %d is not finite, but its gradient is", state.global_step + 1)
@@ -73,11 +93,18 @@ class FiniteGuard(TrainerCallback):
             raise _diverged(what, args, state.global_step + 1, self.skipped)
         self.skipped += 1
         logger.warning("the %s of step %d is not finite: the step is left out", what, state.global_step + 1)
-        for parameter in model.parameters() if model is not None and not self.only_loss else ():  # float16's scaler leaves it out itself
+        for parameter in (
+            model.parameters() if model is not None and not self.only_loss else ()
+        ):  # float16's scaler leaves it out itself
             parameter.grad = None  # of which no optimizer of torch makes a step, nor a decay
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
     ) -> None:
         last = state.global_step >= state.max_steps or control.should_training_stop
         if model is None or not (last or control.should_save):
@@ -96,7 +123,9 @@ def _are_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def anywhere(device: torch.device, *flags: bool) -> list[bool]:
-    """Each of ``flags``, true where it is in any process: one that raised alone would leave the others waiting for it."""
+    """Each of ``flags``, true where it is in any process: one that raised alone would leave the others waiting for
+    it.
+    """
     if not torch.distributed.is_initialized():
         return list(flags)
     shared = torch.tensor(flags, dtype=torch.float32, device=device)

@@ -35,9 +35,11 @@ def is_spread(model: nn.Module) -> bool:
 
 @contextmanager
 def whole_weights(model: nn.Module, directory: Path, *, only_trainable: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Name -> whatever processes have parts of, whole, in the first process; nothing in the others. Collective, unless there is no such thing.
+    """Name -> whatever processes have parts of, whole, in the first process; nothing in the others. Collective, unless
+    there is no such thing.
 
-    One tensor after the other is gathered and written to a file in the new ``directory``, from which it is mapped, for the time of the block.
+    One tensor after the other is gathered and written to a file in the new ``directory``, from which it is mapped, for
+    the time of the block.
     """
     whole: dict[str, Tensor] = {}
     try:
@@ -62,7 +64,9 @@ def _whole(model: nn.Module, only_trainable: bool) -> Iterator[tuple[str, Tensor
 
         pairs = expert_pairs(model)
     first = torch.distributed.is_initialized() and torch.distributed.get_rank() == 0
-    placed = {name: found for name, found in frozen_weights(model).items() if found[0].frozen[found[1]].handle is not None}
+    placed = {
+        name: found for name, found in frozen_weights(model).items() if found[0].frozen[found[1]].handle is not None
+    }
     for name, (module, leaf) in placed.items():
         if only_trainable or not (name in local or module.frozen[leaf].handle.collective):  # type: ignore[union-attr]
             continue

@@ -23,7 +23,9 @@ def chat(question: str, system: str | None = None) -> Messages:
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system: str | None = None) -> str:
-    """``question`` as the chat template writes it for the model to answer; the text itself when there is no template."""
+    """``question`` as the chat template writes it for the model to answer; the text itself when there is no
+    template.
+    """
     if tokenizer.chat_template is None:
         return question
     return str(tokenizer.apply_chat_template(chat(question, system), tokenize=False, add_generation_prompt=True))
@@ -40,17 +42,20 @@ def answer(
     system: str | None = None,
     **kwargs: Any,
 ) -> Iterator[str]:
-    """Answer ``questions``, behind the ``system`` message if any, ``batch_size`` at a time; greedily, unless ``kwargs``, those of ``generate``, say
-    otherwise."""
+    """Answer ``questions``, behind the ``system`` message if any, ``batch_size`` at a time; greedily, unless
+    ``kwargs``, those of ``generate``, say otherwise."""
     training, side = model.training, tokenizer.padding_side
     model.eval()
     tokenizer.padding_side = "left"
     try:
         for start in range(0, len(questions), batch_size):
             prompts = [chat_prompt(tokenizer, question, system) for question in questions[start : start + batch_size]]
-            batch = tokenizer(prompts, return_tensors="pt", padding=len(prompts) > 1, add_special_tokens=tokenizer.chat_template is None).to(
-                model.device
-            )
+            batch = tokenizer(
+                prompts,
+                return_tensors="pt",
+                padding=len(prompts) > 1,
+                add_special_tokens=tokenizer.chat_template is None,
+            ).to(model.device)
             tokens = model.generate(**batch, **{**GREEDY, "max_new_tokens": max_new_tokens, **kwargs})
             yield from tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     finally:

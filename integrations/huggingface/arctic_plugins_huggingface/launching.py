@@ -1,6 +1,8 @@
-"""``arctic train --nproc``: several processes of one run, with one progress bar, one log, and the error of the process that failed first.
+"""``arctic train --nproc``: several processes of one run, with one progress bar, one log, and the error of the process
+that failed first.
 
-torch's elastic agent (``torch.distributed.launcher``, read in torch 2.13) starts and ends them; DeepSpeed's launcher does on several hosts.
+torch's elastic agent (``torch.distributed.launcher``, read in torch 2.13) starts and ends them; DeepSpeed's launcher
+does on several hosts.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     The first one's output is shown as it comes; that of the others only when one of them fails first.
 
     Returns:
-        An exit status: 0, that of the process that failed first, or 130 after SIGINT or SIGTERM, which all processes get.
+        An exit status: 0, that of the process that failed first, or 130 after SIGINT or SIGTERM, which all processes
+            get.
     """
     command = ["-m", "arctic_plugins.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="arctic-train-") as folder:
@@ -55,7 +58,9 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             max_restarts=0,
             start_method="spawn",
             shutdown_timeout=_PATIENCE,
-            logs_specs=DefaultLogsSpecs(folder, redirects={rank: Std.ALL if rank else Std.ERR for rank in range(processes)}),
+            logs_specs=DefaultLogsSpecs(
+                folder, redirects={rank: Std.ALL if rank else Std.ERR for rank in range(processes)}
+            ),
         )
         os.environ.update(_environment(processes))
         for name in ("agent.server.api", "multiprocessing.api"):  # they repeat what the processes say
@@ -80,22 +85,41 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def launch_on_hosts(arguments: Sequence[str], hostfile: str) -> int:
-    """Run ``arctic`` with ``arguments`` on the hosts of ``hostfile`` (lines of ``name slots=processes``) through DeepSpeed's launcher, and wait.
+    """Run ``arctic`` with ``arguments`` on the hosts of ``hostfile`` (lines of ``name slots=processes``) through
+    DeepSpeed's launcher, and wait.
 
     Raises:
         ConfigError: there is no such file, or DeepSpeed is not installed.
     """
     if not Path(hostfile).is_file():
-        raise ConfigError(f"--hostfile {hostfile} does not exist", expected="a file with lines of 'host slots=8'", fix="correct the path")
+        raise ConfigError(
+            f"--hostfile {hostfile} does not exist",
+            expected="a file with lines of 'host slots=8'",
+            fix="correct the path",
+        )
     if shutil.which("deepspeed", path=_path()) is None:
-        raise ConfigError("--hostfile needs DeepSpeed's launcher, which is not installed", fix="pip install deepspeed, or use --nproc or torchrun")
-    command = ["-m", "deepspeed.launcher.runner", "--hostfile", hostfile, "--no_local_rank", "--module", "arctic_plugins.cli", *arguments]
+        raise ConfigError(
+            "--hostfile needs DeepSpeed's launcher, which is not installed",
+            fix="pip install deepspeed, or use --nproc or torchrun",
+        )
+    command = [
+        "-m",
+        "deepspeed.launcher.runner",
+        "--hostfile",
+        hostfile,
+        "--no_local_rank",
+        "--module",
+        "arctic_plugins.cli",
+        *arguments,
+    ]
     environment = {**os.environ, **_environment(None)}
     return subprocess.run([sys.executable, *command], check=False, env=environment).returncode
 
 
 def end_with_launcher() -> None:
-    """In a process that :func:`launch` started: get SIGTERM if the launcher is killed, so that nothing stays behind (Linux)."""
+    """In a process that :func:`launch` started: get SIGTERM if the launcher is killed, so that nothing stays behind
+    (Linux).
+    """
     if os.environ.get(_LAUNCHER) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != int(os.environ[_LAUNCHER]):
@@ -103,23 +127,32 @@ def end_with_launcher() -> None:
 
 
 def _environment(processes: int | None) -> dict[str, str]:
-    found = {"PATH": _path(), "PYTHONSAFEPATH": "1"}  # no file of the working directory, a checkpoint's for one, stands for a module
+    found = {
+        "PATH": _path(),
+        "PYTHONSAFEPATH": "1",
+    }  # no file of the working directory, a checkpoint's for one, stands for a module
     if processes is not None:
         found[_LAUNCHER] = str(os.getpid())
-        found["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+        found["OMP_NUM_THREADS"] = os.environ.get(
+            "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes))
+        )
     if not torch.accelerator.is_available():
         found["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")  # DeepSpeed, too, wants to be told
     return found
 
 
 def _path() -> str:
-    """PATH with the interpreter's own programs: DeepSpeed calls ninja, which lies beside it in a virtual environment."""
+    """PATH with the interpreter's own programs: DeepSpeed calls ninja, which lies beside it in a virtual
+    environment.
+    """
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     return path if own in path.split(os.pathsep) else f"{own}{os.pathsep}{path}"
 
 
 class _Shown:
-    """Shows the first process's standard error as it comes, but the error that ends it only in :meth:`rest`: another one's may have caused it."""
+    """Shows the first process's standard error as it comes, but the error that ends it only in :meth:`rest`: another
+    one's may have caused it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._position, self._done = folder, 0, threading.Event()
@@ -132,8 +165,13 @@ class _Shown:
         return path.read_text(errors="replace") if path is not None else ""
 
     def says_itself(self, rank: int) -> bool:
-        """Whether the first process ended with the one-line error of this other one: all find what is wrong with a recipe, whoever is first."""
-        own, first = ([line for line in self.errors(number).splitlines() if line.startswith("arctic: ")][-1:] for number in (rank, 0))
+        """Whether the first process ended with the one-line error of this other one: all find what is wrong with a
+        recipe, whoever is first.
+        """
+        own, first = (
+            [line for line in self.errors(number).splitlines() if line.startswith("arctic: ")][-1:]
+            for number in (rank, 0)
+        )
         return rank != 0 and own == first != []
 
     def stop(self) -> None:

@@ -11,14 +11,30 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from arctic_plugins.claims import Claims, LinearSpec, compress_names
 from arctic_plugins.compute import compute_dtype, default_device, dtype_name, reason_for, warning_for
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError
 from arctic_plugins.files import check_elements, check_keys, check_sizes, read_json
-from arctic_plugins.frozen import METHOD, Codec, ExpertsDispatch, FrozenModule, ModuleCodecs, Placement, PlainCodec, chain
+from arctic_plugins.frozen import (
+    METHOD,
+    Codec,
+    ExpertsDispatch,
+    FrozenModule,
+    ModuleCodecs,
+    Placement,
+    PlainCodec,
+    chain,
+)
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import check_checkpoint, check_encoded, hub_arguments, reason
 from arctic_plugins_huggingface.modules import (
@@ -67,9 +83,10 @@ def load_model(
     Args:
         checkpoint: directory or hub id; plain, or encoded by :func:`~arctic_plugins_huggingface.save_checkpoint`.
         stack: what to apply; ``None`` applies nothing, and loads an encoded checkpoint as it is.
-        dtype: compute dtype, and that of what is not encoded; ``"auto"`` is the checkpoint's where the device multiplies it natively, otherwise
-            float32 (:mod:`arctic_plugins.compute`); :data:`STORED` the checkpoint's in any case, for what is not computed with.
-            :func:`~arctic_plugins_huggingface.save_checkpoint` writes what ``"auto"`` made wider in the checkpoint's dtype again.
+        dtype: compute dtype, and that of what is not encoded; ``"auto"`` is the checkpoint's where the device
+            multiplies it natively, otherwise float32 (:mod:`arctic_plugins.compute`); :data:`STORED` the checkpoint's
+            in any case, for what is not computed with. :func:`~arctic_plugins_huggingface.save_checkpoint` writes what
+            ``"auto"`` made wider in the checkpoint's dtype again.
         tokenizer: the checkpoint's, if it was loaded already.
         **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim.
 
@@ -77,8 +94,8 @@ def load_model(
         The model (a ``PeftModel`` if a plugin adds an adapter), in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: everything that can be known to fail is raised before weights are read: host versions, clashing claims, an encoded checkpoint
-            that the stack would encode differently.
+        UserError: everything that can be known to fail is raised before weights are read: host versions, clashing
+            claims, an encoded checkpoint that the stack would encode differently.
         CheckpointError: weights are missing, or a tensor does not fit.
     """
     register()
@@ -104,7 +121,9 @@ def load_model(
     for warning in stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu"):
         logger.warning(warning)
     asked = kwargs.get("experts_implementation")
-    quantization = _quantization(config, stack, asked_dtype, Path(checkpoint) / kwargs.get("subfolder", ""), kwargs.get("variant"), asked)
+    quantization = _quantization(
+        config, stack, asked_dtype, Path(checkpoint) / kwargs.get("subfolder", ""), kwargs.get("variant"), asked
+    )
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             checkpoint, config=config, dtype=dtype, quantization_config=quantization, output_loading_info=True, **kwargs
@@ -112,12 +131,17 @@ def load_model(
     except (ArcticError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # what a damaged file does to the loader can be anything
-        if quantization is not None and quantization.failure is not None:  # the loader collects errors and reports that there were some
+        if (
+            quantization is not None and quantization.failure is not None
+        ):  # the loader collects errors and reports that there were some
             raise quantization.failure from error
-        raise CheckpointError(f"{checkpoint} cannot be loaded: {reason(error)}", fix="'--traceback' shows more") from error
+        raise CheckpointError(
+            f"{checkpoint} cannot be loaded: {reason(error)}", fix="'--traceback' shows more"
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
-            f"{checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one", fix="the checkpoint is incomplete: make it again"
+            f"{checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one",
+            fix="the checkpoint is incomplete: make it again",
         )
     _forget_empty_quantization(model)
     model.arctic_stored_dtype = stored if asked_dtype == "auto" and stored != dtype else None
@@ -129,7 +153,9 @@ def load_model(
 
 
 def _forget_empty_quantization(model: PreTrainedModel) -> None:
-    """The loader was told to keep some experts only, and nothing is encoded or placed: the model is a plain one, which can be trained as it is."""
+    """The loader was told to keep some experts only, and nothing is encoded or placed: the model is a plain one, which
+    can be trained as it is.
+    """
     quantization = getattr(model.config, "quantization_config", None)
     if isinstance(quantization, ArcticQuantizationConfig) and not quantization.codecs.modules:
         del model.config.quantization_config
@@ -139,7 +165,9 @@ def _forget_empty_quantization(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _let_go_of_files(model: nn.Module) -> None:
-    """Copy what is still mapped from the checkpoint: one small tensor keeps all of its file mapped, and what was read of it in memory."""
+    """Copy what is still mapped from the checkpoint: one small tensor keeps all of its file mapped, and what was read
+    of it in memory.
+    """
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
@@ -177,13 +205,17 @@ def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
     except Exception as error:  # configs are code: a bad value can raise anything
         _own_code(checkpoint, error)
         raise CheckpointError(
-            f"{where} cannot be read as a model: {reason(error)}", expected="a causal language model", fix="correct the key it names"
+            f"{where} cannot be read as a model: {reason(error)}",
+            expected="a causal language model",
+            fix="correct the key it names",
         ) from error
     return config
 
 
 def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a checkpoint directory or hub id; raises CheckpointError when there is none or it is damaged."""
+    """Read the tokenizer of a checkpoint directory or hub id; raises CheckpointError when there is none or it is
+    damaged.
+    """
     path = Path(checkpoint) / kwargs.get("subfolder", "") / "tokenizer_config.json"
     if path.is_file():
         _check_tokenizer(path)
@@ -193,21 +225,31 @@ def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizer
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         _own_code(checkpoint, error)
-        raise CheckpointError(f"the tokenizer of {checkpoint} cannot be read: {reason(error)}", fix="save it beside the model again") from error
+        raise CheckpointError(
+            f"the tokenizer of {checkpoint} cannot be read: {reason(error)}", fix="save it beside the model again"
+        ) from error
 
 
 def _check_tokenizer(path: Path) -> None:
-    """Raise CheckpointError if a ``tokenizer_config.json`` names a class of transformers that is no tokenizer, or another file."""
+    """Raise CheckpointError if a ``tokenizer_config.json`` names a class of transformers that is no tokenizer, or
+    another file.
+    """
     config = read_json(path)
     named = config.get("tokenizer_class")
     if named is not None and not re.fullmatch(r"\w*(Tokenizer|TokenizerFast|Backend)", str(named)):
-        raise CheckpointError(f"{path} has tokenizer_class {named!r}", expected="the name of a tokenizer", fix="correct it")
+        raise CheckpointError(
+            f"{path} has tokenizer_class {named!r}", expected="the name of a tokenizer", fix="correct it"
+        )
     if config.get("sp_model_kwargs"):
-        raise CheckpointError(f"{path} has sp_model_kwargs", expected="none: they name files", fix="remove them, if you trust the rest")
+        raise CheckpointError(
+            f"{path} has sp_model_kwargs", expected="none: they name files", fix="remove them, if you trust the rest"
+        )
 
 
 def _own_code(checkpoint: str | Path, error: BaseException) -> None:
-    """Say what to set if the error is that the checkpoint brings code of its own; the library's default would be to ask on the terminal."""
+    """Say what to set if the error is that the checkpoint brings code of its own; the library's default would be to ask
+    on the terminal.
+    """
     if "trust_remote_code" in str(error):
         raise CheckpointError(
             f"{checkpoint} brings code of its own, which is not executed",
@@ -228,7 +270,9 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
-def resolve_dtype(stored: torch.dtype, dtype: torch.dtype | str | None = "auto", device: str | None = None) -> tuple[torch.dtype, str]:
+def resolve_dtype(
+    stored: torch.dtype, dtype: torch.dtype | str | None = "auto", device: str | None = None
+) -> tuple[torch.dtype, str]:
     """What ``dtype`` stands for with a checkpoint in ``stored``, and a line to tell where that is not the obvious.
 
     Raises:
@@ -241,14 +285,25 @@ def resolve_dtype(stored: torch.dtype, dtype: torch.dtype | str | None = "auto",
         return stored, ""
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise ConfigError(f"dtype is {dtype!r}", expected="'auto', or the name of a floating dtype such as 'float32'", fix="correct load.dtype")
+        raise ConfigError(
+            f"dtype is {dtype!r}",
+            expected="'auto', or the name of a floating dtype such as 'float32'",
+            fix="correct load.dtype",
+        )
     return named, warning_for(named, "dtype", "leave it out, or say float32", device)
 
 
 def _device_of(kwargs: Mapping[str, Any]) -> str:
-    """Where the model will be computed: where ``device_map`` puts it, else where the Trainer does, on the accelerator if there is one."""
+    """Where the model will be computed: where ``device_map`` puts it, else where the Trainer does, on the accelerator
+    if there is one.
+    """
     device_map = kwargs.get("device_map")
-    if isinstance(device_map, (str, torch.device)) and str(device_map) not in ("auto", "balanced", "balanced_low_0", "sequential"):
+    if isinstance(device_map, (str, torch.device)) and str(device_map) not in (
+        "auto",
+        "balanced",
+        "balanced_low_0",
+        "sequential",
+    ):
         return torch.device(device_map).type
     return default_device()
 
@@ -256,7 +311,11 @@ def _device_of(kwargs: Mapping[str, Any]) -> str:
 def is_encoded(config: PreTrainedConfig) -> bool:
     """Whether the checkpoint of ``config`` holds weights encoded by this project."""
     quantization = getattr(config, "quantization_config", None)
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else getattr(quantization, "quant_method", None)
+    method = (
+        quantization.get("quant_method")
+        if isinstance(quantization, Mapping)
+        else getattr(quantization, "quant_method", None)
+    )
     return method == METHOD
 
 
@@ -273,7 +332,11 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
     claimed = stack.claim(model.config, specs)
     codecs = claimed.exclusive("weight_codec")
     if claimed.by_slot.get("experts_dispatch"):
-        raise ClaimError("experts are spread over processes while they are loaded", expected="load_model(checkpoint, stack)", fix="use it")
+        raise ClaimError(
+            "experts are spread over processes while they are loaded",
+            expected="load_model(checkpoint, stack)",
+            fix="use it",
+        )
     if not codecs:
         return model
     quantization = ArcticQuantizationConfig.from_owners(*_owners(codecs, stored), _place(claimed, codecs, specs)[0])
@@ -291,14 +354,21 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
 
 
 def _quantization(
-    config: PreTrainedConfig, stack: Stack, dtype: torch.dtype | str, directory: Path, variant: str | None, experts_implementation: str | None
+    config: PreTrainedConfig,
+    stack: Stack,
+    dtype: torch.dtype | str,
+    directory: Path,
+    variant: str | None,
+    experts_implementation: str | None,
 ) -> ArcticQuantizationConfig | None:
     """What the stack claims of this model; for an encoded checkpoint, nothing but the check that it claims the same."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None and not is_encoded(config):
         if owners := [*stack.only("weight_codec"), *stack.only("placement")]:
             raise ClaimError(
-                "the checkpoint is quantized by another method", expected="a plain checkpoint", fix=f"leave the plugin '{owners[0].name}' out"
+                "the checkpoint is quantized by another method",
+                expected="a plain checkpoint",
+                fix=f"leave the plugin '{owners[0].name}' out",
             )
         return None
     claimed = claims(config, stack, dtype)
@@ -307,7 +377,9 @@ def _quantization(
     wanted = {dispatch.experts_implementation for dispatch in claimed.dispatches.values()}
     if wanted and experts_implementation not in {None, *wanted}:
         raise ConfigError(
-            f"experts_implementation is '{experts_implementation}', and a plugin dispatches experts", expected=f"'{min(wanted)}'", fix="leave it out"
+            f"experts_implementation is '{experts_implementation}', and a plugin dispatches experts",
+            expected=f"'{min(wanted)}'",
+            fix="leave it out",
         )
     if quantization is not None:
         if directory.is_dir():
@@ -327,7 +399,8 @@ def configured(config: PreTrainedConfig, stack: Stack) -> dict[str, Any]:
 
 
 def planned_config(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[str, Any]:
-    """What ``config.json`` of the plain ``checkpoint`` (directory or hub id) would say otherwise had ``stack`` been applied; reads no weights.
+    """What ``config.json`` of the plain ``checkpoint`` (directory or hub id) would say otherwise had ``stack`` been
+    applied; reads no weights.
 
     Raises:
         ConfigError: ``stack`` changes nothing, or the checkpoint is quantized already.
@@ -336,21 +409,27 @@ def planned_config(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[
     kwargs = check_checkpoint(checkpoint, **kwargs)
     config = load_config(checkpoint, **only_hub(kwargs))
     if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{checkpoint} is quantized already", expected="a plain checkpoint", fix="leave the plugins out")
+        raise ConfigError(
+            f"{checkpoint} is quantized already", expected="a plain checkpoint", fix="leave the plugins out"
+        )
     changes = configured(config, stack)
     quantization = claims(config, stack.without("placement", "experts_dispatch")).quantization()
     if quantization is not None:
         changes["quantization_config"] = quantization.to_dict()
     if not changes:
         raise ConfigError(
-            "the plugins change nothing of this model", expected="a plugin that fills 'weight_codec' or 'rope'", fix="fp8, for instance"
+            "the plugins change nothing of this model",
+            expected="a plugin that fills 'weight_codec' or 'rope'",
+            fix="fp8, for instance",
         )
     return changes
 
 
 def _owners(codecs: Mapping[str, Codec], stored: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, Codec], list[str]]:
     """A checkpoint's module name -> codec, and the names of all of its modules."""
-    return {part: codec for name, codec in codecs.items() for part in stored[name]}, [part for parts in stored.values() for part in parts]
+    return {part: codec for name, codec in codecs.items() for part in stored[name]}, [
+        part for parts in stored.values() for part in parts
+    ]
 
 
 def _local(spec: LinearSpec, dispatch: ExpertsDispatch) -> tuple[int, ...]:
@@ -360,8 +439,12 @@ def _local(spec: LinearSpec, dispatch: ExpertsDispatch) -> tuple[int, ...]:
     return (part.stop - part.start, *matrix)
 
 
-def _place(claims: Claims, codecs: Mapping[str, Codec], specs: Mapping[str, LinearSpec]) -> tuple[dict[str, Placement], dict[str, int]]:
-    """Let the claimed placements choose among the encoded weights: name -> its (chain of) placement, and name -> bytes on the compute device."""
+def _place(
+    claims: Claims, codecs: Mapping[str, Codec], specs: Mapping[str, LinearSpec]
+) -> tuple[dict[str, Placement], dict[str, int]]:
+    """Let the claimed placements choose among the encoded weights: name -> its (chain of) placement, and name -> bytes
+    on the compute device.
+    """
     dispatches = claims.exclusive("experts_dispatch")
     resident = {name: codec.nbytes(specs[name].shape) for name, codec in codecs.items()}
     for name in dispatches.keys() & resident.keys():
@@ -378,7 +461,9 @@ def _place(claims: Claims, codecs: Mapping[str, Codec], specs: Mapping[str, Line
         if not wanted:
             name = next(name for name, placements in claimed.items() if placement in placements)
             raise ClaimError(
-                f"a placement is claimed for {name} and no other weight that is encoded", expected="encoded weights", fix="correct its patterns"
+                f"a placement is claimed for {name} and no other weight that is encoded",
+                expected="encoded weights",
+                fix="correct its patterns",
             )
         left = placement.plan(wanted)
         for name, nbytes in left.items():
@@ -395,7 +480,9 @@ class Claimed:
     """Every weight that can be claimed."""
     claims: Claims
     codecs: dict[str, Codec]
-    """The claimed ones, or those of an encoded checkpoint; when nothing is encoded, the plain one of every weight that a placement claims."""
+    """The claimed ones, or those of an encoded checkpoint; when nothing is encoded, the plain one of every weight that
+    a placement claims.
+    """
     stored: dict[str, tuple[str, ...]]
     """Name -> the modules that hold it in a checkpoint."""
     placements: dict[str, Placement]
@@ -436,18 +523,27 @@ def claims(config: PreTrainedConfig, stack: Stack, dtype: torch.dtype | str = "a
     codecs = claimed.exclusive("weight_codec")
     if is_encoded(config):
         codecs = _stored_codecs(config, codecs, specs, names)
-    elif not codecs:  # placements move plain weights, too; the output head stays, as it does when a codec encodes the rest
+    elif (
+        not codecs
+    ):  # placements move plain weights, too; the output head stays, as it does when a codec encodes the rest
         heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
         kept = stored if dtype == "auto" else model.dtype  # bytes as they are on disk, products in the compute dtype
         plain = PlainCodec(dtype_name(kept))
-        codecs = {name: plain for name in specs if name in claimed.by_slot.get("placement", {}) and not specs[name].tied and name not in heads}
+        codecs = {
+            name: plain
+            for name in specs
+            if name in claimed.by_slot.get("placement", {}) and not specs[name].tied and name not in heads
+        }
     placements, resident = _place(claimed, codecs, specs)
     elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     return Claimed(specs, claimed, codecs, names, placements, claimed.exclusive("experts_dispatch"), resident, elements)
 
 
 def _stored_codecs(
-    config: PreTrainedConfig, codecs: Mapping[str, Codec], specs: Mapping[str, LinearSpec], stored: Mapping[str, tuple[str, ...]]
+    config: PreTrainedConfig,
+    codecs: Mapping[str, Codec],
+    specs: Mapping[str, LinearSpec],
+    stored: Mapping[str, tuple[str, ...]],
 ) -> dict[str, Codec]:
     """The codecs of an encoded checkpoint, which have to be those that the stack claims, if it claims any."""
     quantization = config.quantization_config
@@ -456,11 +552,14 @@ def _stored_codecs(
     if codecs and codecs != found:
         name = next(name for name in specs if codecs.get(name) != found.get(name))
         raise ClaimError(
-            f"the checkpoint has {found.get(name) or 'a plain weight'} at {name}, but the stack wants {codecs.get(name) or 'a plain weight'}",
+            f"the checkpoint has {found.get(name) or 'a plain weight'} at {name}, but the stack wants "
+            f"{codecs.get(name) or 'a plain weight'}",
             fix="start from the plain checkpoint, or give the codec plugin the options with which this one was made",
         )
     if existing.modules and not found:
-        raise CheckpointError("quantization_config.modules matches no linear module of this model", fix="config.json is of another model")
+        raise CheckpointError(
+            "quantization_config.modules matches no linear module of this model", fix="config.json is of another model"
+        )
     return found
 
 
@@ -473,15 +572,20 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -
     chosen = stored_dtype(config) if dtype is None else resolve_dtype(stored_dtype(config), dtype)[0]
     try:
         with torch.device("meta"):
-            # A config whose class is the checkpoint's own code was loaded with trust_remote_code; without it, the library would ask on the terminal.
+            # A config whose class is the checkpoint's own code was loaded with trust_remote_code; without it, the
+            # library would ask on the terminal.
             trusted = type(config).__module__.startswith("transformers_modules")
             return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trusted)
     except Exception as error:  # models are code: a bad size can raise anything
         raise CheckpointError(
-            f"no causal language model can be built from config.json (model_type {config.model_type}): {reason(error)}", fix="correct config.json"
+            f"no causal language model can be built from config.json (model_type {config.model_type}): {reason(error)}",
+            fix="correct config.json",
         ) from error
 
 
 def only_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The part of ``from_pretrained``'s arguments that also says where a config and a tokenizer come from."""
-    return {**hub_arguments(kwargs), **{key: kwargs[key] for key in ("trust_remote_code", "gguf_file") if key in kwargs}}
+    return {
+        **hub_arguments(kwargs),
+        **{key: kwargs[key] for key in ("trust_remote_code", "gguf_file") if key in kwargs},
+    }

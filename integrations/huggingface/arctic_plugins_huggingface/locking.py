@@ -16,12 +16,15 @@ from arctic_plugins.processes import is_first
 __all__ = ["LOCK", "in_use_by_us"]
 
 LOCK = ".arctic_plugins.lock"
-"""In an output directory for as long as a run writes to it; says who does. What counts is the system's lock, which ends with its process."""
+"""In an output directory for as long as a run writes to it; says who does. What counts is the system's lock, which ends
+with its process.
+"""
 
 
 @contextmanager
 def in_use_by_us(output: Path) -> Iterator[None]:
-    """Keep other runs out of ``output``, which is made if it is not there, for the time of the block; the first of several processes does.
+    """Keep other runs out of ``output``, which is made if it is not there, for the time of the block; the first of
+    several processes does.
 
     Raises:
         ConfigError: another run has it; names its process and host.
@@ -54,7 +57,9 @@ def _lock(path: Path) -> IO[str] | None:
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+", encoding="utf-8")
         except OSError as error:  # a link, for one, which would have another file written
-            raise ConfigError(f"{path} cannot be opened: {error.strerror}", fix="remove it, if no run is in that directory") from error
+            raise ConfigError(
+                f"{path} cannot be opened: {error.strerror}", fix="remove it, if no run is in that directory"
+            ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -62,7 +67,8 @@ def _lock(path: Path) -> IO[str] | None:
             owner = file.read(200).strip() or "another process"
             file.close()
             raise ConfigError(
-                f"training.output_dir {path.parent} is in use by {owner}", fix="wait until it ends, or name another directory"
+                f"training.output_dir {path.parent} is in use by {owner}",
+                fix="wait until it ends, or name another directory",
             ) from None
         except OSError:
             file.close()

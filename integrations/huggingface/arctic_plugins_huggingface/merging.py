@@ -33,7 +33,9 @@ __all__ = ["Update", "merge_adapter"]
 
 _PREFIX = "base_model.model."
 _OTHER_KINDS = (*VARIANTS, "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
-"""Fields of a ``LoraConfig`` that make it more than one product per linear module, or that PEFT had better interpret."""
+"""Fields of a ``LoraConfig`` that make it more than one product per linear module, or that PEFT had better
+interpret.
+"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ class Update:
         """
         shape = self.up.shape[0], self.down.shape[1]
         if tuple(weight_NK.shape) != shape:
-            raise CodecError(f"the weight is {tuple(weight_NK.shape)} and the update {shape}", fix="the adapter is of another model")
+            raise CodecError(
+                f"the weight is {tuple(weight_NK.shape)} and the update {shape}", fix="the adapter is of another model"
+            )
         merged = weight_NK.float().addmm(self.up.float(), self.down.float(), alpha=self.scaling)
         if not bool(merged.isfinite().all()):
             raise CodecError("the merged weight has NaN or Inf", fix="the adapter is damaged, or its training diverged")
@@ -60,16 +64,18 @@ class Update:
 
 
 def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Path | None = None) -> Path:
-    """Merge a LoRA adapter into its base model and write the result, encoded as the adapter's stack says, as a checkpoint of its own.
+    """Merge a LoRA adapter into its base model and write the result, encoded as the adapter's stack says, as a
+    checkpoint of its own.
 
     A head that shares its weight with the embedding gets one of its own if the adapter changes either.
 
-    From a plain base the update is added to the weights as they were before encoding, and the sum is encoded: encoding first would round small
-    updates away, since the encoded weights lie on the grid to which the sum is rounded. From an encoded base there is no such weight, and the
-    update is added to the decoded one. Sums are in float32.
+    From a plain base the update is added to the weights as they were before encoding, and the sum is encoded: encoding
+    first would round small updates away, since the encoded weights lie on the grid to which the sum is rounded. From an
+    encoded base there is no such weight, and the update is added to the decoded one. Sums are in float32.
 
-    Memory is bounded by the largest safetensors file of a base that is a directory, with LoRA or rsLoRA on linear modules and experts. For a base
-    that comes from the hub, other adapters of PEFT, and stacks whose plugins change the model, the whole model is loaded.
+    Memory is bounded by the largest safetensors file of a base that is a directory, with LoRA or rsLoRA on linear
+    modules and experts. For a base that comes from the hub, other adapters of PEFT, and stacks whose plugins change the
+    model, the whole model is loaded.
 
     Args:
         adapter: directory or hub id.
@@ -84,7 +90,11 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
     check_new(directory)
     found = adapter_directory(adapter)
     if found is None:
-        raise CheckpointError(f"{adapter} has no adapter_config.json", expected="a LoRA adapter that 'arctic train' wrote", fix="name its directory")
+        raise CheckpointError(
+            f"{adapter} has no adapter_config.json",
+            expected="a LoRA adapter that 'arctic train' wrote",
+            fix="name its directory",
+        )
     stack, base = Stack.from_checkpoint(found), adapter_base(found, base)
     codecs = stack.only("weight_codec")
     others = stack.to_use().without("weight_codec", "adapter", "placement")
@@ -112,15 +122,25 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
 
 @torch.no_grad()
 def _untie(model: PreTrainedModel, adapter: Path) -> None:
-    """Give the head a weight of its own, and say so in the config, if the adapter changes it or the embedding that it is tied to.
+    """Give the head a weight of its own, and say so in the config, if the adapter changes it or the embedding that it
+    is tied to.
 
-    The adapter changed one of the two while it was trained. Merged into the weight that they share, it would change both.
+    The adapter changed one of the two while it was trained. Merged into the weight that they share, it would change
+    both.
     """
     changed = {*adapted_modules(adapter), *(read_adapter(adapter).modules_to_save or ())}
     for head, embedding in dict(model.all_tied_weights_keys).items():
-        if any(f".{name.removesuffix('.weight')}".endswith(f".{module}") for name in (head, embedding) for module in changed):
+        if any(
+            f".{name.removesuffix('.weight')}".endswith(f".{module}")
+            for name in (head, embedding)
+            for module in changed
+        ):
             module, _, leaf = head.rpartition(".")
-            setattr(model.get_submodule(module), leaf, nn.Parameter(model.get_parameter(embedding).clone(), requires_grad=False))
+            setattr(
+                model.get_submodule(module),
+                leaf,
+                nn.Parameter(model.get_parameter(embedding).clone(), requires_grad=False),
+            )
             del model.all_tied_weights_keys[head]
             model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
@@ -138,14 +158,18 @@ def _halves(adapter: Path) -> dict[str, dict[str, Tensor]] | None:
             return None
         halves.setdefault(module, {})[half[0]] = tensor
     if lacking := [module for module, pair in halves.items() if len(pair) < 2]:
-        raise CheckpointError(f"{adapter} has only half of the update of {lacking[0]}", fix="the adapter is incomplete: save it again")
+        raise CheckpointError(
+            f"{adapter} has only half of the update of {lacking[0]}", fix="the adapter is incomplete: save it again"
+        )
     return halves
 
 
 def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed: Claimed) -> dict[str, Update]:
     """Module of the base's files -> what is added to its weight."""
     config = LoraConfig.from_pretrained(str(adapter))
-    scaling = config.lora_alpha / (math.sqrt if config.use_rslora else float)(config.r)  # Kalajdzievski, "rsLoRA", 2023; Hu et al., "LoRA", 2021
+    scaling = config.lora_alpha / (math.sqrt if config.use_rslora else float)(
+        config.r
+    )  # Kalajdzievski, "rsLoRA", 2023; Hu et al., "LoRA", 2021
     updates: dict[str, Update] = {}
     for module, pair in halves.items():
         name = _expert_weight(module, claimed, config.target_parameters or ())
@@ -160,7 +184,10 @@ def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed:
                 expected=f"{shapes[0]} and {shapes[1]}",
                 fix="the adapter is of another model",
             )
-        downs, ups = ExpertPairs(config.r, last=False).split(pair["A"]), ExpertPairs(config.r, last=True).split(pair["B"])
+        downs, ups = (
+            ExpertPairs(config.r, last=False).split(pair["A"]),
+            ExpertPairs(config.r, last=True).split(pair["B"]),
+        )
         for expert, (down, up) in enumerate(zip(downs, ups, strict=True)):
             for part, rows in zip(parts, up.chunk(len(parts)), strict=True):
                 updates[part.replace(f".{EXPERT}.", f".{expert}.")] = Update(down, rows, scaling)
@@ -168,14 +195,18 @@ def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed:
 
 
 def _expert_weight(module: str, claimed: Claimed, targets: Collection[str]) -> str | None:
-    """The experts' weight that PEFT's wrapper ``module`` adapts: of several in one place, the first is innermost, ``base_layer`` of the next."""
+    """The experts' weight that PEFT's wrapper ``module`` adapts: of several in one place, the first is innermost,
+    ``base_layer`` of the next.
+    """
     path = module
     while path.endswith(".base_layer"):
         path = path.removesuffix(".base_layer")
     wrapped = [
         name
         for name, spec in claimed.specs.items()
-        if spec.experts is not None and name.rpartition(".")[0] == path and any(f".{name}".endswith(f".{target}") for target in targets)
+        if spec.experts is not None
+        and name.rpartition(".")[0] == path
+        and any(f".{name}".endswith(f".{target}") for target in targets)
     ]
     depth = module.count(".base_layer") - path.count(".base_layer")
     return wrapped[-1 - depth] if depth < len(wrapped) else None

@@ -1,4 +1,6 @@
-"""Models and experts functions that installed plugins add to transformers. Read in 5.19.0 (``models/auto``, ``conversion_mapping.py``)."""
+"""Models and experts functions that installed plugins add to transformers. Read in 5.19.0 (``models/auto``,
+``conversion_mapping.py``).
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def register_models() -> None:
         if name not in ALL_EXPERTS_FUNCTIONS:
             ALL_EXPERTS_FUNCTIONS.register(name, function)
     for model_type, classes in registry.models.items():
-        if model_type in CONFIG_MAPPING_NAMES:  # those in-tree: the vLLM integration may have registered the config already
+        if (
+            model_type in CONFIG_MAPPING_NAMES
+        ):  # those in-tree: the vLLM integration may have registered the config already
             continue
         config, base = load(classes.config), load(classes.base)
         AutoConfig.register(model_type, config)

@@ -1,8 +1,9 @@
-"""Which weights of a model can be encoded, what checkpoints call them, and putting frozen modules in the place of transformers' own.
+"""Which weights of a model can be encoded, what checkpoints call them, and putting frozen modules in the place of
+transformers' own.
 
-Linear modules, and the experts of mixtures, which transformers holds as fused three-dimensional parameters (``gate_up_proj [E, 2I, K]``,
-``down_proj [E, K, I]``) and writes to checkpoints as one matrix per expert. Read in transformers 5.19.0 (``integrations/moe.py``,
-``core_model_loading.py``, ``conversion_mapping.py``).
+Linear modules, and the experts of mixtures, which transformers holds as fused three-dimensional parameters
+(``gate_up_proj [E, 2I, K]``, ``down_proj [E, K, I]``) and writes to checkpoints as one matrix per expert. Read in
+transformers 5.19.0 (``integrations/moe.py``, ``core_model_loading.py``, ``conversion_mapping.py``).
 """
 
 from __future__ import annotations
@@ -31,7 +32,16 @@ from transformers.core_model_loading import (
 
 from arctic_plugins.claims import LinearSpec
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.frozen import Codec, ExpertsDispatch, FrozenExperts, FrozenLinear, FrozenModule, FrozenWeight, ModuleCodecs, Placement
+from arctic_plugins.frozen import (
+    Codec,
+    ExpertsDispatch,
+    FrozenExperts,
+    FrozenLinear,
+    FrozenModule,
+    FrozenWeight,
+    ModuleCodecs,
+    Placement,
+)
 
 __all__ = [
     "dispatch_experts",
@@ -61,7 +71,11 @@ class FrozenHostExperts(FrozenExperts):
 
     def __init__(self, host: Any, dtype: torch.dtype) -> None:
         super().__init__(
-            host.num_experts, host._apply_gate if host.has_gate else host.act_fn, up=_up(host), dtype=dtype, dispatch=getattr(host, "dispatch", None)
+            host.num_experts,
+            host._apply_gate if host.has_gate else host.act_fn,
+            up=_up(host),
+            dtype=dtype,
+            dispatch=getattr(host, "dispatch", None),
         )
         self.__dict__["host"] = host  # not a submodule: it has no parameters left
 
@@ -69,13 +83,15 @@ class FrozenHostExperts(FrozenExperts):
         """The module of transformers, with decoded weights."""
         host: nn.Module = self.__dict__["host"]
         for leaf in self.frozen:
-            host.register_parameter(leaf, nn.Parameter(self.decode(dtype or self.compute_dtype, leaf), requires_grad=False))
+            host.register_parameter(
+                leaf, nn.Parameter(self.decode(dtype or self.compute_dtype, leaf), requires_grad=False)
+            )
         return host.train(self.training)
 
 
 def weight_specs(model: nn.Module) -> dict[str, LinearSpec]:
-    """Dotted name -> shape of every weight that a plugin may claim, on the meta device or loaded: linear modules by their own name, the weights of
-    experts by that of the parameter."""
+    """Dotted name -> shape of every weight that a plugin may claim, on the meta device or loaded: linear modules by
+    their own name, the weights of experts by that of the parameter."""
     tied = {name.removesuffix(".weight") for name in (getattr(model, "all_tied_weights_keys", None) or {})}
     specs: dict[str, LinearSpec] = {}
     conversions = _reversed(model) if any(_is_experts(module) for module in model.modules()) else ([], [])
@@ -85,7 +101,10 @@ def weight_specs(model: nn.Module) -> dict[str, LinearSpec]:
         elif isinstance(module, FrozenExperts):
             specs |= {f"{name}.{leaf}": _experts_spec(weight.shape) for leaf, weight in module.frozen.items()}
         elif _is_experts(module) and _trouble(name, module, conversions) is None:
-            specs |= {f"{name}.{leaf}": _experts_spec(tuple(getattr(module, leaf).shape)) for leaf in (_up(module), "down_proj")}
+            specs |= {
+                f"{name}.{leaf}": _experts_spec(tuple(getattr(module, leaf).shape))
+                for leaf in (_up(module), "down_proj")
+            }
     return specs
 
 
@@ -131,7 +150,11 @@ def weight_conversions(model: Any) -> list[WeightTransform]:
     """Between checkpoint and ``model``: those it was loaded with, or those of its architecture."""
     conversions: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
     if conversions is None:
-        conversions = [entry for entry in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(entry, PrefixChange)]
+        conversions = [
+            entry
+            for entry in get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(entry, PrefixChange)
+        ]
     return conversions
 
 
@@ -141,14 +164,22 @@ def split_conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConv
 
 
 def _split(transforms: list[WeightTransform]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    return [entry for entry in transforms if isinstance(entry, WeightRenaming)], [entry for entry in transforms if isinstance(entry, WeightConverter)]
+    return [entry for entry in transforms if isinstance(entry, WeightRenaming)], [
+        entry for entry in transforms if isinstance(entry, WeightConverter)
+    ]
 
 
-def _stored(parameter: str, renamings: list[WeightRenaming], converters: list[WeightConverter]) -> tuple[str, ...] | None:
-    """The modules of a checkpoint that hold the fused parameter of experts, one below the other; None if they are not one matrix per expert."""
+def _stored(
+    parameter: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
+) -> tuple[str, ...] | None:
+    """The modules of a checkpoint that hold the fused parameter of experts, one below the other; None if they are not
+    one matrix per expert.
+    """
     key, pattern = rename_source_key(parameter, renamings, converters, reverse=True)
     converter = next((entry for entry in converters if pattern in entry.source_patterns), None)
-    if converter is None or not all(isinstance(step, (Chunk, SplitModulelist, UnstackExperts)) for step in converter.operations):
+    if converter is None or not all(
+        isinstance(step, (Chunk, SplitModulelist, UnstackExperts)) for step in converter.operations
+    ):
         return None
     first = converter.target_patterns[0]
     names = [key.replace(first, target) for target in converter.target_patterns]
@@ -160,8 +191,8 @@ def _stored(parameter: str, renamings: list[WeightRenaming], converters: list[We
 def stored_names(model: nn.Module, specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Name of :func:`weight_specs` -> the modules that hold it in a checkpoint, which ``quantization_config`` names.
 
-    A linear module is held by the one of its own name; experts by ``...experts.*.w1`` and ``...experts.*.w3`` for instance, of which the first
-    holds the upper half of ``gate_up_proj``, where ``*`` stands for the expert's number.
+    A linear module is held by the one of its own name; experts by ``...experts.*.w1`` and ``...experts.*.w3`` for
+    instance, of which the first holds the upper half of ``gate_up_proj``, where ``*`` stands for the expert's number.
     """
     conversions: tuple[list[WeightRenaming], list[WeightConverter]] | None = None
     stored: dict[str, tuple[str, ...]] = {}
@@ -205,7 +236,9 @@ def stored_codecs(codecs: ModuleCodecs, stored: Mapping[str, tuple[str, ...]]) -
         here = [codecs.codec_of(part) for part in parts]
         if len(set(here)) > 1:
             raise CheckpointError(
-                f"quantization_config.modules has {' and '.join(parts)} encoded differently", expected="one codec", fix="make the checkpoint again"
+                f"quantization_config.modules has {' and '.join(parts)} encoded differently",
+                expected="one codec",
+                fix="make the checkpoint again",
             )
         if here[0] is not None:
             found[name] = here[0]
@@ -260,7 +293,12 @@ def freeze_modules(
         path, leaf = split_weight(name, specs[name])
         module: Any = model.get_submodule(path)
         if isinstance(module, nn.Linear):
-            options: dict[str, Any] = {"device": device, "name": path, "placement": placements.get(name), "until_encoded": until_encoded}
+            options: dict[str, Any] = {
+                "device": device,
+                "name": path,
+                "placement": placements.get(name),
+                "until_encoded": until_encoded,
+            }
             model.set_submodule(path, FrozenLinear.from_linear(module, codec, **options))
             continue
         host, plain = (module.__dict__["host"] if isinstance(module, FrozenHostExperts) else module), None
@@ -283,7 +321,12 @@ def thaw_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 def frozen_weights(model: nn.Module) -> dict[str, tuple[FrozenModule, str]]:
     """Parameter name (``...q_proj.weight``, ``...experts.down_proj``) -> the frozen module and its name in there."""
-    return {f"{name}.{leaf}": (module, leaf) for name, module in model.named_modules() if isinstance(module, FrozenModule) for leaf in module.frozen}
+    return {
+        f"{name}.{leaf}": (module, leaf)
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenModule)
+        for leaf in module.frozen
+    }
 
 
 class StackExperts(MergeModulelist):
@@ -295,17 +338,24 @@ class StackExperts(MergeModulelist):
 
 
 class UnstackExperts(ConversionOps):
-    """Saver step, in place of transformers' own, which also drops other dimensions of size one: those of codes with one group, for instance."""
+    """Saver step, in place of transformers' own, which also drops other dimensions of size one: those of codes with one
+    group, for instance.
+    """
 
     def __init__(self, dim: int = 0) -> None:
         self.dim = dim
 
-    def convert(self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
         parts: dict[str, Any] = {}
         for source, tensors in input_dict.items():
             tensor = tensors[0] if isinstance(tensors, list) else tensors
             target = target_patterns[0] if len(input_dict) == 1 and len(target_patterns) == 1 else source
-            parts |= {target.replace(EXPERT, str(expert)): matrix.contiguous() for expert, matrix in enumerate(tensor.unbind(self.dim))}
+            parts |= {
+                target.replace(EXPERT, str(expert)): matrix.contiguous()
+                for expert, matrix in enumerate(tensor.unbind(self.dim))
+            }
         return parts
 
     @property
@@ -330,7 +380,9 @@ class LocalExperts(WeightConverter):
 
     def materialize_tensors(self) -> dict[str, list[Tensor]]:
         for pattern, tensors in self.collected_tensors.items():  # one for each expert, in their order
-            kept = slice(0, None) if self.dispatch is None else self.dispatch.local(len(tensors))  # None when saving: then all are there
+            kept = (
+                slice(0, None) if self.dispatch is None else self.dispatch.local(len(tensors))
+            )  # None when saving: then all are there
             for other in [*tensors[: kept.start], *tensors[kept.stop or len(tensors) :]]:
                 if isinstance(other, Future):
                     other.cancel()
@@ -339,13 +391,18 @@ class LocalExperts(WeightConverter):
         return found
 
 
-def expert_conversions(conversions: Iterable[WeightTransform], dispatches: Iterable[ExpertsDispatch] = ()) -> list[WeightTransform]:
-    """The same conversions between checkpoint and model, with steps that encoded experts survive; with a dispatch, of this process's experts."""
+def expert_conversions(
+    conversions: Iterable[WeightTransform], dispatches: Iterable[ExpertsDispatch] = ()
+) -> list[WeightTransform]:
+    """The same conversions between checkpoint and model, with steps that encoded experts survive; with a dispatch, of
+    this process's experts.
+    """
     conversions, dispatch = list(conversions), next(iter(dispatches), None)
     if dispatch is not None and dispatch.size > 1:
         conversions = [
             LocalExperts.of(entry, dispatch)
-            if isinstance(entry, WeightConverter) and any(isinstance(step, MergeModulelist) for step in entry.operations)
+            if isinstance(entry, WeightConverter)
+            and any(isinstance(step, MergeModulelist) for step in entry.operations)
             else entry
             for entry in conversions
         ]
@@ -353,5 +410,7 @@ def expert_conversions(conversions: Iterable[WeightTransform], dispatches: Itera
         if isinstance(conversion, WeightConverter) and all(
             type(step) in (MergeModulelist, Concatenate, StackExperts) for step in conversion.operations
         ):
-            conversion.operations = [StackExperts(step.dim) if type(step) is MergeModulelist else step for step in conversion.operations]
+            conversion.operations = [
+                StackExperts(step.dim) if type(step) is MergeModulelist else step for step in conversion.operations
+            ]
     return conversions

@@ -33,7 +33,9 @@ class ModulePlan:
 
     pattern: str
     layers: tuple[int, ...]
-    """The numbers that the first ``*`` of ``pattern`` stands for, or the first number in it; empty if it has neither."""
+    """The numbers that the first ``*`` of ``pattern`` stands for, or the first number in it; empty if it has
+    neither.
+    """
     count: int
     shape: tuple[int, ...]
     """``(N, K)`` of one, or ``(experts, N, K)``."""
@@ -63,7 +65,9 @@ class Plan:
     compute: str
     """The dtype of products, and why if it is not the checkpoint's."""
     bytes: dict[str, int]
-    """On the compute device, in one process: ``base``, ``trainable``, ``gradients`` and, for the AdamW family, ``optimizer``; not activations."""
+    """On the compute device, in one process: ``base``, ``trainable``, ``gradients`` and, for the AdamW family,
+    ``optimizer``; not activations.
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types only."""
@@ -96,7 +100,14 @@ def make_plan(run: Run) -> Plan:
     trainable = {name: parameter for name, parameter in transformed.named_parameters() if parameter.requires_grad}
     added: dict[str, int] = defaultdict(int)
     for name, parameter in trainable.items():
-        if owner := next((module for module in specs if f".{module}." in f".{name}" and not f".{name}".endswith(f".{module}.weight")), None):
+        if owner := next(
+            (
+                module
+                for module in specs
+                if f".{module}." in f".{name}" and not f".{name}".endswith(f".{module}.weight")
+            ),
+            None,
+        ):
             added[owner] += parameter.numel()
 
     def describe(name: str) -> tuple[tuple[int, ...], str | None, str | None, int]:
@@ -119,11 +130,18 @@ def make_plan(run: Run) -> Plan:
         modules.append(ModulePlan(pattern, _layers(members), len(members), *describe(members[0]), size, resident))
     trained = sum(parameter.numel() * parameter.element_size() for parameter in trainable.values())
     sizes = {"base": base, "trainable": trained, "gradients": trained}
-    if str(run.arguments.optim) in ("adamw_torch", "adamw_torch_fused", "OptimizerNames.ADAMW_TORCH", "OptimizerNames.ADAMW_TORCH_FUSED"):
+    if str(run.arguments.optim) in (
+        "adamw_torch",
+        "adamw_torch_fused",
+        "OptimizerNames.ADAMW_TORCH",
+        "OptimizerNames.ADAMW_TORCH_FUSED",
+    ):
         sizes["optimizer"] = 2 * trained
     rows = _trainer_rows(run)
     return Plan(
-        settings=[{**asdict(setting), "value": getattr(setting.value, "value", setting.value)} for setting in stack.settings()],
+        settings=[
+            {**asdict(setting), "value": getattr(setting.value, "value", setting.value)} for setting in stack.settings()
+        ],
         modules=modules,
         parameters=parameters,
         trainable_parameters=sum(parameter.numel() for parameter in trainable.values()),
@@ -156,7 +174,9 @@ def _steps(run: Run, rows: int) -> int:
     readers = world_size() // math.prod(plugin.row_processes for plugin in run.stack)
     batches = rows / (arguments.per_device_train_batch_size * readers)
     batches = math.floor(batches) if arguments.dataloader_drop_last else math.ceil(batches)
-    updates = max(1, batches // arguments.gradient_accumulation_steps + int(batches % arguments.gradient_accumulation_steps > 0))
+    updates = max(
+        1, batches // arguments.gradient_accumulation_steps + int(batches % arguments.gradient_accumulation_steps > 0)
+    )
     return math.ceil(arguments.num_train_epochs * updates)
 
 
@@ -174,7 +194,10 @@ def show_plan(plan: Plan, console: Console) -> None:
     figures.add_row("parameters", f"{plan.parameters:,}, trainable {plan.trainable_parameters:,} ({share:.2f} %)")
     figures.add_row("data", plan.data)
     figures.add_row("dtype", plan.compute)
-    figures.add_row("steps", f"{plan.steps:,} over " + (f"{plan.rows:,} rows after cutting and packing" if plan.rows else "a stream"))
+    figures.add_row(
+        "steps",
+        f"{plan.steps:,} over " + (f"{plan.rows:,} rows after cutting and packing" if plan.rows else "a stream"),
+    )
     figures.add_row("memory", f"{sizes} (computed, without activations)")
     console.print(figures)
 
@@ -185,7 +208,9 @@ _LAYERS_WIDTH = 14
 
 
 def _modules_tables(modules: Sequence[ModulePlan]) -> Iterator[Table | str]:
-    """A table for what is encoded and placed alike, with a row for what layers have in common, and no column that says nothing."""
+    """A table for what is encoded and placed alike, with a row for what layers have in common, and no column that says
+    nothing.
+    """
     alike: dict[tuple[Any, ...], list[ModulePlan]] = defaultdict(list)
     for module in modules:
         parts = module.pattern.split(".")
@@ -198,7 +223,9 @@ def _modules_tables(modules: Sequence[ModulePlan]) -> Iterator[Table | str]:
     columns: dict[str, list[str]] = defaultdict(list)
     for (_, stem, name, shape, adapter), members in alike.items():
         layers = sorted({layer for module in members for layer in module.layers})
-        count, nbytes, resident = (sum(found) for found in zip(*((one.count, one.nbytes, one.resident_nbytes) for one in members), strict=True))
+        count, nbytes, resident = (
+            sum(found) for found in zip(*((one.count, one.nbytes, one.resident_nbytes) for one in members), strict=True)
+        )
         columns["module"].append(_folded(f"{stem}.*.{name}" if stem and len(stems) > 1 else name))
         columns["layers"].append(_ranges(layers))
         columns["count"].append("" if count == max(1, len(layers)) else str(count))
@@ -210,12 +237,16 @@ def _modules_tables(modules: Sequence[ModulePlan]) -> Iterator[Table | str]:
     for kind in dict.fromkeys(kind for kind, *_ in alike):
         table = Table(title=f"\n{kind}", title_style="bold", **_LOOK)
         own = [index for index, (found, *_) in enumerate(alike) if found == kind]
-        shown = {title: cells for title, cells in told.items() if title != "resident" or any(cells[index] for index in own)}
+        shown = {
+            title: cells for title, cells in told.items() if title != "resident" or any(cells[index] for index in own)
+        }
         for title, cells in shown.items():
             limit = _LAYERS_WIDTH if title == "layers" else None
             width = max(len(line) for cell in [title, *cells] for line in cell.splitlines())
             justify: JustifyMethod = "right" if title in ("MB", "resident") else "left"
-            table.add_column(title, min_width=min(width, limit or width), max_width=limit, no_wrap=limit is None, justify=justify)
+            table.add_column(
+                title, min_width=min(width, limit or width), max_width=limit, no_wrap=limit is None, justify=justify
+            )
         for index in own:
             table.add_row(*(escape(cells[index]) for cells in shown.values()))
         yield table

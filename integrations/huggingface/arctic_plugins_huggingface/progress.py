@@ -46,7 +46,9 @@ def peak_memory() -> int:
 
 
 class TrainingProgress(TrainerCallback):
-    """Loss, tokens per second, memory and time left. Tokens are counted when ``include_num_input_tokens_seen`` is on."""
+    """Loss, tokens per second, memory and time left. Tokens are counted when ``include_num_input_tokens_seen`` is
+    on.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -55,8 +57,14 @@ class TrainingProgress(TrainerCallback):
         self._start = 0.0
         self._first_step = self._first_tokens = 0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._start, self._first_step, self._first_tokens = time.perf_counter(), state.global_step, state.num_input_tokens_seen
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._start, self._first_step, self._first_tokens = (
+            time.perf_counter(),
+            state.global_step,
+            state.num_input_tokens_seen,
+        )
         if not state.is_world_process_zero or args.disable_tqdm or not self.console.is_terminal:
             return
         self._bar = progress_bar(self.console)
@@ -65,9 +73,13 @@ class TrainingProgress(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=state.global_step, total=state.max_steps, figures=self._figures(state))
+            self._bar.update(
+                self._task, completed=state.global_step, total=state.max_steps, figures=self._figures(state)
+            )
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
         logs = logs or {}
         self._loss = logs.get("loss", self._loss)
         shown = {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
@@ -75,11 +87,20 @@ class TrainingProgress(TrainerCallback):
             self._bar.update(self._task, figures=self._figures(state))
         if not state.is_world_process_zero or self._bar is not None or not shown:
             return
-        left = (state.max_steps - state.global_step) * (time.perf_counter() - self._start) / max(1, state.global_step - self._first_step)
+        left = (
+            (state.max_steps - state.global_step)
+            * (time.perf_counter() - self._start)
+            / max(1, state.global_step - self._first_step)
+        )
         losses = " · ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in shown.items())
-        self.console.print(f"step {state.global_step}/{state.max_steps} · {losses} · {self._speed(state)} · {left:.0f} s left", highlight=False)
+        self.console.print(
+            f"step {state.global_step}/{state.max_steps} · {losses} · {self._speed(state)} · {left:.0f} s left",
+            highlight=False,
+        )
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: Any = None, **kwargs: Any
+    ) -> None:
         if self._bar is not None and "eval_loss" in (metrics or {}):
             self._bar.console.print(f"step {state.global_step} · eval loss {metrics['eval_loss']:.4f}", highlight=False)
 
@@ -112,7 +133,9 @@ def show_summary(result: TrainingResult, console: Console) -> None:
         "steps": f"{result.steps:,} in {result.seconds:,.0f} s",
         "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged",
         "eval loss": f"{evaluations[0]:.4f} -> {evaluations[-1]:.4f}" if evaluations else "",
-        "tokens": f"{result.tokens:,}, {result.tokens / max(1e-9, result.seconds):,.0f} a second" if result.tokens else "",
+        "tokens": f"{result.tokens:,}, {result.tokens / max(1e-9, result.seconds):,.0f} a second"
+        if result.tokens
+        else "",
         "data": str(result.counts),
         "trainable parameters": f"{result.trainable_parameters:,}",
         "peak memory": f"{peak_memory() / 1e9:.2f} GB",

@@ -1,7 +1,9 @@
-"""The one quantization method of the Hugging Face host, ``arctic``: which module has which codec, whoever wrote the codec.
+"""The one quantization method of the Hugging Face host, ``arctic``: which module has which codec, whoever wrote the
+codec.
 
-``config.json`` says ``quantization_config: {quant_method: arctic, ...}``, read by :class:`arctic_plugins.frozen.ModuleCodecs`. Every
-detail of transformers' loader that this file relies on was read in 5.19.0 (``transformers/core_model_loading.py``, ``quantizers/base.py``).
+``config.json`` says ``quantization_config: {quant_method: arctic, ...}``, read by
+:class:`arctic_plugins.frozen.ModuleCodecs`. Every detail of transformers' loader that this file relies on was read in
+5.19.0 (``transformers/core_model_loading.py``, ``quantizers/base.py``).
 """
 
 from __future__ import annotations
@@ -40,11 +42,12 @@ _OTHER_MODEL = "config.json and weights are of different models: make the checkp
 
 
 class ArcticQuantizationConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a checkpoint with encoded weights; see :class:`arctic_plugins.frozen.ModuleCodecs`, also for the errors raised.
+    """``quantization_config`` of a checkpoint with encoded weights; see :class:`arctic_plugins.frozen.ModuleCodecs`,
+    also for the errors raised.
 
     Args:
-        placements: name of :func:`~arctic_plugins_huggingface.modules.weight_specs` -> where its bytes go; objects of this process, which
-            :meth:`to_dict` leaves out.
+        placements: name of :func:`~arctic_plugins_huggingface.modules.weight_specs` -> where its bytes go; objects of
+            this process, which :meth:`to_dict` leaves out.
         dispatches: name -> how rows come to its experts; likewise.
         **config: what stands in ``config.json``.
     """
@@ -74,8 +77,14 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What a checkpoint says: weights that are only placed, not encoded, are ordinary ones there."""
-        encoded = {pattern: name for pattern, name in self.codecs.modules.items() if not isinstance(self.codecs.codecs[name], PlainCodec)}
-        return ModuleCodecs({name: self.codecs.codecs[name] for name in dict.fromkeys(encoded.values())}, encoded).to_config()
+        encoded = {
+            pattern: name
+            for pattern, name in self.codecs.modules.items()
+            if not isinstance(self.codecs.codecs[name], PlainCodec)
+        }
+        return ModuleCodecs(
+            {name: self.codecs.codecs[name] for name in dict.fromkeys(encoded.values())}, encoded
+        ).to_config()
 
 
 class ArcticQuantizer(HfQuantizer):
@@ -102,16 +111,24 @@ class ArcticQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Put frozen modules in place: for an encoded checkpoint with its parameters; for a plain one with the plain weights, because the loader
-        casts a tensor to the dtype of the parameter it is for."""
+        """Put frozen modules in place: for an encoded checkpoint with its parameters; for a plain one with the plain
+        weights, because the loader casts a tensor to the dtype of the parameter it is for."""
         specs = weight_specs(model)
         self.codecs = stored_codecs(self.quantization_config.codecs, stored_names(model, specs))
         if self.quantization_config.codecs.modules and not self.codecs:
-            raise CheckpointError("quantization_config.modules matches no linear module of this model", fix=_OTHER_MODEL)
+            raise CheckpointError(
+                "quantization_config.modules matches no linear module of this model", fix=_OTHER_MODEL
+            )
         dispatch_experts(model, self.quantization_config.dispatches)
-        freeze_modules(model, self.codecs, self.quantization_config.placements, device="meta", until_encoded=not self.pre_quantized)
+        freeze_modules(
+            model, self.codecs, self.quantization_config.placements, device="meta", until_encoded=not self.pre_quantized
+        )
         self.frozen = frozen_weights(model)
-        encoded = {f"{name.rpartition('.')[0]}.{parameter}" for name, parameters in self._parameters() for parameter in parameters}
+        encoded = {
+            f"{name.rpartition('.')[0]}.{parameter}"
+            for name, parameters in self._parameters()
+            for parameter in parameters
+        }
         self.shapes = {name: param.shape for name, param in model.named_parameters() if name not in encoded}
         for module, _ in self.frozen.values():
             module._is_hf_initialized = True  # type: ignore[assignment]  # or the loader would draw missing bytes at random, which cannot be done
@@ -134,16 +151,25 @@ class ArcticQuantizer(HfQuantizer):
         for name, parameters in self._parameters():
             module, leaf = self.frozen[name]
             resident = [parameter for parameter in parameters if parameter in module._parameters]
-            missing = [parameter for parameter in resident if not getattr(module._parameters[parameter], "_is_hf_initialized", False)]
+            missing = [
+                parameter
+                for parameter in resident
+                if not getattr(module._parameters[parameter], "_is_hf_initialized", False)
+            ]
             if missing or (module.frozen[leaf].parameters is None and module.frozen[leaf].handle is None):
                 raise CheckpointError(
-                    f"{name.rpartition('.')[0]}.{(missing or [leaf])[0]} is missing", fix="the checkpoint is incomplete: make it again"
+                    f"{name.rpartition('.')[0]}.{(missing or [leaf])[0]} is missing",
+                    fix="the checkpoint is incomplete: make it again",
                 )
-            if self.pre_quantized:  # encoded while loading, the others are held already; hold() compares shapes, which the loader does not
+            if (
+                self.pre_quantized
+            ):  # encoded while loading, the others are held already; hold() compares shapes, which the loader does not
                 module.hold(module.export(leaf), leaf)
         for name, param in model.named_parameters():
             if param.shape != self.shapes.get(name, param.shape):
-                raise CheckpointError(f"{name} has shape {tuple(param.shape)}", expected=f"{tuple(self.shapes[name])}", fix=_OTHER_MODEL)
+                raise CheckpointError(
+                    f"{name} has shape {tuple(param.shape)}", expected=f"{tuple(self.shapes[name])}", fix=_OTHER_MODEL
+                )
         self.frozen = {}  # the quantizer stays with the model, and modules may be replaced
         return model
 
@@ -156,7 +182,11 @@ class ArcticQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, Any]]:
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # only the adapter is saved
-        placed = {name: (module, leaf) for name, (module, leaf) in frozen_weights(model).items() if module.frozen[leaf].handle is not None}
+        placed = {
+            name: (module, leaf)
+            for name, (module, leaf) in frozen_weights(model).items()
+            if module.frozen[leaf].handle is not None
+        }
         if not placed and not self.exported:
             return None, {}
         state = {**model.state_dict(), **self.exported}
@@ -166,7 +196,9 @@ class ArcticQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        thaw_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)  # a text once the model has been saved
+        thaw_modules(
+            model, getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        )  # a text once the model has been saved
         return model
 
     def is_serializable(self) -> bool:
@@ -182,7 +214,9 @@ class ArcticQuantizer(HfQuantizer):
 
 
 class _Encode(ConversionOps):
-    """Loader step: one weight in the model's dtype comes in, its frozen module takes it, and the loader is told that it is done."""
+    """Loader step: one weight in the model's dtype comes in, its frozen module takes it, and the loader is told that it
+    is done.
+    """
 
     def __init__(self, quantizer: ArcticQuantizer) -> None:
         self.quantizer = quantizer
@@ -201,11 +235,11 @@ class _Encode(ConversionOps):
 
 
 def register() -> None:
-    """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints, and what installed plugins
-    add: models that it does not have, experts functions, RoPE types. Idempotent.
+    """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints, and what
+    installed plugins add: models that it does not have, experts functions, RoPE types. Idempotent.
 
-    :func:`~arctic_plugins_huggingface.load_model` calls it. Without it transformers refuses such a checkpoint: the encoded weights do not have
-    the shapes that the model declares.
+    :func:`~arctic_plugins_huggingface.load_model` calls it. Without it transformers refuses such a checkpoint: the
+    encoded weights do not have the shapes that the model declares.
     """
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(ArcticQuantizationConfig)

@@ -23,11 +23,14 @@ class DataConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
-    """A JSON, JSONL, CSV, TSV or Parquet file, relative to the recipe; or the id of a dataset that ``datasets.load_dataset`` finds."""
+    """A JSON, JSONL, CSV, TSV or Parquet file, relative to the recipe; or the id of a dataset that
+    ``datasets.load_dataset`` finds.
+    """
     format: Format = "alpaca"
-    """``alpaca``: ``instruction``, ``output``, and perhaps ``input``, ``system`` and ``history``. ``messages``: chats, as ``messages`` (``role`` and
-    ``content``) or ``conversations`` (``from`` and ``value``), perhaps with ``system`` and ``tools``. ``prompt_completion``: ``prompt`` and
-    ``completion``, both texts or both lists of messages. ``text``: ``text``."""
+    """``alpaca``: ``instruction``, ``output``, and perhaps ``input``, ``system`` and ``history``. ``messages``: chats,
+    as ``messages`` (``role`` and ``content``) or ``conversations`` (``from`` and ``value``), perhaps with ``system``
+    and ``tools``. ``prompt_completion``: ``prompt`` and ``completion``, both texts or both lists of messages. ``text``:
+    ``text``."""
     columns: dict[str, str] = Field(default_factory=dict)
     """The format's key -> the data's column, where they differ."""
     name: str | None = None
@@ -37,11 +40,15 @@ class DataConfig(BaseModel):
     system: str | None = None
     """System message of every ``alpaca`` row; without one the chat template decides."""
     loss: Literal["completion", "all"] = "completion"
-    """Which tokens count: those that the model is to say (completions, and every assistant turn of a chat), or all. ``text`` counts all."""
+    """Which tokens count: those that the model is to say (completions, and every assistant turn of a chat), or all.
+    ``text`` counts all.
+    """
     max_length: Annotated[int, Field(gt=0)] = 1024
     """Tokens of a row; what is longer is cut at the end, and counted."""
     packing: bool = False
-    """Put several short rows into one of ``max_length``. No row attends to another, and positions start anew in each."""
+    """Put several short rows into one of ``max_length``. No row attends to another, and positions start anew in
+    each.
+    """
     streaming: bool = False
     """Read while training instead of before; needs ``training.max_steps``."""
     shuffle_buffer: Annotated[int, Field(gt=0)] = 1000
@@ -79,8 +86,8 @@ class Recipe(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict)
     """``TrainingArguments``, verbatim (and the fields that TRL's ``SFTConfig`` adds to them)."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose loss or gradient is NaN or infinite: ``stop`` ends the run before it changes the weights, ``skip`` leaves the step
-    out; eleven in a row end the run all the same."""
+    """What becomes of a step whose loss or gradient is NaN or infinite: ``stop`` ends the run before it changes the
+    weights, ``skip`` leaves the step out; eleven in a row end the run all the same."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,7 +97,8 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
-        """Read a recipe. Relative paths of data, and that of a DeepSpeed configuration that lies beside it, are taken from its directory.
+        """Read a recipe. Relative paths of data, and that of a DeepSpeed configuration that lies beside it, are taken
+        from its directory.
 
         Raises:
             ConfigError: one line with the key, what was found and what was expected.
@@ -99,7 +107,11 @@ class Recipe(BaseModel):
             recipe = cls.model_validate(read_yaml(path))
         except ValidationError as error:
             raise config_error(error, str(path), cls) from error
-        beside = {key: str(Path(path).parent / value) for key in ("path", "eval_path") if (value := getattr(recipe.data, key)) is not None}
+        beside = {
+            key: str(Path(path).parent / value)
+            for key in ("path", "eval_path")
+            if (value := getattr(recipe.data, key)) is not None
+        }
         if not Path(beside["path"]).exists() and _may_be_an_id(recipe.data.path):
             del beside["path"]
         training = dict(recipe.training)

@@ -1,4 +1,6 @@
-"""A checkpoint's weights back into a model that is there, where transformers' Trainer cannot. Read in transformers 5.19.0."""
+"""A checkpoint's weights back into a model that is there, where transformers' Trainer cannot. Read in transformers
+5.19.0.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,11 @@ __all__ = ["restore_weights"]
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, directory: str | Path, skip: Collection[str] = ()) -> None:
-    """Copy the safetensors files of ``directory`` into the parameters of ``model``, where names or cuts of weights differ between the two.
+    """Copy the safetensors files of ``directory`` into the parameters of ``model``, where names or cuts of weights
+    differ between the two.
 
-    ``Trainer._load_from_checkpoint`` calls ``load_state_dict(strict=False)`` with the names of the file: fused experts, of which checkpoints have one
-    matrix each, would silently stay as they are.
+    ``Trainer._load_from_checkpoint`` calls ``load_state_dict(strict=False)`` with the names of the file: fused experts,
+    of which checkpoints have one matrix each, would silently stay as they are.
 
     Args:
         model: plain, as transformers loaded it.
@@ -32,13 +35,21 @@ def restore_weights(model: nn.Module, directory: str | Path, skip: Collection[st
         CheckpointError: a parameter is not there; names it.
     """
     parameters, (renamings, converters) = dict(model.named_parameters()), split_conversions(model)
-    specs = {name: spec for name, spec in weight_specs(model).items() if spec.experts is not None and name in parameters and name not in skip}
+    specs = {
+        name: spec
+        for name, spec in weight_specs(model).items()
+        if spec.experts is not None and name in parameters and name not in skip
+    }
     matrices: dict[str, Tensor] = {}  # in the file -> the part of a fused parameter
     for name, parts in stored_names(model, specs).items():
         for number, part in enumerate(parts):
             for expert, key in enumerate(each_expert(part, len(parameters[name]))):
                 matrices[f"{key}.weight"] = parameters[name][expert].chunk(len(parts))[number]
-    missing = {name: None for name in parameters if name not in {*skip, *specs, *(getattr(model, "all_tied_weights_keys", None) or ())}}
+    missing = {
+        name: None
+        for name in parameters
+        if name not in {*skip, *specs, *(getattr(model, "all_tied_weights_keys", None) or ())}
+    }
     missing |= dict.fromkeys(matrices)
     for path in Path(directory).glob("model*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -52,4 +63,6 @@ def restore_weights(model: nn.Module, directory: str | Path, skip: Collection[st
                     parameters[name].copy_(file.get_tensor(key))
                     missing.pop(name, None)
     if missing:
-        raise CheckpointError(f"{directory} lacks {min(missing)}", fix="the checkpoint is incomplete: resume from another")
+        raise CheckpointError(
+            f"{directory} lacks {min(missing)}", fix="the checkpoint is incomplete: resume from another"
+        )

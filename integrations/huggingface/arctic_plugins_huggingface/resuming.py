@@ -1,4 +1,5 @@
-"""``arctic train --resume``: the recipe that a checkpoint was made with, and the changes of it with which a run can go on.
+"""``arctic train --resume``: the recipe that a checkpoint was made with, and the changes of it with which a run can go
+on.
 
 Read in transformers 5.19.0 and trl 1.16.0.
 """
@@ -35,20 +36,59 @@ FREE = frozenset(
     (
         *("output_dir", "run_name", "project", "report_to", "disable_tqdm", "skip_memory_metrics"),
         *("log_level", "log_level_replica", "log_on_each_node"),
-        *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "include_num_input_tokens_seen"),
+        *(
+            "logging_strategy",
+            "logging_steps",
+            "logging_first_step",
+            "logging_nan_inf_filter",
+            "include_num_input_tokens_seen",
+        ),
         *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         *("save_total_limit", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
         *("push_to_hub", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
-        *("dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor", "dataloader_multiprocessing_context"),
-        *("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend", "ddp_timeout"),
-        *("use_cpu", "torch_empty_cache_steps", "do_train", "do_eval", "do_predict", "resume_from_checkpoint", "local_rank"),
+        *(
+            "dataloader_pin_memory",
+            "dataloader_persistent_workers",
+            "dataloader_prefetch_factor",
+            "dataloader_multiprocessing_context",
+        ),
+        *(
+            "ddp_find_unused_parameters",
+            "ddp_bucket_cap_mb",
+            "ddp_broadcast_buffers",
+            "ddp_static_graph",
+            "ddp_backend",
+            "ddp_timeout",
+        ),
+        *(
+            "use_cpu",
+            "torch_empty_cache_steps",
+            "do_train",
+            "do_eval",
+            "do_predict",
+            "resume_from_checkpoint",
+            "local_rank",
+        ),
     )
 )
 """Training arguments that change no number of the training."""
 EVALUATION = frozenset(
     (
-        *("eval_strategy", "eval_steps", "eval_delay", "eval_on_start", "eval_accumulation_steps", "per_device_eval_batch_size"),
-        *("eval_do_concat_batches", "eval_use_gather_object", "prediction_loss_only", "include_for_metrics", "batch_eval_metrics"),
+        *(
+            "eval_strategy",
+            "eval_steps",
+            "eval_delay",
+            "eval_on_start",
+            "eval_accumulation_steps",
+            "per_device_eval_batch_size",
+        ),
+        *(
+            "eval_do_concat_batches",
+            "eval_use_gather_object",
+            "prediction_loss_only",
+            "include_for_metrics",
+            "batch_eval_metrics",
+        ),
         *("save_strategy", "save_steps"),
     )
 )
@@ -58,7 +98,16 @@ BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation
 STEPS = ("training.max_steps", "training.num_train_epochs")
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
 """Schedules whose rate at a step does not depend on how many there are, unless their warmup does."""
-_UNRECORDED = frozenset({"training.hub_token", "training.max_length", "training.packing", "load.token", "load.use_auth_token", "load.proxies"})
+_UNRECORDED = frozenset(
+    {
+        "training.hub_token",
+        "training.max_length",
+        "training.packing",
+        "load.token",
+        "load.use_auth_token",
+        "load.proxies",
+    }
+)
 """Secrets, and what ``data`` says."""
 _MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 _SAMPLES, _SAMPLE = 256, 1 << 14
@@ -66,13 +115,19 @@ _ABSENT = object()
 
 
 class RecipeRecord(TrainerCallback):
-    """Writes the recipe into every checkpoint; give it to the Trainer before ``attach``, whose callback marks checkpoints as complete."""
+    """Writes the recipe into every checkpoint; give it to the Trainer before ``attach``, whose callback marks
+    checkpoints as complete.
+    """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.record = record
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        state.compute_steps(args, state.max_steps)  # a resumed Trainer has those between logs, saves and evaluations from its checkpoint
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(
+            args, state.max_steps
+        )  # a resumed Trainer has those between logs, saves and evaluations from its checkpoint
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         directory = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
@@ -81,7 +136,8 @@ class RecipeRecord(TrainerCallback):
 
 
 def recorded(run: Run) -> dict[str, Any]:
-    """What ``recipe.json`` says: every ``values`` of the run, by its name in the recipe, and which of them were ``given``.
+    """What ``recipe.json`` says: every ``values`` of the run, by its name in the recipe, and which of them were
+    ``given``.
 
     Files are there with size and digest. Of a model's weights the digest is of samples, 4 MB of each file.
     """
@@ -92,18 +148,37 @@ def recorded(run: Run) -> dict[str, Any]:
     sections = {
         "plugins": run.stack.to_dict(),
         "load": recipe.load,
-        "data": {**recipe.data.model_dump(), **{key: _data_file(getattr(recipe.data, key)) for key in ("path", "eval_path")}},
+        "data": {
+            **recipe.data.model_dump(),
+            **{key: _data_file(getattr(recipe.data, key)) for key in ("path", "eval_path")},
+        },
         "training": training,
     }
     values = {f"{section}.{key}": value for section, options in sections.items() for key, value in options.items()}
-    values |= {"model": _model(recipe.model), "nonfinite": recipe.nonfinite, "processes": arguments.world_size * max(1, arguments.n_gpu)}
-    given = {"plugins": recipe.plugins, "load": recipe.load, "data": recipe.data.model_fields_set, "training": recipe.training}
+    values |= {
+        "model": _model(recipe.model),
+        "nonfinite": recipe.nonfinite,
+        "processes": arguments.world_size * max(1, arguments.n_gpu),
+    }
+    given = {
+        "plugins": recipe.plugins,
+        "load": recipe.load,
+        "data": recipe.data.model_fields_set,
+        "training": recipe.training,
+    }
     record = {
         "format": FORMAT,
-        "given": sorted(f"{section}.{key}" for section, keys in given.items() for key in keys if f"{section}.{key}" not in _UNRECORDED),
+        "given": sorted(
+            f"{section}.{key}"
+            for section, keys in given.items()
+            for key in keys
+            if f"{section}.{key}" not in _UNRECORDED
+        ),
         "values": {key: value for key, value in values.items() if key not in _UNRECORDED},
     }
-    plain: dict[str, Any] = json.loads(json.dumps(record, default=lambda value: value.to_dict() if hasattr(value, "to_dict") else str(value)))
+    plain: dict[str, Any] = json.loads(
+        json.dumps(record, default=lambda value: value.to_dict() if hasattr(value, "to_dict") else str(value))
+    )
     return plain
 
 
@@ -140,26 +215,37 @@ def resume_from(run: Run, output: Path, record: Mapping[str, Any], console: Cons
         run: what is to go on.
         output: its directory.
         record: of ``run``, from :func:`recorded`.
-        console: where to say what was passed over, and what differs from the recipe of the checkpoint and changes no number.
+        console: where to say what was passed over, and what differs from the recipe of the checkpoint and changes no
+            number.
 
     Raises:
-        ConfigError: the checkpoint was made with other plugins, or with a recipe that differs in what cannot be changed on the way.
+        ConfigError: the checkpoint was made with other plugins, or with a recipe that differs in what cannot be changed
+            on the way.
         CheckpointError: it lacks what is needed, or its ``recipe.json`` is not one.
     """
     start, ignored = last_checkpoint(output)
     for line in ignored:
         console.print(f"ignored: {line}", highlight=False, soft_wrap=True)
     if start is None:
-        console.print(f"{output} has no complete checkpoint: training starts from the beginning", highlight=False, soft_wrap=True)
+        console.print(
+            f"{output} has no complete checkpoint: training starts from the beginning", highlight=False, soft_wrap=True
+        )
         return None
-    # Where weights are kept changes no number: a run may go on with another placement, or on another number of machines.
+    # Where weights are kept changes no number: a run may go on with another placement, or on another number of
+    # machines.
     before, after = Stack.recorded(start).without("placement"), run.stack.without("placement")
     if before.sha256() != after.sha256():
-        found = f"{start} was made with other plugins or options than the recipe's: {', '.join(_different(before.to_dict(), after.to_dict()))}"
+        found = (
+            f"{start} was made with other plugins or options than the recipe's: "
+            f"{', '.join(_different(before.to_dict(), after.to_dict()))}"
+        )
         raise ConfigError(found, expected="the same", fix="give the recipe those of its arctic_plugins.json")
     _check_state(run, start)
     if not (start / RECIPE).is_file():
-        line = f"warning: {start} has no {RECIPE}, an earlier version made it: whether the recipe is still the same cannot be told"
+        line = (
+            f"warning: {start} has no {RECIPE}, an earlier version made it: whether the recipe is still the same "
+            "cannot be told"
+        )
     else:
         line = _compare(start, _read(start / RECIPE), record)
     if line:
@@ -170,13 +256,23 @@ def resume_from(run: Run, output: Path, record: Mapping[str, Any], console: Cons
 def _check_state(run: Run, start: Path) -> None:
     """Raise if the state of the optimizer is not there, or not for this number of processes."""
     deepspeed = bool(run.arguments.deepspeed)
-    state = "latest" if deepspeed else "optimizer.pt"  # DeepSpeed keeps the optimizer in a directory of its own, which this file names
+    state = (
+        "latest" if deepspeed else "optimizer.pt"
+    )  # DeepSpeed keeps the optimizer in a directory of its own, which this file names
     if not (start / state).is_file():
         other = "optimizer.pt" if deepspeed else "latest"
         if (start / other).is_file():
-            raise ConfigError(f"{start} was made {'without' if deepspeed else 'with'} DeepSpeed", fix="set training.deepspeed as it was then")
-        raise CheckpointError(f"{start} has no {state}", expected="a checkpoint saved without training.save_only_model", fix="start anew")
-    if deepspeed and (found := len(list(start.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))) not in (0, run.arguments.world_size):
+            raise ConfigError(
+                f"{start} was made {'without' if deepspeed else 'with'} DeepSpeed",
+                fix="set training.deepspeed as it was then",
+            )
+        raise CheckpointError(
+            f"{start} has no {state}", expected="a checkpoint saved without training.save_only_model", fix="start anew"
+        )
+    if deepspeed and (found := len(list(start.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))) not in (
+        0,
+        run.arguments.world_size,
+    ):
         raise ConfigError(
             f"{start} was made by {found} processes, and this run has {run.arguments.world_size}",
             expected="the same number, with DeepSpeed",
@@ -199,12 +295,17 @@ def _read(path: Path) -> dict[str, Any]:
         or not all(isinstance(values.get(key), (int, float)) for key in numbers)
     ):
         expected = f"format {FORMAT}, 'given' with names and 'values' with the numbers {', '.join(numbers)}"
-        raise CheckpointError(f"{path} is not the recipe of a checkpoint", expected=expected, fix="copy the checkpoint again, or start anew")
+        raise CheckpointError(
+            f"{path} is not the recipe of a checkpoint",
+            expected=expected,
+            fix="copy the checkpoint again, or start anew",
+        )
     return content
 
 
 def _compare(start: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What a run that goes on from ``start`` takes from its recipe in place of the checkpoint's, as a line; empty, if nothing differs.
+    """What a run that goes on from ``start`` takes from its recipe in place of the checkpoint's, as a line; empty, if
+    nothing differs.
 
     Raises:
         ConfigError: lists everything that differs and would make another run.
@@ -218,7 +319,9 @@ def _compare(start: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str
             continue
         why = _why_not(key, was, now)
         if why is not None:
-            refused.append(f"{_shown(key)[1:-1]} was {_shown(before)} and is {_shown(after)}{f' ({why})' if why else ''}")
+            refused.append(
+                f"{_shown(key)[1:-1]} was {_shown(before)} and is {_shown(after)}{f' ({why})' if why else ''}"
+            )
         elif key in given or "." not in key:  # the others follow from the machine
             taken.append(f"{_shown(key)[1:-1]} {_shown(after)} (was {_shown(before)})")
     if refused:
@@ -252,7 +355,9 @@ def _same(before: Any, after: Any) -> bool:
 
 
 def _why_not(key: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """None if a run can go on with another value of ``key``; otherwise why it cannot, or an empty text where that goes without saying."""
+    """None if a run can go on with another value of ``key``; otherwise why it cannot, or an empty text where that goes
+    without saying.
+    """
     section, _, name = key.rpartition(".")
     schedule, best = now["training.lr_scheduler_type"], now["training.load_best_model_at_end"]
     by_evaluation = best or schedule in ("reduce_on_plateau", "greedy")
@@ -269,14 +374,20 @@ def _why_not(key: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
         exact = all(isinstance(values, dict) and values.keys() <= {"use_reentrant"} for values in options)
         return None if exact else "gradient_checkpointing_kwargs may change numbers"
     # Plugins were compared by their stacks: what is left are placements.
-    free = (section == "training" and name in FREE) or section == "plugins" or key in ("nonfinite", "load.cache_dir", "load.local_files_only")
+    free = (
+        (section == "training" and name in FREE)
+        or section == "plugins"
+        or key in ("nonfinite", "load.cache_dir", "load.local_files_only")
+    )
     return None if free else ""
 
 
 def _same_batches(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether every step sees the rows that it would have seen."""
     before, after = ([values[key] for key in BATCH] for values in (was, now))
-    ordered = now["training.train_sampling_strategy"] in ("random", "sequential") and not now["training.dataloader_drop_last"]
+    ordered = (
+        now["training.train_sampling_strategy"] in ("random", "sequential") and not now["training.dataloader_drop_last"]
+    )
     split = (now["training.accelerator_config"] or {}).get("split_batches")
     return before[0] * before[1] * before[2] == after[0] * after[1] * after[2] and ordered and not split
 
@@ -303,7 +414,9 @@ def _check_not_past(start: Path, now: Mapping[str, Any]) -> None:
     key, end = _steps(now)
     done = state.get("global_step" if key == STEPS[0] else "epoch")
     if not isinstance(done, (int, float)) or done > end:
-        raise ConfigError(f"{start} is past the end of the recipe: {key} is {end}", expected=f"at least {done!r}", fix="raise it")
+        raise ConfigError(
+            f"{start} is past the end of the recipe: {key} is {end}", expected=f"at least {done!r}", fix="raise it"
+        )
 
 
 def _shown(value: Any) -> str:

@@ -43,8 +43,9 @@ def rewrite(
     modules: Container[str],
     tensors: Callable[[str, Read], Mapping[str, Tensor]],
 ) -> None:
-    """Write every file of ``source`` into ``draft``: for ``modules`` what ``tensors(module, read)`` gives (part of the name -> tensor) in place of
-    all that is called after their weight, and ``config`` as ``config.json``; all else as it is.
+    """Write every file of ``source`` into ``draft``: for ``modules`` what ``tensors(module, read)`` gives (part of the
+    name -> tensor) in place of all that is called after their weight, and ``config`` as ``config.json``; all else as it
+    is.
 
     Raises:
         CheckpointError: a file cannot be read, or lacks a tensor.
@@ -60,7 +61,10 @@ def rewrite(
                 yield key, where[key].get_tensor(key)
             elif not suffix:  # the module's other buffers come with its codes
                 with named(name, CodecError):
-                    yield from ((f"{name}.{part}", tensor) for part, tensor in tensors(name, lambda part: _read(where, f"{name}.{part}")).items())
+                    yield from (
+                        (f"{name}.{part}", tensor)
+                        for part, tensor in tensors(name, lambda part: _read(where, f"{name}.{part}")).items()
+                    )
 
         weight_map: dict[str, str] = {}
         total = 0
@@ -70,12 +74,18 @@ def rewrite(
             weight_map |= dict.fromkeys(here, file_name)
             total += sum(tensor.nbytes for tensor in here.values())
         if (source / INDEX).is_file():
-            (draft / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
-    copy_files(source, draft, lambda name: not name.endswith(".safetensors") and name not in (INDEX, FILE_NAME, "config.json"))
+            (draft / INDEX).write_text(
+                json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
+            )
+    copy_files(
+        source, draft, lambda name: not name.endswith(".safetensors") and name not in (INDEX, FILE_NAME, "config.json")
+    )
     (draft / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _read(where: Mapping[str, Any], key: str) -> Tensor:
     if key not in where:
-        raise CheckpointError(f"{key} is missing from the checkpoint", fix="the checkpoint is incomplete: make it again")
+        raise CheckpointError(
+            f"{key} is missing from the checkpoint", fix="the checkpoint is incomplete: make it again"
+        )
     return where[key].get_tensor(key)

@@ -1,4 +1,6 @@
-"""RoPE types that installed plugins register, in transformers, and how far a model's positions go. Read in 5.19.0 (``modeling_rope_utils.py``)."""
+"""RoPE types that installed plugins register, in transformers, and how far a model's positions go. Read in 5.19.0
+(``modeling_rope_utils.py``).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def register_rope_types() -> None:
     """Call it once in a process. What transformers has under the same name stays.
 
     Raises:
-        PluginError: a name has "dynamic" in it, for which transformers computes frequencies anew whenever a text is longer than those before.
+        PluginError: a name has "dynamic" in it, for which transformers computes frequencies anew whenever a text is
+            longer than those before.
     """
     registry = process_registry()
     for name in registry.rope_types():
@@ -39,7 +42,8 @@ def register_rope_types() -> None:
 def positions(config: PreTrainedConfig) -> int | None:
     """How many tokens the model of ``config`` takes at most, RoPE scaling included; None if its config names no limit.
 
-    Configs differ in whether ``max_position_embeddings`` is before or after scaling (``modeling_rope_utils.py``, transformers 5.19.0): the longer.
+    Configs differ in whether ``max_position_embeddings`` is before or after scaling (``modeling_rope_utils.py``,
+    transformers 5.19.0): the longer.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
@@ -62,7 +66,9 @@ def _frequencies(
 ) -> tuple[Tensor, float]:
     parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inv_freq, scaling = process_registry().load_rope_type(name)(parameters, int(head * parameters.get("partial_rotary_factor", 1.0)))
+    inv_freq, scaling = process_registry().load_rope_type(name)(
+        parameters, int(head * parameters.get("partial_rotary_factor", 1.0))
+    )
     return inv_freq.to(device), scaling
 
 

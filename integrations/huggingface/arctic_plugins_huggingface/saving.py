@@ -32,26 +32,36 @@ __all__ = ["adapter_base", "load_checkpoint", "own_tokenizer", "save_checkpoint"
 
 
 SHARD_SIZE = "5GB"
-"""Of a checkpoint's files: what is saved passes through memory in pieces of this size (transformers' own default is ten times that)."""
+"""Of a checkpoint's files: what is saved passes through memory in pieces of this size (transformers' own default is ten
+times that).
+"""
 
 
-def save_checkpoint(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, stack: Stack) -> Path:
-    """Write ``model`` (safetensors and JSON only), its tokenizer and, last, ``arctic_plugins.json`` into the new ``directory``.
+def save_checkpoint(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, stack: Stack
+) -> Path:
+    """Write ``model`` (safetensors and JSON only), its tokenizer and, last, ``arctic_plugins.json`` into the new
+    ``directory``.
 
-    A model whose weights are spread over processes is saved by all of them together: one weight after the other is gathered, and the first process
-    writes it to a file in ``directory`` from which it is mapped, so that none ever holds the whole. An adapter needs none of that.
+    A model whose weights are spread over processes is saved by all of them together: one weight after the other is
+    gathered, and the first process writes it to a file in ``directory`` from which it is mapped, so that none ever
+    holds the whole. An adapter needs none of that.
 
     Raises:
         ConfigError: ``directory`` exists and is not empty.
     """
     directory, is_adapter = Path(directory), is_adapted(model)
-    together = is_spread(model) or (not is_adapter and any(_is_shared_out(*found) for found in frozen_weights(model).values()))
+    together = is_spread(model) or (
+        not is_adapter and any(_is_shared_out(*found) for found in frozen_weights(model).values())
+    )
     saves = not together or torch.distributed.get_rank() == 0
     with staged(directory) if saves else nullcontext(directory) as draft:
         with _in_stored_dtype(model), whole_weights(model, draft / "gathered", only_trainable=is_adapter) as whole:
             if saves:
                 with _says_what_is_encoded(model.config), _exporting(model, whole):
-                    model.save_pretrained(draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **whole} if whole else None)
+                    model.save_pretrained(
+                        draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **whole} if whole else None
+                    )
         if saves:
             tokenizer.save_pretrained(draft)
             write_provenance(draft, stack)
@@ -81,13 +91,24 @@ def _exporting(model: PreTrainedModel | PeftModel, whole: dict[str, Tensor]) -> 
 
 @contextmanager
 def _in_stored_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """With ``model`` in the dtype of the checkpoint that it was loaded from, where the processor made it compute in a wider one."""
+    """With ``model`` in the dtype of the checkpoint that it was loaded from, where the processor made it compute in a
+    wider one.
+    """
     stored = None if is_adapted(model) else getattr(model, "arctic_stored_dtype", None)
     if stored is None:
         yield
         return
-    encoded = {id(parameter) for module in model.modules() if isinstance(module, FrozenModule) for parameter in module.encoded()}
-    wide = [(parameter, parameter.data) for parameter in model.parameters() if parameter.is_floating_point() and id(parameter) not in encoded]
+    encoded = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, FrozenModule)
+        for parameter in module.encoded()
+    }
+    wide = [
+        (parameter, parameter.data)
+        for parameter in model.parameters()
+        if parameter.is_floating_point() and id(parameter) not in encoded
+    ]
     for parameter, data in wide:
         parameter.data = data.to(stored)
     try:
@@ -135,7 +156,9 @@ def load_checkpoint(
 
 
 def own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was saved with an adapter: training may have given it another chat template than the base's."""
+    """The tokenizer that was saved with an adapter: training may have given it another chat template than the
+    base's.
+    """
     return load_tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
 
 
@@ -149,20 +172,29 @@ def adapter_base(adapter: Path, base: str | Path | None = None) -> str:
         return str(base)
     base = base_of(adapter)
     if Path(base).resolve().is_relative_to(Path(adapter).resolve()):
-        raise CheckpointError(f"{adapter} brings {base} as its own base", expected="a model that you chose", fix=f"--base {base}, if you trust it")
+        raise CheckpointError(
+            f"{adapter} brings {base} as its own base",
+            expected="a model that you chose",
+            fix=f"--base {base}, if you trust it",
+        )
     return base
 
 
 def check_new(directory: str | Path) -> None:
-    """Raise :class:`~arctic_plugins.errors.ConfigError` unless ``directory`` is absent or empty: nothing the user has is overwritten."""
+    """Raise :class:`~arctic_plugins.errors.ConfigError` unless ``directory`` is absent or empty: nothing the user has
+    is overwritten.
+    """
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ConfigError(f"{path} exists and is not empty", expected="a new directory", fix="remove it or name another")
+        raise ConfigError(
+            f"{path} exists and is not empty", expected="a new directory", fix="remove it or name another"
+        )
 
 
 @contextmanager
 def staged(directory: str | Path) -> Iterator[Path]:
-    """Give a directory beside ``directory`` to write into, and rename it to ``directory`` when the block ends well; otherwise remove it.
+    """Give a directory beside ``directory`` to write into, and rename it to ``directory`` when the block ends well;
+    otherwise remove it.
 
     Raises:
         ConfigError: ``directory`` exists and is not empty.
@@ -188,7 +220,8 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 @contextmanager
 def writing(directory: Path, fix: str = "free space or name another directory") -> Iterator[None]:
-    """Turn what libraries raise when a disk is full, or may not be written to, into one UserError that names ``directory``.
+    """Turn what libraries raise when a disk is full, or may not be written to, into one UserError that names
+    ``directory``.
 
     safetensors and torch say it in the text of errors of their own.
     """
@@ -196,9 +229,17 @@ def writing(directory: Path, fix: str = "free space or name another directory") 
         yield
     except Exception as error:
         text = str(error)
-        number = error.errno if isinstance(error, OSError) else next((code for code in _UNWRITABLE if f"(os error {code})" in text), None)
+        number = (
+            error.errno
+            if isinstance(error, OSError)
+            else next((code for code in _UNWRITABLE if f"(os error {code})" in text), None)
+        )
         if number in _UNWRITABLE:
             raise UserError(f"{directory} cannot be written: {os.strerror(number)}", fix=fix) from error
-        if "PytorchStreamWriter failed" in text or "unexpected pos" in text:  # torch/serialization.py, 2.13: torch.save on a full disk
-            raise UserError(f"{directory} cannot be written: torch.save could not write all of a file", fix=fix) from error
+        if (
+            "PytorchStreamWriter failed" in text or "unexpected pos" in text
+        ):  # torch/serialization.py, 2.13: torch.save on a full disk
+            raise UserError(
+                f"{directory} cannot be written: torch.save could not write all of a file", fix=fix
+            ) from error
         raise

@@ -93,34 +93,51 @@ class TrainingResult:
 class _SFTTrainer(SFTTrainer):
     """TRL's trainer with the model's own loss where there is no GPU, and evaluation that leaves no trace in training.
 
-    TRL computes the loss with a fused head, a Triton kernel on GPUs; its torch fallback took 1.4 s of a step of 4.0 s on two cores
-    (SmolLM2-135M, 8 x 140 tokens). The model's own loss needs the memory of the logits instead, less those before the first completion.
+    TRL computes the loss with a fused head, a Triton kernel on GPUs; its torch fallback took 1.4 s of a step of 4.0 s
+    on two cores (SmolLM2-135M, 8 x 140 tokens). The model's own loss needs the memory of the logits instead, less those
+    before the first completion.
     """
 
     def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         if torch.accelerator.is_available():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return Trainer.compute_loss(self, model, {**_only_completions(inputs), "use_cache": False}, return_outputs, num_items_in_batch)
+        return Trainer.compute_loss(
+            self, model, {**_only_completions(inputs), "use_cache": False}, return_outputs, num_items_in_batch
+        )
 
-    def _init_training_state(self, max_steps: int, updates: int, epochs: int, checkpoint: str | None, trial: Any) -> tuple[int, int]:
-        """The pass and the batch to go on with; of a stream, whose length nobody knows, the Trainer counts as if its first pass never ended."""
+    def _init_training_state(
+        self, max_steps: int, updates: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """The pass and the batch to go on with; of a stream, whose length nobody knows, the Trainer counts as if its
+        first pass never ended.
+        """
         found: tuple[int, int] = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
         if checkpoint is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
             return found
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))  # an epoch is there as long as the whole run
+        state = TrainerState.load_from_json(
+            str(Path(checkpoint) / "trainer_state.json")
+        )  # an epoch is there as long as the whole run
         passes = max(0, math.ceil(state.epoch or 0) - 1)
         return passes, round(((state.epoch or 0) - passes) * state.max_steps) * self.args.gradient_accumulation_steps
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """With random states of its own: a run that is resumed at the end of an epoch does not repeat the evaluation that came after the save."""
+        """With random states of its own: a run that is resumed at the end of an epoch does not repeat the evaluation
+        that came after the save.
+        """
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             return super().evaluate(*args, **kwargs)
 
 
 def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Ask for no logits at the positions that come before every completion of the batch: they have no part in the loss."""
+    """Ask for no logits at the positions that come before every completion of the batch: they have no part in the
+    loss.
+    """
     labels = inputs["labels"]
     predicted = inputs.get("shift_labels", labels[:, 1:])  # by each position
     in_loss = (predicted != -100).any(dim=0).nonzero()
@@ -156,7 +173,11 @@ def prepare(recipe: Recipe) -> Run:
         limits=Limits(positions(config), getattr(config.get_text_config(), "vocab_size", None)),
     )
     if recipe.data.streaming and arguments.max_steps <= 0:
-        raise ConfigError("data.streaming is on and training.max_steps is not set", expected="a number of steps", fix="set training.max_steps")
+        raise ConfigError(
+            "data.streaming is on and training.max_steps is not set",
+            expected="a number of steps",
+            fix="set training.max_steps",
+        )
     if data.eval is None and arguments.eval_strategy != "no":
         raise ConfigError(
             f"training.eval_strategy is '{arguments.eval_strategy.value}' and there is nothing to evaluate on",
@@ -178,9 +199,10 @@ def train(
 
     Args:
         recipe: what to do.
-        resume: continue from the newest complete checkpoint in ``output_dir``, with the losses that the run would have had without a break; from the
-            beginning when there is none.
-        overwrite: remove the checkpoints that an earlier run left in ``output_dir``, and nothing else, when this one is about to start.
+        resume: continue from the newest complete checkpoint in ``output_dir``, with the losses that the run would have
+            had without a break; from the beginning when there is none.
+        overwrite: remove the checkpoints that an earlier run left in ``output_dir``, and nothing else, when this one is
+            about to start.
         callbacks: given to the Trainer as well.
         loaded: the model and tokenizer, if they were already loaded through the recipe's stack.
         console: where to show progress.
@@ -189,7 +211,8 @@ def train(
         None when there is nothing to resume: ``final`` is complete.
 
     Raises:
-        UserError: everything that is wrong with the recipe, its data or its output directory, before weights are read; a full disk.
+        UserError: everything that is wrong with the recipe, its data or its output directory, before weights are read;
+            a full disk.
         Interrupted: SIGINT or SIGTERM came; the step in progress was finished and a checkpoint saved.
     """
     console = console or Console()
@@ -245,7 +268,9 @@ def _train(
     if start is not None:
         console.print(f"resuming from {start}", highlight=False)
     started = time.perf_counter()
-    with writing(output, fix="free space, then 'arctic train RECIPE --resume' continues from the newest complete checkpoint"):
+    with writing(
+        output, fix="free space, then 'arctic train RECIPE --resume' continues from the newest complete checkpoint"
+    ):
         try:
             with stop.listening(), _others_answering(run.arguments):
                 _run(trainer, start)
@@ -262,7 +287,12 @@ def _train(
             save_checkpoint(trainer.accelerator.unwrap_model(trainer.model), tokenizer, run.final, run.stack)
     if run.arguments.push_to_hub and trainer.is_world_process_zero():
         trainer._finish_current_push()
-        upload_folder(repo_id=str(trainer.hub_model_id), folder_path=run.final, commit_message="Training done", token=run.arguments.hub_token)
+        upload_folder(
+            repo_id=str(trainer.hub_model_id),
+            folder_path=run.final,
+            commit_message="Training done",
+            token=run.arguments.hub_token,
+        )
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return TrainingResult(
         directory=run.final,
@@ -279,7 +309,9 @@ def _train(
 
 @contextmanager
 def _others_answering(arguments: TrainingArguments) -> Iterator[None]:
-    """Say in one line that another process of the run hangs or has ended, which gloo (torch 2.13) tells with its own source's lines."""
+    """Say in one line that another process of the run hangs or has ended, which gloo (torch 2.13) tells with its own
+    source's lines.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -308,10 +340,13 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     """The recipe's ``training`` as TRL's extension of ``TrainingArguments``.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, or a value that the library refuses.
+        ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, or a value that the
+            library refuses.
     """
     hints = get_type_hints(SFTConfig)
-    given = check_arguments(recipe.training, {field.name: hints[field.name] for field in fields(SFTConfig) if field.init})
+    given = check_arguments(
+        recipe.training, {field.name: hints[field.name] for field in fields(SFTConfig) if field.init}
+    )
     data = recipe.data
     evaluates = data.eval_path or data.eval_split or data.eval_size
     native = is_native(torch.bfloat16, "cpu" if given.get("use_cpu") else None)
@@ -319,9 +354,11 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         "report_to": "none",
         "bf16": native and not given.get("fp16"),  # SFTConfig turns it on whatever the device
         "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
-        "use_cpu": not torch.accelerator.is_available(),  # transformers wants to be told before it trains in bfloat16 without a GPU
+        # transformers wants to be told before it trains in bfloat16 without a GPU
+        "use_cpu": not torch.accelerator.is_available(),
         "include_num_input_tokens_seen": "non_padding",
-        "ddp_find_unused_parameters": False,  # every adapter is used in every step; the default looks for unused ones in each
+        # every adapter is used in every step; the default looks for unused ones in each
+        "ddp_find_unused_parameters": False,
         "eval_strategy": ("steps" if "eval_steps" in given else "epoch") if evaluates else "no",
         "packing_strategy": "bfd_split" if data.format == "text" else "bfd",
     }
@@ -329,9 +366,16 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     try:
         arguments = SFTConfig(**{**defaults, **ours, **given})
     except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(f"training is not valid: {reason(error)}", fix="correct the value it names, or install the package") from error
-    if absent := sorted({*arguments.report_to} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):
-        raise ConfigError(f"training.report_to names {', '.join(absent)}, not installed here", fix=f"pip install {' '.join(absent)}, or leave it out")
+        raise ConfigError(
+            f"training is not valid: {reason(error)}", fix="correct the value it names, or install the package"
+        ) from error
+    if absent := sorted(
+        {*arguments.report_to} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}
+    ):
+        raise ConfigError(
+            f"training.report_to names {', '.join(absent)}, not installed here",
+            fix=f"pip install {' '.join(absent)}, or leave it out",
+        )
     for key in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"):
         if given.get(key):
             dtype = torch.bfloat16 if key.startswith("bf16") else torch.float16
@@ -342,7 +386,9 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
 
 @torch.no_grad()
 def _check_packing(model: PreTrainedModel) -> None:
-    """Raise ConfigError if what stands in one packed row changes the logits of the row behind it: some models' attention takes no notice."""
+    """Raise ConfigError if what stands in one packed row changes the logits of the row behind it: some models'
+    attention takes no notice.
+    """
     lengths, vocabulary = (5, 7), min(model.config.get_text_config().vocab_size, 1000)
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
     first = torch.arange(sum(lengths), device=model.device)[None] % vocabulary
@@ -350,9 +396,12 @@ def _check_packing(model: PreTrainedModel) -> None:
     second[:, : lengths[0]] = (second[:, : lengths[0]] + vocabulary // 2) % vocabulary
     training = model.training
     model.eval()
-    one, other = (model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, lengths[0] :] for ids in (first, second))
+    one, other = (
+        model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, lengths[0] :] for ids in (first, second)
+    )
     model.train(training)
-    # In a mixture other tokens share the experts, and products of other sizes round otherwise; rows that see each other differ by much more.
+    # In a mixture other tokens share the experts, and products of other sizes round otherwise; rows that see each other
+    # differ by much more.
     tolerance = 0.05 * one.abs().max() if any(hasattr(module, "num_experts") for module in model.modules()) else 1e-6
     if (one - other).abs().max() > tolerance:
         kind = f"{model.config.model_type}, attention '{model.config._attn_implementation}'"

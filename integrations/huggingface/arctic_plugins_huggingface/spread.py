@@ -1,7 +1,9 @@
-"""Training a model whose experts are spread over processes (slot ``experts_dispatch``) with the ordinary Trainer. Read in transformers 5.19.0.
+"""Training a model whose experts are spread over processes (slot ``experts_dispatch``) with the ordinary Trainer. Read
+in transformers 5.19.0.
 
-What all processes have is averaged over all; experts are averaged over the processes that have the same ones. What no callback can reach is
-replaced in the trainer: the norm that gradients are clipped by, which is that of the whole model, saving, and resuming.
+What all processes have is averaged over all; experts are averaged over the processes that have the same ones. What no
+callback can reach is replaced in the trainer: the norm that gradients are clipped by, which is that of the whole model,
+saving, and resuming.
 """
 
 from __future__ import annotations
@@ -62,10 +64,14 @@ class SpreadExperts(TrainerCallback):
         trainer.save_model = self.save
 
     def save(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """``Trainer.save_model``, collective: a checkpoint has all experts, under the names of any other checkpoint of the model."""
+        """``Trainer.save_model``, collective: a checkpoint has all experts, under the names of any other checkpoint of
+        the model.
+        """
         trainer = self.trainer
         directory = Path(output_dir or str(trainer.args.output_dir))
-        with whole_weights(trainer.model, directory / "gathered", only_trainable=isinstance(trainer.model, PeftModel)) as whole:
+        with whole_weights(
+            trainer.model, directory / "gathered", only_trainable=isinstance(trainer.model, PeftModel)
+        ) as whole:
             if trainer.args.should_save:
                 trainer._save(str(directory), state_dict={**trainer.model.state_dict(), **whole})
         if trainer.args.push_to_hub and not _internal_call:
@@ -77,8 +83,15 @@ class SpreadOverDDP(SpreadExperts):
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
-        trainer.model._ddp_params_and_buffers_to_ignore = [*getattr(trainer.model, "_ddp_params_and_buffers_to_ignore", ()), *self.local]
-        self.rest = [parameter for name, parameter in trainer.model.named_parameters() if name not in self.local and parameter.requires_grad]
+        trainer.model._ddp_params_and_buffers_to_ignore = [
+            *getattr(trainer.model, "_ddp_params_and_buffers_to_ignore", ()),
+            *self.local,
+        ]
+        self.rest = [
+            parameter
+            for name, parameter in trainer.model.named_parameters()
+            if name not in self.local and parameter.requires_grad
+        ]
         if not self.rest:
             raise ConfigError(
                 "training changes nothing but experts, and DDP wants something that all processes have",
@@ -88,7 +101,9 @@ class SpreadOverDDP(SpreadExperts):
         self.load_optimizer = trainer._load_optimizer_and_scheduler
         replaced: dict[str, Any] = {
             "_clip_grad_norm": lambda _model: self.clip(trainer.args.max_grad_norm),
-            "_get_grad_norm": lambda _model, grad_norm=None: self.clip(float("inf")) if grad_norm is None else grad_norm,
+            "_get_grad_norm": lambda _model, grad_norm=None: (
+                self.clip(float("inf")) if grad_norm is None else grad_norm
+            ),
             "_load_from_checkpoint": self.resume,
             "_load_best_model": lambda: self.resume(trainer.state.best_model_checkpoint),
             "_load_optimizer_and_scheduler": self.resume_optimizer,
@@ -98,9 +113,11 @@ class SpreadOverDDP(SpreadExperts):
 
     @torch.no_grad()
     def clip(self, max_norm: float) -> Tensor:
-        """Average the experts' gradients, clip all to ``max_norm``, and return the norm from before, which is that of the whole model.
+        """Average the experts' gradients, clip all to ``max_norm``, and return the norm from before, which is that of
+        the whole model.
 
-        A process's experts have the gradients of the losses of all processes of their copy; DDP's losses are averaged over all processes.
+        A process's experts have the gradients of the losses of all processes of their copy; DDP's losses are averaged
+        over all processes.
         """
         self.trainer.accelerator.unscale_gradients()
         world = torch.distributed.get_world_size()
@@ -128,7 +145,11 @@ class SpreadOverDDP(SpreadExperts):
         torch.save(
             {
                 "parameters": {name: parameter.detach().cpu() for name, parameter in self.trained.items()},
-                "optimizer": {name: dict(optimizer[parameter]) for name, parameter in self.trained.items() if parameter in optimizer},
+                "optimizer": {
+                    name: dict(optimizer[parameter])
+                    for name, parameter in self.trained.items()
+                    if parameter in optimizer
+                },
             },
             directory / self._file(),
         )
@@ -167,7 +188,9 @@ class SpreadOverDDP(SpreadExperts):
             return
         owners = {name.rpartition(".experts.")[0] for name in self.trained}
         state = load_file(directory / WEIGHTS)
-        set_peft_model_state_dict(model, {name: tensor for name, tensor in state.items() if name.rpartition(".experts.")[0] not in owners})
+        set_peft_model_state_dict(
+            model, {name: tensor for name, tensor in state.items() if name.rpartition(".experts.")[0] not in owners}
+        )
 
     def resume_optimizer(self, checkpoint: str | None) -> None:
         """``Trainer._load_optimizer_and_scheduler``, of which the first process's file has its own experts only."""
@@ -178,5 +201,6 @@ class SpreadOverDDP(SpreadExperts):
         for name, parameter in self.trained.items():
             if name in saved:
                 state[parameter] = {
-                    key: value.to(parameter.device) if isinstance(value, Tensor) and value.ndim else value for key, value in saved[name].items()
+                    key: value.to(parameter.device) if isinstance(value, Tensor) and value.ndim else value
+                    for key, value in saved[name].items()
                 }

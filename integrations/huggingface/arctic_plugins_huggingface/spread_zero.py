@@ -1,8 +1,9 @@
 """Spread experts under DeepSpeed's ZeRO, stages 1 and 2. Read in deepspeed 0.19.8 and accelerate 1.15.0.
 
-DeepSpeed knows experts of its own ``MoE`` layers: parameters with ``allreduce = False`` and the name of a group, in optimizer groups marked
-``moe``. Their gradients are added up among the processes that have the same experts, their optimizer state is partitioned among them, and the norm
-that gradients are clipped by is that of all processes. Ours are marked alike.
+DeepSpeed knows experts of its own ``MoE`` layers: parameters with ``allreduce = False`` and the name of a group, in
+optimizer groups marked ``moe``. Their gradients are added up among the processes that have the same experts, their
+optimizer state is partitioned among them, and the norm that gradients are clipped by is that of all processes. Ours are
+marked alike.
 """
 
 from __future__ import annotations
@@ -50,11 +51,15 @@ class SpreadOverZero(SpreadExperts):
         trainer._load_best_model = self.best
 
     def prepare_with_experts(self, *objects: Any) -> Any:
-        """``Accelerator._prepare_deepspeed``: the engine looks for layers of its own kind when it is made, and must find none later."""
+        """``Accelerator._prepare_deepspeed``: the engine looks for layers of its own kind when it is made, and must
+        find none later.
+        """
         for optimizer in objects:
             if isinstance(optimizer, Optimizer):
                 named = [{**group, "name": f"group_{number}"} for number, group in enumerate(optimizer.param_groups)]
-                optimizer.param_groups[:] = [group for group in split_params_into_different_moe_groups_for_optimizer(named) if group["params"]]
+                optimizer.param_groups[:] = [
+                    group for group in split_params_into_different_moe_groups_for_optimizer(named) if group["params"]
+                ]
         model: nn.Module = self.trainer.model
         model.add_module(_MARKER, (_Mixtures if self.trained else _Groups)(self.dispatch.size))
         try:
@@ -63,11 +68,15 @@ class SpreadOverZero(SpreadExperts):
             delattr(model, _MARKER)
         for engine in prepared:
             if isinstance(engine, DeepSpeedEngine):
-                engine.has_moe_layers = False  # its files are those of a model without: a process's experts come back from its optimizer's
+                engine.has_moe_layers = (
+                    False  # its files are those of a model without: a process's experts come back from its optimizer's
+                )
         return prepared
 
     def keep_own(self, _: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """DeepSpeed's file of the model has the experts of the first process: every process keeps its own until the optimizer's file is read."""
+        """DeepSpeed's file of the model has the experts of the first process: every process keeps its own until the
+        optimizer's file is read.
+        """
         for name, (parameter, _dispatch) in self.local.items():
             saved = state.get(f"{prefix}{name}")
             if saved is not None and saved.shape != parameter.shape:
@@ -84,7 +93,9 @@ class SpreadOverZero(SpreadExperts):
         self.load_best_model()
         self.trainer.deepspeed.optimizer.update_lp_params()
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """After resuming, give the model what the optimizer has read."""
         self.trainer.deepspeed.optimizer.update_lp_params()
 
@@ -99,7 +110,9 @@ class _Groups(nn.Module):
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         if use_data_before_expert_parallel_:
             raise ConfigError(
-                "DeepSpeed's use_data_before_expert_parallelism is set", expected="neighbours by rank sharing experts", fix="leave it out"
+                "DeepSpeed's use_data_before_expert_parallelism is set",
+                expected="neighbours by rank sharing experts",
+                fix="leave it out",
             )
         groups._create_expert_and_data_parallel(self.processes)
 

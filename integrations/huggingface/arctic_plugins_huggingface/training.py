@@ -1,4 +1,6 @@
-"""Training with the ordinary Trainer: arguments that carry a stack, ``attach``, and checkpoints that survive. Read in transformers 5.19.0."""
+"""Training with the ordinary Trainer: arguments that carry a stack, ``attach``, and checkpoints that survive. Read in
+transformers 5.19.0.
+"""
 
 from __future__ import annotations
 
@@ -40,13 +42,20 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 @dataclass
 class ArcticTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` and the plugins to train with; works with ``HfArgumentParser`` on the command line and on YAML or JSON files."""
+    """``TrainingArguments`` and the plugins to train with; works with ``HfArgumentParser`` on the command line and on
+    YAML or JSON files.
+    """
 
-    # TrainingArguments reads fields listed here from JSON strings on the command line (transformers/training_args.py, 5.19.0).
+    # TrainingArguments reads fields listed here from JSON strings on the command line (transformers/training_args.py,
+    # 5.19.0).
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "plugins"]
 
     plugins: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": 'Plugins and their options, as JSON on the command line: --plugins \'{"fp8": {}, "lora": {"r": 64}}\''}
+        default=None,
+        metadata={
+            "help": 'Plugins and their options, as JSON on the command line: --plugins \'{"fp8": {}, "lora": {"r": '
+            "64}}'"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -57,7 +66,9 @@ class ArcticTrainingArguments(TrainingArguments):
 
 
 class _CommitCallback(TrainerCallback):
-    """Writes ``arctic_plugins.json`` last into every checkpoint that the Trainer saves, and only then removes older ones."""
+    """Writes ``arctic_plugins.json`` last into every checkpoint that the Trainer saves, and only then removes older
+    ones.
+    """
 
     def __init__(self, stack: Stack, limit: int | None) -> None:
         self.stack, self.limit = stack, limit
@@ -72,7 +83,9 @@ class _CommitCallback(TrainerCallback):
             self._remove_older(output, {directory, Path(state.best_model_checkpoint or directory)})
 
     def _remove_older(self, output: Path, keep: set[Path]) -> None:
-        """As the Trainer's ``rotate_checkpoints``, but an incomplete checkpoint of a higher step neither counts nor is taken for the newest."""
+        """As the Trainer's ``rotate_checkpoints``, but an incomplete checkpoint of a higher step neither counts nor is
+        taken for the newest.
+        """
         complete = complete_checkpoints(output)
         for path in complete[: max(0, len(complete) - self.limit)] if self.limit else []:
             if path not in keep:
@@ -80,10 +93,12 @@ class _CommitCallback(TrainerCallback):
 
 
 def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -> AnyTrainer:
-    """Let the plugins of ``stack`` reach ``trainer`` (any ``Trainer``, TRL's included) and mark its checkpoints with the stack.
+    """Let the plugins of ``stack`` reach ``trainer`` (any ``Trainer``, TRL's included) and mark its checkpoints with
+    the stack.
 
-    Call it once, after building the trainer around a model from :func:`~arctic_plugins_huggingface.load_model` and before ``train()``. It takes
-    ``save_total_limit`` over: the Trainer would remove the last complete checkpoint before the new one is marked as complete.
+    Call it once, after building the trainer around a model from :func:`~arctic_plugins_huggingface.load_model` and
+    before ``train()``. It takes ``save_total_limit`` over: the Trainer would remove the last complete checkpoint before
+    the new one is marked as complete.
 
     Args:
         trainer: changed, and returned.
@@ -91,7 +106,9 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
         skip_nonfinite: leave a step whose loss or gradient is NaN or infinite out, instead of raising
             :class:`~arctic_plugins.errors.Diverged`; eleven in a row raise it still.
     """
-    if trainer.args.bf16 and (line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)):
+    if trainer.args.bf16 and (
+        line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)
+    ):
         logger.warning(line)  # TRL's SFTConfig turns it on by itself
     if trainer.args.use_cpu:
         _set_timeouts(trainer.args.ddp_timeout_delta)
@@ -109,14 +126,18 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
 
 
 def _set_timeouts(timeout: timedelta) -> None:
-    """With ``use_cpu``, transformers (``training_args.py``) leaves ``ddp_timeout`` out: give it to the groups that have torch's default (2.13)."""
+    """With ``use_cpu``, transformers (``training_args.py``) leaves ``ddp_timeout`` out: give it to the groups that have
+    torch's default (2.13).
+    """
     for group in list(distributed_c10d._world.pg_map):
         if group._get_backend(torch.device("cpu")).options._timeout == distributed_c10d.default_pg_timeout:
             distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _keep_encoded(trainer: Trainer) -> None:
-    """DeepSpeed casts every floating parameter to its dtype, scales of encoded weights, too (``runtime/engine.py``, 0.19.8): give them back."""
+    """DeepSpeed casts every floating parameter to its dtype, scales of encoded weights, too (``runtime/engine.py``,
+    0.19.8): give them back.
+    """
     prepare = trainer.accelerator._prepare_deepspeed
 
     def prepare_deepspeed(*args: Any) -> Any:
@@ -131,7 +152,9 @@ def _keep_encoded(trainer: Trainer) -> None:
 
 
 def _restore_converted(trainer: Trainer) -> None:
-    """Resuming, and the best model at the end, where checkpoints hold weights under other names than the model, or cut otherwise."""
+    """Resuming, and the best model at the end, where checkpoints hold weights under other names than the model, or cut
+    otherwise.
+    """
     others = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # they have files of their own
     if others or isinstance(trainer.model, PeftModel) or not split_conversions(trainer.model)[1]:
         return
@@ -144,7 +167,8 @@ def _restore_converted(trainer: Trainer) -> None:
 
 
 def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of a run, for ``trainer.train(resume_from_checkpoint=...)``, and why newer ones are passed over.
+    """The newest complete checkpoint of a run, for ``trainer.train(resume_from_checkpoint=...)``, and why newer ones
+    are passed over.
 
     A save that was cut off has no ``arctic_plugins.json``; one that was damaged since does not agree with it.
     """
@@ -160,7 +184,8 @@ def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 class GracefulStop(TrainerCallback):
-    """Stops training after the step in progress, with a checkpoint, when the process is interrupted or terminated; a second signal stops at once.
+    """Stops training after the step in progress, with a checkpoint, when the process is interrupted or terminated; a
+    second signal stops at once.
 
     Pass it to the Trainer and train within :meth:`listening`.
     """
@@ -170,7 +195,9 @@ class GracefulStop(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM over for the time of the block (in the main thread; elsewhere Python delivers no signals)."""
+        """Take SIGINT and SIGTERM over for the time of the block (in the main thread; elsewhere Python delivers no
+        signals).
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -187,7 +214,11 @@ class GracefulStop(TrainerCallback):
         self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        [stop] = anywhere(args.device, self.requested)  # the signal reaches processes at different steps, and all must save the same one
+        [stop] = anywhere(
+            args.device, self.requested
+        )  # the signal reaches processes at different steps, and all must save the same one
         if stop:
-            self.requested = True  # never back to False: a signal may have come since the flag was made, and counts in the next step
+            self.requested = (
+                True  # never back to False: a signal may have come since the flag was made, and counts in the next step
+            )
             control.should_save = control.should_training_stop = True

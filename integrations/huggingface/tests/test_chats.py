@@ -1,4 +1,6 @@
-"""What is learnt of a chat is what the assistant says, whatever the family of its template and the spelling of its record."""
+"""What is learnt of a chat is what the assistant says, whatever the family of its template and the spelling of its
+record.
+"""
 
 import json
 from dataclasses import dataclass
@@ -91,10 +93,19 @@ ANSWERS = st.tuples(WORDS, st.booleans())  # and whether the turn is to be learn
 def spelled(spelling, system, exchanges):
     """The chat as a record of a format, and which of its answers are learnt."""
     learnt = [counts for _, (_, counts) in exchanges]
-    turns = [(role, text) for question, (answer, _) in exchanges for role, text in (("user", question), ("assistant", answer))]
+    turns = [
+        (role, text)
+        for question, (answer, _) in exchanges
+        for role, text in (("user", question), ("assistant", answer))
+    ]
     if spelling == "alpaca":
         *history, (question, answer) = [(question, answer) for question, (answer, _) in exchanges]
-        record = {"instruction": question, "output": answer, "history": history, **({"system": system} if system else {})}
+        record = {
+            "instruction": question,
+            "output": answer,
+            "history": history,
+            **({"system": system} if system else {}),
+        }
         return "alpaca", record, [True] * len(exchanges)
     if spelling == "sharegpt":
         names = {"user": "human", "assistant": "gpt"}
@@ -122,7 +133,11 @@ def spelled(spelling, system, exchanges):
 def test_what_is_learnt_is_what_the_assistant_says(tokenizer, name, spelling, system, exchanges):
     family = FAMILIES[name]
     form, record, counts = spelled(spelling, system if family.system else None, exchanges)
-    said = [answer.strip() if family.strips else answer for (_, (answer, _)), learnt in zip(exchanges, counts, strict=True) if learnt]
+    said = [
+        answer.strip() if family.strips else answer
+        for (_, (answer, _)), learnt in zip(exchanges, counts, strict=True)
+        if learnt
+    ]
     if name == "qwen3":
         said = [words.lstrip("\n") for words in said]
     expected = [family.said.replace("{}", words) for words in said]
@@ -147,7 +162,11 @@ def test_what_is_learnt_is_what_the_assistant_says(tokenizer, name, spelling, sy
 @pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.first])
 def test_a_chat_that_begins_with_the_assistant(with_template, tmp_path, name):
     family = FAMILIES[name]
-    chat = [{"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Count."}, {"role": "assistant", "content": "One."}]
+    chat = [
+        {"role": "assistant", "content": "How can I help?"},
+        {"role": "user", "content": "Count."},
+        {"role": "assistant", "content": "One."},
+    ]
     tokenizer = with_template(template(name))
     data = load(tokenizer, tmp_path, [{"messages": chat}])
     said = "".join(learnt_of(tokenizer, data.train))
@@ -157,10 +176,21 @@ def test_a_chat_that_begins_with_the_assistant(with_template, tmp_path, name):
         assert words not in said
 
 
-TOOL = {"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": {"type": "object", "properties": {}}}}
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Weather of a city",
+        "parameters": {"type": "object", "properties": {}},
+    },
+}
 CALLED = [
     {"role": "user", "content": "The weather in Paris?"},
-    {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"id": "1", "function": {"name": "weather", "arguments": '{"city": "Paris"}'}}],
+    },
     {"role": "tool", "tool_call_id": "1", "content": "sunny, 21 C"},
     {"role": "assistant", "content": "It is sunny."},
 ]
@@ -177,8 +207,16 @@ def test_calls_are_learnt_and_tools_are_shown(with_template, tmp_path, name, spe
     family = FAMILIES[name]
     record = {"messages": CALLED, "tools": [TOOL]}
     if spelling == "sharegpt":
-        values = ["The weather in Paris?", '{"name": "weather", "arguments": {"city": "Paris"}}', "sunny, 21 C", "It is sunny."]
-        turns = [{"from": role, "value": value} for role, value in zip(("human", "function_call", "observation", "gpt"), values, strict=True)]
+        values = [
+            "The weather in Paris?",
+            '{"name": "weather", "arguments": {"city": "Paris"}}',
+            "sunny, 21 C",
+            "It is sunny.",
+        ]
+        turns = [
+            {"from": role, "value": value}
+            for role, value in zip(("human", "function_call", "observation", "gpt"), values, strict=True)
+        ]
         record = {"conversations": turns, "tools": json.dumps([TOOL["function"]])}
     tokenizer = with_template(template(name))
     data = load(tokenizer, tmp_path, [record])
@@ -188,7 +226,9 @@ def test_calls_are_learnt_and_tools_are_shown(with_template, tmp_path, name, spe
     assert "sunny, 21 C" in whole(tokenizer, data.train)[-1]
 
 
-@pytest.mark.parametrize(("record", "what"), [({"messages": CALLED, "tools": [TOOL]}, "tools"), ({"messages": CALLED}, "tool_calls")])
+@pytest.mark.parametrize(
+    ("record", "what"), [({"messages": CALLED, "tools": [TOOL]}, "tools"), ({"messages": CALLED}, "tool_calls")]
+)
 @pytest.mark.parametrize("loss", ["completion", "all"])
 def test_a_template_that_knows_no_tools_is_told(tokenizer, tmp_path, record, what, loss):
     with pytest.raises(DataError, match=rf"data\.jsonl:1 has {what}, which the model's chat template leaves out"):
@@ -223,11 +263,17 @@ def test_thinking_that_history_leaves_out_is_learnt_turn_by_turn(with_template, 
         (
             {"system": "Be brief.", "instruction": "And in 1900?", "output": "1.6", "history": [["Now?", "8."]]},
             "alpaca",
-            "<|system|>Be brief.<|end|><|user|>Now?<|end|><|assistant|>8.<|end|><|user|>And in 1900?<|end|><|assistant|>1.6<|end|>",
+            (
+                "<|system|>Be brief.<|end|><|user|>Now?<|end|><|assistant|>8.<|end|><|user|>And in "
+                "1900?<|end|><|assistant|>1.6<|end|>"
+            ),
             "8.<|end|>1.6<|end|>",
         ),
         (
-            {"system": "French.", "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Bonjour"}]},
+            {
+                "system": "French.",
+                "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Bonjour"}],
+            },
             "messages",
             "<|system|>French.<|end|><|user|>Hello<|end|><|assistant|>Bonjour<|end|>",
             "Bonjour<|end|>",
@@ -286,12 +332,18 @@ def test_turns_that_are_not_to_be_learnt_of(tokenizer, tmp_path):
 
 def test_fields_that_nobody_uses_are_named_once(tokenizer, tmp_path, caplog):
     rows = [
-        {"messages": [{"role": "user", "content": "a", "mood": "good"}, {"role": "assistant", "content": "b"}], "source": "here", "id": number}
+        {
+            "messages": [{"role": "user", "content": "a", "mood": "good"}, {"role": "assistant", "content": "b"}],
+            "source": "here",
+            "id": number,
+        }
         for number in range(1, 4)
     ]
     load(tokenizer, tmp_path, rows)
     told = [record.getMessage() for record in caplog.records if "does not use" in record.getMessage()]
-    assert [text.split("data.jsonl", 1)[1] for text in told] == [":1 has fields that the format 'messages' does not use: id, messages[].mood, source"]
+    assert [text.split("data.jsonl", 1)[1] for text in told] == [
+        ":1 has fields that the format 'messages' does not use: id, messages[].mood, source"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -357,7 +409,10 @@ def test_small_inputs_with_tools_that_failed(with_template):
 def test_a_row_longer_than_the_positions_is_told(tokenizer, tmp_path, streaming):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": "x" * length}) for length in (10, 40)))
     config = {"path": str(tmp_path / "data.jsonl"), "format": "text", "streaming": streaming}
-    with pytest.raises(DataError, match=r"data\.jsonl:2 has 41 tokens, and the model has 32 positions; expected data\.max_length of at most 32"):
+    with pytest.raises(
+        DataError,
+        match=r"data\.jsonl:2 has 41 tokens, and the model has 32 positions; expected data\.max_length of at most 32",
+    ):
         list(load_data(DataConfig(**config), tokenizer, limits=Limits(positions=32)).train)
     assert len(list(load_data(DataConfig(**config, max_length=32), tokenizer, limits=Limits(positions=32)).train)) == 2
 
@@ -367,5 +422,7 @@ def test_tokens_without_an_embedding_are_told(tokenizer, tmp_path):
     config = DataConfig(path=str(tmp_path / "data.jsonl"), format="text")
     largest = max(load_data(config, tokenizer, limits=Limits(embeddings=10**6)).train["input_ids"][0])
     load_data(config, tokenizer, limits=Limits(embeddings=largest + 1))
-    with pytest.raises(DataError, match=rf"data\.jsonl:1 has the token {largest}, and the model has embeddings for {largest}; .*resize"):
+    with pytest.raises(
+        DataError, match=rf"data\.jsonl:1 has the token {largest}, and the model has embeddings for {largest}; .*resize"
+    ):
         load_data(config, tokenizer, limits=Limits(embeddings=largest))

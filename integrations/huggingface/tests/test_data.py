@@ -20,7 +20,10 @@ from arctic_plugins import Stack
 from arctic_plugins.errors import ConfigError, DataError
 from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, tiny_model
 
-ALPACA = [{"instruction": "Add.", "input": "1 2", "output": "3"}, {"instruction": "Greet.", "input": "", "output": "hello"}]
+ALPACA = [
+    {"instruction": "Add.", "input": "1 2", "output": "3"},
+    {"instruction": "Greet.", "input": "", "output": "hello"},
+]
 CHAT = [
     {"role": "user", "content": "a"},
     {"role": "assistant", "content": "b"},
@@ -94,12 +97,19 @@ def test_chats_in_other_spellings(tokenizer, tmp_path):
     chat = {"prompt": CHAT[:3], "completion": CHAT[3:]}
     row = load(tokenizer, write(tmp_path / "b.jsonl", [chat]), format="prompt_completion").train[0]
     assert spoken(tokenizer, row)[1] == "d<|end|>"
-    row = load(tokenizer, write(tmp_path / "c.jsonl", [{"q": "x", "a": "y"}]), columns={"instruction": "q", "output": "a"}, system="S").train[0]
+    row = load(
+        tokenizer,
+        write(tmp_path / "c.jsonl", [{"q": "x", "a": "y"}]),
+        columns={"instruction": "q", "output": "a"},
+        system="S",
+    ).train[0]
     assert spoken(tokenizer, row)[0] == "<|system|>S<|end|><|user|>x<|end|><|assistant|>y<|end|>"
 
 
 def test_the_labels_of_a_chat_are_those_of_trls_assistant_masks(tmp_path):
-    """SmolLM2's template, which ends each turn with a newline; TRL's own version of it marks what the assistant says."""
+    """SmolLM2's template, which ends each turn with a newline; TRL's own version of it marks what the assistant
+    says.
+    """
     from arctic_plugins_huggingface.demo.model import smollm2
 
     tokenizer = load_tokenizer(smollm2())
@@ -115,10 +125,19 @@ def test_dates_stay_texts(tokenizer, tmp_path):
 
 
 def test_truncation_is_counted(tokenizer, tmp_path):
-    records = [{"prompt": "p" * 4, "completion": "c" * n} for n in (2, 10, 20)] + [{"prompt": "p" * 30, "completion": "c"}]
+    records = [{"prompt": "p" * 4, "completion": "c" * n} for n in (2, 10, 20)] + [
+        {"prompt": "p" * 30, "completion": "c"}
+    ]
     data = load(tokenizer, write(tmp_path / "a.jsonl", records), format="prompt_completion", max_length=16)
     assert len(data.train) == 3
-    assert vars(data.counts) == {"rows": 4, "tokens": 7 + 15 + 25 + 32, "truncated": 2, "dropped": 1, "cut_tokens": 9 + 16, "divided": 0}
+    assert vars(data.counts) == {
+        "rows": 4,
+        "tokens": 7 + 15 + 25 + 32,
+        "truncated": 2,
+        "dropped": 1,
+        "cut_tokens": 9 + 16,
+        "divided": 0,
+    }
     assert str(data.counts) == "4 rows, 79 tokens; 2 of them truncated, 25 tokens cut, 1 dropped"
 
 
@@ -129,7 +148,9 @@ def test_evaluation_rows_are_held_out_or_read(tokenizer, tmp_path):
         texts = {spoken(tokenizer, row)[0] for part in (data.train, data.eval) for row in part}
         assert (len(data.eval), len(data.train), len(texts)) == (expected, 20 - expected, 20)
     other = write(tmp_path / "b.csv", [{"text": "other"}])
-    assert [spoken(tokenizer, row)[0] for row in load(tokenizer, path, format="text", eval_path=str(other)).eval] == ["other<|end|>"]
+    assert [spoken(tokenizer, row)[0] for row in load(tokenizer, path, format="text", eval_path=str(other)).eval] == [
+        "other<|end|>"
+    ]
     with pytest.raises(DataError, match="eval_size 20 leaves none of 20 rows"):
         load(tokenizer, path, format="text", eval_size=20)
 
@@ -166,20 +187,45 @@ def test_options_that_contradict_each_other():
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": ', {}, r"a\.jsonl:2 is not valid JSON"),
         ("a.json", '[\n{"instruction": "a"},\n}]', {}, r"a\.json:3 is not valid JSON"),
         ("a.json", "[1]", {}, "record 1 is int; expected an object"),
-        ("a.jsonl", '{"instruction": "a", "outptu": "b"}', {}, r"a\.jsonl:1 has no 'output'; expected a text .*did you mean 'outptu'"),
+        (
+            "a.jsonl",
+            '{"instruction": "a", "outptu": "b"}',
+            {},
+            r"a\.jsonl:1 has no 'output'; expected a text .*did you mean 'outptu'",
+        ),
         ("a.jsonl", '{"instruction": "a", "output": 3}', {}, "has output=3; expected a text"),
         ("a.jsonl", '{"instruction": "a", "output": "b", "input": [1]}', {}, r"input=\[1\]; expected a text, or none"),
         ("a.csv", "instruction,output\na,b\nc\n", {}, r"a\.csv:3 has another number of fields than the header's 2"),
         ("a.csv", 'instruction,output\n"a,b\n', {}, r"a\.csv:2 is not valid CSV"),
-        ("a.csv", "question,answer\na,b\n", {"columns": {"instruction": "qestion"}}, "no column 'qestion'.*did you mean 'question'"),
+        (
+            "a.csv",
+            "question,answer\na,b\n",
+            {"columns": {"instruction": "qestion"}},
+            "no column 'qestion'.*did you mean 'question'",
+        ),
         ("a.parquet", "PAR1 but not really", {}, "cannot be read"),
         ("a.jsonl", b"\xff\xfe\x00", {}, "is not UTF-8"),
         ("a.jsonl", '{"messages": []}', {"format": "messages"}, r"messages=\[\]; expected a list of messages"),
-        ("a.jsonl", '{"messages": [{"role": "user"}]}', {"format": "messages"}, r"messages\[0\].*expected a message with 'role' and 'content'"),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": "x"}]}', {"format": "messages"}, "no message of the role 'assistant'"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user"}]}',
+            {"format": "messages"},
+            r"messages\[0\].*expected a message with 'role' and 'content'",
+        ),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": "x"}]}',
+            {"format": "messages"},
+            "no message of the role 'assistant'",
+        ),
         ("a.jsonl", '{"conversations": [3, {"from": [1]}]}', {"format": "messages"}, r"conversations\[0\]=3"),
         ("a.jsonl", '{"prompt": "a"}', {"format": "prompt_completion"}, "has no 'completion'"),
-        ("a.jsonl", '{"prompt": "%s", "completion": "a"}' % ("x" * 99), {"format": "prompt_completion", "max_length": 9}, "raise data.max_length"),
+        (
+            "a.jsonl",
+            '{"prompt": "%s", "completion": "a"}' % ("x" * 99),
+            {"format": "prompt_completion", "max_length": 9},
+            "raise data.max_length",
+        ),
         ("a.jsonl", "[" * 99999, {}, "is not valid JSON"),
     ],
 )
@@ -205,11 +251,18 @@ def test_a_template_that_refuses_says_whose_record_it_is(tokenizer, tmp_path):
 def test_packed_rows_do_not_see_each_other(tiny_checkpoint, tokenizer, tmp_path, attention):
     model, _ = load_model(tiny_checkpoint, attn_implementation=attention)
     _check_packing(model)
-    data = load(tokenizer, write(tmp_path / "a.jsonl", [{"text": "x" * n + "yz"} for n in (5, 9, 3, 12, 7)]), format="text", max_length=24)
+    data = load(
+        tokenizer,
+        write(tmp_path / "a.jsonl", [{"text": "x" * n + "yz"} for n in (5, 9, 3, 12, 7)]),
+        format="text",
+        max_length=24,
+    )
     packed = pack_dataset(data.train, 24, "bfd")
     assert len(packed) == 3
     batch = DataCollatorForLanguageModeling(pad_token_id=1, padding_free=True)(list(packed))
-    logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits[0]  # as when training
+    logits = model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits[
+        0
+    ]  # as when training
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     documents = [ids.tolist() for ids in batch["input_ids"][0].tensor_split(starts[1:])]
     assert sorted(documents) == sorted(data.train["input_ids"])
@@ -223,6 +276,8 @@ def test_a_model_whose_packed_rows_see_each_other_is_refused(tmp_path, name):
     model, _ = load_model(tiny_model(tmp_path / "m", model_type, **config), Stack.from_dict({"fp8": {}}))
     _check_packing(model)
     forward = model.forward
-    model.forward = lambda input_ids, position_ids, **kwargs: forward(input_ids=input_ids, **kwargs)  # as a model that ignores positions
+    model.forward = lambda input_ids, position_ids, **kwargs: forward(
+        input_ids=input_ids, **kwargs
+    )  # as a model that ignores positions
     with pytest.raises(ConfigError, match=r"packed rows see each other; try another load\.attn_implementation"):
         _check_packing(model)

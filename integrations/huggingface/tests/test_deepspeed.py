@@ -30,15 +30,23 @@ def make_run(tiny_checkpoint, tmp_path):
                 module[name] = merged[name] = tensor
                 continue
             rows, columns = tensor.shape
-            down, up = torch.randn(RANK, columns, generator=generator) * 0.1, torch.randn(rows, RANK, generator=generator) * 0.1
+            down, up = (
+                torch.randn(RANK, columns, generator=generator) * 0.1,
+                torch.randn(rows, RANK, generator=generator) * 0.1,
+            )
             prefix = name.removesuffix(".weight")
             module[f"{prefix}.lora_weight_1.weight"], module[f"{prefix}.lora_weight_2.weight"] = down, up
             merged[name] = tensor + scaling * up @ down
-            for shard, part in zip(shards, (tensor.reshape(-1) if flat else tensor).chunk(processes, dim=0 if flat else 1), strict=True):
+            for shard, part in zip(
+                shards, (tensor.reshape(-1) if flat else tensor).chunk(processes, dim=0 if flat else 1), strict=True
+            ):
                 shard[name] = part.clone()
         step = tmp_path / "run" / "global_step7"
         step.mkdir(parents=True)
-        torch.save({"module": module, "dp_world_size": processes, "ds_version": "0.15"} if nested else module, step / "mp_rank_00_model_states.pt")
+        torch.save(
+            {"module": module, "dp_world_size": processes, "ds_version": "0.15"} if nested else module,
+            step / "mp_rank_00_model_states.pt",
+        )
         for rank, shard in enumerate(shards):
             torch.save(shard, step / f"lora_optimized_linear_sharding_rank_{rank}.pt")
         config = json.loads((tiny_checkpoint / "config.json").read_text()) | {
@@ -71,7 +79,19 @@ def test_a_merged_model(make_run, tmp_path, processes, flat):
 def test_an_adapter_on_the_base_merges_to_the_same(make_run, tiny_checkpoint, tmp_path, scaling, capsys):
     run, merged = make_run(scaling=ALPHA / (RANK if scaling == "alpha/r" else math.sqrt(RANK)))
     with pytest.raises(SystemExit) as stopped:
-        main(["convert", str(run), str(tmp_path / "adapter"), "--from", "deepspeed", "--scaling", scaling, "--base", str(tiny_checkpoint)])
+        main(
+            [
+                "convert",
+                str(run),
+                str(tmp_path / "adapter"),
+                "--from",
+                "deepspeed",
+                "--scaling",
+                scaling,
+                "--base",
+                str(tiny_checkpoint),
+            ]
+        )
     assert stopped.value.code == 0, capsys.readouterr().err
     adapted, _ = load_checkpoint(tmp_path / "adapter")
     together, _ = load_model(merge_adapter(tmp_path / "adapter", tmp_path / "merged"))

@@ -49,7 +49,11 @@ def test_save_and_reload_is_bitwise(tiny_checkpoint, tmp_path, stack, dtype):
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(logits(stock), expected)
     assert Stack.from_checkpoint(tmp_path / "out").sha256() == stack.sha256()
-    assert not [name for name, parameter in again.named_parameters() if isinstance(parameter, FrozenLinear) and parameter.requires_grad]
+    assert not [
+        name
+        for name, parameter in again.named_parameters()
+        if isinstance(parameter, FrozenLinear) and parameter.requires_grad
+    ]
     assert {path.suffix for path in (tmp_path / "out").iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
@@ -76,7 +80,9 @@ def test_config_and_keys_on_disk(encoded):
     config = json.loads((encoded / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "arctic"
     assert config["format"] == 1
-    assert config["codecs"] == {"fp8": {"type": "fp8", "bits": 8, "group_size": "channel", "scale": "max", "activations": "full"}}
+    assert config["codecs"] == {
+        "fp8": {"type": "fp8", "bits": 8, "group_size": "channel", "scale": "max", "activations": "full"}
+    }
     assert config["modules"]["model.layers.*.mlp.down_proj"] == "fp8"
     with safe_open(encoded / "model.safetensors", "pt") as file:
         weight, scale = (file.get_slice(f"model.layers.0.mlp.down_proj.weight{suffix}") for suffix in ("", "_scale"))
@@ -99,7 +105,10 @@ def test_casting_leaves_the_encoded_bytes_alone(encoded):
             change(layer)
         except ValueError:
             continue
-        assert all(torch.equal(buffer, layer.export()[suffix]) and buffer.dtype == layer.export()[suffix].dtype for suffix, buffer in before.items())
+        assert all(
+            torch.equal(buffer, layer.export()[suffix]) and buffer.dtype == layer.export()[suffix].dtype
+            for suffix, buffer in before.items()
+        )
 
 
 def test_training_a_frozen_model_through_compile(encoded):
@@ -171,7 +180,11 @@ KEY = "model.layers.0.mlp.up_proj.weight"
         ),
         ({"change": {f"{KEY}_scale": lambda t: t.repeat(1, 2)}}, CheckpointError, f"{KEY}_scale is F32 \\(176, 2\\)"),
         ({"config": {"format": 2}}, CheckpointError, "format 2; expected at most 1; upgrade arctic-plugins"),
-        ({"config": {"codecs": {"fp8": {"type": "fp3"}}}}, PluginNotFoundError, "codec type 'fp3' is provided by no installed plugin"),
+        (
+            {"config": {"codecs": {"fp8": {"type": "fp3"}}}},
+            PluginNotFoundError,
+            "codec type 'fp3' is provided by no installed plugin",
+        ),
         ({"config": {"codecs": {"fp8": {"type": "fp8", "bits": 5}}}}, CheckpointError, "is not valid"),
         ({"config": {"codecs": {}}}, CheckpointError, "names the codecs \\['fp8'\\]"),
         ({"config": {"modules": {"nothing": "fp8"}}}, CheckpointError, "matches no linear module"),
@@ -203,14 +216,22 @@ def test_what_is_known_to_fail_fails_before_weights_are_read(encoded, tiny_check
         load_model(
             tiny_checkpoint,
             FP8,
-            device_map={"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"},
+            device_map={
+                "model.embed_tokens": "cpu",
+                "model.layers": "disk",
+                "model.norm": "cpu",
+                "model.rotary_emb": "cpu",
+                "lm_head": "cpu",
+            },
         )
 
 
 def test_zero_stage_3_is_refused(tiny_checkpoint):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     kept = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})  # in force as long as it lives
-    with pytest.raises(ConfigError, match="ZeRO stage 3, which splits weights while they are loaded; expected stage 1 or 2"):
+    with pytest.raises(
+        ConfigError, match="ZeRO stage 3, which splits weights while they are loaded; expected stage 1 or 2"
+    ):
         load_model(tiny_checkpoint)
     del kept
     load_model(tiny_checkpoint)
@@ -250,9 +271,11 @@ def test_merging_adds_the_update_to_the_weights_before_encoding(adapter, tiny_ch
     merged, _ = load_model(merge_adapter(directory, tmp_path / "merged"))
     assert sum(isinstance(module, FrozenLinear) for module in merged.modules()) == 14
     assert (logits(merged) - expected).norm() / expected.norm() < 0.5  # the rounding of 14 random layers to 8 bits
-    update = next(module for name, module in load_checkpoint(directory)[0].named_modules() if name.endswith("layers.0.mlp.up_proj")).get_delta_weight(
-        "default"
-    )
+    update = next(
+        module
+        for name, module in load_checkpoint(directory)[0].named_modules()
+        if name.endswith("layers.0.mlp.up_proj")
+    ).get_delta_weight("default")
     plain = AutoModelForCausalLM.from_pretrained(tiny_checkpoint).model.layers[0].mlp.up_proj.weight
     layer = merged.model.layers[0].mlp.up_proj
     assert torch.equal(layer.weight, layer.codec.encode((plain + update).detach())[""])
@@ -283,7 +306,10 @@ def test_merging_what_is_no_adapter(encoded, tmp_path):
 def test_the_tokenizer_saved_with_an_adapter_stays_with_it(adapter, tmp_path):
     directory, _ = adapter
     (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
-    with pytest.raises(CheckpointError, match="chat_template.jinja has .* bytes.*if the change is yours, delete the entry 'chat_template.jinja'"):
+    with pytest.raises(
+        CheckpointError,
+        match="chat_template.jinja has .* bytes.*if the change is yours, delete the entry 'chat_template.jinja'",
+    ):
         load_checkpoint(directory)
     record = json.loads((directory / "arctic_plugins.json").read_text())
     del record["files"]["chat_template.jinja"]
@@ -298,15 +324,23 @@ def test_a_pickled_checkpoint_is_not_read(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "pickled")
     (tmp_path / "pickled" / "model.safetensors").unlink()
     torch.save(load_file(tiny_checkpoint / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="has no model.safetensors; expected weights in safetensors; convert pytorch_model.bin, a pickle"):
+    with pytest.raises(
+        CheckpointError,
+        match="has no model.safetensors; expected weights in safetensors; convert pytorch_model.bin, a pickle",
+    ):
         load_model(tmp_path / "pickled")
 
 
 def test_loading_reports_the_format_of_every_module(tiny_checkpoint, tmp_path, caplog):
-    stack = Stack.from_dict({"fp8": {"formats": {"**.mlp.*": {"bits": 6}, "**.self_attn.*": {"bits": 12, "group_size": 32}}}})
+    stack = Stack.from_dict(
+        {"fp8": {"formats": {"**.mlp.*": {"bits": 6}, "**.self_attn.*": {"bits": 12, "group_size": 32}}}}
+    )
     expected = {
         "lm_head: plain torch.float32",
-        *(f"model.layers.*.mlp.{part}_proj: fp8 (bits 6, group_size 128, scale mse)" for part in ("gate", "up", "down")),
+        *(
+            f"model.layers.*.mlp.{part}_proj: fp8 (bits 6, group_size 128, scale mse)"
+            for part in ("gate", "up", "down")
+        ),
         *(f"model.layers.*.self_attn.{part}_proj: fp8 (bits 12, group_size 32)" for part in "qkvo"),
     }
     with caplog.at_level("INFO", "arctic_plugins_huggingface"):
@@ -326,7 +360,10 @@ def test_a_codec_that_takes_nothing_is_told(tiny_checkpoint, tmp_path):
     shutil.copytree(tiny_checkpoint, tmp_path / "gpt2")
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
     load_model(tmp_path / "gpt2")
-    with pytest.raises(ClaimError, match=r"plugin 'fp8' takes nothing of this model, whose linear modules are lm_head; .*GPT-2's Conv1D"):
+    with pytest.raises(
+        ClaimError,
+        match=r"plugin 'fp8' takes nothing of this model, whose linear modules are lm_head; .*GPT-2's Conv1D",
+    ):
         load_model(tmp_path / "gpt2", Stack.from_dict({"fp8": {}}))
     with pytest.raises(ClaimError, match="include 'lm_head' matches only what 'exclude' takes out again"):
         load_model(tiny_checkpoint, Stack.from_dict({"fp8": {"include": ["**.mlp.*", "lm_head"]}}))
@@ -336,7 +373,14 @@ def test_a_codec_that_takes_nothing_is_told(tiny_checkpoint, tmp_path):
     ("model_type", "config", "expected"),
     [
         ("llama", {"max_position_embeddings": 512}, 512),
-        ("llama", {"max_position_embeddings": 512, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}, 2048),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 512,
+                "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
+            },
+            2048,
+        ),
         (
             "llama",
             {

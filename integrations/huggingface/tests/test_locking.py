@@ -15,7 +15,10 @@ def test_a_second_run_learns_whose_directory_it_is(tmp_path):
     output = tmp_path / "out, ünïcode"
     with in_use_by_us(output):
         with (
-            pytest.raises(ConfigError, match=rf"out, ünïcode is in use by process {os.getpid()} on .*, since .*; wait until it ends"),
+            pytest.raises(
+                ConfigError,
+                match=rf"out, ünïcode is in use by process {os.getpid()} on .*, since .*; wait until it ends",
+            ),
             in_use_by_us(output),
         ):
             pytest.fail("two runs in one directory")
@@ -33,7 +36,9 @@ def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
         "import os, sys; from pathlib import Path; from arctic_plugins_huggingface.locking import in_use_by_us\n"
         "with in_use_by_us(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
-    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], timeout=300, check=False).returncode == -9
+    assert (
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], timeout=300, check=False).returncode == -9
+    )
     assert (tmp_path / "out" / LOCK).read_text().startswith("process ")
     with in_use_by_us(tmp_path / "out"):
         pass

@@ -57,7 +57,9 @@ def test_the_same_as_in_memory(tiny_checkpoint, tmp_path, make_adapter, monkeypa
 
 
 def test_an_encoded_base(tiny_checkpoint, tmp_path, make_adapter, monkeypatch):
-    encoded = save_checkpoint(*load_model(tiny_checkpoint, stack := Stack.from_dict({"fp8": {}})), tmp_path / "encoded", stack)
+    encoded = save_checkpoint(
+        *load_model(tiny_checkpoint, stack := Stack.from_dict({"fp8": {}})), tmp_path / "encoded", stack
+    )
     adapter = make_adapter(encoded, {"lora": LORA})
     expected = states(in_memory(monkeypatch, adapter, tmp_path / "memory"))
     monkeypatch.setattr(merging_module, "load_model", None)
@@ -104,7 +106,9 @@ def test_what_does_not_fit_is_named(tiny_checkpoint, tmp_path, make_adapter, mon
     from safetensors.torch import load_file, save_file
 
     adapter = make_adapter(tiny_checkpoint, {"lora": LORA})
-    (adapter / "arctic_plugins.json").write_text(json.dumps(json.loads((adapter / "arctic_plugins.json").read_text()) | {"files": {}}))
+    (adapter / "arctic_plugins.json").write_text(
+        json.dumps(json.loads((adapter / "arctic_plugins.json").read_text()) | {"files": {}})
+    )
     weights = adapter / "adapter_model.safetensors"
     tensors = load_file(weights)
     name = "base_model.model.model.layers.0.mlp.up_proj.lora_B.weight"
@@ -120,7 +124,11 @@ def test_what_does_not_fit_is_named(tiny_checkpoint, tmp_path, make_adapter, mon
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"], ["q_proj"]], ids="-".join)
+@pytest.mark.parametrize(
+    "targets",
+    [["q_proj", "lm_head"], ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"], ["q_proj"]],
+    ids="-".join,
+)
 @pytest.mark.parametrize("codec", [{"fp8": {"group_size": 64}}, {}], ids=["fp8", "plain"])
 @pytest.mark.parametrize("stored", ["once", "twice"])
 def test_a_head_that_is_tied_to_the_embedding(tmp_path, make_adapter, targets, codec, stored):
@@ -128,7 +136,11 @@ def test_a_head_that_is_tied_to_the_embedding(tmp_path, make_adapter, targets, c
     base = tiny_model(tmp_path / "tied", "llama", tie_word_embeddings=True)
     if stored == "twice":
         tensors = load_file(base / "model.safetensors")
-        save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / "model.safetensors", metadata={"format": "pt"})
+        save_file(
+            {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()},
+            base / "model.safetensors",
+            metadata={"format": "pt"},
+        )
     adapter = make_adapter(base, {**codec, "lora": {**LORA, "target_modules": targets}})
     ids = torch.arange(5, 40)[None]
     with torch.no_grad():

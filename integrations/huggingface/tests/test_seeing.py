@@ -21,7 +21,13 @@ def recipe(tiny_checkpoint, tmp_path):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
 
     def write(*, data=None, plugins=None, **training):
-        base = {"output_dir": str(tmp_path / "out"), "per_device_train_batch_size": 3, "use_cpu": True, "bf16": False, "save_strategy": "no"}
+        base = {
+            "output_dir": str(tmp_path / "out"),
+            "per_device_train_batch_size": 3,
+            "use_cpu": True,
+            "bf16": False,
+            "save_strategy": "no",
+        }
         content = {
             "model": str(tiny_checkpoint),
             "plugins": {"fp8": {"include": ["**.mlp.*"]}, "lora": {"r": 4}} if plugins is None else plugins,
@@ -44,7 +50,9 @@ def dry_run(capsys, path, *options):
 
 def test_a_dry_run_shows_the_stack_and_every_module_and_touches_nothing(recipe, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: pytest.fail("weights were read")
+    )
     path = recipe(max_steps=7)
     before = sorted(tmp_path.rglob("*"))
     text = dry_run(capsys, path)
@@ -98,10 +106,14 @@ def test_a_dry_run_of_an_encoded_checkpoint_and_of_a_stream(recipe, tiny_checkpo
 def test_lines_without_a_terminal_and_a_summary(recipe, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as ended:
-        main(["train", str(recipe(max_steps=4, logging_steps=2, data={"max_length": 16, "eval_size": 4}, eval_steps=2))])
+        main(
+            ["train", str(recipe(max_steps=4, logging_steps=2, data={"max_length": 16, "eval_size": 4}, eval_steps=2))]
+        )
     out = capsys.readouterr().out
     assert ended.value.code == 0, out
-    assert re.search(r"^data: 37 rows, [\d,]+ tokens; \d+ of them truncated, .*; 4 rows to evaluate on$", out, re.MULTILINE)
+    assert re.search(
+        r"^data: 37 rows, [\d,]+ tokens; \d+ of them truncated, .*; 4 rows to evaluate on$", out, re.MULTILINE
+    )
     assert re.search(r"step 2/4 · loss \d+\.\d{4} · [\d,]+ tokens/s · \d+\.\d\d GB · \d+ s left", out)
     assert re.search(r"step 4/4 · eval loss \d+\.\d{4}", out)
     summary = out.partition("summary")[2]
@@ -139,4 +151,6 @@ def test_report_to_is_the_users(recipe, monkeypatch):
     assert training_arguments(Recipe.from_file(recipe())).report_to == []
     monkeypatch.setattr("arctic_plugins_huggingface.sft.get_available_reporting_integrations", lambda: ["wandb"])
     assert training_arguments(Recipe.from_file(recipe(report_to="wandb"))).report_to == ["wandb"]
-    assert training_arguments(Recipe.from_file(recipe(learning_rate="1e-3"))).learning_rate == 1e-3, "YAML reads 1e-3 as a text"
+    assert training_arguments(Recipe.from_file(recipe(learning_rate="1e-3"))).learning_rate == 1e-3, (
+        "YAML reads 1e-3 as a text"
+    )

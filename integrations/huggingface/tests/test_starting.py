@@ -37,10 +37,17 @@ def test_loading_needs_no_trainer_no_adapters_and_no_data():
 )
 def test_an_error_in_a_recipe_is_told_before_libraries_are_imported(tmp_path, tiny_checkpoint, change, message):
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
-    recipe = {"model": str(tiny_checkpoint), "plugins": {"fp8": {}, "lora": {}}, "data": {"path": str(tmp_path / "rows.jsonl"), "format": "alpaca"}}
+    recipe = {
+        "model": str(tiny_checkpoint),
+        "plugins": {"fp8": {}, "lora": {}},
+        "data": {"path": str(tmp_path / "rows.jsonl"), "format": "alpaca"},
+    }
     path = tmp_path / "recipe.yaml"
     path.write_text(json.dumps(recipe | {"training": {"output_dir": str(tmp_path / "out")}} | change))
-    code = "from arctic_plugins.cli import main\ntry:\n    main(['train', sys.argv[1]])\nexcept SystemExit as ended:\n    assert ended.code == 2"
+    code = (
+        "from arctic_plugins.cli import main\ntry:\n    main(['train', sys.argv[1]])\nexcept SystemExit as "
+        "ended:\n    assert ended.code == 2"
+    )
     modules, said = imported(code, str(path))
     assert modules == []
     assert message in said

@@ -24,7 +24,9 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 
 
 def example(sql: str) -> Example:
-    return Example(template="any", schema="pets(id int, name text, kind text, weight real)", question="?", sql=sql, setup=SETUP)
+    return Example(
+        template="any", schema="pets(id int, name text, kind text, weight real)", question="?", sql=sql, setup=SETUP
+    )
 
 
 def tables(examples: list[Example]) -> set[str]:
@@ -50,7 +52,11 @@ def test_the_hash_seed_of_the_process_does_not_matter(held_out: list[Example]) -
     code = "from arctic_plugins_huggingface.demo.text_to_sql import *; print(generate(24, seed=3, split='test'))"
     path = Path(__file__).parents[1]
     made = subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONHASHSEED": "7", "PYTHONPATH": str(path)}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={"PYTHONHASHSEED": "7", "PYTHONPATH": str(path)},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert made.stdout.strip() == str(held_out[:24])
 
@@ -69,7 +75,9 @@ def test_the_templates_are_all_there_and_balanced(train: list[Example], held_out
         counts = [sum(row.template == template for row in examples) for template in TEMPLATES]
         assert counts == [len(examples) // len(TEMPLATES)] * len(TEMPLATES)
     queries = " ".join(row.sql for row in held_out)
-    assert all(word in queries for word in (" JOIN ", " GROUP BY ", " ORDER BY ", " LIMIT ", "COUNT(*)", "AVG(", "DISTINCT"))
+    assert all(
+        word in queries for word in (" JOIN ", " GROUP BY ", " ORDER BY ", " LIMIT ", "COUNT(*)", "AVG(", "DISTINCT")
+    )
 
 
 def test_every_query_runs_on_its_schema_and_returns_rows(train: list[Example], held_out: list[Example]) -> None:
@@ -120,7 +128,10 @@ def test_the_prompt_is_what_the_alpaca_record_makes(tmp_path: Path, held_out: li
         ("SELECT name FROM pets WHERE kind = 'dog'", 'SELECT p.Name FROM pets AS p WHERE p.kind = "dog" ORDER BY name'),
         ("SELECT name FROM pets ORDER BY weight DESC", "SELECT name FROM pets ORDER BY -weight"),
         ("SELECT AVG(weight) FROM pets", "SELECT SUM(weight) / 3 + 1e-9 FROM pets"),
-        ("SELECT kind, COUNT(*) FROM pets GROUP BY kind", "SELECT kind, COUNT(id) * 1.0 FROM pets GROUP BY 1 ORDER BY 2 DESC"),
+        (
+            "SELECT kind, COUNT(*) FROM pets GROUP BY kind",
+            "SELECT kind, COUNT(id) * 1.0 FROM pets GROUP BY 1 ORDER BY 2 DESC",
+        ),
         ("SELECT NULL, 1 UNION ALL SELECT 'x', 2", "SELECT 'x', 2.0 UNION ALL SELECT NULL, 1"),
     ],
 )
@@ -225,4 +236,6 @@ def test_accuracy_is_counted_by_template() -> None:
 
 def test_the_module_does_not_need_torch() -> None:
     path = Path(__file__).parents[1] / "arctic_plugins_huggingface/demo/text_to_sql.py"
-    assert not re.search(r"import (torch|transformers|peft)|from (torch|transformers|peft)", path.read_text(encoding="utf-8"))
+    assert not re.search(
+        r"import (torch|transformers|peft)|from (torch|transformers|peft)", path.read_text(encoding="utf-8")
+    )

@@ -22,13 +22,23 @@ from arctic_plugins.testing import tiny_model
 
 PLUGINS = {"fp8": {}, "lora": {"r": 8, "alpha": 32}}
 RECORDS = [{"instruction": f"Say the number {number}.", "output": str(number)} for number in range(10, 26)]
-QUICK = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2, "logging_steps": 1, "seed": 0}
+QUICK = {
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "seed": 0,
+}
 
 
 @pytest.fixture
 def rows(tiny_checkpoint):
     _, tokenizer = load_model(tiny_checkpoint)
-    return [{"input_ids": ids, "labels": ids} for ids in tokenizer(["the number 12 the number 12", "another number is 13 not 12"] * 8)["input_ids"]]
+    return [
+        {"input_ids": ids, "labels": ids}
+        for ids in tokenizer(["the number 12 the number 12", "another number is 13 not 12"] * 8)["input_ids"]
+    ]
 
 
 def test_arguments_come_from_the_command_line(tmp_path):
@@ -37,7 +47,9 @@ def test_arguments_come_from_the_command_line(tmp_path):
     )
     assert args.plugins == PLUGINS
     assert (
-        Stack.from_dict(ArcticTrainingArguments(output_dir=str(tmp_path), plugins=args.to_dict()["plugins"]).plugins).to_dict()
+        Stack.from_dict(
+            ArcticTrainingArguments(output_dir=str(tmp_path), plugins=args.to_dict()["plugins"]).plugins
+        ).to_dict()
         == Stack.from_dict(PLUGINS).to_dict()
     )
 
@@ -52,8 +64,13 @@ def test_arguments_come_from_a_file(tmp_path, suffix):
 
 
 def test_every_training_argument_keeps_its_meaning(tmp_path):
-    ours, theirs = ArcticTrainingArguments(output_dir=str(tmp_path), use_cpu=True), TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
-    assert {field.name for field in dataclasses.fields(ours)} - {field.name for field in dataclasses.fields(theirs)} == {"plugins"}
+    ours, theirs = (
+        ArcticTrainingArguments(output_dir=str(tmp_path), use_cpu=True),
+        TrainingArguments(output_dir=str(tmp_path), use_cpu=True),
+    )
+    assert {field.name for field in dataclasses.fields(ours)} - {
+        field.name for field in dataclasses.fields(theirs)
+    } == {"plugins"}
 
 
 def test_bad_plugins_are_known_when_the_arguments_are_made(tmp_path):
@@ -67,14 +84,22 @@ def test_lora_chooses_the_checkpointing_that_gives_gradients(tmp_path):
     args = ArcticTrainingArguments(output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing=True, plugins=PLUGINS)
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": False}
     args = ArcticTrainingArguments(
-        output_dir=str(tmp_path), use_cpu=True, gradient_checkpointing=True, plugins=PLUGINS, gradient_checkpointing_kwargs={"use_reentrant": True}
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        gradient_checkpointing=True,
+        plugins=PLUGINS,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
     )
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=["plain", "checkpointing", "bf16"])
+@pytest.mark.parametrize(
+    "options", [{}, {"gradient_checkpointing": True}, {"bf16": True}], ids=["plain", "checkpointing", "bf16"]
+)
 def test_an_unmodified_trainer_trains_and_marks_its_checkpoints(tiny_checkpoint, rows, tmp_path, options):
-    args = ArcticTrainingArguments(output_dir=str(tmp_path), max_steps=6, save_steps=3, plugins=PLUGINS, **QUICK, **options)
+    args = ArcticTrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, save_steps=3, plugins=PLUGINS, **QUICK, **options
+    )
     stack = Stack.from_dict(args.plugins)
     model, tokenizer = load_model(tiny_checkpoint, stack)
     base = {name: buffer.clone() for name, buffer in model.state_dict().items() if "lora" not in name}
@@ -83,7 +108,9 @@ def test_an_unmodified_trainer_trains_and_marks_its_checkpoints(tiny_checkpoint,
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.3
-    assert all(torch.equal(buffer, base[name]) for name, buffer in model.state_dict().items() if name in base), "frozen weights changed"
+    assert all(torch.equal(buffer, base[name]) for name, buffer in model.state_dict().items() if name in base), (
+        "frozen weights changed"
+    )
     for step in (3, 6):
         assert read_provenance(tmp_path / f"checkpoint-{step}").sha256 == stack.sha256()
     assert "model.safetensors" not in {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
@@ -97,7 +124,12 @@ def test_checkpointing_does_not_change_the_losses(tiny_checkpoint, rows, tmp_pat
     losses = []
     for checkpointing in (False, True):
         args = ArcticTrainingArguments(
-            output_dir=str(tmp_path), max_steps=4, save_strategy="no", plugins=PLUGINS, gradient_checkpointing=checkpointing, **QUICK
+            output_dir=str(tmp_path),
+            max_steps=4,
+            save_strategy="no",
+            plugins=PLUGINS,
+            gradient_checkpointing=checkpointing,
+            **QUICK,
         )
         torch.manual_seed(0)
         stack = Stack.from_dict(PLUGINS)
@@ -114,7 +146,9 @@ def test_trls_sfttrainer_trains_likewise(tiny_checkpoint, tmp_path):
     data = tmp_path / "data.json"
     data.write_text(json.dumps(RECORDS))
     rows = load_data(DataConfig(path=str(data)), tokenizer).train
-    args = SFTConfig(output_dir=str(tmp_path / "out"), max_steps=6, save_steps=6, gradient_checkpointing=False, bf16=False, **QUICK)
+    args = SFTConfig(
+        output_dir=str(tmp_path / "out"), max_steps=6, save_steps=6, gradient_checkpointing=False, bf16=False, **QUICK
+    )
     trainer = attach(SFTTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer), stack)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -125,7 +159,12 @@ def test_trls_sfttrainer_trains_likewise(tiny_checkpoint, tmp_path):
 def write_recipe(tmp_path, checkpoint, **changes):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps(record) for record in RECORDS))
     training = {"output_dir": str(tmp_path / "out"), "max_steps": 4, "save_strategy": "no", "bf16": False, **QUICK}
-    recipe = {"model": str(checkpoint), "plugins": PLUGINS, "data": {"path": "data.jsonl", "max_length": 128}, "training": training}
+    recipe = {
+        "model": str(checkpoint),
+        "plugins": PLUGINS,
+        "data": {"path": "data.jsonl", "max_length": 128},
+        "training": training,
+    }
     for key, value in changes.items():
         section, _, leaf = key.partition("__")
         if leaf:
@@ -150,7 +189,9 @@ def test_a_recipe_trains_merges_and_answers(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "paged_adamw_8bit"])
 def test_optimizers_of_bitsandbytes(tiny_checkpoint, tmp_path, optimizer):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    result = train(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint, training__optim=optimizer, training__max_steps=12)))
+    result = train(
+        Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint, training__optim=optimizer, training__max_steps=12))
+    )
     found = [entry["loss"] for entry in result.history if "loss" in entry]
     assert found[-1] < found[0] - 0.5
 
@@ -180,7 +221,11 @@ def test_batched_answers_equal_single_ones(tiny_checkpoint):
         ({"data__path": "nowhere.json"}, DataError, r"data\.path .*nowhere\.json does not exist"),
         ({"data__format": "alpca"}, ConfigError, r"data\.format is 'alpca'; expected 'alpaca'"),
         ({"training__packing": True}, ConfigError, r"training\.packing is set; expected data\.packing instead"),
-        ({"training__learning_rat": 1}, ConfigError, r"training\.learning_rat is not a training argument; did you mean 'learning_rate'"),
+        (
+            {"training__learning_rat": 1},
+            ConfigError,
+            r"training\.learning_rat is not a training argument; did you mean 'learning_rate'",
+        ),
         ({"training__lr_scheduler_type": "zigzag"}, ConfigError, "training is not valid: .*zigzag"),
         ({"training": {}}, ConfigError, r"training\.output_dir is missing"),
         ({"plugins": {"fp9": {}}}, PluginNotFoundError, "did you mean 'fp8'"),
@@ -196,7 +241,10 @@ def test_an_output_that_exists_is_not_overwritten(tiny_checkpoint, tmp_path):
     (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
     (tmp_path / "out" / "precious").write_text("mine")
     recipe = Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint))
-    with pytest.raises(ConfigError, match="exists and is not empty; expected a new directory; --resume continues .* --overwrite removes"):
+    with pytest.raises(
+        ConfigError,
+        match="exists and is not empty; expected a new directory; --resume continues .* --overwrite removes",
+    ):
         train(recipe)
     assert train(recipe, overwrite=True).steps == 4
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"precious", "final"}
@@ -225,9 +273,13 @@ def newest(tmp_path):
 
 
 def test_a_run_that_diverges_stops_before_it_spoils_its_weights(tiny_checkpoint, tmp_path):
-    path = write_recipe(tmp_path, tiny_checkpoint, training__learning_rate=1e30, training__save_strategy="steps", training__save_steps=1)
+    path = write_recipe(
+        tmp_path, tiny_checkpoint, training__learning_rate=1e30, training__save_strategy="steps", training__save_steps=1
+    )
     with pytest.raises(
-        Diverged, match=r"the loss of step 2 is not finite; .*; the newest checkpoint is .*checkpoint-1; lower training.learning_rate"
+        Diverged,
+        match=r"the loss of step 2 is not finite; .*; the newest checkpoint is .*checkpoint-1; "
+        r"lower training.learning_rate",
     ):
         train(Recipe.from_file(path))
     assert {"checkpoint-1"} == {name for name in newest(tmp_path) if name not in ("README.md",)}
@@ -238,7 +290,12 @@ def test_a_run_that_diverges_stops_before_it_spoils_its_weights(tiny_checkpoint,
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_gradient_that_is_not_finite_is_not_used(tiny_checkpoint, rows, tmp_path, accumulate):
     args = ArcticTrainingArguments(
-        output_dir=str(tmp_path / "out"), max_steps=4, save_strategy="no", plugins=PLUGINS, gradient_accumulation_steps=accumulate, **QUICK
+        output_dir=str(tmp_path / "out"),
+        max_steps=4,
+        save_strategy="no",
+        plugins=PLUGINS,
+        gradient_accumulation_steps=accumulate,
+        **QUICK,
     )
     stack = Stack.from_dict(PLUGINS)
     model, _ = load_model(tiny_checkpoint, stack)
@@ -254,7 +311,14 @@ def test_a_step_that_is_not_finite_can_be_left_out(tiny_checkpoint, rows, tmp_pa
     stack = Stack.from_dict(PLUGINS)
 
     def run(spoilt, name):
-        args = ArcticTrainingArguments(output_dir=str(tmp_path / name), max_steps=14, save_strategy="no", weight_decay=0.1, plugins=PLUGINS, **QUICK)
+        args = ArcticTrainingArguments(
+            output_dir=str(tmp_path / name),
+            max_steps=14,
+            save_strategy="no",
+            weight_decay=0.1,
+            plugins=PLUGINS,
+            **QUICK,
+        )
         torch.manual_seed(0)
         model, _ = load_model(tiny_checkpoint, stack)
         trainer = attach(Trainer(model=model, args=args, train_dataset=rows), stack, skip_nonfinite=True)
@@ -287,7 +351,9 @@ class Recorder(TrainerCallback):
 
 
 def test_weights_that_are_not_finite_are_not_saved(tiny_checkpoint, tmp_path, monkeypatch):
-    path = write_recipe(tmp_path, tiny_checkpoint, training__learning_rate=1e300)  # beyond float32, in which the step is made
+    path = write_recipe(
+        tmp_path, tiny_checkpoint, training__learning_rate=1e300
+    )  # beyond float32, in which the step is made
     with pytest.raises(Diverged, match="of step [12] is not finite"):
         train(Recipe.from_file(path))
     assert not (tmp_path / "out" / "final").exists()
@@ -296,7 +362,11 @@ def test_weights_that_are_not_finite_are_not_saved(tiny_checkpoint, tmp_path, mo
 def test_rows_longer_than_the_models_positions_are_told_before_weights_are_read(tmp_path):
     model = tiny_model(tmp_path / "short", "llama", max_position_embeddings=16)
     path = write_recipe(tmp_path, model)
-    with pytest.raises(DataError, match=r"has \d+ tokens, and the model has 16 positions; expected data\.max_length of at most 16; .*plugin 'rope'"):
+    with pytest.raises(
+        DataError,
+        match=r"has \d+ tokens, and the model has 16 positions; expected "
+        r"data\.max_length of at most 16; .*plugin 'rope'",
+    ):
         prepare(Recipe.from_file(path))
     recipe = Recipe.from_file(path)
     longer = recipe.model_copy(update={"plugins": {**recipe.plugins, "rope": {"type": "linear", "factor": 8.0}}})

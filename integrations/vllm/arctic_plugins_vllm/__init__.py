@@ -17,8 +17,8 @@ def register() -> None:
     """The ``vllm.general_plugins`` entry point: adds the quantization method ``arctic``, a reader for every format that
     ``arctic convert`` reads and vLLM does not, and plugins' models and RoPE types that vLLM does not have. Idempotent.
 
-    vLLM calls it in every process that it starts, without configuration. It swallows errors of the import of an entry point but not those of its
-    call, so all work, and all that can fail, is in here.
+    vLLM calls it in every process that it starts, without configuration. It swallows errors of the import of an entry
+    point but not those of its call, so all work, and all that can fail, is in here.
     """
     from arctic_plugins.errors import HostVersionError
     from arctic_plugins.resolver import check_hosts
@@ -26,7 +26,9 @@ def register() -> None:
     try:
         check_hosts((), "vllm")
     except HostVersionError as error:
-        logger.warning("%s", error)  # vLLM would be stopped by an exception, also for models that have nothing to do with us
+        logger.warning(
+            "%s", error
+        )  # vLLM would be stopped by an exception, also for models that have nothing to do with us
     from arctic_plugins_vllm.compat import ModelRegistry, is_registered, register_quantization_config
 
     if is_registered("arctic"):
@@ -48,7 +50,9 @@ def register() -> None:
 
 
 def _register_config(model_type: str, classes: ModelClasses) -> None:
-    """Make transformers' ``Auto`` classes, with which vLLM reads checkpoints, know a model's config and tokenizer; what they have in-tree stays."""
+    """Make transformers' ``Auto`` classes, with which vLLM reads checkpoints, know a model's config and tokenizer; what
+    they have in-tree stays.
+    """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # in-tree ones only, in 5.19.0
 
@@ -60,5 +64,8 @@ def _register_config(model_type: str, classes: ModelClasses) -> None:
         AutoConfig.register(model_type, config := load(classes.config), exist_ok=True)
         if classes.tokenizer is not None:
             AutoTokenizer.register(config, tokenizer_class=load(classes.tokenizer), exist_ok=True)
-    except (ImportError, AttributeError) as error:  # vLLM would be stopped, also for other models; for this one it says that it does not know it
+    except (
+        ImportError,
+        AttributeError,
+    ) as error:  # vLLM would be stopped, also for other models; for this one it says that it does not know it
         logger.warning("model type '%s' is not available: %s cannot be imported: %s", model_type, classes.config, error)

@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 from vllm import EngineArgs, ModelRegistry
 from vllm.config import get_current_vllm_config_or_none, set_current_vllm_config
-from vllm.distributed import cleanup_dist_env_and_memory, get_tp_group, init_distributed_environment, initialize_model_parallel
+from vllm.distributed import (
+    cleanup_dist_env_and_memory,
+    get_tp_group,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
-from vllm.model_executor.layers.fused_moe.activation import ApplyMoEActivationConfig, MoEActivation, apply_moe_activation
+from vllm.model_executor.layers.fused_moe.activation import (
+    ApplyMoEActivationConfig,
+    MoEActivation,
+    apply_moe_activation,
+)
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
@@ -73,11 +82,17 @@ def is_registered(method: str) -> bool:
 def says(key: str) -> bool:
     """Whether the config of the model that is being built has ``key``."""
     config = get_current_vllm_config_or_none()
-    return config is not None and config.model_config is not None and bool(getattr(config.model_config.hf_config, key, False))
+    return (
+        config is not None
+        and config.model_config is not None
+        and bool(getattr(config.model_config.hf_config, key, False))
+    )
 
 
 def loading() -> tuple[str, int, bool]:
-    """Of the model that is being built: the checkpoint, the number of tensor parallel processes, and whether each reads files of its own."""
+    """Of the model that is being built: the checkpoint, the number of tensor parallel processes, and whether each reads
+    files of its own.
+    """
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None:
         return "", 1, False
@@ -92,19 +107,30 @@ def model_dtype() -> torch.dtype | None:
 
 
 def stored_dtype() -> torch.dtype | None:
-    """The dtype that the checkpoint of the model that is being built says of itself; None where it does not, and away from the CPU."""
+    """The dtype that the checkpoint of the model that is being built says of itself; None where it does not, and away
+    from the CPU.
+    """
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None or not current_platform.is_cpu():
         return None
-    found = getattr(config.model_config.hf_text_config, "dtype", None) or getattr(config.model_config.hf_config, "dtype", None)
+    found = getattr(config.model_config.hf_text_config, "dtype", None) or getattr(
+        config.model_config.hf_config, "dtype", None
+    )
     found = getattr(torch, found, None) if isinstance(found, str) else found
     return found if isinstance(found, torch.dtype) else None
 
 
 def expert_activation(layer: Any) -> dict[str, Any]:
-    """What :func:`activate_experts` needs to know of ``layer`` (a RoutedExperts): JSON types, as ``unquantized_fused_moe_method.py`` has them."""
-    gate = FusedMoEQuantConfig.make(gemm1_alpha=layer.swiglu_alpha, gemm1_beta=layer.swiglu_beta, gemm1_clamp_limit=layer.swiglu_limit)
-    return {"activation": layer.activation.value, **asdict(ApplyMoEActivationConfig.from_configs(layer.moe_config, gate))}
+    """What :func:`activate_experts` needs to know of ``layer`` (a RoutedExperts): JSON types, as
+    ``unquantized_fused_moe_method.py`` has them.
+    """
+    gate = FusedMoEQuantConfig.make(
+        gemm1_alpha=layer.swiglu_alpha, gemm1_beta=layer.swiglu_beta, gemm1_clamp_limit=layer.swiglu_limit
+    )
+    return {
+        "activation": layer.activation.value,
+        **asdict(ApplyMoEActivationConfig.from_configs(layer.moe_config, gate)),
+    }
 
 
 def activate_experts(activation: Mapping[str, Any], rows: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ __all__ = ["StoredEmbeddingMethod"]
 
 
 class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):
-    """A plain weight that is kept in ``stored`` where the model computes in a wider dtype: half of the bytes, and the same numbers.
+    """A plain weight that is kept in ``stored`` where the model computes in a wider dtype: half of the bytes, and the
+    same numbers.
 
-    A head is read whole for every token, and in float32 it is a third of SmolLM2-135M's bytes. Read in vllm 0.32.0: heads share their embedding's
-    parameter by ``tie_weights``, and logits are not part of the compiled graph.
+    A head is read whole for every token, and in float32 it is a third of SmolLM2-135M's bytes. Read in vllm 0.32.0:
+    heads share their embedding's parameter by ``tie_weights``, and logits are not part of the compiled graph.
     """
 
     def __init__(self, stored: torch.dtype) -> None:

@@ -20,9 +20,11 @@ __all__ = ["EncodedExpertsMethod"]
 
 
 class EncodedExpertsMethod(FusedMoEMethodBase):
-    """The two fused weights of a mixture's experts: ``w13 [E, 2I, K]`` and ``w2 [E, K, I]``, E and I being this process's.
+    """The two fused weights of a mixture's experts: ``w13 [E, 2I, K]`` and ``w2 [E, K, I]``, E and I being this
+    process's.
 
-    Codecs compute with the experts that received tokens; those of other processes (``layer.expert_map``) add nothing here.
+    Codecs compute with the experts that received tokens; those of other processes (``layer.expert_map``) add nothing
+    here.
 
     Args:
         up, down: codecs of the two.
@@ -45,14 +47,22 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
         }
         if found := [what for what, there in unsupported.items() if there]:
             raise ConfigError(
-                f"{prefix} is encoded and has {' and '.join(found)}", expected="experts without", fix="exclude the experts and encode again"
+                f"{prefix} is encoded and has {' and '.join(found)}",
+                expected="experts without",
+                fix="exclude the experts and encode again",
             )
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
         return None  # for vLLM's kernels, which are not used
 
     def create_weights(
-        self, layer: Any, num_experts: int, hidden_size: int, intermediate_size_per_partition: int, params_dtype: torch.dtype, **extra: Any
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
     ) -> None:
         """Register empty buffers for this process's experts and part of the intermediate size.
 
@@ -66,9 +76,16 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
             "w2": (num_experts, hidden_size, intermediate_size_per_partition),
         }
         on_disk = {"w13": (whole, hidden_size), "w2": (hidden_size, whole)}
-        layer.arctic_shapes, layer.arctic_seen, layer.arctic_names = (shapes["w13"], shapes["w2"]), {}, {"w13": {}, "w2": {}}
+        layer.arctic_shapes, layer.arctic_seen, layer.arctic_names = (
+            (shapes["w13"], shapes["w2"]),
+            {},
+            {"w13": {}, "w2": {}},
+        )
         layer.arctic_counts = not loading()[2]  # see EncodedLinearMethod
-        layer.arctic_parts, layer.arctic_activation = {"w13": num_experts * parts, "w2": num_experts}, json.dumps(expert_activation(layer))
+        layer.arctic_parts, layer.arctic_activation = (
+            {"w13": num_experts * parts, "w2": num_experts},
+            json.dumps(expert_activation(layer)),
+        )
         for leaf, shape in shapes.items():
             specs = self.codecs[leaf].layout(on_disk[leaf])
             for suffix, spec in self.codecs[leaf].layout(shape).items():
@@ -78,7 +95,13 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
                 loader = MethodType(_expert_loader(f"{self.prefix}.{name}", name, specs[suffix]), layer)
                 set_weight_attrs(param, {"weight_loader": loader, "arctic_loader": loader})
             if self.reader is not None:
-                plain = read(self.reader, self.codecs[leaf], on_disk[leaf][1], layer.arctic_names[leaf], f"{self.prefix}.{leaf}_weight")
+                plain = read(
+                    self.reader,
+                    self.codecs[leaf],
+                    on_disk[leaf][1],
+                    layer.arctic_names[leaf],
+                    f"{self.prefix}.{leaf}_weight",
+                )
                 getattr(layer, f"{leaf}_weight").weight_loader = MethodType(plain, layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -88,20 +111,36 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
                 check_seen(f"{self.prefix}.{name}", layer.arctic_seen[name], layer.arctic_parts[leaf])
 
     def apply(
-        self, layer: Any, x: Tensor, topk_weights: Tensor, topk_ids: Tensor, shared_experts: Any = None, shared_experts_input: Tensor | None = None
+        self,
+        layer: Any,
+        x: Tensor,
+        topk_weights: Tensor,
+        topk_ids: Tensor,
+        shared_experts: Any = None,
+        shared_experts_input: Tensor | None = None,
     ) -> Tensor:
         index = topk_ids.long()
         if layer.expert_map is not None:
             index = layer.expert_map[index].long()
-        up, down = ({suffix: getattr(layer, name) for suffix, name in names.items()} for names in layer.arctic_names.values())
+        up, down = (
+            {suffix: getattr(layer, name) for suffix, name in names.items()} for names in layer.arctic_names.values()
+        )
         return codec_experts(x, index, topk_weights, up, down, self.texts, layer.arctic_shapes, layer.arctic_activation)
 
 
 def _expert_loader(full_name: str, name: str, spec: TensorSpec) -> Callable[..., bool | None]:
-    """Loads one expert's buffer, laid out on disk as ``spec`` says: this process's rows of w1 and w3, its part along K of w2."""
+    """Loads one expert's buffer, laid out on disk as ``spec`` says: this process's rows of w1 and w3, its part along K
+    of w2.
+    """
 
     def arctic_weight_loader(
-        layer: Any, param: nn.Parameter, loaded_weight: Tensor, weight_name: str, shard_id: str, expert_id: int, return_success: bool = False
+        layer: Any,
+        param: nn.Parameter,
+        loaded_weight: Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
     ) -> bool | None:
         local = layer._map_global_expert_id_to_local_expert_id(expert_id)
         if local == -1:

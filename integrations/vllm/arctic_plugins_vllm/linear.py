@@ -48,7 +48,9 @@ class EncodedLinearMethod(LinearMethodBase):
         shape = (sum(output_partition_sizes), input_size_per_partition)
         on_disk, parts = self.codec.layout((1, input_size)), len(output_partition_sizes)
         layer.arctic_shape, layer.arctic_parts, layer.arctic_seen = shape, parts, {}
-        layer.arctic_counts = not loading()[2]  # files of single processes come without loaders, and vLLM itself misses what is not in them
+        layer.arctic_counts = not loading()[
+            2
+        ]  # files of single processes come without loaders, and vLLM itself misses what is not in them
         layout = self.codec.layout(shape)
         layer.arctic_names = {suffix: f"weight{suffix}" for suffix in layout}
         for suffix, spec in layout.items():
@@ -56,15 +58,20 @@ class EncodedLinearMethod(LinearMethodBase):
             layer.register_parameter(f"weight{suffix}", param)
             name = f"{self.prefix}.weight{suffix}"
             layer.arctic_seen[name] = set()
-            # Bound to the layer, as vLLM's own loaders are: what it keeps for a reload must not hold the layer (model_loader/reload/sanitize.py).
+            # Bound to the layer, as vLLM's own loaders are: what it keeps for a reload must not hold the layer
+            # (model_loader/reload/sanitize.py).
             loader = MethodType(_checked_loader(name, on_disk[suffix], parts, extra["weight_loader"].__func__), layer)
-            set_weight_attrs(param, {"output_dim": 0, "input_dim": spec.k_dim, "weight_loader": loader, "arctic_loader": loader})
+            set_weight_attrs(
+                param, {"output_dim": 0, "input_dim": spec.k_dim, "weight_loader": loader, "arctic_loader": loader}
+            )
         if self.reader is not None:
             whole = read(self.reader, self.codec, input_size, layer.arctic_names, f"{self.prefix}.weight")
             layer.weight.weight_loader = MethodType(whole, layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raise CheckpointError if a part of a fused weight, or all of it, never came. Called again after each reload of the layer."""
+        """Raise CheckpointError if a part of a fused weight, or all of it, never came. Called again after each reload
+        of the layer.
+        """
         for name, seen in layer.arctic_seen.items() if layer.arctic_counts else ():
             check_seen(name, seen, layer.arctic_parts)
 
@@ -75,10 +82,12 @@ class EncodedLinearMethod(LinearMethodBase):
 
 
 def _checked_loader(name: str, spec: TensorSpec, parts: int, host_loader: Callable[..., None]) -> Callable[..., None]:
-    """``host_loader`` (a method of vLLM's layer), which compares what it is given with the codec's layout and remembers it in
-    ``layer.arctic_seen``: vLLM does neither for quantized weights."""
+    """``host_loader`` (a method of vLLM's layer), which compares what it is given with the codec's layout and remembers
+    it in ``layer.arctic_seen``: vLLM does neither for quantized weights."""
 
-    def arctic_weight_loader(layer: Any, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: Any = None) -> None:
+    def arctic_weight_loader(
+        layer: Any, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: Any = None
+    ) -> None:
         check_loaded(name, loaded_weight, spec, rows=False)
         if loaded_shard_id is None:
             layer.arctic_seen[name].update(range(parts))  # fused on disk too, or not fused at all

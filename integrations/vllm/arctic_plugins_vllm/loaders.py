@@ -1,4 +1,5 @@
-"""Loading encoded weights into vLLM's layers: what the checkpoint holds is compared, counted, and made into buffers where it is something else.
+"""Loading encoded weights into vLLM's layers: what the checkpoint holds is compared, counted, and made into buffers
+where it is something else.
 
 vLLM neither compares shapes and dtypes of quantized weights nor notices that one never came.
 """
@@ -47,7 +48,9 @@ def convert(converter: Converter) -> Reader:
     return converted
 
 
-def read(reader: Reader, codec: Codec, in_features: int, names: Mapping[str, str], full_name: str) -> Callable[..., Any]:
+def read(
+    reader: Reader, codec: Codec, in_features: int, names: Mapping[str, str], full_name: str
+) -> Callable[..., Any]:
     """A weight loader that gives what ``reader`` makes of a weight to the loaders of the buffers.
 
     Args:
@@ -61,7 +64,10 @@ def read(reader: Reader, codec: Codec, in_features: int, names: Mapping[str, str
     def arctic_weight_loader(layer: Any, param: nn.Parameter, loaded_weight: Tensor, *args: Any, **kwargs: Any) -> Any:
         with named(full_name, CheckpointError, CodecError):
             buffers = reader(loaded_weight.to(param.device), codec, in_features)
-        results = [(own := getattr(layer, names[suffix])).arctic_loader(own, buffer, *args, **kwargs) for suffix, buffer in buffers.items()]
+        results = [
+            (own := getattr(layer, names[suffix])).arctic_loader(own, buffer, *args, **kwargs)
+            for suffix, buffer in buffers.items()
+        ]
         return results[0]
 
     return arctic_weight_loader
@@ -81,7 +87,8 @@ def check_seen(name: str, seen: set[Any], parts: int) -> None:
     """Raise CheckpointError unless all parts of a fused weight came; forget them."""
     if len(seen) < parts:
         raise CheckpointError(
-            f"{name} is missing from the checkpoint ({len(seen)} of {parts} parts are there)", fix="the checkpoint is incomplete: make it again"
+            f"{name} is missing from the checkpoint ({len(seen)} of {parts} parts are there)",
+            fix="the checkpoint is incomplete: make it again",
         )
     seen.clear()
 

@@ -1,7 +1,8 @@
 """A codec's linear, and the experts of a mixture, as one operator each that a compiler does not look into.
 
-vLLM compiles models by default. On CPU, what Inductor of torch 2.13 made of fp8 in plain torch took about three times as long as the codec's own
-blocks. On other devices nothing was measured, and the codec is traced. A codec with a linear of its own is left to it: that is an operator already.
+vLLM compiles models by default. On CPU, what Inductor of torch 2.13 made of fp8 in plain torch took about three times
+as long as the codec's own blocks. On other devices nothing was measured, and the codec is traced. A codec with a linear
+of its own is left to it: that is an operator already.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def codec_experts(
     shapes: tuple[tuple[int, int, int], tuple[int, int, int]],
     activation: str,
 ) -> Tensor:
-    """:func:`arctic_plugins.frozen.experts.mix_experts` of encoded weights, as one operator: which expert gets how many tokens depends on data.
+    """:func:`arctic_plugins.frozen.experts.mix_experts` of encoded weights, as one operator: which expert gets how many
+    tokens depends on data.
 
     Args:
         x, index, weights: as there.
@@ -99,17 +101,24 @@ def _experts(
     down_text: str,
     activation: str,
 ) -> Tensor:
-    def product(buffers: list[Tensor], suffixes: list[str], shape: list[int], text: str) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    def product(
+        buffers: list[Tensor], suffixes: list[str], shape: list[int], text: str
+    ) -> Callable[[Tensor, Sequence[int]], Tensor]:
         named = dict(zip(suffixes, buffers, strict=True))
         return lambda rows, counts: _codec(text).linear_experts(rows, named, tuple(shape), counts)  # type: ignore[arg-type]
 
-    up_product, down_product = product(up, up_suffixes, up_shape, up_text), product(down, down_suffixes, down_shape, down_text)
+    up_product, down_product = (
+        product(up, up_suffixes, up_shape, up_text),
+        product(down, down_suffixes, down_shape, down_text),
+    )
     act = json.loads(activation)
 
     def products(rows: Tensor, counts: Sequence[int]) -> Tensor:
         return down_product(activate_experts(act, up_product(rows, counts)), counts)
 
-    return mix_experts(x, index, weights, up_shape[0], lambda rows, counts: in_blocks(products, rows, counts, up_shape[1]))
+    return mix_experts(
+        x, index, weights, up_shape[0], lambda rows, counts: in_blocks(products, rows, counts, up_shape[1])
+    )
 
 
 def _experts_fake(x: Tensor, *_: Any) -> Tensor:
@@ -121,7 +130,8 @@ _library.define("codec_linear(Tensor x, Tensor[] buffers, str[] suffixes, str te
 _library.impl("codec_linear", _linear, "CPU")
 torch.library.register_fake("arctic_plugins::codec_linear", _fake, lib=_library)
 _library.define(
-    "codec_experts(Tensor x, Tensor index, Tensor weights, Tensor[] up, str[] up_suffixes, int[] up_shape, str up_text, "
+    "codec_experts(Tensor x, Tensor index, Tensor weights, Tensor[] up, str[] up_suffixes, int[] up_shape, str "
+    "up_text, "
     "Tensor[] down, str[] down_suffixes, int[] down_shape, str down_text, str activation) -> Tensor"
 )
 _library.impl("codec_experts", _experts, "CompositeExplicitAutograd")

@@ -1,7 +1,8 @@
-"""Quantization methods in vLLM: ``arctic``, whose codecs compute with what they encoded, and a reader for every format that can be converted.
+"""Quantization methods in vLLM: ``arctic``, whose codecs compute with what they encoded, and a reader for every format
+that can be converted.
 
-vLLM fuses q/k/v, gate/up and experts. The row law makes that simple: their buffers are put one below the other, as vLLM does with weights,
-and tensor parallelism takes rows, or slices along K that end at the codec's borders.
+vLLM fuses q/k/v, gate/up and experts. The row law makes that simple: their buffers are put one below the other, as vLLM
+does with weights, and tensor parallelism takes rows, or slices along K that end at the codec's borders.
 """
 
 from __future__ import annotations
@@ -41,12 +42,20 @@ logger = logging.getLogger(__name__)
 __all__ = ["ON_THE_FLY", "ArcticConfig", "ConvertedConfig"]
 
 ON_THE_FLY = "on_the_fly"
-"""Beside the keys of a ``quantization_config``, when it stands in ``hf_overrides``: the checkpoint is plain, and is encoded while it is loaded."""
+"""Beside the keys of a ``quantization_config``, when it stands in ``hf_overrides``: the checkpoint is plain, and is
+encoded while it is loaded.
+"""
 
 
 def keeps_bfloat16() -> bool:
-    """Whether plain weights stay in bfloat16 where the model computes in float32: a product that widens them in registers is installed."""
-    return model_dtype() == torch.float32 and stored_dtype() == torch.bfloat16 and process_registry().load_widening_linear() is not None
+    """Whether plain weights stay in bfloat16 where the model computes in float32: a product that widens them in
+    registers is installed.
+    """
+    return (
+        model_dtype() == torch.float32
+        and stored_dtype() == torch.bfloat16
+        and process_registry().load_widening_linear() is not None
+    )
 
 
 class CodecConfig(QuantizationConfig):
@@ -72,9 +81,15 @@ class CodecConfig(QuantizationConfig):
             return UnquantizedLinearMethod() if codec is None else EncodedLinearMethod(codec, prefix, self.reader)
         if codec is not None and isinstance(layer, VocabParallelEmbedding):
             raise CheckpointError(
-                f"{prefix} is encoded", expected="a plain output head, the only kind that vLLM serves", fix="exclude it and encode again"
+                f"{prefix} is encoded",
+                expected="a plain output head, the only kind that vLLM serves",
+                fix="exclude it and encode again",
             )
-        return StoredEmbeddingMethod(torch.bfloat16) if isinstance(layer, VocabParallelEmbedding) and keeps_bfloat16() else None
+        return (
+            StoredEmbeddingMethod(torch.bfloat16)
+            if isinstance(layer, VocabParallelEmbedding) and keeps_bfloat16()
+            else None
+        )
 
     @classmethod
     def get_supported_act_dtypes(cls) -> list[torch.dtype]:
@@ -86,7 +101,9 @@ class CodecConfig(QuantizationConfig):
 
 
 class ArcticConfig(CodecConfig):
-    """``quantization_config`` of a checkpoint; see :class:`arctic_plugins.frozen.ModuleCodecs`, also for the errors raised."""
+    """``quantization_config`` of a checkpoint; see :class:`arctic_plugins.frozen.ModuleCodecs`, also for the errors
+    raised.
+    """
 
     def __init__(self, codecs: ModuleCodecs, *, on_the_fly: bool = False) -> None:
         super().__init__()
@@ -94,15 +111,22 @@ class ArcticConfig(CodecConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ArcticConfig:
-        return cls(ModuleCodecs.from_config({key: value for key, value in config.items() if key != ON_THE_FLY}), on_the_fly=ON_THE_FLY in config)
+        return cls(
+            ModuleCodecs.from_config({key: value for key, value in config.items() if key != ON_THE_FLY}),
+            on_the_fly=ON_THE_FLY in config,
+        )
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Called by vLLM with the checkpoint's name before weights are read: the one place where its files can be checked."""
+        """Called by vLLM with the checkpoint's name before weights are read: the one place where its files can be
+        checked.
+        """
         if (Path(model_name) / FILE_NAME).is_file():
             check_files(model_name)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Raise CheckpointError, before anything is loaded, if the checkpoint was split for another number of processes: vLLM would load it."""
+        """Raise CheckpointError, before anything is loaded, if the checkpoint was split for another number of
+        processes: vLLM would load it.
+        """
         if not self.checked:
             checkpoint, size, by_process = loading()
             made = made_for(Path(checkpoint)) if checkpoint else None
@@ -114,7 +138,9 @@ class ArcticConfig(CodecConfig):
                     fix="'arctic serve' sets both; or make it again with another --tensor-parallel, or without",
                 )
             self.checked = True
-            if (dtype := model_dtype()) is not None and (line := warning_for(dtype, "vLLM's dtype", "give --dtype float32, as 'arctic serve' does")):
+            if (dtype := model_dtype()) is not None and (
+                line := warning_for(dtype, "vLLM's dtype", "give --dtype float32, as 'arctic serve' does")
+            ):
                 logger.warning(line)
         return super().get_quant_method(layer, prefix)
 
@@ -132,7 +158,9 @@ class ArcticConfig(CodecConfig):
 
     def linear_codec(self, layer: nn.Module, prefix: str) -> Codec | None:
         parent, _, leaf = prefix.rpartition(".")
-        return self._one_codec([f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(leaf, [leaf])])
+        return self._one_codec(
+            [f"{parent}.{part}" if parent else part for part in self.packed_modules_mapping.get(leaf, [leaf])]
+        )
 
     def experts_codecs(self, layer: Any, prefix: str) -> tuple[Codec, Codec] | None:
         leaves = [leaf for leaf in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if leaf is not None]
@@ -141,19 +169,25 @@ class ArcticConfig(CodecConfig):
         if up is None and down is None:
             return None
         if up is None or down is None:
-            raise CheckpointError(f"only one weight of {prefix} is encoded", expected="all of them, or none", fix="encode them together")
+            raise CheckpointError(
+                f"only one weight of {prefix} is encoded", expected="all of them, or none", fix="encode them together"
+            )
         return up, down
 
     def _one_codec(self, parts: list[str]) -> Codec | None:
         codecs = [self.codecs.codec_of(part) for part in parts]
         if len(set(codecs)) > 1:
             found = ", ".join(f"{part}: {codec}" for part, codec in zip(parts, codecs, strict=True))
-            raise CheckpointError(f"vLLM fuses modules with different codecs ({found})", expected="one codec", fix="encode them alike")
+            raise CheckpointError(
+                f"vLLM fuses modules with different codecs ({found})", expected="one codec", fix="encode them alike"
+            )
         return codecs[0]
 
 
 class ConvertedConfig(CodecConfig):
-    """A format that a plugin registered a converter for, read as ``arctic convert`` reads it; weights that are plain in there are encoded alike."""
+    """A format that a plugin registered a converter for, read as ``arctic convert`` reads it; weights that are plain in
+    there are encoded alike.
+    """
 
     format_name: ClassVar[str]
 
@@ -183,7 +217,10 @@ class ConvertedConfig(CodecConfig):
 
     def experts_codecs(self, layer: Any, prefix: str) -> tuple[Codec, Codec] | None:
         config = layer.moe_config
-        up, down = self._codec((config.intermediate_size, config.hidden_dim)), self._codec((config.hidden_dim, config.intermediate_size))
+        up, down = (
+            self._codec((config.intermediate_size, config.hidden_dim)),
+            self._codec((config.hidden_dim, config.intermediate_size)),
+        )
         return None if up is None or down is None else (up, down)
 
     def _codec(self, shape: tuple[int, int]) -> Codec | None:

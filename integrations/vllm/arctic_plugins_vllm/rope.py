@@ -21,8 +21,8 @@ __all__ = ["install"]
 
 @functools.cache
 def install() -> None:
-    """Let ``get_rope``, which vLLM's models take from its package when they are imported, know the types of plugins, and give checkpoints of ours all
-    positions that they ask for. Idempotent; other models get what vLLM gives them."""
+    """Let ``get_rope``, which vLLM's models take from its package when they are imported, know the types of plugins,
+    and give checkpoints of ours all positions that they ask for. Idempotent; other models get what vLLM gives them."""
     rotary_embedding.get_rope = _with_registered_types(rotary_embedding.get_rope)
 
 
@@ -40,9 +40,21 @@ def _with_registered_types(stock: Callable[..., Any]) -> Callable[..., Any]:
         parameters = dict(rope_parameters or {})
         kind = parameters.get("rope_type", "default")
         if kind in process_registry().rope_types() and kind not in ROPE_TYPES:
-            return _scaled(head_size, max_position, is_neox_style, json.dumps(parameters, sort_keys=True), dtype or torch.get_default_dtype())
-        if kind in ("dynamic", "ntk") and "factor" in parameters and "max_trained_positions" not in parameters and _is_ours():
-            # vLLM takes factor * max_position_embeddings for the longest text, and computes max_position_embeddings of the positions.
+            return _scaled(
+                head_size,
+                max_position,
+                is_neox_style,
+                json.dumps(parameters, sort_keys=True),
+                dtype or torch.get_default_dtype(),
+            )
+        if (
+            kind in ("dynamic", "ntk")
+            and "factor" in parameters
+            and "max_trained_positions" not in parameters
+            and _is_ours()
+        ):
+            # vLLM takes factor * max_position_embeddings for the longest text, and computes max_position_embeddings of
+            # the positions.
             if kind == "dynamic":
                 parameters["max_trained_positions"] = max_position
             max_position = int(max_position * parameters["factor"])
@@ -52,7 +64,9 @@ def _with_registered_types(stock: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_ours() -> bool:
-    """Whether the model that is being built is scaled by the ``rope`` plugin; versions before wrote no mark, but their provenance."""
+    """Whether the model that is being built is scaled by the ``rope`` plugin; versions before wrote no mark, but their
+    provenance.
+    """
     return says(ROPE_MARK) or (Path(loading()[0]) / FILE_NAME).is_file()
 
 
@@ -69,9 +83,18 @@ class _RegisteredRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
     """Frequencies and attention scaling of a registered function."""
 
     def __init__(
-        self, head_size: int, rotary_dim: int, length: int, base: float, is_neox_style: bool, dtype: torch.dtype, parameters: Mapping[str, Any]
+        self,
+        head_size: int,
+        rotary_dim: int,
+        length: int,
+        base: float,
+        is_neox_style: bool,
+        dtype: torch.dtype,
+        parameters: Mapping[str, Any],
     ) -> None:
-        self.inv_freq, self.attention_scaling = process_registry().load_rope_type(parameters["rope_type"])(parameters, rotary_dim)
+        self.inv_freq, self.attention_scaling = process_registry().load_rope_type(parameters["rope_type"])(
+            parameters, rotary_dim
+        )
         super().__init__(head_size, rotary_dim, length, base, is_neox_style, dtype)
 
     def _compute_inv_freq(self, base: float) -> Tensor:

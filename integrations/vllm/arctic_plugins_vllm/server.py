@@ -1,7 +1,9 @@
-"""vLLM's OpenAI server with options that are values: ``python -m arctic_plugins_vllm.server JSON [OPTION...]``. Read in vllm 0.32.0.
+"""vLLM's OpenAI server with options that are values: ``python -m arctic_plugins_vllm.server JSON [OPTION...]``. Read in
+vllm 0.32.0.
 
-``JSON`` is an object of option -> value, which stand where the command line says nothing. They partly come out of a checkpoint's files, and never
-pass through a line of options: vLLM's ``--config FILE`` would put them there (``FlexibleArgumentParser._pull_args_from_config``).
+``JSON`` is an object of option -> value, which stand where the command line says nothing. They partly come out of a
+checkpoint's files, and never pass through a line of options: vLLM's ``--config FILE`` would put them there
+(``FlexibleArgumentParser._pull_args_from_config``).
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from typing import Any
 __all__ = ["ENGINE_DIED", "parse"]
 
 ENGINE_DIED = 70
-"""Status where the engine died under the server: EX_SOFTWARE of ``sysexits.h``. vLLM's own ends with 0 then, and no supervisor starts it again."""
+"""Status where the engine died under the server: EX_SOFTWARE of ``sysexits.h``. vLLM's own ends with 0 then, and no
+supervisor starts it again.
+"""
 
 
 def parse(values: Mapping[str, Any], options: Sequence[str]) -> argparse.Namespace:
@@ -34,7 +38,10 @@ def parse(values: Mapping[str, Any], options: Sequence[str]) -> argparse.Namespa
     parser = make_arg_parser(FlexibleArgumentParser(prog="arctic serve"))
     known = {action.dest for action in parser._actions}
     if unknown := sorted(values.keys() - known):
-        raise ConfigError(f"a plugin sets vLLM's option '{unknown[0]}', which this version does not have", fix=suggest(unknown[0], known))
+        raise ConfigError(
+            f"a plugin sets vLLM's option '{unknown[0]}', which this version does not have",
+            fix=suggest(unknown[0], known),
+        )
     modules = [LoRAModulePath(**module) for module in values.get("lora_modules", ())]
     parser.set_defaults(**{**values, "lora_modules": modules or None})
     return parser.parse_args(list(options))
@@ -52,7 +59,9 @@ def _serve(args: argparse.Namespace) -> bool:
         async with build(*arguments, **keywords) as engine:
             shutdown = engine.shutdown
 
-            def asked_to(*arguments: Any, **keywords: Any) -> Any:  # by a signal, see ``serve_http``; it leaves the engine as its death does
+            def asked_to(
+                *arguments: Any, **keywords: Any
+            ) -> Any:  # by a signal, see ``serve_http``; it leaves the engine as its death does
                 nonlocal asked
                 asked = True
                 return shutdown(*arguments, **keywords)

@@ -23,20 +23,22 @@ MODULE = "arctic_plugins_vllm.server"
 LONGEST_VALUES = 100_000
 """Characters of JSON on the command line: Linux takes 128 KiB as one argument."""
 READ = {"config_format": "hf", "load_format": "safetensors"}
-"""What vLLM reads of a model: not the ``params.json`` and ``consolidated.safetensors`` that it would prefer, which nothing here has looked at, and no
-pickle (vllm 0.32.0: ``transformers_utils/config.py``, ``default_loader.py``)."""
+"""What vLLM reads of a model: not the ``params.json`` and ``consolidated.safetensors`` that it would prefer, which
+nothing here has looked at, and no pickle (vllm 0.32.0: ``transformers_utils/config.py``, ``default_loader.py``)."""
 CPU_CACHE_GIB = "2"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of ``CPUAttentionBackend.get_supported_head_sizes`` (vllm 0.32.0, ``v1/attention/backends/cpu_attn.py``). With others the server starts, says that
-it is healthy, and dies of the first request."""
+"""Of ``CPUAttentionBackend.get_supported_head_sizes`` (vllm 0.32.0, ``v1/attention/backends/cpu_attn.py``). With others
+the server starts, says that it is healthy, and dies of the first request."""
 
 
 def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
-    """``hf_overrides`` for ``LLM``, with which vLLM serves the plain ``checkpoint`` as ``stack`` says, encoding it while it is loaded.
+    """``hf_overrides`` for ``LLM``, with which vLLM serves the plain ``checkpoint`` as ``stack`` says, encoding it
+    while it is loaded.
 
     Raises:
-        ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is quantized already, or ``stack`` changes nothing.
+        ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is quantized already, or ``stack``
+            changes nothing.
         ClaimError: plugins clash over a module.
     """
     loading = _loading()
@@ -53,13 +55,15 @@ def _loading() -> Any:
         from arctic_plugins_huggingface import loading
     except ImportError as error:
         raise ConfigError(
-            f"plugins that change a model need arctic-plugins-huggingface ({error})", fix="pip install arctic-plugins-huggingface"
+            f"plugins that change a model need arctic-plugins-huggingface ({error})",
+            fix="pip install arctic-plugins-huggingface",
         ) from error
     return loading
 
 
 def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[str]:
-    """Arguments for this Python that start the server with ``options``, verbatim, and ``values`` of :func:`server_options`.
+    """Arguments for this Python that start the server with ``options``, verbatim, and ``values`` of
+    :func:`server_options`.
 
     Raises:
         ConfigError: the values are too long for a command line.
@@ -87,13 +91,14 @@ def server_options(
         plugins: what to make of a plain checkpoint while it is loaded.
 
     Returns:
-        Options of vLLM's server (field names of ``EngineArgs`` and ``FrontendArgs``) with their values, and environment variables to add.
+        Options of vLLM's server (field names of ``EngineArgs`` and ``FrontendArgs``) with their values, and environment
+            variables to add.
 
     Raises:
         HostVersionError: vLLM is not installed, or outside a plugin's range.
         CheckpointError: no checkpoint there, or one whose codec nobody here provides.
-        ConfigError: an adapter over encoded weights without a base that is encoded alike, an adapter that names a directory of this machine as its
-            base where ``base`` does not, or ``base`` for what is no adapter.
+        ConfigError: an adapter over encoded weights without a base that is encoded alike, an adapter that names a
+            directory of this machine as its base where ``base`` does not, or ``base`` for what is no adapter.
     """
     path = Path(os.path.abspath(checkpoint))  # so that "." has the name that an adapter is served under
     stack = Stack.from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
@@ -104,10 +109,14 @@ def server_options(
         check_directory(path)
         check_files(path)
         if not (path / WEIGHTS).is_file():  # or vLLM looks for a pickle
-            raise CheckpointError(f"{path} has no {WEIGHTS}", fix="the adapter is incomplete: copy it again, or save it again")
+            raise CheckpointError(
+                f"{path} has no {WEIGHTS}", fix="the adapter is incomplete: copy it again, or save it again"
+            )
     if is_adapter and "lora_modules" not in arguments:
         raise CheckpointError(
-            f"{checkpoint} is an adapter without {FILE_NAME}", expected="one that 'arctic train' wrote", fix="use vLLM's --lora-modules"
+            f"{checkpoint} is an adapter without {FILE_NAME}",
+            expected="one that 'arctic train' wrote",
+            fix="use vLLM's --lora-modules",
         )
     if base is not None:
         if not is_adapter:
@@ -115,11 +124,23 @@ def server_options(
         arguments["model"] = base
     if plugins is not None:
         if is_adapter:
-            raise ConfigError(f"--plugins is for models, and {checkpoint} is an adapter", fix="quantize its base, and name that with --base")
+            raise ConfigError(
+                f"--plugins is for models, and {checkpoint} is an adapter",
+                fix="quantize its base, and name that with --base",
+            )
         if _option(options, "hf-overrides") is not None:
-            raise ConfigError("--plugins and --hf-overrides both say what the model's config is", expected="one of them", fix="quantize first")
+            raise ConfigError(
+                "--plugins and --hf-overrides both say what the model's config is",
+                expected="one of them",
+                fix="quantize first",
+            )
         arguments["hf_overrides"] = on_the_fly(checkpoint, plugins)
-    if is_adapter and base is None and _option(options, "model") is None and (named := Path(arguments["model"])).exists():
+    if (
+        is_adapter
+        and base is None
+        and _option(options, "model") is None
+        and (named := Path(arguments["model"])).exists()
+    ):
         raise ConfigError(
             f"{checkpoint} names {named.absolute()}, a directory of this machine, as its base",
             expected="a hub id, or your word that it is the one",
@@ -132,7 +153,8 @@ def server_options(
         names = ",".join(plugin.name for plugin in stack.only("weight_codec"))
         raise ConfigError(
             f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
-            fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or 'arctic merge {checkpoint} OUT'",
+            fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or "
+            f"'arctic merge {checkpoint} OUT'",
         )
     others = stack.to_use().without("weight_codec", "placement", "adapter")
     if is_adapter and len(others):  # what a checkpoint of its own would say in its config
@@ -165,48 +187,71 @@ def server_options(
     if _runs_on_cpu():
         _check_heads(config, model)
         if (is_encoded or plugins is not None) and "--no-enforce-eager" not in options:
-            # Compiling takes about a minute. A model of 1.1B parameters in fp8 then generates a sixth faster (docs/fp8.md).
+            # Compiling takes about a minute. A model of 1.1B parameters in fp8 then generates a sixth faster
+            # (docs/fp8.md).
             arguments["enforce_eager"] = True
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             environment["VLLM_CPU_KVCACHE_SPACE"] = CPU_CACHE_GIB  # unset, vLLM takes most of the machine's memory
         if size is not None and size > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
-            environment["VLLM_CPU_OMP_THREADS_BIND"] = _shared_cores(size)  # unset, vLLM wants a NUMA node for each process
+            environment["VLLM_CPU_OMP_THREADS_BIND"] = _shared_cores(
+                size
+            )  # unset, vLLM wants a NUMA node for each process
     return arguments, environment
 
 
 def made_for(model: Path) -> int | None:
-    """For how many tensor parallel processes a checkpoint has files of their own (vllm 0.32.0: ``sharded_state_loader.py``); None for others."""
+    """For how many tensor parallel processes a checkpoint has files of their own (vllm 0.32.0:
+    ``sharded_state_loader.py``); None for others.
+    """
     names = (re.match(r"model-rank-(\d+)-part-", path.name) for path in model.glob("model-rank-*.safetensors"))
     ranks = {int(name[1]) for name in names if name}
     if ranks and ranks != set(range(len(ranks))):
         raise CheckpointError(
-            f"{model} has files of the processes {sorted(ranks)[:3]}...", expected="all from 0 on", fix="copy it again, or make it again"
+            f"{model} has files of the processes {sorted(ranks)[:3]}...",
+            expected="all from 0 on",
+            fix="copy it again, or make it again",
         )
     return len(ranks) or None
 
 
 def _is_mixture(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` speaks of experts, by one of the names of ``ModelConfig.get_num_experts`` (vllm 0.32.0)."""
+    """Whether a ``config.json`` speaks of experts, by one of the names of ``ModelConfig.get_num_experts`` (vllm
+    0.32.0).
+    """
     return any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
 def _check_heads(config: Mapping[str, Any], model: Path) -> None:
-    """Raise CheckpointError if the heads of ``model``, by its ``config``, have a size that vLLM's attention on CPU does not."""
+    """Raise CheckpointError if the heads of ``model``, by its ``config``, have a size that vLLM's attention on CPU does
+    not.
+    """
     nested = config.get("text_config")
     text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
     size, hidden, heads = (text.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
     if size is None and type(hidden) is int and type(heads) is int and heads > 0:
         size = hidden // heads
-    if type(size) is int and size not in CPU_HEAD_SIZES and "kv_lora_rank" not in text:  # which has heads of several sizes
+    if (
+        type(size) is int and size not in CPU_HEAD_SIZES and "kv_lora_rank" not in text
+    ):  # which has heads of several sizes
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
-        raise CheckpointError(f"{model} has heads of {size}", expected=f"one of {sizes} in vLLM on CPU", fix="generate with 'arctic generate'")
+        raise CheckpointError(
+            f"{model} has heads of {size}",
+            expected=f"one of {sizes} in vLLM on CPU",
+            fix="generate with 'arctic generate'",
+        )
 
 
 def _shared_cores(size: int) -> str:
-    """This process's cores in ``size`` parts, as ``VLLM_CPU_OMP_THREADS_BIND`` names them; all for everybody where there are fewer."""
+    """This process's cores in ``size`` parts, as ``VLLM_CPU_OMP_THREADS_BIND`` names them; all for everybody where
+    there are fewer.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     each = len(cores) // size
-    return "|".join(",".join(map(str, cores[part * each : (part + 1) * each])) for part in range(size)) if each else "nobind"
+    return (
+        "|".join(",".join(map(str, cores[part * each : (part + 1) * each])) for part in range(size))
+        if each
+        else "nobind"
+    )
 
 
 def _checked_config(model: Path) -> dict[str, Any]:
@@ -219,7 +264,9 @@ def _checked_config(model: Path) -> dict[str, Any]:
     if not (model / "config.json").is_file():
         if not model.exists() and _HUB_ID.fullmatch(str(model)) and ".." not in str(model):
             return {}
-        raise CheckpointError(f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path")
+        raise CheckpointError(
+            f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path"
+        )
     check_directory(model)
     config = read_json(model / "config.json")
     check_keys(config, model / "config.json")
@@ -239,8 +286,8 @@ def _method(config: Mapping[str, Any]) -> Any:
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:
-    """What to tell vLLM to compute in: None where its own choice (the checkpoint's dtype, bfloat16 for float32: ``config/model.py``
-    ``_resolve_auto_dtype``, vllm 0.32.0) is one that the device multiplies natively."""
+    """What to tell vLLM to compute in: None where its own choice (the checkpoint's dtype, bfloat16 for float32:
+    ``config/model.py`` ``_resolve_auto_dtype``, vllm 0.32.0) is one that the device multiplies natively."""
     import torch
 
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)

@@ -1,8 +1,10 @@
-"""Files for each tensor parallel process, as vLLM's ``load_format="sharded_state"`` reads them, written by one process. Read in vllm 0.32.0.
+"""Files for each tensor parallel process, as vLLM's ``load_format="sharded_state"`` reads them, written by one process.
+Read in vllm 0.32.0.
 
-What a process holds depends on how vLLM builds each architecture: which modules it fuses, pads, splits or copies. So vLLM builds the model here too,
-for one rank after the other, in a group of which only this process exists; it loads the checkpoint as that rank would, and is saved before vLLM
-rearranges weights for its kernels, which cannot be loaded again (``model_loader/sharded_state_loader.py`` loads before that happens).
+What a process holds depends on how vLLM builds each architecture: which modules it fuses, pads, splits or copies. So
+vLLM builds the model here too, for one rank after the other, in a group of which only this process exists; it loads the
+checkpoint as that rank would, and is saved before vLLM rearranges weights for its kernels, which cannot be loaded again
+(``model_loader/sharded_state_loader.py`` loads before that happens).
 """
 
 from __future__ import annotations
@@ -41,13 +43,16 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".
 
 
 def check_shares(checkpoint: str | Path, size: int, hf_overrides: dict[str, Any] | None = None) -> None:
-    """Raise ConfigError if the model, encoded as ``hf_overrides`` say, cannot be shared out to ``size`` processes. Reads no weights."""
+    """Raise ConfigError if the model, encoded as ``hf_overrides`` say, cannot be shared out to ``size`` processes.
+    Reads no weights.
+    """
     with _rank(checkpoint, 0, size, hf_overrides):
         pass
 
 
 def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -> Path:
-    """Write ``checkpoint`` (whole, encoded) into the existing ``directory`` as ``size`` processes hold it; its ``arctic_plugins.json`` last.
+    """Write ``checkpoint`` (whole, encoded) into the existing ``directory`` as ``size`` processes hold it; its
+    ``arctic_plugins.json`` last.
 
     Raises:
         ConfigError: it cannot be shared out.
@@ -68,7 +73,9 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
 
 
 @contextmanager
-def _rank(checkpoint: str | Path, rank: int, size: int, hf_overrides: dict[str, Any] | None = None) -> Iterator[tuple[nn.Module, Any]]:
+def _rank(
+    checkpoint: str | Path, rank: int, size: int, hf_overrides: dict[str, Any] | None = None
+) -> Iterator[tuple[nn.Module, Any]]:
     """vLLM's model with empty weights on the CPU, as rank ``rank`` of ``size`` builds it, and vLLM's config."""
     described = read_json(Path(checkpoint) / "config.json") if Path(checkpoint).is_dir() else {}
     with tempfile.TemporaryDirectory() as meeting, torch.device("cpu"):
@@ -91,11 +98,15 @@ def _rank(checkpoint: str | Path, rank: int, size: int, hf_overrides: dict[str, 
                 torch.set_default_dtype(config.model_config.dtype)
                 model = initialize_model(config)
                 yield model, config
-        except (AssertionError, ValueError) as error:  # of vLLM, whose layers check sizes so; pydantic's are ValueErrors
+        except (
+            AssertionError,
+            ValueError,
+        ) as error:  # of vLLM, whose layers check sizes so; pydantic's are ValueErrors
             if isinstance(error, ArcticError):
                 raise
             raise ConfigError(
-                f"vLLM cannot share {checkpoint} out to {size} processes ({_first_line(error)})", fix="give another --tensor-parallel"
+                f"vLLM cannot share {checkpoint} out to {size} processes ({_first_line(error)})",
+                fix="give another --tensor-parallel",
             ) from error
         finally:
             torch.set_default_dtype(before)

@@ -38,11 +38,15 @@ class Experts(nn.Module):
             is_act_and_mul=True,
             tp_size=tp_size,
             tp_rank=tp_rank,
-            **dict.fromkeys(("swiglu_limit", "swiglu_alpha", "swiglu_beta", "activation_situ_beta", "activation_situ_linear_beta")),
+            **dict.fromkeys(
+                ("swiglu_limit", "swiglu_alpha", "swiglu_beta", "activation_situ_beta", "activation_situ_linear_beta")
+            ),
         )
         vars(self.moe_config).update(config)
         if len(self.local) < E:
-            self.expert_map = torch.tensor([self.local.index(expert) if expert in self.local else -1 for expert in range(E)], dtype=torch.int32)
+            self.expert_map = torch.tensor(
+                [self.local.index(expert) if expert in self.local else -1 for expert in range(E)], dtype=torch.int32
+            )
         self.method = EncodedExpertsMethod(up, down, self, "model.layers.0.mlp.experts", reader)
         self.method.create_weights(self, len(self.local), K, I // tp_size, torch.float32)
 
@@ -55,7 +59,12 @@ class Experts(nn.Module):
             for suffix, buffer in ({"": weight} if codec_of is None else codec_of[leaf].encode(weight)).items():
                 param = getattr(self, f"{leaf}{suffix}")
                 param.weight_loader(
-                    param=param, loaded_weight=buffer, weight_name=f"{leaf}{suffix}", shard_id=shard, expert_id=expert, return_success=True
+                    param=param,
+                    loaded_weight=buffer,
+                    weight_name=f"{leaf}{suffix}",
+                    shard_id=shard,
+                    expert_id=expert,
+                    return_success=True,
                 )
         self.method.process_weights_after_loading(self)
 
@@ -63,7 +72,11 @@ class Experts(nn.Module):
 def weights():
     generator = torch.Generator().manual_seed(0)
     shapes = {"w1": (I, K), "w2": (K, I), "w3": (I, K)}
-    return {(expert, shard): torch.randn(shape, generator=generator) / 8 for expert in range(E) for shard, shape in shapes.items()}
+    return {
+        (expert, shard): torch.randn(shape, generator=generator) / 8
+        for expert in range(E)
+        for shard, shape in shapes.items()
+    }
 
 
 def definition(weights, codec_of, x, weight, index):
@@ -75,7 +88,9 @@ def definition(weights, codec_of, x, weight, index):
     def product(shards):
         def run(rows, counts):
             parts = rows.split([*counts])
-            return torch.cat([part @ torch.cat([matrix(expert, shard) for shard in shards]).T for expert, part in enumerate(parts)])
+            return torch.cat(
+                [part @ torch.cat([matrix(expert, shard) for shard in shards]).T for expert, part in enumerate(parts)]
+            )
 
         return run
 
@@ -121,7 +136,9 @@ def test_compiled_it_is_one_operator_that_gives_the_same():
 
 
 def test_splits_along_k_fall_on_group_borders():
-    with pytest.raises(ConfigError, match=r"experts would be split along its inputs every 48; expected a multiple of the group size 32"):
+    with pytest.raises(
+        ConfigError, match=r"experts would be split along its inputs every 48; expected a multiple of the group size 32"
+    ):
         Experts(UP, DOWN, tp_size=2)
 
 
@@ -145,7 +162,9 @@ def test_an_expert_that_never_comes_is_an_error():
 
 
 def test_an_expert_of_another_shape_is_an_error():
-    with pytest.raises(CheckpointError, match=r"w2_weight.*expert 0.* in the checkpoint; expected torch\.uint8 \(64, 3, 48\)"):
+    with pytest.raises(
+        CheckpointError, match=r"w2_weight.*expert 0.* in the checkpoint; expected torch\.uint8 \(64, 3, 48\)"
+    ):
         Experts(UP, DOWN).load({(0, "w2"): torch.randn(K - 1, I)}, CODECS)
 
 
@@ -190,7 +209,9 @@ def test_a_plain_weight_is_encoded_as_it_comes():
     weight[3, 5] = float("nan")
     with pytest.raises(CodecError, match=r"layer\.weight: the weight holds NaN"):
         layer.weight.weight_loader(layer.weight, weight)
-    with pytest.raises(CheckpointError, match=r"layer\.weight: a weight that is to be encoded is torch\.uint8 \(8, 1, 64\)"):
+    with pytest.raises(
+        CheckpointError, match=r"layer\.weight: a weight that is to be encoded is torch\.uint8 \(8, 1, 64\)"
+    ):
         layer.weight.weight_loader(layer.weight, torch.zeros(8, 1, 64, dtype=torch.uint8))
 
 
@@ -205,12 +226,18 @@ def test_weights_that_are_plain_in_another_format_are_encoded():
 def test_deepspeedfp_is_a_method_again(tmp_path):
     register()
     found = get_quantization_config("deepspeedfp")
-    assert (found.get_name(), found.get_config_filenames()) == ("deepspeedfp", ["quant_config.json", "quantize_config.json"])
+    assert (found.get_name(), found.get_config_filenames()) == (
+        "deepspeedfp",
+        ["quant_config.json", "quantize_config.json"],
+    )
     with pytest.raises(CheckpointError, match="quantized with bits 4"):
         found.from_config({"bits": 4})
     config = found.from_config(json.loads('{"quant_method": "deepspeedfp", "bits": 6, "group_size": 512}'))
     layer = SimpleNamespace(moe_config=SimpleNamespace(intermediate_size=1024, hidden_dim=2816))
-    assert config.experts_codecs(layer, "experts") == (FP8Codec(bits=6, group_size=256), FP8Codec(bits=6, group_size=512))
+    assert config.experts_codecs(layer, "experts") == (
+        FP8Codec(bits=6, group_size=256),
+        FP8Codec(bits=6, group_size=512),
+    )
     layer.moe_config.hidden_dim = 33
     assert config.experts_codecs(layer, "experts") is None
 

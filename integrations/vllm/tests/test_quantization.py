@@ -25,7 +25,9 @@ CONFIG = {
 
 def test_importing_the_entry_point_loads_nothing_heavy():
     code = "import sys, arctic_plugins_vllm; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 def test_registering_twice_is_registering_once():
@@ -52,7 +54,10 @@ def test_configs_that_cannot_be_served(change, error, message):
 def test_fused_modules_need_one_codec():
     config = ArcticConfig.from_config(CONFIG)
     config.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    with pytest.raises(CheckpointError, match=r"fuses modules with different codecs \(model\.layers\.0\.self_attn\.q_proj: FP8Codec.*k_proj: None"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"fuses modules with different codecs \(model\.layers\.0\.self_attn\.q_proj: FP8Codec.*k_proj: None",
+    ):
         config.get_quant_method(nn.Module(), "model.layers.0.self_attn.qkv_proj")
 
 
@@ -63,7 +68,9 @@ class Layer(nn.Module):
         super().__init__()
         self.method = EncodedLinearMethod(codec, "layer")
         self.calls = []
-        self.method.create_weights(self, k, [n // parts] * parts, k_full or k, n, torch.float32, weight_loader=self.weight_loader)
+        self.method.create_weights(
+            self, k, [n // parts] * parts, k_full or k, n, torch.float32, weight_loader=self.weight_loader
+        )
 
     def weight_loader(self, param, loaded_weight, *shard):
         self.calls.append(shard)
@@ -102,7 +109,9 @@ def test_a_layer_can_be_loaded_again():
     for _ in range(2):
         for suffix, buffer in FP8Codec().encode(torch.randn(8, 64)).items():
             param = getattr(layer, f"weight{suffix}")
-            assert param.weight_loader.__name__ != "online_process_loader"  # vLLM's reload reads the name, and that the loader is a method
+            assert (
+                param.weight_loader.__name__ != "online_process_loader"
+            )  # vLLM's reload reads the name, and that the loader is a method
             assert param.weight_loader.__self__ is layer
             param.weight_loader(param, buffer)
         layer.method.process_weights_after_loading(layer)
@@ -156,7 +165,11 @@ class PlainCodec(FP8Codec):
 
 
 @pytest.mark.parametrize(
-    ("codec", "operator"), [(FP8Codec(group_size=32), "arctic_fp8.linear.default"), (PlainCodec(group_size=32), "arctic_plugins.codec_linear")]
+    ("codec", "operator"),
+    [
+        (FP8Codec(group_size=32), "arctic_fp8.linear.default"),
+        (PlainCodec(group_size=32), "arctic_plugins.codec_linear"),
+    ],
 )
 def test_compiled_it_is_one_operator_that_gives_the_same(codec, operator):
     weight, x = torch.randn(8, 80), torch.randn(3, 80)
@@ -186,5 +199,8 @@ def test_patterns_follow_the_names_that_vllm_gives():
 
 def test_a_tensor_of_another_shape_or_dtype_is_an_error():
     layer = Layer(FP8Codec(), 8, 64)
-    with pytest.raises(CheckpointError, match=r"layer\.weight is torch\.float32 \(8, 64\) in the checkpoint; expected torch\.uint8 \(rows, 1, 64\)"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"layer\.weight is torch\.float32 \(8, 64\) in the checkpoint; expected torch\.uint8 \(rows, 1, 64\)",
+    ):
         layer.weight.weight_loader(layer.weight, torch.randn(8, 64))

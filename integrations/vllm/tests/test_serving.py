@@ -17,7 +17,12 @@ from arctic_plugins.testing import tiny_llama
 
 ENCODED = {
     "model_type": "llama",
-    "quantization_config": {"quant_method": "arctic", "format": 1, "codecs": {"fp8": {"type": "fp8", "bits": 8}}, "modules": {"*": "fp8"}},
+    "quantization_config": {
+        "quant_method": "arctic",
+        "format": 1,
+        "codecs": {"fp8": {"type": "fp8", "bits": 8}},
+        "modules": {"*": "fp8"},
+    },
 }
 
 
@@ -26,8 +31,13 @@ def make(directory, config, *, adapter_of=None, plugins=None):
     if adapter_of is None:
         (directory / "config.json").write_text(json.dumps(config))
     else:
-        (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(adapter_of), "r": 4, "lora_alpha": 8}))
-        save_file({"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 8)}, directory / "adapter_model.safetensors")
+        (directory / "adapter_config.json").write_text(
+            json.dumps({"base_model_name_or_path": str(adapter_of), "r": 4, "lora_alpha": 8})
+        )
+        save_file(
+            {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.zeros(4, 8)},
+            directory / "adapter_model.safetensors",
+        )
     if plugins is not None:
         write_provenance(directory, Stack.from_dict(plugins))
     return directory
@@ -47,7 +57,10 @@ def on_cpu(monkeypatch):
 
 def test_a_checkpoint_needs_no_option(base, monkeypatch):
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    assert server_options(str(base)) == ({**READ, "model": str(base), "enforce_eager": True}, {"VLLM_CPU_KVCACHE_SPACE": "2"})
+    assert server_options(str(base)) == (
+        {**READ, "model": str(base), "enforce_eager": True},
+        {"VLLM_CPU_KVCACHE_SPACE": "2"},
+    )
     monkeypatch.setattr(serving, "_runs_on_cpu", lambda: False)
     assert server_options(str(base)) == ({**READ, "model": str(base)}, {})
 
@@ -70,15 +83,35 @@ def test_what_the_user_says_wins(base, monkeypatch):
 
 
 def test_a_value_is_never_read_as_an_option(tmp_path):
-    """What an adapter's file says, spelled as the flags that made vLLM import a file: a value stays one, whatever it looks like."""
+    """What an adapter's file says, spelled as the flags that made vLLM import a file: a value stays one, whatever it
+    looks like.
+    """
     evil = tmp_path / "evil.py"
     evil.write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
-    flags = [f"--tool-parser-plugin={evil}", "--enable-auto-tool-choice", "--tool-call-parser=hermes", "--trust-remote-code"]
+    flags = [
+        f"--tool-parser-plugin={evil}",
+        "--enable-auto-tool-choice",
+        "--tool-call-parser=hermes",
+        "--trust-remote-code",
+    ]
     modules = [{"name": flags[0], "path": flags[1]}]
-    args = parse({"model": flags[3], "lora_target_modules": flags, "lora_modules": modules, "hf_overrides": {flags[0]: flags[1]}}, ["--port", "1234"])
+    args = parse(
+        {
+            "model": flags[3],
+            "lora_target_modules": flags,
+            "lora_modules": modules,
+            "hf_overrides": {flags[0]: flags[1]},
+        },
+        ["--port", "1234"],
+    )
     assert args.lora_target_modules == flags
     assert (args.model, args.lora_modules[0].name, args.hf_overrides) == (flags[3], flags[0], {flags[0]: flags[1]})
-    assert (args.trust_remote_code, args.tool_parser_plugin, args.enable_auto_tool_choice, args.tool_call_parser) == (False, "", False, None)
+    assert (args.trust_remote_code, args.tool_parser_plugin, args.enable_auto_tool_choice, args.tool_call_parser) == (
+        False,
+        "",
+        False,
+        None,
+    )
     assert not (tmp_path / "executed").exists()
     with pytest.raises(ConfigError, match="sets vLLM's option 'maximum_rank', which this version does not have"):
         parse({"maximum_rank": 8}, [])
@@ -88,12 +121,22 @@ def test_an_adapter_is_served_over_its_encoded_base(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     values, _ = server_options(str(adapter), base=str(base))
     modules = [{"name": "adapter", "path": str(adapter)}]
-    assert values == {**READ, "model": str(base), "enable_lora": True, "max_lora_rank": 8, "lora_modules": modules, "enforce_eager": True}
+    assert values == {
+        **READ,
+        "model": str(base),
+        "enable_lora": True,
+        "max_lora_rank": 8,
+        "lora_modules": modules,
+        "enforce_eager": True,
+    }
 
 
 def test_a_base_on_this_machine_is_shown_and_asked_for(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
-    with pytest.raises(ConfigError, match=f"names {base}, a directory of this machine, as its base; .*; arctic serve {adapter} --base {base}"):
+    with pytest.raises(
+        ConfigError,
+        match=f"names {base}, a directory of this machine, as its base; .*; arctic serve {adapter} --base {base}",
+    ):
         server_options(str(adapter))
     inside = make(tmp_path / "inside", None, adapter_of=tmp_path / "inside" / "base", plugins={"lora": {"r": 4}})
     (inside / "base").mkdir()
@@ -104,7 +147,9 @@ def test_a_base_on_this_machine_is_shown_and_asked_for(base, tmp_path):
 def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
     plain = make(tmp_path / "plain", {})
     adapter = make(tmp_path / "adapter", None, adapter_of=plain, plugins={"fp8": {}, "lora": {"r": 4}})
-    with pytest.raises(ConfigError, match=f"its base {plain} is plain; 'arctic quantize {plain} BASE --plugins fp8' and 'arctic serve"):
+    with pytest.raises(
+        ConfigError, match=f"its base {plain} is plain; 'arctic quantize {plain} BASE --plugins fp8' and 'arctic serve"
+    ):
         server_options(str(adapter), base=str(plain))
     assert server_options(str(adapter), base=str(base))[0]["model"] == str(base)
     unencoded = make(tmp_path / "unencoded", None, adapter_of=plain, plugins={"lora": {"r": 4}})
@@ -120,8 +165,16 @@ def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
             PluginNotFoundError,
             "codec type 'fp3' is provided by no installed plugin; install the plugin",
         ),
-        ({"quantization_config": {**ENCODED["quantization_config"], "codecs": {"x": {"type": "fp8", "bits": 3}}}}, CheckpointError, "is not valid"),
-        ({"quantization_config": {**ENCODED["quantization_config"], "format": 2}}, CheckpointError, "has format 2; expected at most 1"),
+        (
+            {"quantization_config": {**ENCODED["quantization_config"], "codecs": {"x": {"type": "fp8", "bits": 3}}}},
+            CheckpointError,
+            "is not valid",
+        ),
+        (
+            {"quantization_config": {**ENCODED["quantization_config"], "format": 2}},
+            CheckpointError,
+            "has format 2; expected at most 1",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_said_before_the_server_starts(tmp_path, config, error, message):
@@ -132,7 +185,11 @@ def test_what_cannot_be_served_is_said_before_the_server_starts(tmp_path, config
 
 def test_a_base_that_is_encoded_otherwise_is_not_served_under_the_adapter(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {"group_size": 64}, "lora": {"r": 4}})
-    with pytest.raises(ConfigError, match="was trained over weights encoded by .*'group_size': 64.*, and .* was made with .*'group_size': 'channel'"):
+    with pytest.raises(
+        ConfigError,
+        match="was trained over weights encoded by .*'group_size': 64.*, and .* was made with .*'group_size': "
+        "'channel'",
+    ):
         server_options(str(adapter), base=str(base))
 
 
@@ -165,7 +222,9 @@ def test_an_adapter_is_named_after_its_directory_wherever_one_stands(base, tmp_p
 
 @pytest.mark.parametrize("options", [["--model", "BASE"], ["--model=BASE"]])
 def test_the_base_of_an_adapter_may_be_given_as_vllms_model(base, tmp_path, options):
-    adapter = make(tmp_path / "adapter", None, adapter_of=make(tmp_path / "plain", {}), plugins={"fp8": {}, "lora": {"r": 4}})
+    adapter = make(
+        tmp_path / "adapter", None, adapter_of=make(tmp_path / "plain", {}), plugins={"fp8": {}, "lora": {"r": 4}}
+    )
     server_options(str(adapter), [option.replace("BASE", str(base)) for option in options])
     with pytest.raises(ConfigError, match="names .*plain, a directory of this machine"):
         server_options(str(adapter))
@@ -182,7 +241,9 @@ def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     plain = tiny_llama(tmp_path / "plain")
     monkeypatch.setattr(serving, "_check_heads", lambda *_: None)
-    values, _ = server_options(str(plain), plugins=Stack.from_dict({"fp8": {"include": ["**.mlp.*"], "group_size": 64}}))
+    values, _ = server_options(
+        str(plain), plugins=Stack.from_dict({"fp8": {"include": ["**.mlp.*"], "group_size": 64}})
+    )
     assert (values["model"], values["enforce_eager"]) == (str(plain), True)
     assert values["hf_overrides"]["quantization_config"] == {
         "quant_method": "arctic",
@@ -243,7 +304,10 @@ def test_an_adapter_that_vllm_would_die_of_is_told(base, tmp_path, field, value)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, field: value}))
     write_provenance(adapter, Stack.from_dict({"fp8": {}, "lora": {"r": 4}}))
-    with pytest.raises(CheckpointError, match=rf"has {field} .*; expected LoRA or rsLoRA, as vLLM serves them; 'arctic merge' the adapter"):
+    with pytest.raises(
+        CheckpointError,
+        match=rf"has {field} .*; expected LoRA or rsLoRA, as vLLM serves them; 'arctic merge' the adapter",
+    ):
         server_options(str(adapter), base=str(base))
 
 

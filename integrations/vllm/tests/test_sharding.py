@@ -37,12 +37,16 @@ def quantize(model, out, *options):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """name -> (plain, encoded, for two processes). The Llama is tied, its vocabulary padded; of its one head of keys each process has a copy."""
+    """name -> (plain, encoded, for two processes). The Llama is tied, its vocabulary padded; of its one head of keys
+    each process has a copy.
+    """
     directory, made, stack = tmp_path_factory.mktemp("checkpoints"), {}, Stack.from_dict(PLUGINS)
     register()
     arctic = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 2, "parallel_attn_mlp_res": True}
     plain = {
-        "llama": tiny_llama(directory / "llama", tie_word_embeddings=True, vocab_size=270, num_key_value_heads=1, intermediate_size=192),
+        "llama": tiny_llama(
+            directory / "llama", tie_word_embeddings=True, vocab_size=270, num_key_value_heads=1, intermediate_size=192
+        ),
         "arctic": tiny_model(directory / "arctic", "arctic", **arctic, intermediate_size=192, rope_theta=1e4),
     }
     for name, checkpoint in plain.items():
@@ -59,7 +63,9 @@ def test_each_process_has_its_rows_of_every_buffer(checkpoints):
     _, encoded, split = checkpoints["arctic"]
     check_files(split)
     names = {path.name for path in split.iterdir()}
-    assert names == {path.name for path in encoded.iterdir()} - {"model.safetensors"} | {f"model-rank-{rank}-part-0.safetensors" for rank in (0, 1)}
+    assert names == {path.name for path in encoded.iterdir()} - {"model.safetensors"} | {
+        f"model-rank-{rank}-part-0.safetensors" for rank in (0, 1)
+    }
     assert (split / "config.json").read_text() == (encoded / "config.json").read_text()
     whole, layer = load_file(encoded / "model.safetensors"), "model.layers.1"
     for rank in (0, 1):
@@ -78,14 +84,19 @@ def test_each_process_has_its_rows_of_every_buffer(checkpoints):
 
 
 def engine(models, cache, **options):
-    job = {"llm": {"max_model_len": 128, "dtype": "float32", "enforce_eager": True, **options}, "models": [str(model) for model in models]}
+    job = {
+        "llm": {"max_model_len": 128, "dtype": "float32", "enforce_eager": True, **options},
+        "models": [str(model) for model in models],
+    }
     job |= {"prompts": PROMPTS, "tokens": TOKENS}
     environment = {**os.environ, **SETTINGS, "VLLM_CACHE_ROOT": str(cache)}
     return engines().run([ENGINE, json.dumps(job)], timeout=900, env=environment)
 
 
 def results(result, count):
-    lines = [json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    lines = [
+        json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     assert len(lines) == count, result.stdout[-2000:] + result.stderr[-4000:]
     return lines
 
@@ -103,7 +114,9 @@ def test_two_processes_answer_as_with_the_ordinary_checkpoint(checkpoints, tmp_p
     for expected, answer in zip(wanted, found, strict=True):
         assert answer["base"] == expected["base"]
         # Not to the bit: which prompts are computed together differs from run to run, as it does with one checkpoint.
-        torch.testing.assert_close(torch.tensor(answer["logprobs"]), torch.tensor(expected["logprobs"]), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            torch.tensor(answer["logprobs"]), torch.tensor(expected["logprobs"]), rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.vllm
@@ -113,10 +126,18 @@ def test_another_number_of_processes_is_an_error(checkpoints, tmp_path, monkeypa
     split = checkpoints["llama"][2]
     monkeypatch.setitem(SETTINGS, "VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     result = engine([split], tmp_path / "cache", load_format="sharded_state")
-    assert f"{split} was made for 2 processes and is loaded with tensor_parallel_size 1; expected tensor_parallel_size 2" in result.stderr
+    assert (
+        f"{split} was made for 2 processes and is loaded with tensor_parallel_size 1; expected tensor_parallel_size 2"
+        in result.stderr
+    )
     monkeypatch.setattr(quantization, "loading", lambda: (str(split), 2, False))
-    config = quantization.ArcticConfig.from_config(json.loads((split / "config.json").read_text())["quantization_config"])
-    with pytest.raises(CheckpointError, match=r"is loaded with tensor_parallel_size 2 and another load_format; expected .* 'arctic serve' sets both"):
+    config = quantization.ArcticConfig.from_config(
+        json.loads((split / "config.json").read_text())["quantization_config"]
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"is loaded with tensor_parallel_size 2 and another load_format; expected .* 'arctic serve' sets both",
+    ):
         config.get_quant_method(torch.nn.Module(), "model.layers.0.mlp.down_proj")
 
 
@@ -130,7 +151,9 @@ def test_the_server_is_told_by_itself(checkpoints, monkeypatch):
     assert (values["load_format"], values["tensor_parallel_size"]) == ("sharded_state", 2)
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "1,2|5,7"
     assert server_options(str(encoded))[0]["load_format"] == "safetensors"
-    with pytest.raises(ConfigError, match="was made for 2 processes, and --tensor-parallel-size is 4; leave the option out"):
+    with pytest.raises(
+        ConfigError, match="was made for 2 processes, and --tensor-parallel-size is 4; leave the option out"
+    ):
         server_options(str(split), ["--tensor-parallel-size", "4"])
 
 
@@ -146,7 +169,11 @@ def test_a_file_that_was_changed_is_found(checkpoints, tmp_path):
     [
         (
             "3",
-            r"vLLM cannot share .*llama out to 3 processes \(Total number of attention heads \(4\) must be divisible .* \(3\)\.\); give",
+            (
+                r"vLLM cannot share .*llama out to 3 processes "
+                r"\(Total number of attention heads \(4\) must be divisible .* "
+                r"\(3\)\.\); give"
+            ),
         ),
         ("4", r"down_proj would be split along its inputs every 48; expected a multiple of the group size 32; .*"),
     ],

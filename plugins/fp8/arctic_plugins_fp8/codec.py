@@ -19,7 +19,9 @@ from arctic_plugins_fp8.formats import FORMATS
 __all__ = ["LARGEST_WEIGHT", "FP8Codec"]
 
 LARGEST_WEIGHT = 2.0**7 * FORMATS[8].max
-"""Beyond this, the reference's scale times 2**120 leaves float32 (:func:`arctic_plugins_fp8.kernels.reference._values`)."""
+"""Beyond this, the reference's scale times 2**120 leaves float32
+(:func:`arctic_plugins_fp8.kernels.reference._values`).
+"""
 CANDIDATES = {"max": 1, "mse": 16}
 """Scales that are tried for each group."""
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -29,16 +31,18 @@ DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 class FP8Codec(Codec):
     """``codes uint8 [*lead, N, G, g * bits / 8]`` and ``scale float32 [*lead, N, G]``, where G = ceil(K / g).
 
-    For ``group_size="channel"`` there is one group, of K (rounded up to codes that fill whole bytes: a multiple of 4 for 6 bits, of 2 for 12). A
-    weight is ``value(code) * scale``; rounding is to nearest even of ``weight * (1 / scale)`` in float32. When g does not divide K the last group is
-    padded with zeros.
+    For ``group_size="channel"`` there is one group, of K (rounded up to codes that fill whole bytes: a multiple of 4
+    for 6 bits, of 2 for 12). A weight is ``value(code) * scale``; rounding is to nearest even of ``weight * (1 /
+    scale)`` in float32. When g does not divide K the last group is padded with zeros.
 
-    The scale is the group's largest magnitude / the format's largest value (:mod:`arctic_plugins_fp8.formats`), or for ``scale="mse"`` that times
-    one of 1, 1 + 1/16, ..., 1 + 15/16, whichever gives the smallest squared error. A factor of two would move every number to another exponent
-    and change nothing but the smallest; between, the grid falls differently on the group's weights.
+    The scale is the group's largest magnitude / the format's largest value (:mod:`arctic_plugins_fp8.formats`), or for
+    ``scale="mse"`` that times one of 1, 1 + 1/16, ..., 1 + 15/16, whichever gives the smallest squared error. A factor
+    of two would move every number to another exponent and change nothing but the smallest; between, the grid falls
+    differently on the group's weights.
 
-    For ``activations="fp8"`` each row of :meth:`linear`'s input is rounded to e4m3 with a scale of its own, and GPUs with FP8 units multiply that;
-    :meth:`grad_input` is that of the unrounded product. Where vLLM splits a weight along K, each process scales its part of the row.
+    For ``activations="fp8"`` each row of :meth:`linear`'s input is rounded to e4m3 with a scale of its own, and GPUs
+    with FP8 units multiply that; :meth:`grad_input` is that of the unrounded product. Where vLLM splits a weight along
+    K, each process scales its part of the row.
     """
 
     type: ClassVar[str] = "fp8"
@@ -53,17 +57,23 @@ class FP8Codec(Codec):
             raise CodecError(f"fp8 has bits={self.bits!r}", expected="6, 8 or 12", fix="correct bits")
         if self.scale not in CANDIDATES:
             raise CodecError(f"fp8 has scale={self.scale!r}", expected="'max' or 'mse'", fix="correct scale")
-        if self.activations not in ("full", "fp8") or (self.activations == "fp8" and (self.bits, self.group_size) != (8, "channel")):
+        if self.activations not in ("full", "fp8") or (
+            self.activations == "fp8" and (self.bits, self.group_size) != (8, "channel")
+        ):
             raise CodecError(
                 f"fp8 has activations={self.activations!r} with bits={self.bits} and group_size={self.group_size!r}",
                 expected="'full', or 'fp8' with bits 8 and group_size 'channel'",
                 fix="correct one of them",
             )
         if self.group_size != "channel" and not (isinstance(self.group_size, int) and 32 <= self.group_size <= 512):
-            raise CodecError(f"fp8 has group_size={self.group_size!r}", expected="'channel' or 32 to 512", fix="correct group_size")
+            raise CodecError(
+                f"fp8 has group_size={self.group_size!r}", expected="'channel' or 32 to 512", fix="correct group_size"
+            )
         if self.group_size != "channel" and self.group_size % self._unit:
             raise CodecError(
-                f"fp8 has group_size={self.group_size} with bits={self.bits}", expected=f"a multiple of {self._unit}", fix="correct group_size"
+                f"fp8 has group_size={self.group_size} with bits={self.bits}",
+                expected=f"a multiple of {self._unit}",
+                fix="correct group_size",
             )
 
     @property
@@ -78,12 +88,17 @@ class FP8Codec(Codec):
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
         *rows, in_features = shape
         if len(shape) < 2 or not all(shape):
-            raise CodecError(f"a weight of shape {tuple(shape)} cannot be encoded", expected="at least two dimensions, none of them 0")
+            raise CodecError(
+                f"a weight of shape {tuple(shape)} cannot be encoded",
+                expected="at least two dimensions, none of them 0",
+            )
         by_channel = self.group_size == "channel"
         group = -(-in_features // self._unit) * self._unit if by_channel else int(self.group_size)
         groups = -(-in_features // group)
         return {
-            "": TensorSpec((*rows, groups, group * self.bits // 8), torch.uint8, k_dim=len(rows) + 1 if by_channel else len(rows)),
+            "": TensorSpec(
+                (*rows, groups, group * self.bits // 8), torch.uint8, k_dim=len(rows) + 1 if by_channel else len(rows)
+            ),
             "_scale": TensorSpec((*rows, groups), torch.float32, k_dim=None if by_channel else len(rows)),
         }
 
@@ -94,7 +109,10 @@ class FP8Codec(Codec):
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         weight = weight.detach()
         weight = weight if weight.dtype in DTYPES else weight.float()
-        buffers = {name: torch.empty(spec.shape, dtype=spec.dtype, device=weight.device) for name, spec in self.layout(tuple(weight.shape)).items()}
+        buffers = {
+            name: torch.empty(spec.shape, dtype=spec.dtype, device=weight.device)
+            for name, spec in self.layout(tuple(weight.shape)).items()
+        }
         weight_NK = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1]).contiguous()
         if not kernels.encode(weight_NK, *_flat(buffers), self.bits, LARGEST_WEIGHT, CANDIDATES[self.scale]):
             raise CodecError(
@@ -104,7 +122,9 @@ class FP8Codec(Codec):
             )
         return buffers
 
-    def decode(self, buffers: Buffers, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    def decode(
+        self, buffers: Buffers, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None
+    ) -> Tensor:
         codes, scale = _flat(buffers)
         if dtype not in DTYPES:
             decoded = self.decode(buffers, shape, torch.float32).to(dtype)
@@ -130,7 +150,9 @@ class FP8Codec(Codec):
             return super().linear_experts(x, buffers, shape, counts)
         return kernels.linear_experts(x, *_flat(buffers), self.bits, list(counts))
 
-    def grad_input_experts(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Sequence[int]) -> Tensor:
+    def grad_input_experts(
+        self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Sequence[int]
+    ) -> Tensor:
         if grad.dtype not in DTYPES:
             return super().grad_input_experts(grad, buffers, shape, counts)
         return kernels.grad_input_experts(grad, *_flat(buffers), self.bits, shape[2], list(counts))

@@ -19,14 +19,16 @@ class FP8Format(PluginConfig):
     bits: Literal[6, 8, 12] = 8
     """Bits of a weight: 8 is e4m3, 6 is e3m2, 12 is e4m7."""
     group_size: Literal["channel"] | Annotated[int, Field(ge=32, le=512)] = "channel"
-    """Weights that share a scale: one output channel, or this many along the input dimension. Left out: ``channel``, and 128 for 6 bits."""
+    """Weights that share a scale: one output channel, or this many along the input dimension. Left out: ``channel``,
+    and 128 for 6 bits.
+    """
     scale: Literal["max", "mse"] = "max"
-    """``max``: the largest magnitude becomes the largest number. ``mse``: of 16 scales the one with the smallest squared error, which takes longer.
-    Left out: ``max``, and ``mse`` for 6 bits."""
+    """``max``: the largest magnitude becomes the largest number. ``mse``: of 16 scales the one with the smallest
+    squared error, which takes longer. Left out: ``max``, and ``mse`` for 6 bits."""
 
     activations: Literal["full", "fp8"] = "full"
-    """``fp8``: inputs are rounded to e4m3 too, each token with a scale of its own, which GPUs from compute capability 8.9 on multiply faster. Only
-    with 8 bits and ``group_size: channel``."""
+    """``fp8``: inputs are rounded to e4m3 too, each token with a scale of its own, which GPUs from compute capability
+    8.9 on multiply faster. Only with 8 bits and ``group_size: channel``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -39,7 +41,10 @@ class FP8Format(PluginConfig):
     def _check_group_size(self) -> FP8Format:
         unit = FORMATS[self.bits].unit
         if self.group_size != "channel" and self.group_size % unit:
-            raise ValueError(f"group_size {self.group_size} does not fill whole bytes with {self.bits} bits; expected a multiple of {unit}")
+            raise ValueError(
+                f"group_size {self.group_size} does not fill whole bytes with {self.bits} bits; expected a multiple "
+                f"of {unit}"
+            )
         if self.activations == "fp8" and (self.bits, self.group_size) != (8, "channel"):
             raise ValueError("activations 'fp8' need bits 8 and group_size 'channel'")
         return self
@@ -49,7 +54,9 @@ class FP8Config(FP8Format):
     """What stands under ``fp8:`` in a recipe."""
 
     formats: Mapping[str, FP8Format] = {}
-    """Modules that are encoded otherwise: patterns as in ``include`` to formats. Two different formats for one module are an error."""
+    """Modules that are encoded otherwise: patterns as in ``include`` to formats. Two different formats for one module
+    are an error.
+    """
     include: tuple[str, ...] = ("**",)
     """Modules to encode, as dotted names with ``*`` (within a component) and ``**`` (across components)."""
     exclude: tuple[str, ...] = ("lm_head", "**.lm_head", "**.router", "**.gate", "**.shared_expert_gate", "score")

@@ -1,10 +1,11 @@
 """DeepSpeedFP, the format of DeepSpeed's FP quantizer and of Snowflake's quantized checkpoints, to and from ours.
 
-A weight is cut, flattened, into groups of ``group_size`` (512). Each group is ``group_size * bits / 8`` bytes of codes, least significant
-bits first, and the float32 scale that multiplies them: ``uint8 [numel / group_size, group_size * bits / 8 + 4]``. The numbers (DeepSpeed's
-csrc/fp_quantizer/fp_quantize.cu and deepspeed/ops/fp_quantizer/quantize.py, read in 2026) are 1 + e + m bits with bias ``2**(e-1) - 1``,
-scaled so that the largest of a group is 480 (8 bits, e4m3), 28 (6 bits, e3m2) or 510 (12 bits, e7m4). There are neither subnormal numbers
-nor zero: a code with exponent bits 0 is ``2**-bias * (1 + mantissa)``.
+A weight is cut, flattened, into groups of ``group_size`` (512). Each group is ``group_size * bits / 8`` bytes of codes,
+least significant bits first, and the float32 scale that multiplies them: ``uint8 [numel / group_size, group_size * bits
+/ 8 + 4]``. The numbers (DeepSpeed's csrc/fp_quantizer/fp_quantize.cu and deepspeed/ops/fp_quantizer/quantize.py, read
+in 2026) are 1 + e + m bits with bias ``2**(e-1) - 1``, scaled so that the largest of a group is 480 (8 bits, e4m3), 28
+(6 bits, e3m2) or 510 (12 bits, e7m4). There are neither subnormal numbers nor zero: a code with exponent bits 0 is
+``2**-bias * (1 + mantissa)``.
 """
 
 from __future__ import annotations
@@ -31,21 +32,25 @@ GROUP = 512
 
 
 def values(bits: int) -> Tensor:
-    """What every code of DeepSpeedFP stands for, float32 ``[2**bits]``; of 12 bits, those beyond float32 are infinite."""
+    """What every code of DeepSpeedFP stands for, float32 ``[2**bits]``; of 12 bits, those beyond float32 are
+    infinite.
+    """
     mantissa_bits = MANTISSA[bits]
     exponent_bits = bits - 1 - mantissa_bits
     codes = torch.arange(1 << bits)
     exponent = (codes >> mantissa_bits) & ((1 << exponent_bits) - 1)
-    magnitude = torch.exp2((exponent - (1 << (exponent_bits - 1)) + 1).double()) * (1 + (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits))
+    magnitude = torch.exp2((exponent - (1 << (exponent_bits - 1)) + 1).double()) * (
+        1 + (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
+    )
     return torch.where(codes >> (bits - 1) == 1, -magnitude, magnitude).float()
 
 
 class DeepSpeedFPConverter(Converter):
     """Reads ``bits`` and ``group_size``; the other files are those in which vLLM looked for them.
 
-    Groups of the flattened weight become groups of gcd(group_size, K) within rows, which share their scale. Values that our formats have are taken
-    over exactly: all that DeepSpeed writes with 8 and 6 bits, and with 12 bits those of magnitude 2**-9 to 510 (times the scale); smaller ones are
-    rounded to a multiple of 2**-13.
+    Groups of the flattened weight become groups of gcd(group_size, K) within rows, which share their scale. Values that
+    our formats have are taken over exactly: all that DeepSpeed writes with 8 and 6 bits, and with 12 bits those of
+    magnitude 2**-9 to 510 (times the scale); smaller ones are rounded to a multiple of 2**-13.
     """
 
     config_files = ("quant_config.json", "quantize_config.json")
@@ -78,34 +83,51 @@ class DeepSpeedFPConverter(Converter):
         expected = (prod(shape) // self.group_size, self.group_size * self.bits // 8 + 4)
         if tuple(flat.shape) != expected:
             raise CodecError(
-                f"a weight of shape {shape} has {tuple(flat.shape)} bytes", expected=f"{expected}", fix="correct 'bits' and 'group_size'"
+                f"a weight of shape {shape} has {tuple(flat.shape)} bytes",
+                expected=f"{expected}",
+                fix="correct 'bits' and 'group_size'",
             )
         group = int(codec.group_size)
         codes = unpack(flat[:, :-4], self.bits).view(*shape[:-1], -1, group)
-        scale = flat[:, -4:].contiguous().view(torch.float32).expand(-1, self.group_size // group).reshape(*shape[:-1], -1).clone()
+        scale = (
+            flat[:, -4:]
+            .contiguous()
+            .view(torch.float32)
+            .expand(-1, self.group_size // group)
+            .reshape(*shape[:-1], -1)
+            .clone()
+        )
         if not bool(scale.isfinite().all()):
-            raise CodecError("a scale is NaN or infinite", fix="the checkpoint is damaged, or quantized otherwise than it says")
+            raise CodecError(
+                "a scale is NaN or infinite", fix="the checkpoint is damaged, or quantized otherwise than it says"
+            )
         table = quantize(values(self.bits).clamp(-510, 510), self.bits, top=(1 << (self.bits - 1)) - 1)
         return {"": pack(table[codes], self.bits), "_scale": scale}
 
 
 class DeepSpeedFPExporter(Exporter):
-    """From ``group_size: 512`` where K is a multiple of 512, and bits 8 or 6. What DeepSpeedFP does not have (zero, and magnitudes below
-    ``2**-bias``) becomes the nearest that it has."""
+    """From ``group_size: 512`` where K is a multiple of 512, and bits 8 or 6. What DeepSpeedFP does not have (zero, and
+    magnitudes below ``2**-bias``) becomes the nearest that it has."""
 
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
         found = set(codecs.values())
         for name, codec in codecs.items():
             if not isinstance(codec, FP8Codec) or codec.group_size != GROUP or codec.bits == 12 or len(found) > 1:
                 raise CodecError(
-                    f"{name} is encoded as {codec}", expected=f"fp8 with bits 8 or 6 and group_size {GROUP}, the same everywhere", fix="quantize so"
+                    f"{name} is encoded as {codec}",
+                    expected=f"fp8 with bits 8 or 6 and group_size {GROUP}, the same everywhere",
+                    fix="quantize so",
                 )
         return {"quant_method": "deepspeedfp", "bits": next(iter(codecs.values())).bits, "group_size": GROUP}  # type: ignore[attr-defined]
 
     def tensors(self, codec: Codec, buffers: Buffers, shape: tuple[int, int]) -> dict[str, Tensor]:
         assert isinstance(codec, FP8Codec), "checked in quantization_config"
         if shape[1] % GROUP:
-            raise CodecError(f"the weight has {shape[1]} inputs", expected=f"a multiple of {GROUP}", fix="exclude the module from fp8")
+            raise CodecError(
+                f"the weight has {shape[1]} inputs",
+                expected=f"a multiple of {GROUP}",
+                fix="exclude the module from fp8",
+            )
         theirs, ours = values(codec.bits), torch.tensor(FORMATS[codec.bits].values())
         nearest = (theirs[None].double() - ours[:, None].double()).abs().argmin(1)
         codes = nearest.int()[unpack(buffers[""].view(-1, GROUP * codec.bits // 8), codec.bits)]

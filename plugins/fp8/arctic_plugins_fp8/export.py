@@ -22,10 +22,11 @@ E4M3_MAX = FORMATS[8].max
 
 
 class CompressedTensors(Exporter):
-    """``float-quantized`` of compressed-tensors (0.17, ``compressed_tensors/compressors``), one scale per channel: exactly the bytes of ``bits: 8``.
+    """``float-quantized`` of compressed-tensors (0.17, ``compressed_tensors/compressors``), one scale per channel:
+    exactly the bytes of ``bits: 8``.
 
-    ``weight float8_e4m3fn [N, K]``, ``weight_scale float32 [N, 1]``. Activations stay as they are, or with ``activations: fp8`` are rounded per
-    token, as they are here.
+    ``weight float8_e4m3fn [N, K]``, ``weight_scale float32 [N, 1]``. Activations stay as they are, or with
+    ``activations: fp8`` are rounded per token, as they are here.
     """
 
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
@@ -38,7 +39,11 @@ class CompressedTensors(Exporter):
                 )
         activations = {codec.activations for codec in codecs.values()}  # type: ignore[attr-defined]
         if len(activations) > 1:
-            raise CodecError("only some modules have activations 'fp8'", expected="all or none, as compressed-tensors has it", fix="quantize so")
+            raise CodecError(
+                "only some modules have activations 'fp8'",
+                expected="all or none, as compressed-tensors has it",
+                fix="quantize so",
+            )
         number = {"num_bits": 8, "type": "float", "symmetric": True}
         group: dict[str, Any] = {"targets": ["Linear"], "weights": {**number, "strategy": "channel", "dynamic": False}}
         if "fp8" in activations:
@@ -54,16 +59,24 @@ class CompressedTensors(Exporter):
     def tensors(self, codec: Codec, buffers: Buffers, shape: tuple[int, int]) -> dict[str, Tensor]:
         codes = buffers[""].reshape(shape)
         if bool((codes & 0x7F == 0x7F).any()):
-            raise CodecError("the weight holds 480, whose code other libraries read as NaN", fix="quantize the original checkpoint again")
-        return {"weight": codes.contiguous().view(torch.float8_e4m3fn), "weight_scale": buffers["_scale"].reshape(-1, 1).contiguous()}
+            raise CodecError(
+                "the weight holds 480, whose code other libraries read as NaN",
+                fix="quantize the original checkpoint again",
+            )
+        return {
+            "weight": codes.contiguous().view(torch.float8_e4m3fn),
+            "weight_scale": buffers["_scale"].reshape(-1, 1).contiguous(),
+        }
 
 
 class FP8Block(Exporter):
-    """The ``fp8`` format of DeepSeek-V3: one scale for 128 x 128 weights (transformers' ``finegrained_fp8.py``, vLLM's ``fp8.py``).
+    """The ``fp8`` format of DeepSeek-V3: one scale for 128 x 128 weights (transformers' ``finegrained_fp8.py``, vLLM's
+    ``fp8.py``).
 
-    ``weight float8_e4m3fn [N, K]``, ``weight_scale_inv float32 [N / 128, K / 128]``, a weight being their product. From any codec: weights are
-    decoded and encoded again, which costs a rounding. Hosts that compute in this format quantize activations too. Sizes above 128 that are no
-    multiples of it are refused: transformers 5.19 (``Fp8Dequantize``) divides the weight's size by the grid's to get that of a block.
+    ``weight float8_e4m3fn [N, K]``, ``weight_scale_inv float32 [N / 128, K / 128]``, a weight being their product. From
+    any codec: weights are decoded and encoded again, which costs a rounding. Hosts that compute in this format quantize
+    activations too. Sizes above 128 that are no multiples of it are refused: transformers 5.19 (``Fp8Dequantize``)
+    divides the weight's size by the grid's to get that of a block.
     """
 
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:

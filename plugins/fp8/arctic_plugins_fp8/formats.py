@@ -1,7 +1,8 @@
 """The three number formats: sign, exponent, mantissa; no infinity, no NaN.
 
-- 8 bits, e4m3: OCP's (Micikevicius et al., "FP8 Formats for Deep Learning", 2022), encoded up to its largest value, 448. The code that is NaN there
-  (all ones) is never written, and read as the number that it would be, 480: DeepSpeedFP writes it.
+- 8 bits, e4m3: OCP's (Micikevicius et al., "FP8 Formats for Deep Learning", 2022), encoded up to its largest value,
+  448. The code that is NaN there (all ones) is never written, and read as the number that it would be, 480: DeepSpeedFP
+  writes it.
 - 6 bits, e3m2: OCP's (Microscaling Formats specification 1.0, 2023), largest value 28. Four codes fill three bytes.
 - 12 bits, e4m7: DeepSpeedFP's (deepspeed/ops/fp_quantizer), largest value 510. Two codes fill three bytes.
 

@@ -40,12 +40,21 @@ class FP8(Plugin):
         wanted = [name for name, spec in modules.items() if self._wants(name, spec)]
         for pattern in self.options.include:
             if wanted and not any(matches(pattern, name) for name in wanted):
-                raise ClaimError(f"plugins.fp8.include '{pattern}' matches only what 'exclude' takes out again", fix="give 'exclude' without it")
+                raise ClaimError(
+                    f"plugins.fp8.include '{pattern}' matches only what 'exclude' takes out again",
+                    fix="give 'exclude' without it",
+                )
         for pattern in self.options.formats:
             if not any(matches(pattern, name) for name in wanted):
-                raise ClaimError(f"plugins.fp8.formats '{pattern}' matches no module that is encoded", fix="correct it, or 'include' and 'exclude'")
+                raise ClaimError(
+                    f"plugins.fp8.formats '{pattern}' matches no module that is encoded",
+                    fix="correct it, or 'include' and 'exclude'",
+                )
         formats = {name: self._format(name) for name in wanted}
-        return [Claim("weight_codec", name, FP8Codec(**form.model_dump(include=set(FP8Format.model_fields)))) for name, form in formats.items()]
+        return [
+            Claim("weight_codec", name, FP8Codec(**form.model_dump(include=set(FP8Format.model_fields))))
+            for name, form in formats.items()
+        ]
 
     @classmethod
     @hookimpl
@@ -59,15 +68,21 @@ class FP8(Plugin):
         found = {pattern: form for pattern, form in self.options.formats.items() if matches(pattern, name)}
         if any(form != next(iter(found.values())) for form in found.values()):
             raise ClaimError(
-                f"plugins.fp8.formats {' and '.join(map(repr, found))} both match {name}", expected="one format", fix="narrow one of them"
+                f"plugins.fp8.formats {' and '.join(map(repr, found))} both match {name}",
+                expected="one format",
+                fix="narrow one of them",
             )
         return next(iter(found.values()), self.options)
 
     def _wants(self, name: str, spec: LinearSpec) -> bool:
-        if not any(matches(pattern, name) for pattern in self.options.include) or any(matches(pattern, name) for pattern in self.options.exclude):
+        if not any(matches(pattern, name) for pattern in self.options.include) or any(
+            matches(pattern, name) for pattern in self.options.exclude
+        ):
             return False
         if spec.tied:
             raise ClaimError(
-                f"plugins.fp8 includes {name}, whose weight is shared with the embedding", expected="a weight of its own", fix="add it to 'exclude'"
+                f"plugins.fp8 includes {name}, whose weight is shared with the embedding",
+                expected="a weight of its own",
+                fix="add it to 'exclude'",
             )
         return True

@@ -52,7 +52,9 @@ def test_what_deepspeed_writes_is_read_exactly(bits, shape):
     expected = torch.tensor([number(code, bits) for code in codes]) * torch.tensor(scales).repeat_interleave(512)
     found = converter(bits)
     codec, buffers = found.codec(shape), found.buffers(stored(codes, scales, bits, 512), shape)
-    assert {suffix: spec.shape for suffix, spec in codec.layout(shape).items()} == {suffix: tuple(buffer.shape) for suffix, buffer in buffers.items()}
+    assert {suffix: spec.shape for suffix, spec in codec.layout(shape).items()} == {
+        suffix: tuple(buffer.shape) for suffix, buffer in buffers.items()
+    }
     assert torch.equal(codec.decode(buffers, shape, torch.float32), expected.view(shape))
 
 
@@ -62,7 +64,11 @@ def test_every_code_is_read_to_the_nearest(bits):
     codes = codes[: len(codes) // 512 * 512]
     shape = (len(codes) // 512, 512)
     found = converter(bits)
-    decoded = found.codec(shape).decode(found.buffers(stored(codes, [1.0] * shape[0], bits, 512), shape), shape, torch.float32).flatten()
+    decoded = (
+        found.codec(shape)
+        .decode(found.buffers(stored(codes, [1.0] * shape[0], bits, 512), shape), shape, torch.float32)
+        .flatten()
+    )
     exact = torch.tensor([number(code, bits) for code in codes])
     step = {8: 2.0**-9, 6: 2.0**-4, 12: 2.0**-13}[bits]
     assert (decoded - exact).abs().max() <= step / 2
@@ -82,7 +88,9 @@ def test_there_and_back_is_exact_but_for_the_smallest(bits):
     assert torch.equal(again["_scale"], buffers["_scale"])
 
 
-@pytest.mark.parametrize("config", [{}, {"bits": 4}, {"bits": [8]}, {"bits": 8, "group_size": "512"}, {"bits": 8, "group_size": 0}])
+@pytest.mark.parametrize(
+    "config", [{}, {"bits": 4}, {"bits": [8]}, {"bits": 8, "group_size": "512"}, {"bits": 8, "group_size": 0}]
+)
 def test_configs_that_say_too_little(config):
     with pytest.raises(CheckpointError, match="quantized with bits .* expected bits of 8, 6 or 12 in groups"):
         DeepSpeedFPConverter(config)

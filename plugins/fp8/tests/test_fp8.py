@@ -19,7 +19,11 @@ CODECS = [
     *(FP8Codec(bits=12, group_size=group) for group in ("channel", 32, 46, 512)),
 ]
 TOLERANCE = {8: 0.03, 6: 0.06, 12: 0.002}
-FORMATS = {8: (4, 3, 448.0), 6: (3, 2, 28.0), 12: (4, 7, 510.0)}  # bits of exponent and mantissa, largest value that is written
+FORMATS = {
+    8: (4, 3, 448.0),
+    6: (3, 2, 28.0),
+    12: (4, 7, 510.0),
+}  # bits of exponent and mantissa, largest value that is written
 
 
 def value(code, bits):
@@ -27,7 +31,9 @@ def value(code, bits):
     exponent_bits, mantissa_bits, _ = FORMATS[bits]
     bias, steps = 2 ** (exponent_bits - 1) - 1, 2**mantissa_bits
     exponent, mantissa = code // steps % 2**exponent_bits, code % steps
-    magnitude = 2.0 ** (exponent - bias) * (1 + mantissa / steps) if exponent else 2.0 ** (1 - bias) * (mantissa / steps)
+    magnitude = (
+        2.0 ** (exponent - bias) * (1 + mantissa / steps) if exponent else 2.0 ** (1 - bias) * (mantissa / steps)
+    )
     return -magnitude if code >= 2 ** (bits - 1) else magnitude
 
 
@@ -52,7 +58,9 @@ def test_keeps_the_contract(codec):
 @pytest.mark.parametrize("scale", [1.0, 0.37, 2.0**-100, 100.0])
 def test_every_code_decodes_to_its_value(bits, dtype, scale):
     codes = list(range(2**bits))
-    expected = (torch.tensor([value(code, bits) for code in codes], dtype=torch.float32) * torch.tensor(scale)).to(dtype)
+    expected = (torch.tensor([value(code, bits) for code in codes], dtype=torch.float32) * torch.tensor(scale)).to(
+        dtype
+    )
     packed = torch.tensor(pack(codes, bits), dtype=torch.uint8).view(1, 1, -1)
     decoded = FP8Codec(bits=bits).decode({"": packed, "_scale": torch.full((1, 1), scale)}, (1, len(codes)), dtype)
     assert torch.equal(decoded[0], expected)
@@ -64,10 +72,18 @@ def test_rounds_to_the_nearest_and_ties_to_even(bits):
     values = torch.tensor([number for code in range(2 ** (bits - 1)) if (number := value(code, bits)) <= top])
     middle = (values[1:] + values[:-1]) / 2
     weight = torch.cat(
-        [torch.tensor([top]), values, middle, torch.nextafter(middle, torch.tensor(0.0)), torch.nextafter(middle, torch.tensor(999.0))]
+        [
+            torch.tensor([top]),
+            values,
+            middle,
+            torch.nextafter(middle, torch.tensor(0.0)),
+            torch.nextafter(middle, torch.tensor(999.0)),
+        ]
     )
     weight = torch.cat([weight, -weight, torch.zeros(-2 * len(weight) % 4)])
-    codes = unpack(FP8Codec(bits=bits).encode(weight[None])[""].flatten().tolist(), bits)  # the first value makes the scale 1
+    codes = unpack(
+        FP8Codec(bits=bits).encode(weight[None])[""].flatten().tolist(), bits
+    )  # the first value makes the scale 1
     n, half = len(values), 4 * len(values) - 2
     for sign, found in ((0, codes[1:half]), (2 ** (bits - 1), codes[half + 1 : 2 * half])):
         found = [code - sign for code in found]
@@ -84,7 +100,10 @@ def test_error_is_at_most_half_a_step(codec):
     group = codec.group_size if isinstance(codec.group_size, int) else 200
     exponent_bits, mantissa_bits, _ = FORMATS[codec.bits]
     scale = buffers["_scale"].repeat_interleave(group, 1)[:, :200]
-    step = torch.clamp(2.0 ** torch.floor(torch.log2((weight / scale).abs())), min=2.0 ** (2 - 2 ** (exponent_bits - 1))) / 2**mantissa_bits
+    step = (
+        torch.clamp(2.0 ** torch.floor(torch.log2((weight / scale).abs())), min=2.0 ** (2 - 2 ** (exponent_bits - 1)))
+        / 2**mantissa_bits
+    )
     error = (codec.decode(buffers, (16, 200), torch.float32) - weight).abs()
     assert (error <= step / 2 * scale * (1 + 1e-5)).all()
 
@@ -98,7 +117,10 @@ def test_zeros_subnormals_non_contiguous_and_large_weights():
     assert torch.equal(decoded[0], weight[0])
     assert (decoded[1] - weight[1]).abs().max() < 1e-38 * 0.07
     transposed = torch.randn(300, 50).T
-    assert all(torch.equal(a, b) for a, b in zip(codec.encode(transposed).values(), codec.encode(transposed.contiguous()).values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(codec.encode(transposed).values(), codec.encode(transposed.contiguous()).values(), strict=True)
+    )
     big = torch.randn(600, 2000)  # more than the kernels take at a time, the last part cut off
     halves = [codec.encode(part) for part in big.split(len(big) // 2 + 1)]
     assert torch.equal(codec.encode(big)[""], torch.cat([half[""] for half in halves]))
@@ -146,7 +168,11 @@ def test_bytes_are_half_of_bf16_and_a_little():
     assert FP8Codec(bits=12).nbytes((1536, 576)) == 1536 * 576 * 12 // 8 + 1536 * 4
 
 
-MODULES = {"model.layers.0.mlp.up_proj": LinearSpec(8, 4), "model.layers.0.mlp.gate": LinearSpec(8, 4), "lm_head": LinearSpec(8, 4, tied=True)}
+MODULES = {
+    "model.layers.0.mlp.up_proj": LinearSpec(8, 4),
+    "model.layers.0.mlp.gate": LinearSpec(8, 4),
+    "lm_head": LinearSpec(8, 4, tied=True),
+}
 
 
 def claimed(**options):
@@ -159,14 +185,28 @@ def test_claims_every_linear_but_heads_and_routers():
 
 
 def test_formats_by_pattern():
-    modules = {f"model.layers.{layer}.{part}_proj": LinearSpec(8, 4) for layer in range(2) for part in ("mlp.up", "mlp.down", "self_attn.o")}
+    modules = {
+        f"model.layers.{layer}.{part}_proj": LinearSpec(8, 4)
+        for layer in range(2)
+        for part in ("mlp.up", "mlp.down", "self_attn.o")
+    }
     options = {
         "bits": 12,
-        "formats": {"**.mlp.*": {"bits": 6}, "**.0.**.down_proj": {"bits": 6, "group_size": 128}, "**.1.self_attn.*": {"group_size": 64}},
+        "formats": {
+            "**.mlp.*": {"bits": 6},
+            "**.0.**.down_proj": {"bits": 6, "group_size": 128},
+            "**.1.self_attn.*": {"group_size": 64},
+        },
     }
-    claims = {claim.module: claim.value for claim in FP8(FP8Config(**options)).claim(model_config=None, modules=modules)}
+    claims = {
+        claim.module: claim.value for claim in FP8(FP8Config(**options)).claim(model_config=None, modules=modules)
+    }
     assert claims == {
-        **{f"model.layers.{layer}.mlp.{part}_proj": FP8Codec(bits=6, group_size=128, scale="mse") for layer in range(2) for part in ("up", "down")},
+        **{
+            f"model.layers.{layer}.mlp.{part}_proj": FP8Codec(bits=6, group_size=128, scale="mse")
+            for layer in range(2)
+            for part in ("up", "down")
+        },
         "model.layers.0.self_attn.o_proj": FP8Codec(bits=12),
         "model.layers.1.self_attn.o_proj": FP8Codec(group_size=64),
     }
@@ -175,9 +215,17 @@ def test_formats_by_pattern():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"formats": {"**.mpl.*": {"bits": 6}}}, ClaimError, "formats '\\*\\*.mpl.\\*' matches no module that is encoded"),
+        (
+            {"formats": {"**.mpl.*": {"bits": 6}}},
+            ClaimError,
+            "formats '\\*\\*.mpl.\\*' matches no module that is encoded",
+        ),
         ({"formats": {"lm_head": {"bits": 12}}}, ClaimError, "matches no module that is encoded"),
-        ({"formats": {"**.mlp.*": {"bits": 6}, "**.up_proj": {"bits": 12}}}, ClaimError, "both match model.layers.0.mlp.up_proj"),
+        (
+            {"formats": {"**.mlp.*": {"bits": 6}, "**.up_proj": {"bits": 12}}},
+            ClaimError,
+            "both match model.layers.0.mlp.up_proj",
+        ),
         ({"formats": {"**": {"bit": 6}}}, ValueError, "Extra inputs are not permitted"),
         ({"bits": 6, "group_size": 50}, ValueError, "expected a multiple of 4"),
         ({"bits": 12, "activations": "fp8"}, ValueError, "activations 'fp8' need bits 8"),

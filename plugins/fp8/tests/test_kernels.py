@@ -13,12 +13,18 @@ from arctic_plugins_fp8.formats import FORMATS
 from arctic_plugins_fp8.kernels import build, reference
 
 SHAPES = [(64, 128), (37, 77), (33, 1000), (100, 515), (5, 33), (1, 1), (48, 96), (1100, 64)]
-CODECS = [FP8Codec(bits=bits, group_size=group) for bits, group in itertools.product((8, 6, 12), ("channel", 32, 100, 128, 512))]
+CODECS = [
+    FP8Codec(bits=bits, group_size=group)
+    for bits, group in itertools.product((8, 6, 12), ("channel", 32, 100, 128, 512))
+]
 NAMES = [name for name in ("portable", "avx2", "avx512", "avx512_bf16", "amx") if kernels.use(name)]
 kernels.use()
 
 
-@pytest.fixture(params=NAMES or [pytest.param("none", marks=pytest.mark.skip(reason=build.obstacle() or "the kernels could not be built"))])
+@pytest.fixture(
+    params=NAMES
+    or [pytest.param("none", marks=pytest.mark.skip(reason=build.obstacle() or "the kernels could not be built"))]
+)
 def compiled(request):
     assert kernels.use(request.param) == request.param
     yield request.param
@@ -56,7 +62,9 @@ def test_the_best_scale_is_the_best_of_the_candidates(compiled, codec):
             assert kernels.encode(weight, codes, scale, codec.bits, 57344.0, 1)
             scale *= 1 + candidate / 16
             group = codes.shape[-1] * 8 // codec.bits
-            padded = torch.nn.functional.pad(weight.double(), (0, scale.shape[1] * group - shape[1])).unflatten(-1, (-1, group))
+            padded = torch.nn.functional.pad(weight.double(), (0, scale.shape[1] * group - shape[1])).unflatten(
+                -1, (-1, group)
+            )
             grid = torch.tensor(FORMATS[codec.bits].values()).double().unique()
             scaled = padded / scale[..., None]
             nearest = grid[(torch.bucketize(scaled, (grid[1:] + grid[:-1]) / 2))]
@@ -66,8 +74,12 @@ def test_the_best_scale_is_the_best_of_the_candidates(compiled, codec):
             assert encode(weight, codes, scale, codec.bits, 57344.0, 16)
             found = torch.empty(shape)
             kernels.decode(codes, scale, codec.bits, found)
-            difference = torch.nn.functional.pad(found.double() - weight.double(), (0, scale.shape[1] * group - shape[1])).unflatten(-1, (-1, group))
-            limit = 1e-3 * smallest + 1e-9 * padded.square().sum(-1)  # what float32 makes of errors that are nearly none
+            difference = torch.nn.functional.pad(
+                found.double() - weight.double(), (0, scale.shape[1] * group - shape[1])
+            ).unflatten(-1, (-1, group))
+            limit = 1e-3 * smallest + 1e-9 * padded.square().sum(
+                -1
+            )  # what float32 makes of errors that are nearly none
             assert ((difference.square().sum(-1) - smallest).abs() <= limit).all(), (shape, dtype)
         if weight.numel() > 1000:
             assert smallest.sum() < 0.97 * errors[0].sum()
@@ -94,7 +106,9 @@ def test_what_cannot_be_represented_is_told(compiled, bad):
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_products_agree_with_float64(compiled, codec):
-    for shape, rows, dtype in itertools.product(SHAPES, (1, 2, 4, 7, 13, 16, 33, 130, 300), (torch.bfloat16, torch.float32)):
+    for shape, rows, dtype in itertools.product(
+        SHAPES, (1, 2, 4, 7, 13, 16, 33, 130, 300), (torch.bfloat16, torch.float32)
+    ):
         codes, scale = encoded(codec, shape)
         weight = torch.empty(shape)
         reference.decode(codes, scale, codec.bits, weight)
@@ -175,14 +189,18 @@ def test_a_weight_in_bfloat16_is_multiplied_in_float32(compiled, shape):
 @pytest.mark.parametrize("bits", [8, 6, 12])
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e-6, 1e6, 1e30])
 def test_rows_of_any_size_are_multiplied_as_exactly(compiled, size, bits):
-    """Kernels may move a row's numbers by a power of two; none may leave the range of float32, whatever else the rows hold."""
+    """Kernels may move a row's numbers by a power of two; none may leave the range of float32, whatever else the rows
+    hold.
+    """
     codec = FP8Codec(bits=bits)
     buffers = codec.encode(torch.randn(24, 80))
     weight = codec.decode(buffers, (24, 80), torch.float32)
     x = torch.randn(3, 80).mul(size)
     x[1, 1:] = 0
     x[2] *= torch.logspace(-6, 0, 80)
-    smallest = 2e-45 if bits == 8 else 80 * 2.0**-137  # codes of 6 and 12 bits come divided by up to 2**12: products may be subnormal numbers
+    smallest = (
+        2e-45 if bits == 8 else 80 * 2.0**-137
+    )  # codes of 6 and 12 bits come divided by up to 2**12: products may be subnormal numbers
     for rows in (x[:1], x[1:2], x[2:], x[:2], x):
         y = kernels.linear(rows, buffers[""], buffers["_scale"], bits)
         expected = rows.double() @ weight.double().T
@@ -231,10 +249,15 @@ def test_operators_pass_torchs_own_checks():
 def test_activations_are_rounded_by_row(compiled, dtype):
     """By the definition, and as the library multiplies FP8 numbers, which is what GPUs do."""
     codec = FP8Codec(activations="fp8")
-    buffers, weight = codec.encode(plain := torch.randn(48, 96)), codec.decode(codec.encode(plain), (48, 96), torch.float64)
+    buffers, weight = (
+        codec.encode(plain := torch.randn(48, 96)),
+        codec.decode(codec.encode(plain), (48, 96), torch.float64),
+    )
     x = (torch.randn(5, 96) * torch.logspace(-6, 3, 5)[:, None]).to(dtype)
     x[2] = 0
-    step = x.float().abs().amax(-1, keepdim=True) / 448  # in float32, as in the definition: in float64 ties fall to the other side
+    step = (
+        x.float().abs().amax(-1, keepdim=True) / 448
+    )  # in float32, as in the definition: in float64 ties fall to the other side
     rounded = (x.float() / step).nan_to_num().to(torch.float8_e4m3fn)
     expected = rounded.double() * step @ weight.T
     assert expected[2].norm() == 0
@@ -274,8 +297,8 @@ def test_scratch_of_inference_serves_training():
 
 
 def test_a_compiled_function_has_no_breaks():
-    """Without Inductor's caches: torch 2.13 keeps a graph that it vectorized for AVX-512 and compiles it for AVX2 where ``ATEN_CPU_CAPABILITY`` later
-    says so, or the other way round, and its kernels then write behind their buffers."""
+    """Without Inductor's caches: torch 2.13 keeps a graph that it vectorized for AVX-512 and compiles it for AVX2 where
+    ``ATEN_CPU_CAPABILITY`` later says so, or the other way round, and its kernels then write behind their buffers."""
     codec = FP8Codec(group_size=32)
     buffers = codec.encode(torch.randn(24, 96))
 
@@ -299,7 +322,11 @@ def test_without_compiled_kernels_everything_works(environment, tmp_path):
         "assert ((y.T - w).norm() / w.norm()) < 0.03; print(kernels.describe())"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "(False, 'CPU: reference in torch" in done.stdout
@@ -324,13 +351,17 @@ def test_a_compiler_that_fails_leaves_the_reference_and_its_output(tmp_path):
 
 @pytest.fixture
 def compiler(tmp_path, monkeypatch):
-    """One that takes a second, writes a line per library, and whose libraries are copies of the one that is there, with a cache of its own."""
+    """One that takes a second, writes a line per library, and whose libraries are copies of the one that is there, with
+    a cache of its own.
+    """
     if build.obstacle():
         pytest.skip(build.obstacle())
     script = tmp_path / "compiler"
     script.write_text(
-        f'#!/bin/sh\n[ "$1" = --version ] && exit\nfor last; do :; done\nwhile [ "$1" != -shared ] && [ $# -gt 0 ]; do shift; done\n'
-        f'[ $# -gt 0 ] && sleep 1 && echo linked >> {tmp_path}/log && while [ "$1" != -o ]; do shift; done && cp {build.library()} "$2"\nexit 0\n'
+        '#!/bin/sh\n[ "$1" = --version ] && exit\nfor last; do :; done\nwhile [ "$1" != -shared ] && [ $# -gt 0 ]; '
+        "do shift; done\n"
+        f'[ $# -gt 0 ] && sleep 1 && echo linked >> {tmp_path}/log && while [ "$1" != -o ]; do shift; done && cp '
+        f'{build.library()} "$2"\nexit 0\n'
     )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
@@ -342,7 +373,10 @@ def compiler(tmp_path, monkeypatch):
 
 def test_a_library_that_cannot_be_loaded_leaves_the_reference(compiler):
     garbage = compiler.with_name("garbage")
-    garbage.write_text('#!/bin/sh\nwhile [ $# -gt 0 ] && [ "$1" != -o ]; do shift; done\n[ $# -gt 0 ] && echo no library > "$2"\nexit 0\n')
+    garbage.write_text(
+        '#!/bin/sh\nwhile [ $# -gt 0 ] && [ "$1" != -o ]; do shift; done\n[ $# -gt 0 ] && echo no library > '
+        '"$2"\nexit 0\n'
+    )
     garbage.chmod(0o755)
     environment = {**os.environ, "CXX": str(garbage), "XDG_CACHE_HOME": str(compiler.parent)}
     command = [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"]
@@ -361,7 +395,9 @@ def test_a_library_that_was_cut_is_built_again(compiler):
 
 
 @pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
-@pytest.mark.parametrize(("name", "message"), [("sse2", "ARCTIC_FP8_KERNELS=sse2; expected instructions that this processor has")])
+@pytest.mark.parametrize(
+    ("name", "message"), [("sse2", "ARCTIC_FP8_KERNELS=sse2; expected instructions that this processor has")]
+)
 def test_unknown_instructions_are_told(name, message):
     code = "from arctic_plugins_fp8 import kernels; kernels.describe()"
     environment = {**os.environ, "ARCTIC_FP8_KERNELS": name}
@@ -382,15 +418,23 @@ def test_torchs_limit_on_instructions_is_ours():
     code = "from arctic_plugins_fp8 import kernels; print(kernels.describe()[1])"
     for capability, expected in (("default", "portable"), ("avx2", "avx2" if "avx2" in NAMES else NAMES[-1])):
         environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+        )
         assert f"compiled, {expected} instructions" in done.stdout, done.stderr
 
 
 def test_triton_in_its_interpreter_is_bitwise_the_reference():
-    """No GPU is needed: Triton interprets the kernel on CPU tensors. It reads the variable when it is imported, hence the process."""
+    """No GPU is needed: Triton interprets the kernel on CPU tensors. It reads the variable when it is imported, hence
+    the process.
+    """
     pytest.importorskip("triton", reason="Triton is not installed")
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", INTERPRETED],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["180"]
@@ -402,7 +446,8 @@ from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_fp8.kernels import gpu, reference
 checked = 0
 for bits, group, shape, dtype in itertools.product(
-    (8, 6, 12), ("channel", 32, 100, 128), ((5, 33), (3, 1100), (2, 128), (1, 1), (4, 515)), (torch.float32, torch.bfloat16, torch.float16)
+    (8, 6, 12), ("channel", 32, 100, 128), ((5, 33), (3, 1100), (2, 128), (1, 1), (4, 515)),
+    (torch.float32, torch.bfloat16, torch.float16)
 ):
     codec = FP8Codec(bits=bits, group_size=group)
     codes, scale = codec.encode(torch.randn(shape)).values()

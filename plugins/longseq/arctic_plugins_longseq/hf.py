@@ -1,4 +1,6 @@
-"""Tiles in models of transformers. Read in 5.19.0 (``loss/loss_utils.py``, ``modeling_utils.py``, ``modeling_layers.py``)."""
+"""Tiles in models of transformers. Read in 5.19.0 (``loss/loss_utils.py``, ``modeling_utils.py``,
+``modeling_layers.py``).
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ class _TiledHead:
         total = tiled_cross_entropy(logits, shift_labels, self.head, list(self.head.parameters()), tile, ignore_index)
         if num_items_in_batch is None:
             return total / (shift_labels != ignore_index).sum()
-        return total / (num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch)
+        return total / (
+            num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        )
 
 
 def in_place_of(stock: Any, function: Any, *arguments: Any) -> Any:
@@ -100,12 +104,17 @@ def tile_loss(model: Any, tile: int | None) -> None:
     model = causal_lm(model)
     fix = "set plugins.longseq.tiled_loss: false"
     if model.loss_function is not ForCausalLMLoss:
-        raise ConfigError(f"plugins.longseq: {type(model).__name__} has a loss of its own", expected="cross-entropy of the next token", fix=fix)
+        raise ConfigError(
+            f"plugins.longseq: {type(model).__name__} has a loss of its own",
+            expected="cross-entropy of the next token",
+            fix=fix,
+        )
     assigned = _assigned(type(model).forward, "logits")
     changes = [text for text in assigned if not text.startswith("logits = self.lm_head(")]
     if changes or not assigned:
         raise ConfigError(
-            f"plugins.longseq: {type(model).__name__} changes logits behind its head ({changes[0] if changes else 'it has no lm_head'})",
+            f"plugins.longseq: {type(model).__name__} changes logits behind its head "
+            f"({changes[0] if changes else 'it has no lm_head'})",
             expected="a loss of the head's own logits",
             fix=fix,
         )
@@ -116,7 +125,13 @@ def _assigned(function: Any, name: str) -> list[str]:
     """The statements of ``function`` that give ``name`` a value."""
     found = []
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, (ast.AugAssign, ast.AnnAssign)) else []
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else [node.target]
+            if isinstance(node, (ast.AugAssign, ast.AnnAssign))
+            else []
+        )
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             found.append(ast.unparse(node))
     return found
@@ -131,7 +146,8 @@ def tile_evaluation(trainer: Any) -> None:
 
 
 def tile_mlps(model: nn.Module, tile: int | None) -> None:
-    """Compute every MLP of ``model`` some tokens at a time, by activation checkpoints of its own. Mixtures of experts are left alone.
+    """Compute every MLP of ``model`` some tokens at a time, by activation checkpoints of its own. Mixtures of experts
+    are left alone.
 
     Raises:
         ConfigError: there is none.
@@ -143,7 +159,9 @@ def tile_mlps(model: nn.Module, tile: int | None) -> None:
             found += 1
     if not found:
         raise ConfigError(
-            "plugins.longseq: this model has no MLP that can be tiled", expected=f"one of {', '.join(MLPS)}", fix="set tiled_mlp: false"
+            "plugins.longseq: this model has no MLP that can be tiled",
+            expected=f"one of {', '.join(MLPS)}",
+            fix="set tiled_mlp: false",
         )
 
 
@@ -163,15 +181,23 @@ def recompute(model: Any, share: float) -> None:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise ConfigError("plugins.longseq: this model's layers cannot be recomputed", expected="gradient checkpointing", fix="set recompute: 0")
+        raise ConfigError(
+            "plugins.longseq: this model's layers cannot be recomputed",
+            expected="gradient checkpointing",
+            fix="set recompute: 0",
+        )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = int((number + 1) * share) > int(number * share)
 
 
 def offload_activations(trainer: Any) -> None:
-    """Keep what the backward pass of ``trainer`` needs in host memory meanwhile; without an accelerator it is there already."""
-    if not torch.accelerator.is_available() or getattr(trainer.args, "activation_offloading", False):  # TRL's own trainer does it then
+    """Keep what the backward pass of ``trainer`` needs in host memory meanwhile; without an accelerator it is there
+    already.
+    """
+    if not torch.accelerator.is_available() or getattr(
+        trainer.args, "activation_offloading", False
+    ):  # TRL's own trainer does it then
         return
     from trl.models.activation_offloading import get_act_offloading_ctx_manager
 

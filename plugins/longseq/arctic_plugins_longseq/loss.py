@@ -19,12 +19,18 @@ def default_tile(vocabulary: int) -> int:
 
 
 def tiled_cross_entropy(
-    hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], parameters: Sequence[Tensor], tile: int, ignore_index: int = -100
+    hidden: Tensor,
+    labels: Tensor,
+    head: Callable[[Tensor], Tensor],
+    parameters: Sequence[Tensor],
+    tile: int,
+    ignore_index: int = -100,
 ) -> Tensor:
     """``cross_entropy(head(hidden).float(), labels, reduction="sum")``, and its gradients.
 
-    Logits exist for ``tile`` tokens at a time, and not at all for tokens that are ignored. Gradients are computed along with the loss, while a tile's
-    logits are there (as in Hsu et al., "Liger Kernel", 2024), so that nothing is computed twice; those of ``parameters`` are summed in float32.
+    Logits exist for ``tile`` tokens at a time, and not at all for tokens that are ignored. Gradients are computed along
+    with the loss, while a tile's logits are there (as in Hsu et al., "Liger Kernel", 2024), so that nothing is computed
+    twice; those of ``parameters`` are summed in float32.
 
     Args:
         hidden: ``[..., K]``.
@@ -37,7 +43,9 @@ def tiled_cross_entropy(
     Returns:
         The sum over tokens, in float32.
     """
-    total: Tensor = _TiledLoss.apply(hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), head, tile, ignore_index, *parameters)
+    total: Tensor = _TiledLoss.apply(
+        hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), head, tile, ignore_index, *parameters
+    )
     return total
 
 
@@ -45,12 +53,24 @@ class _TiledLoss(torch.autograd.Function):
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # how many tokens count depends on data
     def forward(
-        ctx: Any, hidden_MK: Tensor, labels_M: Tensor, head: Callable[[Tensor], Tensor], tile: int, ignore_index: int, *parameters: Tensor
+        ctx: Any,
+        hidden_MK: Tensor,
+        labels_M: Tensor,
+        head: Callable[[Tensor], Tensor],
+        tile: int,
+        ignore_index: int,
+        *parameters: Tensor,
     ) -> Tensor:
-        for_hidden, trained = ctx.needs_input_grad[0], [p for p, needed in zip(parameters, ctx.needs_input_grad[5:], strict=True) if needed]
+        for_hidden, trained = (
+            ctx.needs_input_grad[0],
+            [p for p, needed in zip(parameters, ctx.needs_input_grad[5:], strict=True) if needed],
+        )
         differentiate = for_hidden or bool(trained)
         grad_MK = torch.zeros_like(hidden_MK) if for_hidden else None
-        sums = [torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)) for parameter in trained]
+        sums = [
+            torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+            for parameter in trained
+        ]
         total = torch.zeros((), dtype=torch.float32, device=hidden_MK.device)
         for rows in (labels_M != ignore_index).nonzero().squeeze(1).split(tile):
             if not len(rows):
@@ -62,7 +82,9 @@ class _TiledLoss(torch.autograd.Function):
             total -= scores.gather(1, label).sum()
             if not differentiate:
                 continue
-            scores.exp_().scatter_add_(1, label, scores.new_full(label.shape, -1.0))  # softmax less one at the label: the gradient of the logits
+            scores.exp_().scatter_add_(
+                1, label, scores.new_full(label.shape, -1.0)
+            )  # softmax less one at the label: the gradient of the logits
             inputs = [*([x] if for_hidden else []), *trained]
             found = list(torch.autograd.grad(logits, inputs, scores.to(logits.dtype)))
             del logits, scores
@@ -71,7 +93,9 @@ class _TiledLoss(torch.autograd.Function):
             for sum_, part in zip(sums, found, strict=True):
                 sum_ += part
         ctx.for_hidden, ctx.needed = for_hidden, ctx.needs_input_grad[5:]
-        ctx.save_for_backward(*([grad_MK] if grad_MK is not None else []), *(s.to(p.dtype) for s, p in zip(sums, trained, strict=True)))
+        ctx.save_for_backward(
+            *([grad_MK] if grad_MK is not None else []), *(s.to(p.dtype) for s, p in zip(sums, trained, strict=True))
+        )
         return total
 
     @staticmethod

@@ -41,7 +41,8 @@ class LongSeq(Plugin):
     def hf_training_arguments(self, args: Any) -> None:
         if self.options.recompute and args.gradient_checkpointing:
             raise ConfigError(
-                f"plugins.longseq.recompute is {self.options.recompute:g} and training.gradient_checkpointing is on, which is another word for 1",
+                f"plugins.longseq.recompute is {self.options.recompute:g} and training.gradient_checkpointing is on, "
+                "which is another word for 1",
                 fix="leave one of them out",
             )
 

@@ -1,7 +1,9 @@
-"""Sequence parallelism with the ordinary Trainer. Read in transformers 5.19.0 (``trainer.py``, ``masking_utils.py``) and accelerate 1.15.0.
+"""Sequence parallelism with the ordinary Trainer. Read in transformers 5.19.0 (``trainer.py``, ``masking_utils.py``)
+and accelerate 1.15.0.
 
-To everything but attention, a process's tokens of a text are just its batch: what averages gradients or losses over processes, DDP, ZeRO, experts in
-several processes, is as it was. Attention is a function around the model's own one, and the trainer reads the same rows in all processes of a text.
+To everything but attention, a process's tokens of a text are just its batch: what averages gradients or losses over
+processes, DDP, ZeRO, experts in several processes, is as it was. Attention is a function around the model's own one,
+and the trainer reads the same rows in all processes of a text.
 """
 
 from __future__ import annotations
@@ -55,7 +57,10 @@ def parallelize(trainer: Trainer, processes: int) -> None:
 def _check(trainer: Trainer, model: Any, processes: int) -> None:
     config, kind = model.config.get_text_config(), type(model).__name__
     if processes > config.num_attention_heads:
-        raise ConfigError(f"{OPTION} is {processes}, and {kind} has {config.num_attention_heads} heads", expected="no more processes than heads")
+        raise ConfigError(
+            f"{OPTION} is {processes}, and {kind} has {config.num_attention_heads} heads",
+            expected="no more processes than heads",
+        )
     others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
     if any(hasattr(module, "sinks") for module in model.modules()):
         others.append("attention sinks")
@@ -73,11 +78,20 @@ def _check(trainer: Trainer, model: Any, processes: int) -> None:
     }
     for name, value in given.items():
         if value:
-            raise ConfigError(f"{OPTION} is {processes}, and {name} needs whole texts in one process", fix="leave one of them out")
+            raise ConfigError(
+                f"{OPTION} is {processes}, and {name} needs whole texts in one process", fix="leave one of them out"
+            )
     if not trainer.args.average_tokens_across_devices:
-        raise ConfigError(f"{OPTION} is {processes}, and average_tokens_across_devices is off", expected="a loss over all tokens", fix="turn it on")
+        raise ConfigError(
+            f"{OPTION} is {processes}, and average_tokens_across_devices is off",
+            expected="a loss over all tokens",
+            fix="turn it on",
+        )
     if not trainer.model_accepts_loss_kwargs:
-        raise ConfigError(f"{OPTION} is {processes}, and {kind} takes no 'num_items_in_batch'", expected="a causal language model of transformers")
+        raise ConfigError(
+            f"{OPTION} is {processes}, and {kind} takes no 'num_items_in_batch'",
+            expected="a causal language model of transformers",
+        )
 
 
 # Attention
@@ -94,7 +108,11 @@ def _replace_attention(model: Any) -> None:
 def _attention(
     stock: str, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    function = ALL_ATTENTION_FUNCTIONS[stock] if stock in ALL_ATTENTION_FUNCTIONS else sys.modules[type(module).__module__].eager_attention_forward
+    function = (
+        ALL_ATTENTION_FUNCTIONS[stock]
+        if stock in ALL_ATTENTION_FUNCTIONS
+        else sys.modules[type(module).__module__].eager_attention_forward
+    )
     whole = current()
     if whole is None:
         result: tuple[Tensor, Tensor | None] = function(module, query, key, value, attention_mask, **kwargs)
@@ -136,13 +154,19 @@ def _whole_mask(whole: Whole, stock: str, module: Any, query_BHLD: Tensor, windo
         if window is not None:
             config.sliding_window = window
         whole.masks[key] = create(
-            config=config, inputs_embeds=query_BHLD[:, 0], attention_mask=whole.mask, past_key_values=None, position_ids=whole.positions
+            config=config,
+            inputs_embeds=query_BHLD[:, 0],
+            attention_mask=whole.mask,
+            past_key_values=None,
+            position_ids=whole.positions,
         )
     return whole.masks[key]
 
 
 def _rotate_by_the_whole(model: Any) -> None:
-    """RoPE whose frequencies depend on how long the text is (``dynamic``, ``longrope``) asks for the longest position that a process sees."""
+    """RoPE whose frequencies depend on how long the text is (``dynamic``, ``longrope``) asks for the longest position
+    that a process sees.
+    """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
@@ -150,7 +174,9 @@ def _rotate_by_the_whole(model: Any) -> None:
             module.forward = in_place_of(module.forward, _rotate, module.forward)
 
 
-def _rotate(stock: Callable[..., tuple[Tensor, Tensor]], x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _rotate(
+    stock: Callable[..., tuple[Tensor, Tensor]], x: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
+) -> Any:
     whole = current()
     if whole is None:
         return stock(x, position_ids, *args, **kwargs)
@@ -161,10 +187,14 @@ def _rotate(stock: Callable[..., tuple[Tensor, Tensor]], x: Tensor, position_ids
 
 @torch.no_grad()
 def _compare(model: Any, sequence: Sequence) -> None:
-    """Raise ConfigError unless shares of a small text have the logits of the whole one: layers that mix tokens elsewhere than in attention do not."""
+    """Raise ConfigError unless shares of a small text have the logits of the whole one: layers that mix tokens
+    elsewhere than in attention do not.
+    """
     tokens, vocabulary = 4 * sequence.size, model.config.get_text_config().vocab_size
     ids = (torch.arange(2 * tokens, device=model.device).view(2, tokens) * 7919) % vocabulary
-    positions = torch.cat([torch.arange(tokens - 3), torch.arange(3)]).to(model.device).expand(2, -1)  # two texts in a row
+    positions = (
+        torch.cat([torch.arange(tokens - 3), torch.arange(3)]).to(model.device).expand(2, -1)
+    )  # two texts in a row
     training = model.training
     model.eval()
     expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -174,10 +204,12 @@ def _compare(model: Any, sequence: Sequence) -> None:
     model.train(training)
     difference = (logits - expected.chunk(sequence.size, 1)[sequence.rank]).abs().max() / expected.abs().max()
     dist.all_reduce(difference, op=dist.ReduceOp.MAX)
-    # Products of fewer rows round otherwise, and may move a token to another expert; tokens that were not seen change everything.
+    # Products of fewer rows round otherwise, and may move a token to another expert; tokens that were not seen change
+    # everything.
     if difference > (1e-3 if expected.dtype == torch.float32 else 0.1):
         raise ConfigError(
-            f"{OPTION}: {type(model).__name__} computes something else from a part of a text: its logits differ by {difference:.1g} of the largest",
+            f"{OPTION}: {type(model).__name__} computes something else from a part of a text: its logits differ by "
+            f"{difference:.1g} of the largest",
             expected="a model whose tokens meet in attention only, which it gets from transformers' AttentionInterface",
             fix="set sequence_parallel: 1",
         )
@@ -236,7 +268,11 @@ def _share_batches(trainer: Trainer, groups: _Groups, sequence: Sequence) -> Non
         trainer.gather_function = gather  # evaluation_loop resets it at its end
         return None if loss is None else sequence.mean(loss), None, None
 
-    trainer.get_batch_samples, trainer.training_step, trainer.prediction_step = get_batch_samples, training_step, prediction_step
+    trainer.get_batch_samples, trainer.training_step, trainer.prediction_step = (
+        get_batch_samples,
+        training_step,
+        prediction_step,
+    )
 
 
 def _check_batch(batch: Any) -> None:
@@ -245,4 +281,8 @@ def _check_batch(batch: Any) -> None:
         if value is None and name == "input_ids":
             raise ConfigError(f"{OPTION}: a batch has no 'input_ids'", expected="token ids")
         if value is not None and value.ndim != 2:
-            raise ConfigError(f"{OPTION}: '{name}' of a batch has the shape {list(value.shape)}", expected="[rows, length]", fix="leave it out")
+            raise ConfigError(
+                f"{OPTION}: '{name}' of a batch has the shape {list(value.shape)}",
+                expected="[rows, length]",
+                fix="leave it out",
+            )

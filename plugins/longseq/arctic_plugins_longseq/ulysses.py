@@ -1,6 +1,8 @@
-"""Sequence parallelism (Jacobs et al., "DeepSpeed Ulysses", 2023): a process has some tokens of a text, and in attention some heads of all tokens.
+"""Sequence parallelism (Jacobs et al., "DeepSpeed Ulysses", 2023): a process has some tokens of a text, and in
+attention some heads of all tokens.
 
-Nothing here knows a model or a host. Shapes: B rows, H heads, S tokens of one process, L tokens of all (``L = S * processes``), D of a head.
+Nothing here knows a model or a host. Shapes: B rows, H heads, S tokens of one process, L tokens of all (``L = S *
+processes``), D of a head.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ IGNORED = -100
 """The label of a token that has no part in the loss."""
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""What collators may add for flash attention, where packed texts begin. Positions say it, too, and stay right behind padding."""
+"""What collators may add for flash attention, where packed texts begin. Positions say it, too, and stay right behind
+padding.
+"""
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Which heads of attention a process computes: query heads ``first`` to ``last`` of all, and the key-value heads that they look at."""
+    """Which heads of attention a process computes: query heads ``first`` to ``last`` of all, and the key-value heads
+    that they look at.
+    """
 
     first: int
     last: int
@@ -86,7 +92,9 @@ class Share(dict[str, Any]):
 
 
 class Sequence:
-    """The processes that share a text, ``processes`` consecutive ones. Every process of the world makes this at the same time."""
+    """The processes that share a text, ``processes`` consecutive ones. Every process of the world makes this at the
+    same time.
+    """
 
     def __init__(self, processes: int) -> None:
         self.size = processes
@@ -98,19 +106,25 @@ class Sequence:
     def share(self, batch: Mapping[str, Any], device: torch.device) -> Share:
         """This process's tokens of the first process's ``batch`` (``input_ids [B, L]`` and what goes with it).
 
-        The next token's label goes with each token (``shift_labels``), and its position in the text (``position_ids``). A text whose length is no
-        multiple of the processes gets padding behind it, which no token of the text sees.
+        The next token's label goes with each token (``shift_labels``), and its position in the text (``position_ids``).
+        A text whose length is no multiple of the processes gets padding behind it, which no token of the text sees.
         """
         sent = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}]
         dist.broadcast_object_list(sent, group=self.group, group_src=0, device=device)  # a collator may draw at random
-        whole = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in sent[0].items() if name not in PACKING}
+        whole = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in sent[0].items()
+            if name not in PACKING
+        }
         rows, length = whole["input_ids"].shape
         whole.setdefault("position_ids", torch.arange(length, device=device).expand(rows, -1))
         if "labels" in whole:
             whole.setdefault("shift_labels", torch.nn.functional.pad(whole["labels"], (0, 1), value=IGNORED)[:, 1:])
         missing = -length % self.size
         tensors = {name: value for name, value in whole.items() if isinstance(value, Tensor)}
-        by_token = {name: _padded(name, value, missing) for name, value in tensors.items() if value.shape[1:2] == (length,)}
+        by_token = {
+            name: _padded(name, value, missing) for name, value in tensors.items() if value.shape[1:2] == (length,)
+        }
         tokens = (length + missing) // self.size
         own = slice(self.rank * tokens, (self.rank + 1) * tokens)
         share = Share({**whole, **{name: value[:, own].contiguous() for name, value in by_token.items()}})
@@ -124,16 +138,25 @@ class Sequence:
         dist.all_reduce(value, group=self.group)
         return value / self.size
 
-    def to_heads(self, query_BHSD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor) -> tuple[Tensor, Tensor, Tensor, Heads]:
-        """All tokens of this process's heads, ``[B, heads of this process, L, D]``, for its tokens of all heads; one exchange."""
+    def to_heads(
+        self, query_BHSD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Heads]:
+        """All tokens of this process's heads, ``[B, heads of this process, L, D]``, for its tokens of all heads; one
+        exchange.
+        """
         heads = Heads.of(self.size, query_BHSD.shape[1], key_BHSD.shape[1])
         own = heads[self.rank]
         sent = [[query_BHSD[:, h.first : h.last], key_BHSD[:, h.keys], value_BHSD[:, h.keys]] for h in heads]
         shapes = [part.shape for part in sent[self.rank]]
         sizes = [shape.numel() for shape in shapes]
-        received = self._exchange([torch.cat([part.flatten() for part in parts]) for parts in sent], [sum(sizes)] * self.size)
+        received = self._exchange(
+            [torch.cat([part.flatten() for part in parts]) for parts in sent], [sum(sizes)] * self.size
+        )
         columns = received.view(self.size, -1).split(sizes, 1)
-        query, key, value = (column.reshape(self.size, *shape).movedim(0, 2).flatten(2, 3) for column, shape in zip(columns, shapes, strict=True))
+        query, key, value = (
+            column.reshape(self.size, *shape).movedim(0, 2).flatten(2, 3)
+            for column, shape in zip(columns, shapes, strict=True)
+        )
         return query, key, value, own
 
     def to_tokens(self, x_BLHD: Tensor, heads: int) -> Tensor:

@@ -23,7 +23,9 @@ class _InOrder(Trainer):
 
 
 def texts(kind, count=24):
-    """Rows of 21 tokens: plain ones with a prompt that is not in the loss, some with padding behind, or three packed texts in each."""
+    """Rows of 21 tokens: plain ones with a prompt that is not in the loss, some with padding behind, or three packed
+    texts in each.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, VOCABULARY, (count, 21), generator=generator)
     rows = []
@@ -67,13 +69,19 @@ def train(jobs):
     """Each job: checkpoint, output, plugins, kind of texts, options."""
     for job in json.loads(jobs):
         trainer, seen = built(**job), []
-        trainer.model.register_forward_pre_hook(lambda module, args, kwargs, seen=seen: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+        trainer.model.register_forward_pre_hook(
+            lambda module, args, kwargs, seen=seen: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
         trainer.train()
         evaluated = trainer.evaluate()["eval_loss"]
         if trainer.is_world_process_zero():
             history, model = trainer.state.log_history, trainer.accelerator.unwrap_model(trainer.model)
             figures = {key: [entry[key] for entry in history if key in entry] for key in ("loss", "grad_norm")}
-            norms = {name: p.detach().norm().item() for name, p in model.named_parameters() if p.requires_grad and ".experts." not in name}
+            norms = {
+                name: p.detach().norm().item()
+                for name, p in model.named_parameters()
+                if p.requires_grad and ".experts." not in name
+            }
             say({**figures, "eval_loss": evaluated, "norms": norms, "tokens": max(seen)})
 
 

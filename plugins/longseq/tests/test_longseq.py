@@ -59,7 +59,9 @@ def gradients(model, **more):
 def same(found, expected):
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -84,7 +86,10 @@ ADAPTERS = {
     "lora": {"lora": {"r": 4}},
     "fp8 head": {"fp8": {"include": ["**.mlp.*", "lm_head"], "exclude": []}, "lora": {"r": 4}},
     "adapted head": {"lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
-    "adapted fp8 head": {"fp8": {"include": ["lm_head"], "exclude": []}, "lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]}},
+    "adapted fp8 head": {
+        "fp8": {"include": ["lm_head"], "exclude": []},
+        "lora": {"r": 4, "target_modules": ["q_proj", "lm_head"]},
+    },
 }
 
 
@@ -167,11 +172,19 @@ def run(checkpoint, output, plugins, **options):
     rows = [{key: value[0] for key, value in batch(1).items()} for _ in range(16)]
     for at, row in enumerate(rows):
         row["labels"] = row["labels"].masked_fill(torch.arange(LENGTH) < 10 + at, -100)
-    defaults = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1, "report_to": "none"}
+    defaults = {
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+    }
     defaults |= {"use_cpu": True, "save_strategy": "no", "learning_rate": 1e-2, "disable_tqdm": True}
     args = ArcticTrainingArguments(output_dir=str(output), plugins=plugins, **{**defaults, **options})
     stack = Stack.from_dict(args.plugins)
-    trainer = attach(Trainer(model=loaded(checkpoint, plugins), args=args, train_dataset=rows, eval_dataset=rows[:4]), stack)
+    trainer = attach(
+        Trainer(model=loaded(checkpoint, plugins), args=args, train_dataset=rows, eval_dataset=rows[:4]), stack
+    )
     trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], trainer.evaluate()["eval_loss"]
 
@@ -189,7 +202,9 @@ def test_what_tiles_would_leave_out_is_refused(tmp_path):
     register()
     checkpoint = tiny_model(tmp_path / "gemma2", *LLAMA_LIKE["gemma2"][:1], **LLAMA_LIKE["gemma2"][1])
     with pytest.raises(
-        ConfigError, match=r"Gemma2ForCausalLM changes logits behind its head \(logits = logits / self.config.final_logit_softcapping"
+        ConfigError,
+        match=r"Gemma2ForCausalLM changes logits behind its head "
+        r"\(logits = logits / self.config.final_logit_softcapping",
     ):
         load_model(checkpoint, Stack.from_dict({"longseq": {}}))
     load_model(checkpoint, Stack.from_dict({"longseq": {"tiled_loss": False, "tiled_mlp": True}}))
@@ -211,7 +226,10 @@ def test_a_tile_that_nothing_uses_is_said(checkpoints, caplog):
 def test_recomputed_layers_give_the_same_and_keep_less(checkpoints, name, share):
     adapters, results = {"fp8": {}, "lora": {"r": 4}}, {}
     for recompute in (0, share):
-        model, kept = loaded(checkpoints[name], {**adapters, "longseq": {"tiled_loss": False, "recompute": recompute}}), {}
+        model, kept = (
+            loaded(checkpoints[name], {**adapters, "longseq": {"tiled_loss": False, "recompute": recompute}}),
+            {},
+        )
 
         def keep(tensor, kept=kept):
             kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
@@ -227,7 +245,11 @@ def test_recomputed_layers_give_the_same_and_keep_less(checkpoints, name, share)
 def test_a_share_of_layers_beside_the_hosts_own_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"recompute is 0.5 and training.gradient_checkpointing is on"):
         ArcticTrainingArguments(
-            output_dir=str(tmp_path), use_cpu=True, report_to="none", plugins={"longseq": {"recompute": 0.5}}, gradient_checkpointing=True
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            plugins={"longseq": {"recompute": 0.5}},
+            gradient_checkpointing=True,
         )
 
 
@@ -239,7 +261,10 @@ def test_layers_that_cannot_be_recomputed_are_said(checkpoints):
 def test_without_a_gpu_activations_stay_where_they_are(checkpoints, tmp_path, caplog):
     plugins = {"lora": {"r": 4}, "longseq": {"recompute": 1}}
     expected = run(checkpoints["untied"], tmp_path, plugins)
-    assert run(checkpoints["untied"], tmp_path, {**plugins, "longseq": {"recompute": 1, "offload_activations": True}}) == expected
+    assert (
+        run(checkpoints["untied"], tmp_path, {**plugins, "longseq": {"recompute": 1, "offload_activations": True}})
+        == expected
+    )
     assert "offload_activations has no effect without a GPU" in caplog.text
 
 
@@ -248,12 +273,20 @@ def test_without_a_gpu_activations_stay_where_they_are(checkpoints, tmp_path, ca
 def test_activations_in_host_memory_change_nothing(checkpoints, tmp_path):
     plugins = {"lora": {"r": 4}, "longseq": {"recompute": 1}}
     expected = run(checkpoints["untied"], tmp_path, plugins, use_cpu=False)
-    found = run(checkpoints["untied"], tmp_path, {**plugins, "longseq": {"recompute": 1, "offload_activations": True}}, use_cpu=False)
+    found = run(
+        checkpoints["untied"],
+        tmp_path,
+        {**plugins, "longseq": {"recompute": 1, "offload_activations": True}},
+        use_cpu=False,
+    )
     assert found[0] == pytest.approx(expected[0], rel=1e-6)
 
 
 def test_another_loss_beside_it_is_an_error(install_plugin):
-    install_plugin("other", "from arctic_plugins import Plugin\nclass plugin(Plugin):\n    name = 'other'\n    slots = frozenset({'loss'})")
+    install_plugin(
+        "other",
+        "from arctic_plugins import Plugin\nclass plugin(Plugin):\n    name = 'other'\n    slots = frozenset({'loss'})",
+    )
     with pytest.raises(ResolveError, match=r"(?s)longseq.*other|other.*longseq"):
         Stack.from_dict({"longseq": {}, "other": {}})
 
@@ -262,11 +295,25 @@ def test_a_recipe(checkpoints, tmp_path):
     from arctic_plugins_huggingface.recipe import Recipe
     from arctic_plugins_huggingface.sft import train
 
-    (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"instruction": f"Say {n}.", "output": str(n)}) for n in range(16)))
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(json.dumps({"instruction": f"Say {n}.", "output": str(n)}) for n in range(16))
+    )
     losses = {}
     for plugins in ({}, {"longseq": {"tiled_mlp": True}}):
-        training = {"output_dir": str(tmp_path / f"out{len(plugins)}"), "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True}
-        recipe = {"model": str(checkpoints["untied"]), "plugins": {"lora": {"r": 4}, **plugins}, "data": {"path": "data.jsonl", "max_length": 64}}
+        training = {
+            "output_dir": str(tmp_path / f"out{len(plugins)}"),
+            "max_steps": 3,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "use_cpu": True,
+        }
+        recipe = {
+            "model": str(checkpoints["untied"]),
+            "plugins": {"lora": {"r": 4}, **plugins},
+            "data": {"path": "data.jsonl", "max_length": 64},
+        }
         (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "training": {**training, "bf16": False}}))
-        losses[len(plugins)] = [entry["loss"] for entry in train(Recipe.from_file(tmp_path / "recipe.yaml")).history if "loss" in entry]
+        losses[len(plugins)] = [
+            entry["loss"] for entry in train(Recipe.from_file(tmp_path / "recipe.yaml")).history if "loss" in entry
+        ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -21,14 +21,20 @@ class LoraOptions(PluginConfig):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Probability of dropping an input of the update while training."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Which modules get an update: as in PEFT; ``all-linear`` is every linear module but the output head. Experts of a mixture are none."""
+    """Which modules get an update: as in PEFT; ``all-linear`` is every linear module but the output head. Experts of a
+    mixture are none.
+    """
     experts: bool = False
-    """Also the weights of the experts of a mixture, each expert with a pair of its own; PEFT's ``target_parameters``."""
+    """Also the weights of the experts of a mixture, each expert with a pair of its own; PEFT's
+    ``target_parameters``.
+    """
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski, "rsLoRA", 2023)."""
 
     @model_validator(mode="after")
     def _check_dropout(self) -> LoraOptions:
         if self.experts and self.dropout:
-            raise ValueError(f"dropout {self.dropout} with experts: PEFT adapts experts without dropout; leave one of the two out")
+            raise ValueError(
+                f"dropout {self.dropout} with experts: PEFT adapts experts without dropout; leave one of the two out"
+            )
         return self

@@ -41,7 +41,11 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     except ValueError as error:
         if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
             raise
-        raise ConfigError(f"plugins.lora.target_modules {targets!r} names no module of this model", fix="use 'all-linear'") from error
-    if isinstance(config.target_modules, str):  # an expression of the recipe: an adapter's file names modules, which is all that is read from one
+        raise ConfigError(
+            f"plugins.lora.target_modules {targets!r} names no module of this model", fix="use 'all-linear'"
+        ) from error
+    if isinstance(
+        config.target_modules, str
+    ):  # an expression of the recipe: an adapter's file names modules, which is all that is read from one
         config.target_modules = set(adapted.base_model.targeted_module_names)
     return adapted

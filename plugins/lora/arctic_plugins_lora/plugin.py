@@ -36,7 +36,8 @@ class LoRA(Plugin):
     @hookimpl
     def hf_training_arguments(self, args: Any) -> None:
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            # Reentrant checkpointing gives no gradient to a layer whose input needs none, and the frozen embedding's output needs none.
+            # Reentrant checkpointing gives no gradient to a layer whose input needs none, and the frozen embedding's
+            # output needs none.
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
     @hookimpl
@@ -48,7 +49,11 @@ class LoRA(Plugin):
         others += ["bias"] if config.bias != "none" else []
         if others:
             found = f"{checkpoint / ADAPTER} has {others[0]} {getattr(config, others[0])!r}"
-            raise CheckpointError(found, expected="LoRA or rsLoRA, as vLLM serves them", fix="'arctic merge' the adapter, and serve the result")
+            raise CheckpointError(
+                found,
+                expected="LoRA or rsLoRA, as vLLM serves them",
+                fix="'arctic merge' the adapter, and serve the result",
+            )
         rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
         if rank > MAX_LORA_RANKS[-1]:
             found, most = f"{checkpoint / ADAPTER} has rank {rank}", f"at most {MAX_LORA_RANKS[-1]} in vLLM"

@@ -45,7 +45,11 @@ def test_only_the_adapter_trains(model):
 
 def test_gradients_equal_those_over_the_decoded_weights(model, tiny_checkpoint):
     plain, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": FP8}))
-    reference = randomize(get_peft_model(plain.dequantize(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")))
+    reference = randomize(
+        get_peft_model(
+            plain.dequantize(), LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+        )
+    )
     losses = [built(IDS, labels=IDS).loss for built in (model, reference)]
     torch.testing.assert_close(*losses)
     for loss in losses:
@@ -60,7 +64,9 @@ def test_gradients_equal_those_over_the_decoded_weights(model, tiny_checkpoint):
 def test_gradient_checkpointing_changes_nothing(model, use_reentrant):
     model.train()
     model(IDS, labels=IDS).loss.backward()
-    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    expected = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -72,9 +78,15 @@ def test_gradient_checkpointing_changes_nothing(model, use_reentrant):
 
 def test_plain_peft_reads_the_adapter(model, tiny_checkpoint, tmp_path):
     model.save_pretrained(tmp_path / "adapter")
-    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+    }
     base, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": FP8}))
-    assert torch.equal(PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(IDS).logits, model.eval()(IDS).logits)
+    assert torch.equal(
+        PeftModel.from_pretrained(base, tmp_path / "adapter").eval()(IDS).logits, model.eval()(IDS).logits
+    )
     over_plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_checkpoint), tmp_path / "adapter")
     assert over_plain(IDS).logits.isfinite().all()
 
@@ -155,7 +167,10 @@ def test_engine_arguments_of_an_adapter(tmp_path):
         (tmp_path / "adapter_config.json").write_text(f'{{"base_model_name_or_path": "base", "r": {r}}}')
         arguments = stack.vllm_engine_args(tmp_path)
         assert (arguments["model"], arguments["max_lora_rank"]) == ("base", rank)
-    for config, message in (('{"base_model_name_or_path": "base", "r": 600}', "rank 600; expected at most 512"), ('{"r": 4}', "names no base")):
+    for config, message in (
+        ('{"base_model_name_or_path": "base", "r": 600}', "rank 600; expected at most 512"),
+        ('{"r": 4}', "names no base"),
+    ):
         (tmp_path / "adapter_config.json").write_text(config)
         with pytest.raises(CheckpointError, match=message):
             stack.vllm_engine_args(tmp_path)

@@ -28,7 +28,10 @@ FP8 = {"group_size": 32}
 LORA = {"r": 3, "alpha": 6, "experts": True}
 MODELS = {
     **MIXTURES,
-    "arctic": ("arctic", {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}),
+    "arctic": (
+        "arctic",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True},
+    ),
 }
 
 
@@ -50,7 +53,9 @@ def randomize(model, seed=0):
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + len(name))) * 0.1)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed + len(name))) * 0.1
+                )
     return model
 
 
@@ -66,7 +71,13 @@ def wrappers(model):
 def peft_config(model):
     """What a user of PEFT alone would write for the adapter of ``model``."""
     config = model.peft_config["default"]
-    return LoraConfig(r=3, lora_alpha=6, target_modules=config.target_modules, target_parameters=config.target_parameters, task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=3,
+        lora_alpha=6,
+        target_modules=config.target_modules,
+        target_parameters=config.target_parameters,
+        task_type="CAUSAL_LM",
+    )
 
 
 def gradients(model):
@@ -100,7 +111,10 @@ def test_adapters_go_both_ways(mixture, tmp_path):
     ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert any(key.endswith("mlp.experts.base_layer.lora_A.weight") or "block_sparse_moe.experts.base_layer.lora_A" in key for key in ours)
+    assert any(
+        key.endswith("mlp.experts.base_layer.lora_A.weight") or "block_sparse_moe.experts.base_layer.lora_A" in key
+        for key in ours
+    )
     base, _ = load_model(mixture, Stack.from_dict({"fp8": FP8}))
     assert torch.equal(load_adapter(base, tmp_path / "theirs").eval()(IDS).logits, model(IDS).logits)
     over_plain, _ = load_model(mixture, Stack.from_dict({"lora": LORA}))
@@ -212,7 +226,9 @@ def test_several_merges_are_undone_at_once(mixtral):
     assert layer.merged_adapters == ["default", "second"]
     with model.disable_adapter():  # PEFT takes merged adapters out again
         torch.testing.assert_close(model(IDS).logits, base(IDS).logits)
-    assert all(torch.equal(buffer, layer.get_base_layer().export("down_proj")[suffix]) for suffix, buffer in kept.items())
+    assert all(
+        torch.equal(buffer, layer.get_base_layer().export("down_proj")[suffix]) for suffix, buffer in kept.items()
+    )
     torch.testing.assert_close(model(IDS).logits, before)
 
 
@@ -220,7 +236,10 @@ def test_merge_is_decode_add_encode_and_can_be_undone(mixture):
     model = adapted(mixture).eval()
     before = model(IDS).logits
     layers = wrappers(model)
-    kept = [{suffix: buffer.clone() for suffix, buffer in layer.get_base_layer().export(layer.parameter_name).items()} for layer in layers]
+    kept = [
+        {suffix: buffer.clone() for suffix, buffer in layer.get_base_layer().export(layer.parameter_name).items()}
+        for layer in layers
+    ]
     expected = []
     for layer in layers:
         frozen, leaf = layer.get_base_layer(), layer.parameter_name
@@ -229,12 +248,19 @@ def test_merge_is_decode_add_encode_and_can_be_undone(mixture):
     model.merge_adapter()
     for layer, buffers in zip(layers, expected, strict=True):
         found = layer.get_base_layer().export(layer.parameter_name)
-        assert all((found[suffix] != buffer).float().mean() < 1e-3 for suffix, buffer in buffers.items())  # sums of another order may round elsewhere
+        assert all(
+            (found[suffix] != buffer).float().mean() < 1e-3 for suffix, buffer in buffers.items()
+        )  # sums of another order may round elsewhere
     assert 0 < (model(IDS).logits - before).norm() / before.norm() < 0.5
     model.unmerge_adapter()
     for layer, buffers in zip(layers, kept, strict=True):
-        assert all(torch.equal(buffer, layer.get_base_layer().export(layer.parameter_name)[suffix]) for suffix, buffer in buffers.items())
-    torch.testing.assert_close(model(IDS).logits, before)  # PEFT subtracts what it added to plain layers, such as gates of shared experts
+        assert all(
+            torch.equal(buffer, layer.get_base_layer().export(layer.parameter_name)[suffix])
+            for suffix, buffer in buffers.items()
+        )
+    torch.testing.assert_close(
+        model(IDS).logits, before
+    )  # PEFT subtracts what it added to plain layers, such as gates of shared experts
 
 
 def test_a_merge_that_overflows_names_the_expert(mixtral):
@@ -250,7 +276,14 @@ def recipe_of(checkpoint, directory, **plugins):
     records = [{"instruction": f"Say {number}.", "output": str(number)} for number in range(16)]
     directory.mkdir(exist_ok=True)
     (directory / "data.jsonl").write_text("\n".join(json.dumps(record) for record in records))
-    training = {"output_dir": str(directory / "out"), "max_steps": 6, "learning_rate": 1e-2, "logging_steps": 1, "use_cpu": True, "bf16": False}
+    training = {
+        "output_dir": str(directory / "out"),
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "use_cpu": True,
+        "bf16": False,
+    }
     recipe = {
         "model": str(checkpoint),
         "plugins": {**plugins, "lora": {"r": 4, "experts": True}},
@@ -276,7 +309,9 @@ def test_from_a_recipe_to_a_merged_checkpoint(mixture, tmp_path, plugins, monkey
     assert all(torch.equal(tensor, again[name]) for name, tensor in trained.items())
 
     calls = []
-    monkeypatch.setattr(merging, "load_model", lambda *args, **kwargs: calls.append(args) or load_model(*args, **kwargs))
+    monkeypatch.setattr(
+        merging, "load_model", lambda *args, **kwargs: calls.append(args) or load_model(*args, **kwargs)
+    )
     merge_adapter(adapter, tmp_path / "by_file")
     assert not calls
     monkeypatch.setattr(merging, "_halves", lambda adapter: None)
@@ -301,7 +336,9 @@ def test_merging_into_an_encoded_base(mixture, tmp_path):
     found = frozen_weights(merged)
     for name, (module, leaf) in frozen_weights(expected).items():
         theirs, ours = module.export(leaf), found[name][0].export(leaf)
-        assert all((theirs[suffix] != ours[suffix]).float().mean() < 1e-3 for suffix in theirs), name  # sums of another order may round elsewhere
+        assert all((theirs[suffix] != ours[suffix]).float().mean() < 1e-3 for suffix in theirs), (
+            name
+        )  # sums of another order may round elsewhere
 
 
 def test_an_adapter_of_another_model_is_refused_in_a_line(mixtral, tmp_path):
@@ -311,7 +348,9 @@ def test_an_adapter_of_another_model_is_refused_in_a_line(mixtral, tmp_path):
     register()
     other = tiny_model(tmp_path / "other", "mixtral", num_local_experts=2, num_experts_per_tok=1)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(other)}))
+    (tmp_path / "adapter" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(other)})
+    )
     with pytest.raises(CheckpointError) as error:
         merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert "\n" not in str(error.value)
@@ -325,7 +364,9 @@ def test_pairs_of_processes_make_the_whole(mixtral):
     for name, pairs in layouts.items():
         whole = parameters[name].detach()
         parts = [pairs.part(whole, slice(first, first + 2)) for first in (0, 2)]
-        assert parts[0].shape == ((whole.shape[0], whole.shape[1] // 2) if pairs.last else (whole.shape[0] // 2, whole.shape[1]))
+        assert parts[0].shape == (
+            (whole.shape[0], whole.shape[1] // 2) if pairs.last else (whole.shape[0] // 2, whole.shape[1])
+        )
         assert torch.equal(pairs.join(parts), whole)
         assert torch.equal(pairs.split(parts[1]), pairs.split(whole)[2:])
 
@@ -363,7 +404,10 @@ def test_options_that_do_not_go_together(mixtral, tiny_checkpoint, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     base, _ = load_model(mixtral, Stack.from_dict({"fp8": FP8}))
-    for change, message in (({"use_dora": True}, "uses DoRA over encoded weights"), ({"lora_dropout": 0.1}, "has dropout 0.1 and adapts experts")):
+    for change, message in (
+        ({"use_dora": True}, "uses DoRA over encoded weights"),
+        ({"lora_dropout": 0.1}, "has dropout 0.1 and adapts experts"),
+    ):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": [], **change}))
         with pytest.raises(ConfigError, match=message):
             load_adapter(copy.deepcopy(base), tmp_path)

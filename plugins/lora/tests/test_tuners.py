@@ -54,7 +54,10 @@ TUNERS = {
     "road": ("RoadConfig", {"group_size": 16}),
     "road 4": ("RoadConfig", {"group_size": 16, "variant": "road_4"}),
     "tinylora": ("TinyLoraConfig", {}),
-    "tokens on embeddings": ("TrainableTokensConfig", {"token_indices": [10, 11, 12], "target_modules": ["embed_tokens"]}),
+    "tokens on embeddings": (
+        "TrainableTokensConfig",
+        {"token_indices": [10, 11, 12], "target_modules": ["embed_tokens"]},
+    ),
     "vblora": ("VBLoRAConfig", {"r": 4, "num_vectors": 20, "vector_length": 8}),
     "vera": ("VeraConfig", {"r": 8}),
     "waveft": ("WaveFTConfig", {"n_frequency": 50}),
@@ -73,7 +76,9 @@ REFUSED = {
     "trainable_tokens": ("TrainableTokensConfig", {"token_indices": [1]}),
     "unilora": ("UniLoraConfig", {"r": 4}),
 }
-"""Others are not tried: ``adamss`` wants scikit-learn, and ``frod`` fails already when it decomposes what it takes for weights."""
+"""Others are not tried: ``adamss`` wants scikit-learn, and ``frod`` fails already when it decomposes what it takes for
+weights.
+"""
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +98,11 @@ def loaded(checkpoint, without_biases, tmp_path_factory):
 
     def load(plugins, *, biases=True):
         if (key := f"{plugins}{biases}") not in models:
-            where = {"offload": {**plugins["offload"], "path": str(tmp_path_factory.mktemp("disk"))}} if "offload" in plugins else {}
+            where = (
+                {"offload": {**plugins["offload"], "path": str(tmp_path_factory.mktemp("disk"))}}
+                if "offload" in plugins
+                else {}
+            )
             model, _ = load_model(checkpoint if biases else without_biases, Stack.from_dict({**plugins, **where}))
             models[key] = stir(model, lambda name, _: name.endswith("bias"))
         return copy.deepcopy(models[key])
@@ -163,11 +172,15 @@ def contents(model):
 
 
 def same(found, expected):
-    return found.keys() == expected.keys() and all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    return found.keys() == expected.keys() and all(
+        torch.equal(tensor, expected[name]) for name, tensor in found.items()
+    )
 
 
 def rounded_sums(plain, encoded):
-    """Of PEFT's merge into the decoded weights: what layers of ``encoded``, which is not merged yet, are to become; also put into ``plain``."""
+    """Of PEFT's merge into the decoded weights: what layers of ``encoded``, which is not merged yet, are to become;
+    also put into ``plain``.
+    """
     expected = {}
     for name, layer in linears(plain).items():
         below = linears(encoded, FrozenLinear)[name]
@@ -193,7 +206,9 @@ def test_a_tuner_over_frozen_weights_is_what_it_is_over_the_decoded_ones(base, t
     unmerged = logits(model)
     assert not torch.allclose(unmerged, of_base, atol=1e-3), "the adapter says nothing"
     torch.testing.assert_close(unmerged, logits(plain), rtol=1e-4, atol=1e-4)
-    if tuner == "lily" or (tuner == "beft" and not any(layer.bias is not None for layer in linears(plain).values())):  # PEFT does not merge these
+    if tuner == "lily" or (
+        tuner == "beft" and not any(layer.bias is not None for layer in linears(plain).values())
+    ):  # PEFT does not merge these
         with pytest.raises((NotImplementedError, ValueError)):
             model.merge_adapter()
         assert same(contents(model), before)
@@ -237,13 +252,18 @@ def test_a_tuner_that_needs_the_weights_is_refused_when_it_is_added(frozen, tune
     before = contents(frozen)
     name, options = REFUSED[tuner]
     kind = tuner if "bat" in tuner else tuner.upper()
-    message = rf"'default' is {kind} over encoded weights \(model.layers.0.*\.weight\), whose values it needs; expected one of .*LORA"
+    message = (
+        rf"'default' is {kind} over encoded weights \(model.layers.0.*\.weight\), "
+        r"whose values it needs; expected one of .*LORA"
+    )
     with pytest.raises(ConfigError, match=message):
         adapt(frozen, config_of(name, options))
     assert same(contents(frozen), before)
 
 
-@pytest.mark.parametrize("config", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig", "CartridgeConfig"])
+@pytest.mark.parametrize(
+    "config", ["PromptTuningConfig", "PromptEncoderConfig", "PrefixTuningConfig", "CartridgeConfig"]
+)
 def test_prompts_need_no_weights(base, config):
     found, expected = (
         logits(adapt(model, getattr(peft, config)(num_virtual_tokens=4, task_type="CAUSAL_LM")))
@@ -285,7 +305,10 @@ def test_an_adapter_of_a_users_own_script_merges_into_the_bytes(checkpoint):
     stir(model, lambda name, _: ".b." in name)
     layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
     assert [type(layer) for layer in layers] == [FrozenLoraLinear] * 3
-    wanted = [layer.get_base_layer().codec.encode(layer.get_base_layer().decode() + layer.get_delta_weight("b")) for layer in layers]
+    wanted = [
+        layer.get_base_layer().codec.encode(layer.get_base_layer().decode() + layer.get_delta_weight("b"))
+        for layer in layers
+    ]
     before = contents(model)
     model.merge_adapter()
     assert all(same(layer.get_base_layer().export(), buffers) for layer, buffers in zip(layers, wanted, strict=True))
@@ -307,7 +330,9 @@ def test_copies_and_pickles(frozen):
 
 def test_a_second_adapter_of_another_tuner_and_both_merged(frozen):
     before = contents(frozen)
-    models = [adapt(one, config_of(*TUNERS["ia3"])) for one in (frozen, copy.deepcopy(frozen).dequantize(torch.float32))]
+    models = [
+        adapt(one, config_of(*TUNERS["ia3"])) for one in (frozen, copy.deepcopy(frozen).dequantize(torch.float32))
+    ]
     for one in models:
         one.add_adapter("b", config_of(*TUNERS["ia3"]))
         one.base_model.set_adapter(["default", "b"])
@@ -369,7 +394,11 @@ def test_a_layer_that_reads_the_weight_after_all_is_stopped(frozen, monkeypatch)
 
 
 def test_copies_of_encoded_modules_are_refused(frozen):
-    for options in ({"modules_to_save": ["mlp"]}, {"modules_to_save": ["k_proj"]}, {"trainable_token_indices": {"o_proj": [1]}}):
+    for options in (
+        {"modules_to_save": ["mlp"]},
+        {"modules_to_save": ["k_proj"]},
+        {"trainable_token_indices": {"o_proj": [1]}},
+    ):
         with pytest.raises(ConfigError, match=r"trains a copy of model\.layers\.0\..*, which is encoded"):
             get_peft_model(frozen, LoraConfig(target_modules=["q_proj"], **options))
     kept = get_peft_model(frozen, LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
@@ -377,7 +406,9 @@ def test_copies_of_encoded_modules_are_refused(frozen):
 
 
 def test_parameters_of_linear_modules_are_refused(frozen):
-    with pytest.raises(ConfigError, match=r"targets weight of encoded weights \(model\.layers\.0\.self_attn\.q_proj\.weight\)"):
+    with pytest.raises(
+        ConfigError, match=r"targets weight of encoded weights \(model\.layers\.0\.self_attn\.q_proj\.weight\)"
+    ):
         get_peft_model(frozen, LoraConfig(target_modules=[], target_parameters=["q_proj.weight"]))
 
 
@@ -390,19 +421,29 @@ def test_experts_are_adapted_by_lora_alone(tmp_path):
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters))
     assert sum(isinstance(module, FrozenLoraExperts) for module in model.modules()) == 2
     with pytest.raises(ConfigError, match="dropout 0.1 and adapts experts"):
-        model.add_adapter("b", LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"], target_parameters=parameters))
+        model.add_adapter(
+            "b", LoraConfig(r=2, lora_dropout=0.1, target_modules=["q_proj"], target_parameters=parameters)
+        )
 
 
 def test_plain_models_are_left_to_peft(loaded):
-    for config in (LoraConfig(r=4, use_dora=True, target_modules=SOME), config_of(*REFUSED["hra"]), config_of(*TUNERS["ia3"])):
+    for config in (
+        LoraConfig(r=4, use_dora=True, target_modules=SOME),
+        config_of(*REFUSED["hra"]),
+        config_of(*TUNERS["ia3"]),
+    ):
         model = adapt(loaded({}), config)
         layers = [module for module in model.modules() if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer)]
         assert len(layers) == 3
-        assert all(getattr(sys.modules[type(layer).__module__], type(layer).__name__) is type(layer) for layer in layers)
+        assert all(
+            getattr(sys.modules[type(layer).__module__], type(layer).__name__) is type(layer) for layer in layers
+        )
 
 
 def test_peft_is_guarded_also_where_it_is_imported_later(tmp_path, monkeypatch):
-    (tmp_path / "tuners_of_later.py").write_text("class BaseTuner:\n    def inject_adapter(self, model, adapter_name):\n        pass\n")
+    (tmp_path / "tuners_of_later.py").write_text(
+        "class BaseTuner:\n    def inject_adapter(self, model, adapter_name):\n        pass\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(guard, "_MODULE", "tuners_of_later")
     finders = len(sys.meta_path)

@@ -1,4 +1,6 @@
-"""``ArcticConfig``, for both hosts. Fields and defaults are those of Snowflake's ``configuration_arctic.py`` (transformers fork, commit 2d05ff8)."""
+"""``ArcticConfig``, for both hosts. Fields and defaults are those of Snowflake's ``configuration_arctic.py``
+(transformers fork, commit 2d05ff8).
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ __all__ = ["ArcticConfig"]
 class ArcticConfig(MixtralConfig):
     """Sizes of an Arctic model. The released one: see :meth:`released`.
 
-    Layer i is a mixture iff ``(i + 1) % moe_layer_frequency == 0``, and then has the dense residual beside it iff ``parallel_attn_mlp_res``, which
-    vLLM's old code calls ``use_residual``: checkpoints say both.
+    Layer i is a mixture iff ``(i + 1) % moe_layer_frequency == 0``, and then has the dense residual beside it iff
+    ``parallel_attn_mlp_res``, which vLLM's old code calls ``use_residual``: checkpoints say both.
 
     Raises:
         CheckpointError: the two differ, or sizes do not fit each other.
@@ -35,7 +37,9 @@ class ArcticConfig(MixtralConfig):
     parallel_attn_mlp_res: bool | None = None
     use_residual: bool | None = None
     router_z_loss_coef: float = 0.0
-    """Weight of ``mean(logsumexp(router logits) ** 2)``, summed over layers (Zoph et al., "ST-MoE", 2022); 0 leaves it out, as Snowflake did."""
+    """Weight of ``mean(logsumexp(router logits) ** 2)``, summed over layers (Zoph et al., "ST-MoE", 2022); 0 leaves it
+    out, as Snowflake did.
+    """
     moe_train_capacity_factor: float = 1.0
     """With which Snowflake trained; read by nothing here: the plugin's ``capacity_factor`` asks for it."""
     moe_eval_capacity_factor: float = 1.0
@@ -56,7 +60,9 @@ class ArcticConfig(MixtralConfig):
         super().__post_init__(**kwargs)
         for name in ("num_local_experts", "num_experts_per_tok", "moe_layer_frequency"):
             if getattr(self, name) < 1:
-                raise CheckpointError(f"{name} is {getattr(self, name)}", expected="at least 1", fix="correct config.json")
+                raise CheckpointError(
+                    f"{name} is {getattr(self, name)}", expected="at least 1", fix="correct config.json"
+                )
         if self.num_experts_per_tok > self.num_local_experts:
             raise CheckpointError(
                 f"num_experts_per_tok is {self.num_experts_per_tok} and num_local_experts {self.num_local_experts}",
@@ -70,7 +76,9 @@ class ArcticConfig(MixtralConfig):
 
     @classmethod
     def released(cls, **changes: Any) -> ArcticConfig:
-        """The sizes of ``Snowflake/snowflake-arctic-base`` and ``-instruct``: 478.6B parameters, 17.3B active; ``changes`` override fields."""
+        """The sizes of ``Snowflake/snowflake-arctic-base`` and ``-instruct``: 478.6B parameters, 17.3B active;
+        ``changes`` override fields.
+        """
         sizes: dict[str, Any] = {
             "vocab_size": 32000,
             "hidden_size": 7168,

@@ -1,7 +1,7 @@
 """Expert parallelism: tokens travel to the processes that hold their experts, by all-to-all, and back; so do gradients.
 
-Processes have different batches. With N processes for one copy of the experts and W altogether, the experts of a process see the tokens of N of
-them; W / N processes hold the same experts. Dropless unless a capacity is given.
+Processes have different batches. With N processes for one copy of the experts and W altogether, the experts of a
+process see the tokens of N of them; W / N processes hold the same experts. Dropless unless a capacity is given.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ class ExpertParallel(ExpertsDispatch):
 
     def __init__(self, options: MoEConfig) -> None:
         self.size, self.overlap_degree = options.expert_parallel, options.overlap_degree
-        self.capacity = None if options.capacity_factor is None else Capacity(options.capacity_factor, options.min_capacity)
+        self.capacity = (
+            None if options.capacity_factor is None else Capacity(options.capacity_factor, options.min_capacity)
+        )
         self._parts: dist.ProcessGroup | None = None
         self._copies: dist.ProcessGroup | None = None
 
@@ -58,15 +60,20 @@ class ExpertParallel(ExpertsDispatch):
     def _make_groups(self) -> None:
         if not dist.is_initialized():
             raise ConfigError(
-                f"plugins.moe.expert_parallel is {self.size} and torch.distributed is not initialized ({world_size()} started)",
-                fix="start several ('arctic train --nproc', torchrun); in a script, build the TrainingArguments before the model",
+                f"plugins.moe.expert_parallel is {self.size} and torch.distributed is not initialized "
+                f"({world_size()} started)",
+                fix="start several ('arctic train --nproc', torchrun); in a script, build the TrainingArguments "
+                "before the model",
             )
         world = dist.get_world_size()
         if world % self.size:
             raise ConfigError(
-                f"plugins.moe.expert_parallel is {self.size} with {world} processes", expected=f"a divisor of {world}", fix="correct it"
+                f"plugins.moe.expert_parallel is {self.size} with {world} processes",
+                expected=f"a divisor of {world}",
+                fix="correct it",
             )
-        # Every process takes part in making every group. Groups of their own: collectives of DDP must not come in between.
+        # Every process takes part in making every group. Groups of their own: collectives of DDP must not come in
+        # between.
         parts = [list(range(first, first + self.size)) for first in range(0, world, self.size)]
         copies = [list(range(first, world, self.size)) for first in range(self.size)]
         self._parts, _ = dist.new_subgroups_by_enumeration(parts)
@@ -100,7 +107,8 @@ class ExpertParallel(ExpertsDispatch):
             )
         sent = torch.cat([torch.tensor(own, device=rows_RK.device).view(self.size, -1) for own in counts], 1)
         received = torch.empty_like(sent)
-        # Waited for: sizes of what comes have to be known. Of all pieces at once, or those of the next would wait behind the rows of the first.
+        # Waited for: sizes of what comes have to be known. Of all pieces at once, or those of the next would wait
+        # behind the rows of the first.
         dist.all_to_all_single(received, sent, group=self.parts)
         sizes = [len(own) // self.size for own in counts]
         rows = rows_RK.split([sum(own) for own in counts])
@@ -108,7 +116,9 @@ class ExpertParallel(ExpertsDispatch):
         return [_AllToAll(*piece, self.parts) for piece in pieces]
 
     def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        return (index_MT, weights_MT) if self.capacity is None else self.capacity.keep(index_MT, weights_MT, num_experts)
+        return (
+            (index_MT, weights_MT) if self.capacity is None else self.capacity.keep(index_MT, weights_MT, num_experts)
+        )
 
     def sum_over_copies(self, tensor: Tensor) -> None:
         if self.size > 1 and dist.get_world_size() > self.size:
@@ -141,7 +151,11 @@ class _AllToAll(Exchange):
         self.sent, self.received = sent.sum(1).tolist(), received.sum(1).tolist()
         self.counts = received.sum(0).tolist()
         # What arrives is sorted by sender, then by expert.
-        experts = torch.arange(received.shape[1], device=rows.device).repeat(len(received)).repeat_interleave(received.reshape(-1))
+        experts = (
+            torch.arange(received.shape[1], device=rows.device)
+            .repeat(len(received))
+            .repeat_interleave(received.reshape(-1))
+        )
         self.order = experts.argsort(stable=True)
         self.trip = _Trip(group, self.sent, self.received)
         self.arriving: Tensor = _Start.apply(rows, self.trip)
@@ -151,7 +165,9 @@ class _AllToAll(Exchange):
         return rows[self.order], self.counts
 
     def send_back(self, rows_RK: Tensor) -> None:
-        by_sender = torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order), device=self.order.device))
+        by_sender = torch.empty_like(self.order).scatter_(
+            0, self.order, torch.arange(len(self.order), device=self.order.device)
+        )
         self.trip = _Trip(self.group, self.received, self.sent)
         self.arriving = _Start.apply(rows_RK[by_sender], self.trip)
 
@@ -161,7 +177,9 @@ class _AllToAll(Exchange):
 
 
 class _Trip:
-    """One all-to-all of rows, and that of its gradients the other way; each is started in one place and waited for in another."""
+    """One all-to-all of rows, and that of its gradients the other way; each is started in one place and waited for in
+    another.
+    """
 
     def __init__(self, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> None:
         self.group, self.sent, self.received = group, sent, received
@@ -186,9 +204,11 @@ class _Trip:
 
 
 class _Start(torch.autograd.Function):
-    """Its result is not there before :class:`_Finish`; backward, it waits for the gradients that :class:`_Finish` has started on their way.
+    """Its result is not there before :class:`_Finish`; backward, it waits for the gradients that :class:`_Finish` has
+    started on their way.
 
-    Autograd runs what was computed last first: what was computed between the two forward is computed between them backward, too.
+    Autograd runs what was computed last first: what was computed between the two forward is computed between them
+    backward, too.
     """
 
     @staticmethod

@@ -1,4 +1,5 @@
-"""Plain, trainable experts as transformers holds them, through a dispatch or without one: the experts implementation ``arctic``.
+"""Plain, trainable experts as transformers holds them, through a dispatch or without one: the experts implementation
+``arctic``.
 
 Read in transformers 5.19.0 (``integrations/moe.py``).
 """
@@ -24,14 +25,20 @@ IMPLEMENTATION = "arctic"
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # which expert gets how many tokens depends on data
 def mix_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; ``experts`` is the module of transformers."""
+    """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; ``experts`` is the
+    module of transformers.
+    """
     return start_plain(experts, hidden_states, top_k_index, top_k_weights).finish()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def start_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
     """The same in steps; see :class:`arctic_plugins.frozen.Mixture`."""
-    sizes, up, down = piece_sizes(experts), experts.gate_up_proj if experts.has_gate else experts.up_proj, experts.down_proj
+    sizes, up, down = (
+        piece_sizes(experts),
+        experts.gate_up_proj if experts.has_gate else experts.up_proj,
+        experts.down_proj,
+    )
     # split once: autograd puts the gradients of pieces together, where it would add gradients of all experts up
     weights = zip(up.split(sizes), down.split(sizes), strict=True) if len(sizes) > 1 else [(up, down)]
     pieces = [(size, partial(_products, experts, *own)) for size, own in zip(sizes, weights, strict=True)]
@@ -49,7 +56,8 @@ def _products(experts: Any, up: Tensor, down: Tensor, rows: Tensor, counts: Sequ
 
 
 def grouped_linear(rows_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
-    """``rows @ weight[e].T`` for the rows of each expert, by torch's grouped product, which wants rows of whole 16 bytes; else one by one.
+    """``rows @ weight[e].T`` for the rows of each expert, by torch's grouped product, which wants rows of whole 16
+    bytes; else one by one.
 
     Args:
         rows_RK: sorted by expert.
@@ -57,7 +65,11 @@ def grouped_linear(rows_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -
         counts: rows of each expert. Experts without rows are not read, forward or backward; their gradient is zero.
     """
     if any(size * rows_RK.element_size() % 16 for size in weight_ENK.shape[1:]):
-        own = [rows @ weight_ENK[expert].to(rows.dtype).mT for expert, rows in enumerate(rows_RK.split(list(counts))) if len(rows)]
+        own = [
+            rows @ weight_ENK[expert].to(rows.dtype).mT
+            for expert, rows in enumerate(rows_RK.split(list(counts)))
+            if len(rows)
+        ]
         return torch.cat(own) if own else rows_RK @ weight_ENK[0].to(rows_RK.dtype).mT
     ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows_RK.device)
     return nn.functional.grouped_mm(rows_RK, weight_ENK.to(rows_RK.dtype).mT, offs=ends)

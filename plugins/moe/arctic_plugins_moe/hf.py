@@ -2,12 +2,13 @@
 
 A layer with input x::
 
-    a   = x + attention(input_layernorm(x))
-    out = a + ffn(post_attention_layernorm(a))                                                    # plain, and mixtures without residual
-    out = a + residual_mlp(residual_layernorm(a)) + mixture(post_attention_layernorm(x))          # dense-MoE hybrid
+    a   = x + attention(input_layernorm(x)) out = a + ffn(post_attention_layernorm(a))
+    # plain, and mixtures without residual out = a + residual_mlp(residual_layernorm(a)) +
+    mixture(post_attention_layernorm(x))          # dense-MoE hybrid
 
-The hybrid's mixture reads the layer's *input*: what it sends to other processes travels while attention and the residual are computed.
-Equations and names of weights from Snowflake's ``modeling_arctic.py`` (transformers fork, commit 2d05ff8).
+The hybrid's mixture reads the layer's *input*: what it sends to other processes travels while attention and the
+residual are computed. Equations and names of weights from Snowflake's ``modeling_arctic.py`` (transformers fork, commit
+2d05ff8).
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class ArcticMLP(nn.Module):
 
 @use_experts_implementation
 class ArcticExperts(nn.Module):
-    """``gate_up_proj [E, 2I, K]`` (w1 above w3) and ``down_proj [E, K, I]`` (w2); checkpoints hold one matrix per expert.
+    """``gate_up_proj [E, 2I, K]`` (w1 above w3) and ``down_proj [E, K, I]`` (w2); checkpoints hold one matrix per
+    expert.
 
     The class has to be decorated in the module of the model: transformers looks for the decorator in its source.
     """
@@ -176,7 +178,11 @@ class ArcticPreTrainedModel(MixtralPreTrainedModel):
     def checkpoint_conversions() -> list[WeightTransform]:
         """Between Snowflake's names of weights and the model's, both ways."""
         return [
-            WeightConverter([".experts.*.w1.weight", ".experts.*.w3.weight"], ".experts.gate_up_proj", [MergeModulelist(dim=0), Concatenate(dim=1)]),
+            WeightConverter(
+                [".experts.*.w1.weight", ".experts.*.w3.weight"],
+                ".experts.gate_up_proj",
+                [MergeModulelist(dim=0), Concatenate(dim=1)],
+            ),
             WeightConverter([".experts.*.w2.weight"], ".experts.down_proj", [MergeModulelist(dim=0)]),
         ]
 
@@ -203,7 +209,9 @@ class ArcticModel(ArcticPreTrainedModel, MixtralModel):
 
 
 class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
-    """The language model. ``aux_loss`` is the sum over layers of the load balancing loss, and the z-loss where its coefficient is not 0."""
+    """The language model. ``aux_loss`` is the sum over layers of the load balancing loss, and the z-loss where its
+    coefficient is not 0.
+    """
 
     def __init__(self, config: ArcticConfig) -> None:
         ArcticPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]  # transformers is not analysed
@@ -228,9 +236,10 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
     ) -> MoeCausalLMOutputWithPast:
         """As ``MixtralForCausalLM.forward``.
 
-        With ``output_router_logits`` (or in the config) the auxiliary losses are computed, and added to ``loss``, each with its coefficient. Where
-        the Trainer says how many labels a step has (``num_items_in_batch``), they count as much as this batch has of them: a step's accumulated
-        batches, and processes, add up to means as they do for the loss on tokens.
+        With ``output_router_logits`` (or in the config) the auxiliary losses are computed, and added to ``loss``, each
+        with its coefficient. Where the Trainer says how many labels a step has (``num_items_in_batch``), they count as
+        much as this batch has of them: a step's accumulated batches, and processes, add up to means as they do for the
+        loss on tokens.
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         outputs: MoeModelOutputWithPast = self.model(
@@ -248,13 +257,19 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if wanted and outputs.router_logits:
-            dispatch = next((module.dispatch for module in self.modules() if getattr(module, "dispatch", None) is not None), None)
-            aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, attention_mask, dispatch)
+            dispatch = next(
+                (module.dispatch for module in self.modules() if getattr(module, "dispatch", None) is not None), None
+            )
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, self.config.num_experts_per_tok, attention_mask, dispatch
+            )
             if loss is not None:
                 added = self.config.router_aux_loss_coef * aux_loss
                 if self.config.router_z_loss_coef:
                     added = added + self.config.router_z_loss_coef * z_loss(outputs.router_logits, attention_mask)
-                loss = loss + _share(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")) * added.to(loss.device)
+                loss = loss + _share(labels, kwargs.get("shift_labels"), kwargs.get("num_items_in_batch")) * added.to(
+                    loss.device
+                )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -266,8 +281,12 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
         )
 
 
-def _share(labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None) -> Tensor | float:
-    """This batch's share of a step's labels; they are shifted by one, unless that was done before (``loss/loss_utils.py``)."""
+def _share(
+    labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
+) -> Tensor | float:
+    """This batch's share of a step's labels; they are shifted by one, unless that was done before
+    (``loss/loss_utils.py``).
+    """
     if labels is None or num_items_in_batch is None:
         return 1.0
     return ((labels[..., 1:] if shift_labels is None else shift_labels) != -100).sum() / num_items_in_batch

@@ -1,4 +1,6 @@
-"""The ``moe`` plugin: Snowflake Arctic on both hosts, expert-parallel training of any mixture, and a look at its routers."""
+"""The ``moe`` plugin: Snowflake Arctic on both hosts, expert-parallel training of any mixture, and a look at its
+routers.
+"""
 
 from __future__ import annotations
 
@@ -42,12 +44,19 @@ class MoE(Plugin):
     def validate(self, model_config: Any) -> Iterable[str]:
         self.check_processes("expert_parallel")
         if self.options.min_capacity and self.options.capacity_factor is None:
-            raise ConfigError("plugins.moe.min_capacity is set and capacity_factor is not", fix="set capacity_factor, or leave min_capacity out")
+            raise ConfigError(
+                "plugins.moe.min_capacity is set and capacity_factor is not",
+                fix="set capacity_factor, or leave min_capacity out",
+            )
         if self.options.router_z_loss_coef is not None and not hasattr(model_config, "router_z_loss_coef"):
-            raise ConfigError(f"plugins.moe.router_z_loss_coef is set, and {model_config.model_type} has no z-loss", fix="leave it out")
+            raise ConfigError(
+                f"plugins.moe.router_z_loss_coef is set, and {model_config.model_type} has no z-loss",
+                fix="leave it out",
+            )
         if self.options.router_aux_loss_coef is not None and not hasattr(model_config, "router_aux_loss_coef"):
             raise ConfigError(
-                f"plugins.moe.router_aux_loss_coef is set, and {model_config.model_type} has no load balancing loss", fix="leave it out"
+                f"plugins.moe.router_aux_loss_coef is set, and {model_config.model_type} has no load balancing loss",
+                fix="leave it out",
             )
         return []
 
@@ -66,7 +75,11 @@ class MoE(Plugin):
 
         experts = [name for name, spec in modules.items() if spec.experts is not None]
         if not experts:
-            raise ClaimError("plugins.moe: this model has no experts that can be dispatched", expected="a mixture of experts", fix="leave 'moe' out")
+            raise ClaimError(
+                "plugins.moe: this model has no experts that can be dispatched",
+                expected="a mixture of experts",
+                fix="leave 'moe' out",
+            )
         dispatch = ExpertParallel(self.options)
         return [Claim("experts_dispatch", name, dispatch) for name in experts]
 

@@ -14,13 +14,18 @@ __all__ = ["Capacity", "expert_load", "load_balancing_loss", "router_entropy", "
 
 
 def load_balancing_loss(
-    router_logits: Sequence[Tensor], top_k: int, attention_mask: Tensor | None = None, dispatch: ExpertsDispatch | None = None
+    router_logits: Sequence[Tensor],
+    top_k: int,
+    attention_mask: Tensor | None = None,
+    dispatch: ExpertsDispatch | None = None,
 ) -> Tensor:
-    """``sum over layers of E * sum over e of f_e * P_e``: f_e the share of tokens with expert e among their ``top_k``, P_e its mean probability.
+    """``sum over layers of E * sum over e of f_e * P_e``: f_e the share of tokens with expert e among their ``top_k``,
+    P_e its mean probability.
 
-    Fedus et al., "Switch Transformers", 2021, equations 4 to 6; summed over layers as Arctic was trained, where Mixtral averages. With a dispatch
-    over several processes f_e is that of the tokens of all (Qiu et al., "Demons in the Detail", 2025), so that the mean of what processes
-    return, weighted by their tokens, is the loss of all tokens together. That is collective.
+    Fedus et al., "Switch Transformers", 2021, equations 4 to 6; summed over layers as Arctic was trained, where Mixtral
+    averages. With a dispatch over several processes f_e is that of the tokens of all (Qiu et al., "Demons in the
+    Detail", 2025), so that the mean of what processes return, weighted by their tokens, is the loss of all tokens
+    together. That is collective.
 
     Args:
         router_logits: of each layer, ``[tokens, E]``.
@@ -44,7 +49,9 @@ def load_balancing_loss(
 
 
 def z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
-    """``sum over layers of mean over tokens of logsumexp(logits) ** 2`` (Zoph et al., "ST-MoE", 2022, equation 5). Arguments as above."""
+    """``sum over layers of mean over tokens of logsumexp(logits) ** 2`` (Zoph et al., "ST-MoE", 2022, equation 5).
+    Arguments as above.
+    """
     losses = []
     for logits in router_logits:
         counted = _counted(logits, attention_mask).squeeze(-1)
@@ -60,23 +67,28 @@ def _counted(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def expert_load(index: Tensor, num_experts: int) -> Tensor:
-    """``[E]``: the share of each expert in all decisions ``index``; 1 / E when balanced. Indices outside count nowhere."""
+    """``[E]``: the share of each expert in all decisions ``index``; 1 / E when balanced. Indices outside count
+    nowhere.
+    """
     counts = torch.bincount(index[(index >= 0) & (index < num_experts)].reshape(-1), minlength=num_experts).float()
     return counts / counts.sum().clamp_min(1)
 
 
 def router_entropy(logits: Tensor) -> Tensor:
-    """Mean entropy of the routing probabilities of ``logits [tokens, E]``, in nats; ``log(E)`` when the router has no preference."""
+    """Mean entropy of the routing probabilities of ``logits [tokens, E]``, in nats; ``log(E)`` when the router has no
+    preference.
+    """
     log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
     return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
 
 
 class Capacity:
-    """Lets no expert take more than its share of one process's tokens; the rest is dropped, and lives on in the residual stream.
+    """Lets no expert take more than its share of one process's tokens; the rest is dropped, and lives on in the
+    residual stream.
 
-    ``capacity = max(min_capacity, ceil(factor * top_k * tokens / experts))``. First choices come before second ones, earlier tokens before later
-    ones, and the weights of what is left of a token are scaled to the sum that all had: DeepSpeed's ``top1gating`` and ``top2gating`` (deepspeed
-    0.19, ``moe/sharded_moe.py``), without their noise.
+    ``capacity = max(min_capacity, ceil(factor * top_k * tokens / experts))``. First choices come before second ones,
+    earlier tokens before later ones, and the weights of what is left of a token are scaled to the sum that all had:
+    DeepSpeed's ``top1gating`` and ``top2gating`` (deepspeed 0.19, ``moe/sharded_moe.py``), without their noise.
     """
 
     def __init__(self, factor: float, min_capacity: int = 0) -> None:
@@ -87,7 +99,9 @@ class Capacity:
         return max(self.min_capacity, math.ceil(self.factor * top_k * tokens / num_experts))
 
     def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        """``index`` with ``num_experts`` (an expert that there is not) in the place of what is dropped, and the weights of the rest."""
+        """``index`` with ``num_experts`` (an expert that there is not) in the place of what is dropped, and the weights
+        of the rest.
+        """
         tokens, top_k = index_MT.shape
         choices = index_MT.t().reshape(-1)  # all first choices, then all second ones
         one_hot = torch.nn.functional.one_hot(choices.clamp(0, num_experts), num_experts + 1)
@@ -95,5 +109,8 @@ class Capacity:
         kept = (position < self.rows(tokens, top_k, num_experts)).view(top_k, tokens).t()
         weights = weights_MT * kept
         if top_k > 1:
-            weights = weights * (weights_MT.sum(-1, keepdim=True) / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps))
+            weights = weights * (
+                weights_MT.sum(-1, keepdim=True)
+                / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).eps)
+            )
         return index_MT.where(kept, num_experts), weights

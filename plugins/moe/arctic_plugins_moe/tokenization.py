@@ -1,4 +1,6 @@
-"""Arctic's tokenizer: Llama's SentencePiece one with a ChatML template. As Snowflake's ``tokenization_arctic.py`` (fork 2d05ff8)."""
+"""Arctic's tokenizer: Llama's SentencePiece one with a ChatML template. As Snowflake's ``tokenization_arctic.py`` (fork
+2d05ff8).
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from transformers import LlamaTokenizer
 __all__ = ["ArcticTokenizer"]
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 """ChatML; a checkpoint's own template wins."""
@@ -18,5 +21,7 @@ CHAT_TEMPLATE = (
 class ArcticTokenizer(LlamaTokenizer):
     """Reads the files of a Llama tokenizer (``tokenizer.json``, or ``tokenizer.model`` of SentencePiece)."""
 
-    def __init__(self, *args: Any, legacy: bool | None = False, chat_template: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, legacy: bool | None = False, chat_template: str | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, legacy=legacy, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)

@@ -30,9 +30,9 @@ def attach(trainer: Any, options: MoEConfig) -> None:
 class RouterFigures:
     """Collects, in the training steps between two logs and in this process, for each layer with a router:
 
-    ``load_max`` and ``load_min``: tokens of the most and the least wanted expert, as multiples of an even share; ``entropy``: of the routing
-    probabilities, in nats; ``dropped``: the share of decisions beyond the capacity; ``aux_loss``: load balancing loss of this layer (top_k when
-    balanced).
+    ``load_max`` and ``load_min``: tokens of the most and the least wanted expert, as multiples of an even share;
+    ``entropy``: of the routing probabilities, in nats; ``dropped``: the share of decisions beyond the capacity;
+    ``aux_loss``: load balancing loss of this layer (top_k when balanced).
 
     Args:
         model: routers are what it records as ``router_logits``, which return (logits, weights, indices).
@@ -73,7 +73,11 @@ class RouterFigures:
 
     def take(self) -> dict[str, float]:
         """``moe/layer_3/entropy`` -> mean since the last call; starts anew."""
-        taken = {f"moe/{name}/{key}": (value / self._calls[name]).item() for name, sums in self._sums.items() for key, value in sorted(sums.items())}
+        taken = {
+            f"moe/{name}/{key}": (value / self._calls[name]).item()
+            for name, sums in self._sums.items()
+            for key, value in sorted(sums.items())
+        }
         self._sums, self._calls = {}, {}
         return taken
 

@@ -1,6 +1,8 @@
-"""Snowflake Arctic in vLLM, which had it until 0.28. Read in 0.32.0; written after its ``models/mixtral.py``. The layer's equations: :mod:`.hf`.
+"""Snowflake Arctic in vLLM, which had it until 0.28. Read in 0.32.0; written after its ``models/mixtral.py``. The
+layer's equations: :mod:`.hf`.
 
-The branches of a hybrid are computed one after the other here, and each is reduced over tensor parallel processes by itself.
+The branches of a hybrid are computed one after the other here, and each is reduced over tensor parallel processes by
+itself.
 """
 
 from collections.abc import Iterable, Iterator
@@ -58,7 +60,9 @@ class ArcticMLP(nn.Module):
     def __init__(self, config: ArcticConfig, intermediate_size: int, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         options = {"bias": False, "quant_config": vllm_config.quant_config}
-        self.w13 = MergedColumnParallelLinear(config.hidden_size, [intermediate_size] * 2, prefix=f"{prefix}.w13", **options)
+        self.w13 = MergedColumnParallelLinear(
+            config.hidden_size, [intermediate_size] * 2, prefix=f"{prefix}.w13", **options
+        )
         self.w2 = RowParallelLinear(intermediate_size, config.hidden_size, prefix=f"{prefix}.w2", **options)
         self.act_fn = SiluAndMul()
 
@@ -70,8 +74,9 @@ class ArcticMLP(nn.Module):
 
 @contextmanager
 def _adapters_elsewhere(vllm_config: VllmConfig, prefix: str) -> Iterator[None]:
-    """On CPU, build experts as if there were no adapters: for experts beside which adapters may come, vLLM takes kernels of Triton, which has no CPU
-    (``layers/fused_moe/oracle/unquantized.py``), also when ``target_modules`` leaves experts out.
+    """On CPU, build experts as if there were no adapters: for experts beside which adapters may come, vLLM takes
+    kernels of Triton, which has no CPU (``layers/fused_moe/oracle/unquantized.py``), also when ``target_modules``
+    leaves experts out.
 
     Raises:
         ConfigError: adapters of experts are asked for.
@@ -121,14 +126,16 @@ class ArcticMoE(nn.Module):
                 num_redundant_experts=parallel.eplb_config.num_redundant_experts,
                 ckpt_names=("w1", "w2", "w3"),
             )
-        # layers/fused_moe/experts/cpu_moe.py is not told which experts are here, and reads beyond those that are: the process dies.
+        # layers/fused_moe/experts/cpu_moe.py is not told which experts are here, and reads beyond those that are: the
+        # process dies.
         if current_platform.is_cpu() and get_ep_group().world_size > 1 and parallel.enable_expert_parallel:
             method = self.experts.routed_experts.quant_method
             if isinstance(method, UnquantizedFusedMoEMethod):
                 raise ConfigError(
                     f"{prefix}: vLLM 0.32 cannot spread plain experts over processes on CPU",
                     expected="encoded experts",
-                    fix="leave --enable-expert-parallel out, or encode them ('arctic quantize', or 'arctic serve --plugins fp8')",
+                    fix="leave --enable-expert-parallel out, or encode them ('arctic quantize', or 'arctic serve "
+                    "--plugins fp8')",
                 )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,7 +154,11 @@ class ArcticAttention(nn.Module):
 
     def __init__(self, config: ArcticConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
-        heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, get_tensor_model_parallel_world_size()
+        heads, kv_heads, size = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            get_tensor_model_parallel_world_size(),
+        )
         if heads % size or max(kv_heads, size) % min(kv_heads, size):
             raise ConfigError(
                 f"{heads} attention heads and {kv_heads} of keys and values cannot be shared out to {size} processes",
@@ -155,12 +166,22 @@ class ArcticAttention(nn.Module):
                 fix="change --tensor-parallel-size",
             )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-        own, own_kv = heads // size, max(1, kv_heads // size)  # with more processes than heads of keys, several have the same
+        own, own_kv = (
+            heads // size,
+            max(1, kv_heads // size),
+        )  # with more processes than heads of keys, several have the same
         self.sizes = [own * head_dim, own_kv * head_dim, own_kv * head_dim]
         options = {"bias": False, "quant_config": vllm_config.quant_config}
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, head_dim, heads, kv_heads, prefix=f"{prefix}.qkv_proj", **options)
+        self.qkv_proj = QKVParallelLinear(
+            config.hidden_size, head_dim, heads, kv_heads, prefix=f"{prefix}.qkv_proj", **options
+        )
         self.o_proj = RowParallelLinear(heads * head_dim, config.hidden_size, prefix=f"{prefix}.o_proj", **options)
-        self.rotary_emb = get_rope(head_dim, max_position=config.max_position_embeddings, rope_parameters=config.rope_parameters, is_neox_style=True)
+        self.rotary_emb = get_rope(
+            head_dim,
+            max_position=config.max_position_embeddings,
+            rope_parameters=config.rope_parameters,
+            is_neox_style=True,
+        )
         self.attn = Attention(
             own,
             head_dim,
@@ -185,7 +206,9 @@ class ArcticDecoderLayer(nn.Module):
     def __init__(self, config: ArcticConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         self.self_attn = ArcticAttention(config, vllm_config, f"{prefix}.self_attn")
-        self.block_sparse_moe = ArcticMoE(config, extract_layer_index(prefix), vllm_config, f"{prefix}.block_sparse_moe")
+        self.block_sparse_moe = ArcticMoE(
+            config, extract_layer_index(prefix), vllm_config, f"{prefix}.block_sparse_moe"
+        )
         self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.is_hybrid = bool(config.parallel_attn_mlp_res) and self.block_sparse_moe.is_mixture
@@ -196,7 +219,11 @@ class ArcticDecoderLayer(nn.Module):
     def forward(self, positions: Tensor, x: Tensor) -> Tensor:
         a = x + self.self_attn(positions, self.input_layernorm(x))
         if self.is_hybrid:
-            return a + self.residual_mlp(self.residual_layernorm(a)) + self.block_sparse_moe(self.post_attention_layernorm(x))
+            return (
+                a
+                + self.residual_mlp(self.residual_layernorm(a))
+                + self.block_sparse_moe(self.post_attention_layernorm(x))
+            )
         return a + self.block_sparse_moe(self.post_attention_layernorm(a))
 
 
@@ -210,19 +237,26 @@ class ArcticModel(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config
         if config.hidden_act != "silu":
-            raise CheckpointError(f"hidden_act is {config.hidden_act!r}", expected="'silu', as in every Arctic", fix="correct config.json")
+            raise CheckpointError(
+                f"hidden_act is {config.hidden_act!r}", expected="'silu', as in every Arctic", fix="correct config.json"
+            )
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
         self.start_layer, self.end_layer, self.layers = make_layers(
-            config.num_hidden_layers, lambda prefix: ArcticDecoderLayer(config, vllm_config, prefix), prefix=f"{prefix}.layers"
+            config.num_hidden_layers,
+            lambda prefix: ArcticDecoderLayer(config, vllm_config, prefix),
+            prefix=f"{prefix}.layers",
         )
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(["hidden_states"], config.hidden_size)
+        self.make_empty_intermediate_tensors = make_empty_intermediate_tensors_factory(
+            ["hidden_states"], config.hidden_size
+        )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.embed_tokens(input_ids)
 
-    def forward(  # support_torch_compile reads the annotations (not as text: no import from __future__) to know what varies in length
+    # support_torch_compile reads the annotations (not as text: no import from __future__) to know what varies in length
+    def forward(
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
@@ -257,7 +291,10 @@ class ArcticForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant, Mixt
         self.config = config
         self.model = ArcticModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.lm_head = ParallelLMHead(
-            config.vocab_size, config.hidden_size, quant_config=vllm_config.quant_config, prefix=maybe_prefix(prefix, "lm_head")
+            config.vocab_size,
+            config.hidden_size,
+            quant_config=vllm_config.quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
         )
         if config.tie_word_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
@@ -285,7 +322,11 @@ class ArcticForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant, Mixt
         return self.model.embed_input_ids(input_ids)
 
     def forward(
-        self, input_ids: Tensor | None, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Tensor | None = None
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 

@@ -1,4 +1,6 @@
-"""Arctic from its equations, in plain torch and float32 or float64: what both hosts are compared with. Takes weights by Snowflake's names."""
+"""Arctic from its equations, in plain torch and float32 or float64: what both hosts are compared with. Takes weights by
+Snowflake's names.
+"""
 
 import torch
 from torch.nn.functional import silu

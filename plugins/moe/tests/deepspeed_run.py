@@ -1,4 +1,6 @@
-"""Run by ``torchrun``: ``deepspeed_run.py CHECKPOINT OUT`` saves Arctic's weights as DeepSpeed does, with its own MoE layers."""
+"""Run by ``torchrun``: ``deepspeed_run.py CHECKPOINT OUT`` saves Arctic's weights as DeepSpeed does, with its own MoE
+layers.
+"""
 
 import os
 import sys
@@ -56,16 +58,24 @@ if __name__ == "__main__":
         getattr(model.model.layers, str(layer)).block_sparse_moe = Block()
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.SGD(split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"}), lr=1e-3),
+        optimizer=torch.optim.SGD(
+            split_params_into_different_moe_groups_for_optimizer({"params": list(model.parameters()), "name": "all"}),
+            lr=1e-3,
+        ),
         config={"train_micro_batch_size_per_gpu": 1},
     )
     rank = dist.get_rank()
     with torch.no_grad():
         for layer in range(3):
-            prefix, block = f"model.layers.{layer}.block_sparse_moe", getattr(model.model.layers, str(layer)).block_sparse_moe
+            prefix, block = (
+                f"model.layers.{layer}.block_sparse_moe",
+                getattr(model.model.layers, str(layer)).block_sparse_moe,
+            )
             block.mlp.deepspeed_moe.gate.wg.weight.copy_(weights[f"{prefix}.gate.weight"])
             for local, expert in enumerate(block.mlp.deepspeed_moe.experts.deepspeed_experts):
                 for i in (1, 2, 3):
-                    getattr(expert, f"w{i}").weight.copy_(weights[f"{prefix}.experts.{rank * EXPERTS // 2 + local}.w{i}.weight"])
+                    getattr(expert, f"w{i}").weight.copy_(
+                        weights[f"{prefix}.experts.{rank * EXPERTS // 2 + local}.w{i}.weight"]
+                    )
     engine.save_checkpoint(sys.argv[2], tag="step")
     dist.barrier()

@@ -20,7 +20,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", "1"))
 
 def rows(count):
     generator = torch.Generator().manual_seed(0)
-    return [{"input_ids": ids, "labels": ids} for ids in torch.randint(5, VOCABULARY, (count, LENGTH), generator=generator)]
+    return [
+        {"input_ids": ids, "labels": ids} for ids in torch.randint(5, VOCABULARY, (count, LENGTH), generator=generator)
+    ]
 
 
 def trainer(checkpoint, plugins, output, **options):
@@ -40,7 +42,10 @@ def trainer(checkpoint, plugins, output, **options):
     model, tokenizer = load_model(checkpoint, stack)
     model.config.use_cache = False
     # Not shuffled: the global batches are the same in any number of processes.
-    built = attach(_InOrder(model=model, args=args, train_dataset=rows(8 * 20), eval_dataset=rows(6), processing_class=tokenizer), stack)
+    built = attach(
+        _InOrder(model=model, args=args, train_dataset=rows(8 * 20), eval_dataset=rows(6), processing_class=tokenizer),
+        stack,
+    )
     return built, stack, tokenizer
 
 
@@ -59,7 +64,13 @@ def train(checkpoint, output, plugins, options="{}"):
     save_checkpoint(built.accelerator.unwrap_model(built.model), tokenizer, Path(output) / "final", stack)
     if built.is_world_process_zero():
         routers = {key for entry in built.state.log_history for key in entry if key.startswith("moe/")}
-        say({**figures(built.state.log_history), "local": len(local_parameters(built.model)), "figures": sorted(routers)})
+        say(
+            {
+                **figures(built.state.log_history),
+                "local": len(local_parameters(built.model)),
+                "figures": sorted(routers),
+            }
+        )
 
 
 def resume(checkpoint, output, plugins, options="{}"):
@@ -71,19 +82,33 @@ def resume(checkpoint, output, plugins, options="{}"):
 
 def best(checkpoint, output, plugins, options="{}"):
     """Two checkpoints, of which the first is said to be the better one, which is back at the end."""
-    saves = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "save_total_limit": 1}
+    saves = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_total_limit": 1,
+    }
     wanted = {"load_best_model_at_end": True, "metric_for_best_model": "turn", "greater_is_better": False}
     built, _, _ = trainer(checkpoint, json.loads(plugins), output, **saves, **wanted, **json.loads(options))
     seen, evaluate = {}, built.evaluate
 
     def turns(*args, **kwargs):
-        seen[built.state.global_step] = {name: p.detach().clone() for name, p in built.model.named_parameters() if p.requires_grad}
+        seen[built.state.global_step] = {
+            name: p.detach().clone() for name, p in built.model.named_parameters() if p.requires_grad
+        }
         return {**evaluate(*args, **kwargs), "eval_turn": float(len(seen))}
 
     built.evaluate = turns
     built.train()
     after = dict(built.model.named_parameters())
-    say({kind: [torch.equal(after[name], value) for name, value in seen[step].items()] for kind, step in (("best", 2), ("last", 4))})
+    say(
+        {
+            kind: [torch.equal(after[name], value) for name, value in seen[step].items()]
+            for kind, step in (("best", 2), ("last", 4))
+        }
+    )
 
 
 def unattached(checkpoint, output, plugins):
@@ -148,7 +173,9 @@ def compare(checkpoint, plugins):
                 theirs = theirs[share]
             else:
                 dist.all_reduce(ours)
-            found["gradients"] = max(found["gradients"], ((ours - theirs).norm() / theirs.norm().clamp_min(1e-9)).item())
+            found["gradients"] = max(
+                found["gradients"], ((ours - theirs).norm() / theirs.norm().clamp_min(1e-9)).item()
+            )
     say(found)
 
 

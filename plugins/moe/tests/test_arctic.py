@@ -45,9 +45,16 @@ def build(**changes):
         return AutoModelForCausalLM.from_config(ArcticConfig(**{**SIZES, **changes}))
 
 
-@pytest.mark.parametrize(("frequency", "hybrid", "top_k", "kv_heads"), itertools.product((1, 2), (True, False), (1, 2), (4, 2)))
+@pytest.mark.parametrize(
+    ("frequency", "hybrid", "top_k", "kv_heads"), itertools.product((1, 2), (True, False), (1, 2), (4, 2))
+)
 def test_logits_are_those_of_the_equations(tmp_path, frequency, hybrid, top_k, kv_heads):
-    changes = {"moe_layer_frequency": frequency, "parallel_attn_mlp_res": hybrid, "num_experts_per_tok": top_k, "num_key_value_heads": kv_heads}
+    changes = {
+        "moe_layer_frequency": frequency,
+        "parallel_attn_mlp_res": hybrid,
+        "num_experts_per_tok": top_k,
+        "num_key_value_heads": kv_heads,
+    }
     model = build(**changes).eval()
     model.save_pretrained(tmp_path)
     weights = {name: weight.double() for name, weight in load_file(tmp_path / "model.safetensors").items()}
@@ -61,7 +68,9 @@ def test_logits_are_those_of_the_equations(tmp_path, frequency, hybrid, top_k, k
         steps = [loaded(IDS[None, :10], use_cache=True)]
         for at in range(10, 24):
             steps.append(loaded(IDS[None, at : at + 1], past_key_values=steps[-1].past_key_values, use_cache=True))
-        assert torch.allclose(torch.cat([step.logits[0] for step in steps]), expected, atol=1e-5, rtol=1e-5), "with a cache"
+        assert torch.allclose(torch.cat([step.logits[0] for step in steps]), expected, atol=1e-5, rtol=1e-5), (
+            "with a cache"
+        )
 
 
 def test_checkpoints_have_snowflakes_names(tmp_path):
@@ -69,8 +78,12 @@ def test_checkpoints_have_snowflakes_names(tmp_path):
     names = load_file(tmp_path / "model.safetensors").keys()
     layer = "model.layers.1."
     expected = {f"{layer}{name}_layernorm.weight" for name in ("input", "post_attention", "residual")}
-    expected |= {f"{layer}self_attn.{name}_proj.weight" for name in "qkvo"} | {f"{layer}residual_mlp.w{i}.weight" for i in (1, 2, 3)}
-    expected |= {f"{layer}block_sparse_moe.experts.{e}.w{i}.weight" for e in range(8) for i in (1, 2, 3)} | {f"{layer}block_sparse_moe.gate.weight"}
+    expected |= {f"{layer}self_attn.{name}_proj.weight" for name in "qkvo"} | {
+        f"{layer}residual_mlp.w{i}.weight" for i in (1, 2, 3)
+    }
+    expected |= {f"{layer}block_sparse_moe.experts.{e}.w{i}.weight" for e in range(8) for i in (1, 2, 3)} | {
+        f"{layer}block_sparse_moe.gate.weight"
+    }
     assert {name for name in names if name.startswith(layer)} == expected
     assert "model.layers.0.block_sparse_moe.mlp.w1.weight" in names
     config = json.loads((tmp_path / "config.json").read_text())
@@ -79,7 +92,12 @@ def test_checkpoints_have_snowflakes_names(tmp_path):
 
 
 def test_a_config_as_snowflake_wrote_it(tmp_path):
-    written = {**SIZES, "model_type": "arctic", "auto_map": {"AutoConfig": "configuration_arctic.ArcticConfig"}, "quantization": None}
+    written = {
+        **SIZES,
+        "model_type": "arctic",
+        "auto_map": {"AutoConfig": "configuration_arctic.ArcticConfig"},
+        "quantization": None,
+    }
     (tmp_path / "config.json").write_text(json.dumps({**written, "architectures": ["ArcticForCausalLM"]}))
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config).__name__ == "ArcticConfig"
@@ -115,7 +133,9 @@ def test_gradients_do_not_depend_on_who_computes_or_on_checkpointing(implementat
             assert torch.allclose(parameter.grad, other.grad, atol=1e-5, rtol=1e-4), name
 
 
-@pytest.mark.parametrize("plugins", [{}, {"fp8": {}, "lora": {"r": 4}}, {"fp8": {}, "lora": {"r": 4, "experts": True}}], ids=str)
+@pytest.mark.parametrize(
+    "plugins", [{}, {"fp8": {}, "lora": {"r": 4}}, {"fp8": {}, "lora": {"r": 4, "experts": True}}], ids=str
+)
 def test_compiled_layers_have_the_same_gradients(tmp_path, plugins):
     from arctic_plugins.testing import draw_adapter, tiny_model
 
@@ -130,7 +150,9 @@ def test_compiled_layers_have_the_same_gradients(tmp_path, plugins):
         called(input_ids=IDS[None], labels=IDS[None], use_cache=False).loss.backward()
         found.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad})
     for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_rows_that_are_no_whole_sixteen_bytes_are_computed_one_expert_at_a_time():
@@ -180,18 +202,25 @@ def test_the_tokenizer_speaks_chatml(tmp_path):
 
     (tmp_path / "text").write_text("the quick brown fox jumps over the lazy dog\n" * 50)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type="bpe", byte_fallback=True, minloglevel=2,
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "tokenizer"), vocab_size=300, model_type="bpe",
+        byte_fallback=True, minloglevel=2,
         user_defined_symbols=["<|im_start|>", "<|im_end|>"],
     )  # fmt: skip
     build().config.save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps(
-            {"tokenizer_class": "ArcticTokenizer", "legacy": False, "auto_map": {"AutoTokenizer": ["tokenization_arctic.ArcticTokenizer", None]}}
+            {
+                "tokenizer_class": "ArcticTokenizer",
+                "legacy": False,
+                "auto_map": {"AutoTokenizer": ["tokenization_arctic.ArcticTokenizer", None]},
+            }
         )
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert type(tokenizer).__name__ == "ArcticTokenizer"
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "the fox"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the fox"}], tokenize=False, add_generation_prompt=True
+    )
     assert text == "<|im_start|>user\nthe fox<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(tokenizer("the quick fox").input_ids, skip_special_tokens=True) == "the quick fox"
 
@@ -234,8 +263,16 @@ print(peak[0] - before, anonymous() - before, sum(p.nbytes for p in model.parame
 def test_many_experts_in_many_files_are_loaded_in_little_more_than_their_size(tmp_path):
     from arctic_plugins.testing import tiny_model
 
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 6, "num_experts_per_tok": 2, "parallel_attn_mlp_res": True}
-    small = tiny_model(tmp_path / "small", "arctic", **{**sizes, "hidden_size": 64, "num_hidden_layers": 1, "num_local_experts": 4})
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 256,
+        "num_hidden_layers": 6,
+        "num_experts_per_tok": 2,
+        "parallel_attn_mlp_res": True,
+    }
+    small = tiny_model(
+        tmp_path / "small", "arctic", **{**sizes, "hidden_size": 64, "num_hidden_layers": 1, "num_local_experts": 4}
+    )
     large = tiny_model(tmp_path / "large", "arctic", **{**sizes, "moe_layer_frequency": 1, "num_local_experts": 64})
     weights = load_file(large / "model.safetensors")
     names = sorted(weights)
@@ -248,7 +285,13 @@ def test_many_experts_in_many_files_are_loaded_in_little_more_than_their_size(tm
     (large / "model.safetensors").unlink()
     (large / "model.safetensors.index.json").write_text(json.dumps(index))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    done = subprocess.run([sys.executable, "-c", LOAD, str(large), str(small)], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, str(large), str(small)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     peak, after, size = map(float, done.stdout.split()[-3:])
     layer = size / 6

@@ -64,7 +64,10 @@ def test_an_expert_that_is_missing_is_named(run, tmp_path):
     _, old = run
     copied = shutil.copytree(old, tmp_path / "run")
     (copied / "step" / "layer_1_expert_2_mp_rank_00_model_states.pt").unlink()
-    with pytest.raises(CheckpointError, match="lacks 1 experts, layer_1_expert_2_mp_rank_00_model_states.pt for one; expected 4 for each mixture"):
+    with pytest.raises(
+        CheckpointError,
+        match="lacks 1 experts, layer_1_expert_2_mp_rank_00_model_states.pt for one; expected 4 for each mixture",
+    ):
         convert_deepspeed(copied, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     config = (copied / "config.json").read_text()

@@ -1,4 +1,6 @@
-"""Experts in several real processes (gloo): the losses, norms and weights of one process, whatever the model, and from a checkpoint on."""
+"""Experts in several real processes (gloo): the losses, norms and weights of one process, whatever the model, and from
+a checkpoint on.
+"""
 
 import functools
 import json
@@ -18,7 +20,10 @@ from arctic_plugins.testing import MIXTURES, run_processes, tiny_model
 SCRIPT = Path(__file__).with_name("processes.py")
 MODELS = {
     **MIXTURES,
-    "arctic": ("arctic", {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}),
+    "arctic": (
+        "arctic",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True},
+    ),
 }
 PLUGINS = {"moe": {"expert_parallel": 2}}
 
@@ -35,7 +40,9 @@ def run(processes, task, *arguments, fails=False):
     if fails:
         assert done.returncode != 0
         return done.stderr
-    assert done.returncode == 0, done.stderr[:8000] + done.stderr[-2000:]  # what a process said comes before the launcher's own report
+    assert done.returncode == 0, (
+        done.stderr[:8000] + done.stderr[-2000:]
+    )  # what a process said comes before the launcher's own report
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
 
 
@@ -60,7 +67,9 @@ def alone(checkpoints, tmp_path_factory):
     return lambda **options: train(json.dumps(options))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("mixtral", "arctic") else pytest.mark.slow) for name in MODELS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("mixtral", "arctic") else pytest.mark.slow) for name in MODELS]
+)
 def test_logits_and_gradients_are_those_of_one_process(checkpoints, name):
     for plugins in ({}, {"fp8": {}}):
         for found in run(2, "compare", checkpoints[name], plugins):
@@ -83,7 +92,9 @@ BALANCE = {"router_aux_loss_coef": 0.5}
 )
 def test_training_equals_one_process(checkpoints, alone, tmp_path, processes, parallel, losses, options):
     """Also with the load balancing loss, which is that of the tokens of all processes."""
-    (found,) = run(processes, "train", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": parallel, **losses}}, options)
+    (found,) = run(
+        processes, "train", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": parallel, **losses}}, options
+    )
     expected, weights = alone(**losses)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
     assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
@@ -96,7 +107,9 @@ def test_training_equals_one_process(checkpoints, alone, tmp_path, processes, pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "stage", "options"), [(4, 1, {}), (2, 2, {"gradient_accumulation_steps": 2})], ids=str)
+@pytest.mark.parametrize(
+    ("processes", "stage", "options"), [(4, 1, {}), (2, 2, {"gradient_accumulation_steps": 2})], ids=str
+)
 def test_training_under_deepspeed_equals_one_process(checkpoints, alone, tmp_path, processes, stage, options):
     (found,) = run(processes, "train", checkpoints["arctic"], tmp_path, PLUGINS, {**zero(stage), **options})
     expected, weights = alone()
@@ -107,7 +120,9 @@ def test_training_under_deepspeed_equals_one_process(checkpoints, alone, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapters", [{}, {"fp8": {}, "lora": {"r": 4}}, {"fp8": {}, "lora": {"r": 4, "experts": True}}], ids=str)
+@pytest.mark.parametrize(
+    "adapters", [{}, {"fp8": {}, "lora": {"r": 4}}, {"fp8": {}, "lora": {"r": 4, "experts": True}}], ids=str
+)
 def test_a_run_under_deepspeed_is_one_under_ddp_and_resumes(checkpoints, tmp_path, adapters):
     plugins, saves = {**adapters, **PLUGINS}, {"save_strategy": "steps", "save_steps": 10}
     (ddp,) = run(2, "train", checkpoints["arctic"], tmp_path / "ddp", plugins)
@@ -120,7 +135,9 @@ def test_a_run_under_deepspeed_is_one_under_ddp_and_resumes(checkpoints, tmp_pat
     if not adapters:
         error = run(4, "resume", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": 4}}, zero(2), fails=True)
         assert "expected as many processes for one copy of the experts as when it was saved" in error
-        assert "ZeRO stage 3" in run(2, "train", checkpoints["arctic"], tmp_path / "three", plugins, zero(3), fails=True)
+        assert "ZeRO stage 3" in run(
+            2, "train", checkpoints["arctic"], tmp_path / "three", plugins, zero(3), fails=True
+        )
 
 
 @pytest.mark.parametrize("name", [pytest.param("mixtral", marks=pytest.mark.slow), "arctic"])
@@ -165,9 +182,21 @@ def test_the_best_model_is_back_at_the_end(checkpoints, tmp_path, processes, plu
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("unattached", "DDP has given all processes the experts of the first: it was not told that they have different ones; call attach"),
+        (
+            "unattached",
+            (
+                "DDP has given all processes the experts of the first: it was not told that they have different ones; "
+                "call attach"
+            ),
+        ),
         ("only_experts", "training changes nothing but experts, and DDP wants something that all processes have"),
-        ("half", "training uses fp16, whose loss every process would scale by itself: experts have different gradients; expected bf16"),
+        (
+            "half",
+            (
+                "training uses fp16, whose loss every process would scale by itself: experts have different gradients; "
+                "expected bf16"
+            ),
+        ),
     ],
 )
 def test_what_would_train_wrongly_is_refused(checkpoints, tmp_path, task, message):
@@ -184,18 +213,26 @@ def test_adapters_of_encoded_experts(checkpoints, tmp_path):
     saves = {"max_steps": 8, "save_steps": 4, "save_strategy": "steps"}
     (found,) = run(2, "train", checkpoints["arctic"], tmp_path / "two", {**plugins, **PLUGINS}, saves)
     assert found["loss"][0] == pytest.approx(alone["loss"][0], rel=1e-4)
-    assert found["grad_norm"][0] == pytest.approx(alone["grad_norm"][0], rel=0.5), "the pairs are drawn otherwise, and start at nothing"
+    assert found["grad_norm"][0] == pytest.approx(alone["grad_norm"][0], rel=0.5), (
+        "the pairs are drawn otherwise, and start at nothing"
+    )
     one, two = (load_file(tmp_path / name / "final" / "adapter_model.safetensors") for name in ("alone", "two"))
-    assert {name: tensor.shape for name, tensor in one.items()} == {name: tensor.shape for name, tensor in two.items()}, "of all experts"
+    assert {name: tensor.shape for name, tensor in one.items()} == {
+        name: tensor.shape for name, tensor in two.items()
+    }, "of all experts"
     pairs = [tensor for name, tensor in two.items() if ".experts." in name and "lora_B" in name]
     assert pairs
-    assert all((tensor.unflatten(1, (4, 4)).abs().amax((0, 1)) > 0).all() for tensor in pairs), "those of every expert were trained"
+    assert all((tensor.unflatten(1, (4, 4)).abs().amax((0, 1)) > 0).all() for tensor in pairs), (
+        "those of every expert were trained"
+    )
     model, _ = load_model(checkpoints["arctic"], Stack.from_dict({"fp8": {}}))
     adapted = load_adapter(model, tmp_path / "two" / "final")
     ids = torch.arange(5, 30)[None]
     with torch.no_grad():  # in one process, which does not hear of the two that trained
         assert torch.equal(load_checkpoint(tmp_path / "two" / "final")[0](ids).logits, adapted(ids).logits)
-        assert load_model(merge_adapter(tmp_path / "two" / "final", tmp_path / "merged"))[0](ids).logits.isfinite().all()
+        assert (
+            load_model(merge_adapter(tmp_path / "two" / "final", tmp_path / "merged"))[0](ids).logits.isfinite().all()
+        )
 
 
 @pytest.mark.parametrize("plugins", [{"fp8": {}, "offload": {"ratio": 1.0}}, {"fp8": {}, "shard": {}}], ids=str)
@@ -218,14 +255,22 @@ def test_tokens_are_dropped_beyond_the_capacity(checkpoints, tmp_path):
     plain, _ = load_model(checkpoints["arctic"])
     ids = torch.arange(5, 37)[None]
     with torch.no_grad():
-        assert torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-4), "nothing is dropped outside of training"
+        assert torch.allclose(model.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-4), (
+            "nothing is dropped outside of training"
+        )
         assert not torch.allclose(model.train()(ids).logits, plain.train()(ids).logits, atol=1e-2)
 
 
 def test_what_cannot_be_divided_is_said_before_weights_are_read(checkpoints, tiny_checkpoint, monkeypatch):
-    with pytest.raises(ConfigError, match="experts_implementation is 'eager', and a plugin dispatches experts; expected 'arctic'"):
-        load_model(checkpoints["arctic"], Stack.from_dict({"moe": {"capacity_factor": 1.0}}), experts_implementation="eager")
-    with pytest.raises(ConfigError, match=r"expert_parallel is 2 with 1 process; expected a divisor of the number of processes"):
+    with pytest.raises(
+        ConfigError, match="experts_implementation is 'eager', and a plugin dispatches experts; expected 'arctic'"
+    ):
+        load_model(
+            checkpoints["arctic"], Stack.from_dict({"moe": {"capacity_factor": 1.0}}), experts_implementation="eager"
+        )
+    with pytest.raises(
+        ConfigError, match=r"expert_parallel is 2 with 1 process; expected a divisor of the number of processes"
+    ):
         load_model(checkpoints["arctic"], Stack.from_dict(PLUGINS))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="torch.distributed is not initialized"):

@@ -9,12 +9,16 @@ def test_first_choices_and_early_tokens_come_first():
     weights = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.5, 0.5]])
     kept, scaled = Capacity(0.75).keep(index, weights, 3)  # two rows for each expert
     assert Capacity(0.75).rows(4, 2, 3) == 2
-    assert kept.tolist() == [[0, 1], [0, 2], [3, 3], [1, 3]], "the third token wants experts that are full, the last one's second choice as well"
+    assert kept.tolist() == [[0, 1], [0, 2], [3, 3], [1, 3]], (
+        "the third token wants experts that are full, the last one's second choice as well"
+    )
     assert torch.allclose(scaled, torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.0, 0.0], [1.0, 0.0]]))
 
 
 def test_a_single_choice_keeps_its_weight():
-    kept, weights = Capacity(0.5, min_capacity=1).keep(torch.tensor([[0], [0], [1]]), torch.tensor([[0.3], [0.4], [0.5]]), 2)
+    kept, weights = Capacity(0.5, min_capacity=1).keep(
+        torch.tensor([[0], [0], [1]]), torch.tensor([[0.3], [0.4], [0.5]]), 2
+    )
     assert kept.tolist() == [[0], [2], [1]]
     assert torch.allclose(weights, torch.tensor([[0.3], [0.0], [0.5]]))
 
@@ -39,7 +43,9 @@ def test_the_balance_of_a_layer():
     assert torch.allclose(load_balancing_loss([torch.zeros(8, 4)], 1), torch.tensor(1.0)), "no preference"
     mask = torch.tensor([[1] * 5 + [0], [1] * 3 + [0] * 3])
     kept = mask.reshape(-1).bool()
-    assert torch.allclose(load_balancing_loss(layers, 2, mask), load_balancing_loss([logits[kept] for logits in layers], 2))
+    assert torch.allclose(
+        load_balancing_loss(layers, 2, mask), load_balancing_loss([logits[kept] for logits in layers], 2)
+    )
     assert torch.allclose(z_loss(layers, mask), z_loss([logits[kept] for logits in layers]))
     assert torch.allclose(z_loss(layers), sum((logits.exp().sum(-1).log() ** 2).mean() for logits in layers))
 

@@ -29,7 +29,13 @@ pytestmark = [
 
 PROMPTS = [list(range(10, 58)), list(range(40, 47)), [9, 3]]
 TOKENS = 12
-ARCTIC = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True, "intermediate_size": 96}
+ARCTIC = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_layer_frequency": 1,
+    "parallel_attn_mlp_res": True,
+    "intermediate_size": 96,
+}
 LORA = {"enable_lora": True, "max_lora_rank": 8}
 SCALES = {"initializer_range": 0.2, "rope_theta": 1e4}
 
@@ -47,19 +53,32 @@ def run(jobs, cache, **environment):
         **environment,
     }
     defaults = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True}
-    jobs = [{"prompts": PROMPTS, "tokens": TOKENS, **job, "llm": {**defaults, **job["llm"], "model": str(job["llm"]["model"])}} for job in jobs]
+    jobs = [
+        {
+            "prompts": PROMPTS,
+            "tokens": TOKENS,
+            **job,
+            "llm": {**defaults, **job["llm"], "model": str(job["llm"]["model"])},
+        }
+        for job in jobs
+    ]
     script = Path(__file__).parents[3] / "tests" / "engine_jobs.py"
     return engines().run([script, json.dumps(jobs)], timeout=900, env={**os.environ, **settings})
 
 
 def results(result, count):
-    lines = [json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")]
+    lines = [
+        json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")
+    ]
     assert len(lines) == count, result.stdout[-2000:] + result.stderr[-6000:]
     return lines
 
 
 def by_equations(checkpoint):
-    weights, config = load_file(checkpoint / "model.safetensors"), equations.config_of(AutoConfig.from_pretrained(checkpoint))
+    weights, config = (
+        load_file(checkpoint / "model.safetensors"),
+        equations.config_of(AutoConfig.from_pretrained(checkpoint)),
+    )
     weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
     return lambda ids: equations.logits(torch.tensor(ids), weights, config)
 
@@ -77,7 +96,10 @@ def same(answer, logits_of, prompts=PROMPTS):
         distribution = logits_of(ids).log_softmax(-1)[:-1]
         assert distribution[len(prompt) - 1 :].argmax(-1).tolist() == answer["tokens"][at]
         expected = distribution.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
-        found = torch.tensor((answer["prompt"][at] if answer["prompt"] else expected[: len(prompt) - 1].tolist()) + answer["logprobs"][at])
+        found = torch.tensor(
+            (answer["prompt"][at] if answer["prompt"] else expected[: len(prompt) - 1].tolist())
+            + answer["logprobs"][at]
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
@@ -105,10 +127,17 @@ def test_every_kind_of_layer_is_that_of_the_equations(half, tmp_path, cache):
         if sum(choice) % 2 != half:
             continue
         frequency, hybrid, top_k, kv_heads = 1 + choice[0], bool(choice[1]), 1 + choice[2], 4 - 2 * choice[3]
-        changes = {"moe_layer_frequency": frequency, "parallel_attn_mlp_res": hybrid, "num_experts_per_tok": top_k, "num_key_value_heads": kv_heads}
+        changes = {
+            "moe_layer_frequency": frequency,
+            "parallel_attn_mlp_res": hybrid,
+            "num_experts_per_tok": top_k,
+            "num_key_value_heads": kv_heads,
+        }
         models.append(arctic(tmp_path / str(len(models)), **changes, tie_word_embeddings=len(models) == 5))
     assert len(models) == 8
-    for checkpoint, answer in zip(models, results(run([{"llm": {"model": model}} for model in models], cache), len(models)), strict=True):
+    for checkpoint, answer in zip(
+        models, results(run([{"llm": {"model": model}} for model in models], cache), len(models)), strict=True
+    ):
         same(answer["base"], by_equations(checkpoint))
 
 
@@ -127,14 +156,20 @@ def encoded(plain, tmp_path_factory):
 
 
 def test_caches_chunks_encoded_weights_and_adapters(plain, encoded, tmp_path, cache):
-    """Four engines: a prompt that comes in chunks, and again from the prefix cache; fp8 made before and while loading; adapters over both,
-    on attention and on MLPs that are no experts."""
+    """Four engines: a prompt that comes in chunks, and again from the prefix cache; fp8 made before and while loading;
+    adapters over both, on attention and on MLPs that are no experts."""
     attention, mlps = [f"{name}_proj" for name in "qkvo"], ["w1", "w2", "w3"]
     on_plain = with_adapter(plain, {}, tmp_path / "plain", attention)
     on_encoded = with_adapter(encoded, {"fp8": {}}, tmp_path / "encoded", attention + mlps)
     long = [list(range(5, 205))]
     overrides = on_the_fly(str(plain), Stack.from_dict({"fp8": {}}))
-    chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64, "max_num_seqs": 4, "enable_prefix_caching": True, "block_size": 32}
+    chunks = {
+        "enable_chunked_prefill": True,
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 4,
+        "enable_prefix_caching": True,
+        "block_size": 32,
+    }
     jobs = [
         {"llm": {"model": plain, **chunks}, "prompts": long, "twice": True},
         {"llm": {"model": plain, **LORA, "lora_target_modules": attention}, "adapter": str(on_plain)},
@@ -160,7 +195,10 @@ TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
 def test_two_processes_share_layers_or_experts(plain, encoded, cache):
-    jobs = [{"llm": {"model": plain, **TWO}, "tokens": 4}, {"llm": {"model": encoded, **TWO, "enable_expert_parallel": True}, "tokens": 4}]
+    jobs = [
+        {"llm": {"model": plain, **TWO}, "tokens": 4},
+        {"llm": {"model": encoded, **TWO, "enable_expert_parallel": True}, "tokens": 4},
+    ]
     halves, experts = results(run(jobs, cache, **MANY), 2)
     same(halves["base"], by_equations(plain))
     same(experts["base"], by_transformers(load_model(encoded)[0]))
@@ -179,7 +217,11 @@ def test_two_processes_share_layers_or_experts(plain, encoded, cache):
             TWO,
             "6 attention heads and 3 of keys and values cannot be shared out to 2 processes; expected a divisor",
         ),
-        ({}, {"enable_lora": True}, "adapters of experts cannot be computed on CPU by vLLM 0.32; expected adapters of other modules; say which"),
+        (
+            {},
+            {"enable_lora": True},
+            "adapters of experts cannot be computed on CPU by vLLM 0.32; expected adapters of other modules; say which",
+        ),
         ({"hidden_act": "gelu"}, {}, "hidden_act is 'gelu'; expected 'silu'"),
     ],
     ids=["experts", "heads", "adapters", "activation"],
@@ -194,7 +236,9 @@ def test_what_would_crash_or_be_wrong_is_refused(tmp_path, cache, sizes, options
 @pytest.mark.slow
 def test_compiled_in_one_process_and_in_two_stages(plain, encoded, cache):
     """Pipeline stages are compiled: in eager mode vLLM 0.32 itself stops with them on CPU, with every model."""
-    whole, fp8 = results(run([{"llm": {"model": model, "enforce_eager": False}} for model in (plain, encoded)], cache), 2)
+    whole, fp8 = results(
+        run([{"llm": {"model": model, "enforce_eager": False}} for model in (plain, encoded)], cache), 2
+    )
     same(whole["base"], by_equations(plain))
     same(fp8["base"], by_transformers(load_model(encoded)[0]))
     stages = {"model": plain, "enforce_eager": False, "pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
@@ -209,17 +253,23 @@ def test_an_adapter_is_served_without_adapters_of_experts(encoded, tmp_path):
 
 
 def test_vllm_finds_config_and_tokenizer(plain, tmp_path):
-    """In a process that knows nothing but vLLM's entry point; transformers' own classes of models come later and still work."""
+    """In a process that knows nothing but vLLM's entry point; transformers' own classes of models come later and still
+    work.
+    """
     saved = json.loads((plain / "tokenizer_config.json").read_text())
     shutil.copytree(plain, tmp_path / "arctic")
-    released = {"tokenizer_class": "ArcticTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_arctic.ArcticTokenizer", None]}}
+    released = {
+        "tokenizer_class": "ArcticTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_arctic.ArcticTokenizer", None]},
+    }
     (tmp_path / "arctic" / "tokenizer_config.json").write_text(json.dumps({**saved, **released}))
     code = f"""
 from arctic_plugins_vllm import register
 register(), register()
 from transformers import AutoConfig, AutoTokenizer
 from vllm import ModelRegistry
-print(type(AutoConfig.from_pretrained({str(tmp_path / "arctic")!r})), type(AutoTokenizer.from_pretrained({str(tmp_path / "arctic")!r})))
+config = AutoConfig.from_pretrained({str(tmp_path / "arctic")!r})
+print(type(config), type(AutoTokenizer.from_pretrained({str(tmp_path / "arctic")!r})))
 print(ModelRegistry.models["ArcticForCausalLM"].module_name)
 from arctic_plugins_huggingface import load_model
 print(type(load_model({str(plain)!r})[0]))
@@ -237,12 +287,22 @@ def test_vllm_is_told_what_the_model_can_do_and_of_its_experts(plain):
         assert is_mixture_of_experts(model)
         assert supports_lora(model)
         assert supports_pp(model)
-        counts = (model.num_moe_layers, model.num_logical_experts, model.num_physical_experts, model.num_local_physical_experts)
+        counts = (
+            model.num_moe_layers,
+            model.num_logical_experts,
+            model.num_physical_experts,
+            model.num_local_physical_experts,
+        )
         assert counts == (2, 4, 4, 4)
         updated = []
         for experts in model.moe_layers:  # of which vLLM has a map only where experts are spread
             experts.update_expert_map = lambda: updated.append(1)
         model.update_physical_experts_metadata(6, 3)
         assert len(updated) == 2
-        counts = (model.num_logical_experts, model.num_physical_experts, model.num_local_physical_experts, model.num_redundant_experts)
+        counts = (
+            model.num_logical_experts,
+            model.num_physical_experts,
+            model.num_local_physical_experts,
+            model.num_redundant_experts,
+        )
         assert counts == (4, 6, 3, 2)

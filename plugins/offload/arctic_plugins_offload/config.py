@@ -17,15 +17,19 @@ class OffloadConfig(PluginConfig):
     ratio: Annotated[float, Field(ge=0, le=1)] | None = None
     """Fraction of the bytes that leaves the device. Left out, with ``budget`` left out too: all."""
     budget: ByteSize | None = None
-    """Bytes that may stay on the device (``60GiB``, ``500MB``); the smallest part that has to leave does. Instead of ``ratio``."""
+    """Bytes that may stay on the device (``60GiB``, ``500MB``); the smallest part that has to leave does. Instead of
+    ``ratio``.
+    """
     select: Literal["largest", "in_order"] | tuple[str, ...] = "largest"
-    """Which weights leave first: the largest, spread evenly over the model; those that come first in the model; or exactly the modules that match
-    these patterns (``*`` within a component, ``**`` across components)."""
+    """Which weights leave first: the largest, spread evenly over the model; those that come first in the model; or
+    exactly the modules that match these patterns (``*`` within a component, ``**`` across components)."""
     to: Literal["host", "disk"] = "host"
-    """``host``: pinned memory, copied to the device ahead of use. ``disk``: files that are mapped, read ahead of use, and dropped from memory after
-    it; also for machines without a GPU."""
+    """``host``: pinned memory, copied to the device ahead of use. ``disk``: files that are mapped, read ahead of use,
+    and dropped from memory after it; also for machines without a GPU."""
     path: Annotated[str | None, THIS_MACHINE] = None
-    """Directory for the files of ``disk``: a local disk, not a file system in memory. Left out: ``~/.cache/arctic_plugins/offload``."""
+    """Directory for the files of ``disk``: a local disk, not a file system in memory. Left out:
+    ``~/.cache/arctic_plugins/offload``.
+    """
     prefetch: Annotated[int, Field(ge=0, le=64)] = 2
     """Weights that are fetched ahead."""
 

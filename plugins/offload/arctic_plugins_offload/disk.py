@@ -30,9 +30,11 @@ _POPULATE_READ = 22
 
 
 class DiskStore:
-    """Writes weights to files in ``directory`` and reads ``ahead`` weights ahead of use, in the order that it saw before.
+    """Writes weights to files in ``directory`` and reads ``ahead`` weights ahead of use, in the order that it saw
+    before.
 
-    The files are removed from the directory as soon as they are mapped: the space is given back when the process ends, however it ends.
+    The files are removed from the directory as soon as they are mapped: the space is given back when the process ends,
+    however it ends.
     """
 
     def __init__(self, directory: Path, ahead: int) -> None:
@@ -55,18 +57,27 @@ class DiskStore:
             save_file({f"weight{suffix}": buffer.detach().contiguous() for suffix, buffer in buffers.items()}, path)
             weight = DiskWeight(self, name, path, buffers)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{name} cannot be written to {path}: {error}", fix="free space, or set plugins.offload.path to another disk") from error
+            raise UserError(
+                f"{name} cannot be written to {path}: {error}",
+                fix="free space, or set plugins.offload.path to another disk",
+            ) from error
         finally:
             path.unlink(missing_ok=True)
         self.weights[name] = weight
         del buffers
         if hasattr(_libc, "malloc_trim"):
-            _libc.malloc_trim(0)  # what was freed goes back to the system, of which glibc keeps most: half of a model's size in the end
+            _libc.malloc_trim(
+                0
+            )  # what was freed goes back to the system, of which glibc keeps most: half of a model's size in the end
         return weight
 
     def fetch_upcoming(self) -> None:
-        """Start to read what was used next the last time; drop what was read ahead and is not among it. The caller holds the lock."""
-        upcoming = [weight for name in self.order.upcoming(self.ahead) if (weight := self.weights.get(name)) is not None]
+        """Start to read what was used next the last time; drop what was read ahead and is not among it. The caller
+        holds the lock.
+        """
+        upcoming = [
+            weight for name in self.order.upcoming(self.ahead) if (weight := self.weights.get(name)) is not None
+        ]
         for weight in [weight for weight in self._fetched if weight not in upcoming]:
             future = self._fetched.pop(weight)
             future.cancel()
@@ -77,7 +88,9 @@ class DiskStore:
                 self._fetched[weight] = self._reader.submit(weight.populate)
 
     def take(self, weight: DiskWeight) -> Future[None] | None:
-        """The reading ahead of ``weight``, if there is one, which is over as far as the store is concerned. The caller holds the lock."""
+        """The reading ahead of ``weight``, if there is one, which is over as far as the store is concerned. The caller
+        holds the lock.
+        """
         return self._fetched.pop(weight, None)
 
 
@@ -130,7 +143,9 @@ class DiskWeight(Handle):
             _madvise(*self._range, mmap.MADV_WILLNEED)
 
     def drop_unused(self, _: object = None) -> None:
-        """Take the pages out of this process unless they are leased. The system may keep them as cache, for as long as nobody needs the memory."""
+        """Take the pages out of this process unless they are leased. The system may keep them as cache, for as long as
+        nobody needs the memory.
+        """
         if not self.leases:
             _madvise(*self._range, mmap.MADV_DONTNEED)
 

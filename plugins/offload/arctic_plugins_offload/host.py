@@ -27,7 +27,9 @@ class _Copy:
 
 
 class HostStore:
-    """Keeps weights in host memory, and copies ``ahead`` of them to the device before they are used, in the order that it saw before."""
+    """Keeps weights in host memory, and copies ``ahead`` of them to the device before they are used, in the order that
+    it saw before.
+    """
 
     def __init__(self, ahead: int) -> None:
         self.ahead = ahead
@@ -37,21 +39,29 @@ class HostStore:
         self._stream: torch.cuda.Stream | None = None
 
     def hold(self, name: str, buffers: Buffers) -> HostWeight:
-        """Keep a copy in host memory, pinned where there is a GPU; what is in host memory already and need not be pinned is kept as it is."""
+        """Keep a copy in host memory, pinned where there is a GPU; what is in host memory already and need not be
+        pinned is kept as it is.
+        """
         pin = torch.cuda.is_available()
-        kept = {suffix: _pinned(buffer.detach()) if pin else buffer.detach().cpu() for suffix, buffer in buffers.items()}
+        kept = {
+            suffix: _pinned(buffer.detach()) if pin else buffer.detach().cpu() for suffix, buffer in buffers.items()
+        }
         weight = self.weights[name] = HostWeight(self, name, kept)
         return weight
 
     def take(self, weight: HostWeight, device: torch.device) -> dict[str, Tensor]:
-        """The buffers on a GPU, in the order of the current stream; the copies of what was used next the last time are started."""
+        """The buffers on a GPU, in the order of the current stream; the copies of what was used next the last time are
+        started.
+        """
         copy = self._copies.pop(weight, None) or self._copy(weight, device)
         upcoming = [other for name in self.order.upcoming(self.ahead) if (other := self.weights.get(name)) is not None]
         self._copies = {other: self._copies.get(other) or self._copy(other, device) for other in upcoming}
         compute = torch.cuda.current_stream(device)
         compute.wait_event(copy.ready)
         for buffer in copy.buffers.values():
-            buffer.record_stream(compute)  # the allocator must not give it to the copying stream again before this one is done
+            buffer.record_stream(
+                compute
+            )  # the allocator must not give it to the copying stream again before this one is done
         return copy.buffers
 
     def _copy(self, weight: HostWeight, device: torch.device) -> _Copy:
@@ -72,7 +82,11 @@ class HostWeight(Handle):
     @contextmanager
     def lease(self, device: torch.device) -> Iterator[Buffers]:
         if device.type != "cuda":
-            yield self.buffers if device.type == "cpu" else {suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}
+            yield (
+                self.buffers
+                if device.type == "cpu"
+                else {suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}
+            )
             return
         if self._leased is None:
             self.store.order.leased(self.name)

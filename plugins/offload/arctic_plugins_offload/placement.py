@@ -26,7 +26,9 @@ class OffloadPlacement(Placement):
 
     def __init__(self, options: OffloadConfig, directory: Path) -> None:
         self.options, self.directory = options, directory
-        self.store: HostStore | DiskStore = DiskStore(directory, options.prefetch) if options.to == "disk" else HostStore(options.prefetch)
+        self.store: HostStore | DiskStore = (
+            DiskStore(directory, options.prefetch) if options.to == "disk" else HostStore(options.prefetch)
+        )
 
     def plan(self, nbytes: Mapping[str, int]) -> dict[str, int]:
         """Choose.
@@ -54,7 +56,11 @@ class OffloadPlacement(Placement):
     def _check_room(self, needed: int) -> None:
         existing = next(parent for parent in (self.directory, *self.directory.absolute().parents) if parent.exists())
         if not existing.is_dir():
-            raise ConfigError(f"plugins.offload.path {self.directory}: {existing} is a file", expected="a directory", fix="name another")
+            raise ConfigError(
+                f"plugins.offload.path {self.directory}: {existing} is a file",
+                expected="a directory",
+                fix="name another",
+            )
         free = shutil.disk_usage(existing).free
         if needed > free:
             raise ConfigError(
@@ -67,7 +73,8 @@ class OffloadPlacement(Placement):
 def choose(nbytes: Mapping[str, int], options: OffloadConfig) -> list[str]:
     """The names of the weights that leave, in the order of the model.
 
-    By ``ratio``, the bytes that leave come as near to the fraction as whole weights allow; by ``budget``, what stays is at most that.
+    By ``ratio``, the bytes that leave come as near to the fraction as whole weights allow; by ``budget``, what stays is
+    at most that.
     """
     if isinstance(options.select, tuple):
         return list(nbytes)
@@ -80,8 +87,14 @@ def choose(nbytes: Mapping[str, int], options: OffloadConfig) -> list[str]:
         missing = wanted - size
         if missing <= 0 or (options.budget is None and missing < nbytes[name] / 2):
             break
-        if options.budget is not None and options.select == "largest":  # the last one need not be larger than what is missing
-            name = min((other for other in order if other not in chosen and nbytes[other] >= missing), key=lambda other: nbytes[other], default=name)
+        if (
+            options.budget is not None and options.select == "largest"
+        ):  # the last one need not be larger than what is missing
+            name = min(
+                (other for other in order if other not in chosen and nbytes[other] >= missing),
+                key=lambda other: nbytes[other],
+                default=name,
+            )
         chosen.add(name)
         size += nbytes[name]
     return [name for name in nbytes if name in chosen]
@@ -97,5 +110,7 @@ def _largest(nbytes: Mapping[str, int]) -> list[str]:
         names = groups[size]
         width = max(1, (len(names) - 1).bit_length())
         # van der Corput's sequence: positions by their bits in reverse
-        order += [names[index] for index in sorted(range(len(names)), key=lambda index: int(f"{index:0{width}b}"[::-1], 2))]
+        order += [
+            names[index] for index in sorted(range(len(names)), key=lambda index: int(f"{index:0{width}b}"[::-1], 2))
+        ]
     return order

@@ -29,10 +29,19 @@ class Offload(Plugin):
     def validate(self, hardware: str) -> Iterable[str]:
         if self.options.to == "host":
             if hardware == "cpu":
-                return ["without a GPU, 'to: host' moves nothing: the weights are in the host's memory anyway; 'to: disk' takes them out of it"]
+                return [
+                    (
+                        "without a GPU, 'to: host' moves nothing: the weights are in the host's memory anyway; 'to: "
+                        "disk' takes them out of it"
+                    )
+                ]
             return []
         found = file_system(self.directory())
-        return [f"{self.directory()} is a {found}: its files are in memory; set offload.path to a disk"] if found in IN_MEMORY else []
+        return (
+            [f"{self.directory()} is a {found}: its files are in memory; set offload.path to a disk"]
+            if found in IN_MEMORY
+            else []
+        )
 
     @hookimpl
     def claim(self, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:

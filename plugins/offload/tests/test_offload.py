@@ -27,7 +27,9 @@ def logits(model):
 
 
 def resident(*buffers):
-    """Bytes of the buffers' pages that are in this process's memory (Documentation/admin-guide/mm/pagemap.rst: bit 63 is 'present')."""
+    """Bytes of the buffers' pages that are in this process's memory (Documentation/admin-guide/mm/pagemap.rst: bit 63
+    is 'present').
+    """
     pages = 0
     with open("/proc/self/pagemap", "rb") as file:
         for buffer in buffers:
@@ -91,7 +93,13 @@ def test_logits_and_checkpoints_are_bitwise_the_same(tiny_checkpoint, tmp_path, 
     model, tokenizer = load_model(tiny_checkpoint, stack := Stack.from_dict({**base, "offload": offload}))
     for _ in range(3):  # the second time in the order that was learnt
         assert torch.equal(logits(model), logits(expected))
-    placed = [weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values() if weight.handle]
+    placed = [
+        weight
+        for module in model.modules()
+        if isinstance(module, FrozenModule)
+        for weight in module.frozen.values()
+        if weight.handle
+    ]
     assert 0 < len(placed) < len([module for module in model.modules() if isinstance(module, FrozenModule)])
     assert not list((tmp_path / "files").glob("*")), "files that are mapped are removed at once"
     save_checkpoint(model, tokenizer, tmp_path / "saved", stack)
@@ -103,7 +111,9 @@ def test_logits_and_checkpoints_are_bitwise_the_same(tiny_checkpoint, tmp_path, 
 def test_a_saved_encoded_checkpoint_is_offloaded_as_well(tiny_checkpoint, tmp_path):
     model, tokenizer = load_model(tiny_checkpoint, stack := Stack.from_dict({"fp8": {}}))
     save_checkpoint(model, tokenizer, tmp_path / "saved", stack)
-    again, _ = load_model(tmp_path / "saved", Stack.from_dict({"offload": {"to": "disk", "path": str(tmp_path / "files")}}))
+    again, _ = load_model(
+        tmp_path / "saved", Stack.from_dict({"offload": {"to": "disk", "path": str(tmp_path / "files")}})
+    )
     assert all(module.handle is not None for name, module in again.named_modules() if name.endswith("_proj"))
     assert torch.equal(logits(again), logits(model))
 
@@ -124,7 +134,9 @@ def test_pages_leave_memory_after_use(tmp_path):
 def test_what_comes_next_is_read_ahead_and_no_more(tmp_path):
     store = DiskStore(tmp_path, ahead=1)
     names = [f"layers.{index}.weight" for index in range(4)]
-    weights = [store.hold(name, {"": torch.full((1 << 20,), index, dtype=torch.uint8)}) for index, name in enumerate(names)]
+    weights = [
+        store.hold(name, {"": torch.full((1 << 20,), index, dtype=torch.uint8)}) for index, name in enumerate(names)
+    ]
     cpu = torch.device("cpu")
     for index in (0, 1, 2, 3, 2, 1, 0) * 2:  # forward and backward, and how the next step begins
         with weights[index].lease(cpu):
@@ -164,7 +176,9 @@ def test_training_under_checkpointing_evaluation_and_generation(tiny_checkpoint,
         model, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "lora": {"r": 4}, **options}))
         model.train()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2)
+        optimizer = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-2
+        )
         losses = []
         for _ in range(3):
             loss = model(IDS, labels=IDS).loss
@@ -182,7 +196,9 @@ def test_training_under_checkpointing_evaluation_and_generation(tiny_checkpoint,
 
 
 def test_a_weight_that_changes_gets_a_file_of_its_own(tiny_checkpoint, tmp_path):
-    model, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"to": "disk", "path": str(tmp_path)}}))
+    model, _ = load_model(
+        tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"to": "disk", "path": str(tmp_path)}})
+    )
     layer = model.model.layers[0].mlp.up_proj
     before, handle = layer.decode(), layer.handle
     layer.encode(before * 2)
@@ -209,17 +225,24 @@ def test_no_room_is_said_before_anything_is_read(tiny_checkpoint, tmp_path, monk
 def test_a_directory_that_cannot_be_written_is_one_line(tiny_checkpoint, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
-        load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"to": "disk", "path": str(tmp_path / "file")}}))
+        load_model(
+            tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"to": "disk", "path": str(tmp_path / "file")}})
+        )
 
 
 def test_patterns_that_match_nothing(tiny_checkpoint):
     with pytest.raises(ClaimError, match=r"plugins.offload.select '\*\*.mlpp' matches no linear module"):
         load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"select": ["**.mlpp"]}}))
     with pytest.raises(ClaimError, match="no other weight that is encoded"):
-        load_model(tiny_checkpoint, Stack.from_dict({"fp8": {"include": ["**.mlp.*"]}, "offload": {"select": ["**.self_attn.*"]}}))
+        load_model(
+            tiny_checkpoint,
+            Stack.from_dict({"fp8": {"include": ["**.mlp.*"]}, "offload": {"select": ["**.self_attn.*"]}}),
+        )
 
 
-def test_a_file_system_in_memory_and_a_machine_without_gpu_are_pointed_out(tiny_checkpoint, tmp_path, caplog, monkeypatch):
+def test_a_file_system_in_memory_and_a_machine_without_gpu_are_pointed_out(
+    tiny_checkpoint, tmp_path, caplog, monkeypatch
+):
     assert offload.file_system(Path("/proc/self")) == "proc"
     monkeypatch.setattr(offload, "file_system", lambda path: "tmpfs")
     load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"to": "disk", "path": str(tmp_path)}}))

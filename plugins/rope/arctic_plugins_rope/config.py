@@ -18,7 +18,9 @@ class RoPEConfig(PluginConfig):
     """What stands under ``rope:`` in a recipe. What is left out follows from the rest and from the model."""
 
     type: str
-    """``llama3``, ``yarn``, ``linear``, ``dynamic``, ``longrope``, ``ntk``, or one that an installed plugin registered."""
+    """``llama3``, ``yarn``, ``linear``, ``dynamic``, ``longrope``, ``ntk``, or one that an installed plugin
+    registered.
+    """
     max_position_embeddings: Length | None = None
     """The length to reach, in tokens. This or ``factor`` has to be given."""
     factor: Annotated[float, Field(ge=1)] | None = None
@@ -28,7 +30,9 @@ class RoPEConfig(PluginConfig):
     rope_theta: Positive | None = None
     """Base of the frequencies. Left out: the model's."""
     attention_factor: Positive | None = None
-    """yarn and longrope: multiplies cosines and sines. Left out: ``0.1 ln(factor) + 1`` and ``sqrt(1 + ln(factor) / ln(original length))``."""
+    """yarn and longrope: multiplies cosines and sines. Left out: ``0.1 ln(factor) + 1`` and ``sqrt(1 + ln(factor) /
+    ln(original length))``.
+    """
     beta_fast: Positive | None = None
     """yarn: dimensions that turn more often than this within the original length are not interpolated. Left out: 32."""
     beta_slow: Positive | None = None
@@ -48,4 +52,6 @@ class RoPEConfig(PluginConfig):
     parameters: dict[str, Any] = {}
     """Of a type that an installed plugin registered: what else it takes."""
     layer_types: tuple[str, ...] | None = None
-    """Models whose layers differ (Gemma 3, for instance): which of the config's ``layer_types`` are scaled. Left out: those without a window."""
+    """Models whose layers differ (Gemma 3, for instance): which of the config's ``layer_types`` are scaled. Left out:
+    those without a window.
+    """

@@ -37,9 +37,19 @@ class RoPE(Plugin):
         if self.options.type == "dynamic":
             length = int(model_config.max_position_embeddings * model_config.rope_parameters["factor"])
             differ = f"below {length} tokens their answers differ; 'ntk' is the same in both"
-            return [f"type 'dynamic' follows the length of the text in transformers, and is that of the longest text in vLLM: {differ}"]
+            return [
+                (
+                    "type 'dynamic' follows the length of the text in transformers, and is that of the longest text in "
+                    f"vLLM: {differ}"
+                )
+            ]
         if self.options.type == "longrope":
             original = model_config.rope_parameters["original_max_position_embeddings"]
             unless = f"unless max_model_len is at most {original}"
-            return [f"type 'longrope' divides by short_factor up to {original} tokens in transformers, and always by long_factor in vLLM {unless}"]
+            return [
+                (
+                    f"type 'longrope' divides by short_factor up to {original} tokens in transformers, and always by "
+                    f"long_factor in vLLM {unless}"
+                )
+            ]
         return []

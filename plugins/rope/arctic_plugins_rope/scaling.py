@@ -1,9 +1,11 @@
-"""From options to the fields that hosts read, and the frequencies of ``ntk``. Host-free but for the names of fields, which are transformers'.
+"""From options to the fields that hosts read, and the frequencies of ``ntk``. Host-free but for the names of fields,
+which are transformers'.
 
-Two families of types, told apart by what ``max_position_embeddings`` means beside them (transformers 5.19.0, ``modeling_rope_utils.py``; vLLM 0.32,
-``config/model.py`` ``_get_and_verify_max_len``):
+Two families of types, told apart by what ``max_position_embeddings`` means beside them (transformers 5.19.0,
+``modeling_rope_utils.py``; vLLM 0.32, ``config/model.py`` ``_get_and_verify_max_len``):
 
-- ``yarn``, ``llama3``, ``longrope``: the length to reach; ``original_max_position_embeddings`` stands among the parameters.
+- ``yarn``, ``llama3``, ``longrope``: the length to reach; ``original_max_position_embeddings`` stands among the
+  parameters.
 - all others: the length of training, which ``factor`` multiplies.
 """
 
@@ -37,10 +39,12 @@ _SPECIAL = frozenset().union(*TYPES.values())
 
 
 def ntk(parameters: Mapping[str, Any], dim: int) -> tuple[Tensor, float]:
-    """NTK-aware scaling, fixed or mixed, as vLLM 0.32 defines it (``rotary_embedding/ntk_scaling_rope.py``); transformers has none.
+    """NTK-aware scaling, fixed or mixed, as vLLM 0.32 defines it (``rotary_embedding/ntk_scaling_rope.py``);
+    transformers has none.
 
-    Fixed: frequency i is divided by ``factor ** ((2i + 2) / dim)``, the lowest by ``factor``, the highest by nearly nothing. Mixed, with ``mixed_b``:
-    by ``exp(a * (i + 1) ** b)``, where ``a`` makes it ``factor`` for the lowest. Su, "NTK-RoPE" (kexue.fm/archives/9706), 2023, after bloc97.
+    Fixed: frequency i is divided by ``factor ** ((2i + 2) / dim)``, the lowest by ``factor``, the highest by nearly
+    nothing. Mixed, with ``mixed_b``: by ``exp(a * (i + 1) ** b)``, where ``a`` makes it ``factor`` for the lowest. Su,
+    "NTK-RoPE" (kexue.fm/archives/9706), 2023, after bloc97.
 
     Args:
         parameters: ``rope_theta``, ``factor`` and perhaps ``mixed_b``.
@@ -70,18 +74,34 @@ def configure(options: RoPEConfig, config: Any, registered: Sequence[str] = ()) 
     """
     known = {**TYPES, **{name: frozenset({"parameters"}) for name in registered if name not in TYPES}}
     if options.type not in known:
-        raise ConfigError(f"plugins.rope.type is '{options.type}'", expected=f"one of {', '.join(sorted(known))}", fix=suggest(options.type, known))
+        raise ConfigError(
+            f"plugins.rope.type is '{options.type}'",
+            expected=f"one of {', '.join(sorted(known))}",
+            fix=suggest(options.type, known),
+        )
     for name in sorted(_SPECIAL | {"parameters"}):
         if getattr(options, name) not in (None, {}) and name not in known[options.type]:
-            owners = " and ".join(kind for kind, own in known.items() if name in own) or "types that other plugins register"
-            raise ConfigError(f"plugins.rope.{name} is set, and {options.type} has none", expected=f"type {owners}", fix="leave it out")
+            owners = (
+                " and ".join(kind for kind, own in known.items() if name in own) or "types that other plugins register"
+            )
+            raise ConfigError(
+                f"plugins.rope.{name} is set, and {options.type} has none",
+                expected=f"type {owners}",
+                fix="leave it out",
+            )
     current = getattr(config, "rope_parameters", None)
     if not current:
-        raise ConfigError(f"plugins.rope: {config.model_type} has no rotary position embeddings", fix="leave 'rope' out")
+        raise ConfigError(
+            f"plugins.rope: {config.model_type} has no rotary position embeddings", fix="leave 'rope' out"
+        )
     layers = _layers(options, config, current)
-    original, factor, length = _lengths(options, config, [current if layer is None else current[layer] for layer in layers])
+    original, factor, length = _lengths(
+        options, config, [current if layer is None else current[layer] for layer in layers]
+    )
     for layer in layers:
-        parameters = _parameters(options, current if layer is None else current[layer], original, factor, _rotated(config, current, layer))
+        parameters = _parameters(
+            options, current if layer is None else current[layer], original, factor, _rotated(config, current, layer)
+        )
         if layer is None:
             config.rope_parameters = parameters
         else:
@@ -96,7 +116,10 @@ def _layers(options: RoPEConfig, config: Any, current: Mapping[str, Any]) -> lis
     nested = [key for key in current if isinstance(current[key], Mapping)]
     if not nested:
         if options.layer_types is not None:
-            raise ConfigError(f"plugins.rope.layer_types is set, and all layers of {config.model_type} rotate alike", fix="leave it out")
+            raise ConfigError(
+                f"plugins.rope.layer_types is set, and all layers of {config.model_type} rotate alike",
+                fix="leave it out",
+            )
         return [None]
     if options.type == "dynamic":
         raise ConfigError(
@@ -113,25 +136,36 @@ def _layers(options: RoPEConfig, config: Any, current: Mapping[str, Any]) -> lis
     layers = options.layer_types or [name for name in nested if "sliding" not in name and "chunked" not in name]
     for name in layers:
         if name not in nested:
-            raise ConfigError(f"plugins.rope.layer_types names '{name}'", expected=f"some of {', '.join(nested)}", fix=suggest(name, nested))
+            raise ConfigError(
+                f"plugins.rope.layer_types names '{name}'",
+                expected=f"some of {', '.join(nested)}",
+                fix=suggest(name, nested),
+            )
     return list(layers)
 
 
 def _lengths(options: RoPEConfig, config: Any, current: Sequence[Mapping[str, Any]]) -> tuple[int, float, int]:
     """(trained length, factor, length to reach)."""
-    scaled = next((found for found in current if found.get("rope_type", "default") not in ("default", "proportional")), None)
+    scaled = next(
+        (found for found in current if found.get("rope_type", "default") not in ("default", "proportional")), None
+    )
     original = options.original_max_position_embeddings
     if original is None and scaled is not None:
         if scaled["rope_type"] != options.type:
             raise ConfigError(
-                f"plugins.rope: the model is scaled already ({scaled['rope_type']}, max_position_embeddings {config.max_position_embeddings})",
+                f"plugins.rope: the model is scaled already ({scaled['rope_type']}, max_position_embeddings "
+                f"{config.max_position_embeddings})",
                 expected="a model that is not, or a decision",
                 fix="set plugins.rope.original_max_position_embeddings to the length that scaling starts from",
             )
         original = scaled.get("original_max_position_embeddings")
     original = original or config.max_position_embeddings
     if options.max_position_embeddings is None and options.factor is None:
-        raise ConfigError("plugins.rope has neither max_position_embeddings nor factor", expected="one of them", fix="say how long it shall be")
+        raise ConfigError(
+            "plugins.rope has neither max_position_embeddings nor factor",
+            expected="one of them",
+            fix="say how long it shall be",
+        )
     length = options.max_position_embeddings or int(original * options.factor)  # type: ignore[operator]
     factor = options.factor or length / original
     if length <= original:
@@ -141,7 +175,9 @@ def _lengths(options: RoPEConfig, config: Any, current: Sequence[Mapping[str, An
             fix="raise it, or leave 'rope' out",
         )
     reached = int(original * factor)
-    if (options.type == "yarn" and reached < length) or (options.type not in ("yarn", "llama3", "longrope") and reached != length):
+    if (options.type == "yarn" and reached < length) or (
+        options.type not in ("yarn", "llama3", "longrope") and reached != length
+    ):
         raise ConfigError(
             f"plugins.rope.factor {factor:g} times {original} is {reached}, and max_position_embeddings {length}",
             expected="the same" if options.type != "yarn" else "at least so much: vLLM has no more positions",
@@ -156,7 +192,9 @@ def _rotated(config: Any, current: Mapping[str, Any], layer: str | None) -> int:
     return int(head * (current if layer is None else current[layer]).get("partial_rotary_factor", 1.0))
 
 
-def _parameters(options: RoPEConfig, current: Mapping[str, Any], original: int, factor: float, dim: int) -> dict[str, Any]:
+def _parameters(
+    options: RoPEConfig, current: Mapping[str, Any], original: int, factor: float, dim: int
+) -> dict[str, Any]:
     kept = {name: current[name] for name in ("rope_theta", "partial_rotary_factor") if current.get(name) is not None}
     if options.rope_theta is not None:
         kept["rope_theta"] = options.rope_theta
@@ -171,25 +209,43 @@ def _parameters(options: RoPEConfig, current: Mapping[str, Any], original: int, 
                 expected="beta_fast > beta_slow",
                 fix="correct them",
             )
-        parameters["attention_factor"] = options.attention_factor or 0.1 * math.log(factor) + 1.0  # Peng et al., 2023, equation 22
+        parameters["attention_factor"] = (
+            options.attention_factor or 0.1 * math.log(factor) + 1.0
+        )  # Peng et al., 2023, equation 22
         if options.truncate is not None:
             parameters["truncate"] = options.truncate
     elif options.type == "llama3":
-        parameters["low_freq_factor"], parameters["high_freq_factor"] = options.low_freq_factor or 1.0, options.high_freq_factor or 4.0
+        parameters["low_freq_factor"], parameters["high_freq_factor"] = (
+            options.low_freq_factor or 1.0,
+            options.high_freq_factor or 4.0,
+        )
         if parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
             found = f"{parameters['high_freq_factor']:g} and low_freq_factor {parameters['low_freq_factor']:g}"
-            raise ConfigError(f"plugins.rope.high_freq_factor is {found}", expected="high_freq_factor > low_freq_factor", fix="correct them")
+            raise ConfigError(
+                f"plugins.rope.high_freq_factor is {found}",
+                expected="high_freq_factor > low_freq_factor",
+                fix="correct them",
+            )
     elif options.type == "longrope":
         if options.long_factor is None:
             expected = f"{dim // 2} divisors, found by a search (Ding et al., LongRoPE, 2024)"
             raise ConfigError("plugins.rope.long_factor is missing", expected=expected, fix="add it, or take yarn")
-        for name, values in (("long_factor", options.long_factor), ("short_factor", options.short_factor or (1.0,) * (dim // 2))):
+        for name, values in (
+            ("long_factor", options.long_factor),
+            ("short_factor", options.short_factor or (1.0,) * (dim // 2)),
+        ):
             if len(values) != dim // 2:
-                raise ConfigError(f"plugins.rope.{name} has {len(values)} numbers", expected=f"{dim // 2}, one for each frequency", fix="correct it")
+                raise ConfigError(
+                    f"plugins.rope.{name} has {len(values)} numbers",
+                    expected=f"{dim // 2}, one for each frequency",
+                    fix="correct it",
+                )
             parameters[name] = list(values)
         if options.attention_factor is not None:  # vLLM calls it so, and would compute the usual one
             parameters["short_mscale"] = parameters["long_mscale"] = options.attention_factor
-        parameters["attention_factor"] = options.attention_factor or math.sqrt(1 + math.log(factor) / math.log(original))  # Ding et al., 2024
+        parameters["attention_factor"] = options.attention_factor or math.sqrt(
+            1 + math.log(factor) / math.log(original)
+        )  # Ding et al., 2024
     elif options.type == "ntk" and options.mixed_b is not None:
         parameters["mixed_b"] = options.mixed_b
     elif options.type not in TYPES:

@@ -75,7 +75,10 @@ def mixed(b):
 USUAL = math.sqrt(1 + math.log(FACTOR) / math.log(ORIGINAL))
 EXPECTED = {
     "linear": ([f / FACTOR for f in plain()], 1),
-    "dynamic": (plain(THETA * (FACTOR * FACTOR - (FACTOR - 1)) ** (DIM / (DIM - 2))), 1),  # of a text of the maximum length
+    "dynamic": (
+        plain(THETA * (FACTOR * FACTOR - (FACTOR - 1)) ** (DIM / (DIM - 2))),
+        1,
+    ),  # of a text of the maximum length
     "ntk": ([f / FACTOR ** ((2 * i + 2) / DIM) for i, f in enumerate(plain())], 1),
     "mixed ntk": (mixed(0.625), 1),
     "yarn": (yarn(), 0.1 * math.log(FACTOR) + 1),
@@ -90,7 +93,9 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     register()
-    return tiny_llama(tmp_path_factory.mktemp("llama") / "plain", max_position_embeddings=ORIGINAL, rope_theta=THETA, head_dim=DIM)
+    return tiny_llama(
+        tmp_path_factory.mktemp("llama") / "plain", max_position_embeddings=ORIGINAL, rope_theta=THETA, head_dim=DIM
+    )
 
 
 def in_transformers(config, length):
@@ -111,8 +116,14 @@ def in_vllm(config, length):
     vllm_config.model_config.max_model_len = length
     vllm_config.model_config.hf_config = config
     with set_current_vllm_config(vllm_config):
-        found = rotary_embedding.get_rope(DIM, config.max_position_embeddings, True, config.rope_parameters, torch.float32)
-    cache = found.long_short_cos_sin_cache[ORIGINAL:] if config.rope_parameters["rope_type"] == "longrope" else found.cos_sin_cache
+        found = rotary_embedding.get_rope(
+            DIM, config.max_position_embeddings, True, config.rope_parameters, torch.float32
+        )
+    cache = (
+        found.long_short_cos_sin_cache[ORIGINAL:]
+        if config.rope_parameters["rope_type"] == "longrope"
+        else found.cos_sin_cache
+    )
     assert len(cache) >= length, "every position of the longest text"
     cos, sin = cache[1].chunk(2)
     return torch.atan2(sin, cos), torch.hypot(sin, cos)
@@ -131,7 +142,9 @@ def test_hosts_and_formula_agree(llama, name, caplog):
         hosts.append(in_vllm(config, FACTOR * ORIGINAL))
     frequencies, scaling = EXPECTED[name]
     for angles, factors in hosts:
-        torch.testing.assert_close(angles.double(), torch.tensor(frequencies, dtype=torch.float64), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            angles.double(), torch.tensor(frequencies, dtype=torch.float64), rtol=1e-6, atol=1e-7
+        )
         torch.testing.assert_close(factors.double(), torch.full_like(factors, scaling).double(), rtol=1e-6, atol=0)
 
 
@@ -179,7 +192,10 @@ def test_layers_with_a_window_are_left_alone(tmp_path):
         ({"type": "yarn"}, "neither max_position_embeddings nor factor"),
         ({"type": "yarn", "factor": 0.5}, r"plugins\.rope\.factor is 0.5"),
         ({"type": "yarn", "max_position_embeddings": 256}, "is 256, and the model was trained with 512; expected more"),
-        ({"type": "yarn", "factor": 2, "max_position_embeddings": 4096}, "factor 2 times 512 is 1024, and max_.* 4096; expected at least"),
+        (
+            {"type": "yarn", "factor": 2, "max_position_embeddings": 4096},
+            "factor 2 times 512 is 1024, and max_.* 4096; expected at least",
+        ),
         ({"type": "linear", "factor": 2, "max_position_embeddings": 4096}, "expected the same"),
         ({"type": "llama3", "factor": 4, "beta_fast": 3}, "beta_fast is set, and llama3 has none; expected type yarn"),
         ({"type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 2}, "expected beta_fast > beta_slow"),
@@ -213,7 +229,10 @@ def test_a_model_without_rotation(tmp_path):
 
 
 def test_what_follows_the_length_of_the_text_is_said(llama, caplog):
-    for name, text in (("dynamic", "below 4096 tokens their answers differ"), ("longrope", "short_factor up to 512 tokens")):
+    for name, text in (
+        ("dynamic", "below 4096 tokens their answers differ"),
+        ("longrope", "short_factor up to 512 tokens"),
+    ):
         with caplog.at_level(logging.WARNING):
             load_model(llama, Stack.from_dict(options(name)))
         assert text in caplog.text

@@ -15,9 +15,13 @@ class ShardConfig(PluginConfig):
     """What stands under ``shard:`` in a recipe."""
 
     group_size: Annotated[Annotated[int, Field(ge=2)] | None, THIS_MACHINE] = None
-    """Processes that hold one copy of the weights together, neighbours by rank: the GPUs of a node, for gathers inside it. Left out: all."""
+    """Processes that hold one copy of the weights together, neighbours by rank: the GPUs of a node, for gathers inside
+    it. Left out: all.
+    """
     include: tuple[str, ...] = ("**",)
-    """Modules to shard, of those that are encoded: dotted names with ``*`` (within a component) and ``**`` (across components)."""
+    """Modules to shard, of those that are encoded: dotted names with ``*`` (within a component) and ``**`` (across
+    components).
+    """
     prefetch: Annotated[int, Field(ge=0, le=16)] = 1
     """Weights that are gathered ahead."""
     timeout: Annotated[float, Field(gt=0)] = 600

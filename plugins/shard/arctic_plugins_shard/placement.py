@@ -1,4 +1,6 @@
-"""Encoded bytes spread over processes. They are cut without regard to what they mean, so that any codec, shape and number of processes will do."""
+"""Encoded bytes spread over processes. They are cut without regard to what they mean, so that any codec, shape and
+number of processes will do.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,9 @@ class _Gathered:
 class ShardPlacement(Placement):
     """Keeps a part of every weight in this process, and gathers the parts of all when a weight is leased.
 
-    Every gather is preceded by one of two numbers, of the weight and of the one that is computed with, so that processes that are at different
-    modules find out instead of waiting for each other. All collectives are issued by one thread, in the order of leases, with what was leased next
-    the last time issued ahead.
+    Every gather is preceded by one of two numbers, of the weight and of the one that is computed with, so that
+    processes that are at different modules find out instead of waiting for each other. All collectives are issued by
+    one thread, in the order of leases, with what was leased next the last time issued ahead.
     """
 
     collective = True
@@ -61,7 +63,9 @@ class ShardPlacement(Placement):
         self._numbers: dict[int, str] = {}
         self._control: dist.ProcessGroup | None = None
         self._data: dist.ProcessGroup | None = None
-        self._work: SimpleQueue[tuple[Future[_Gathered], ShardedWeight, torch.device, ShardedWeight] | None] = SimpleQueue()
+        self._work: SimpleQueue[tuple[Future[_Gathered], ShardedWeight, torch.device, ShardedWeight] | None] = (
+            SimpleQueue()
+        )
         self._worker: threading.Thread | None = None
         self._ahead: dict[ShardedWeight, Future[_Gathered]] = {}
         self._spare: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
@@ -89,7 +93,11 @@ class ShardPlacement(Placement):
     def _make_groups(self, size: int) -> None:
         world, timeout = dist.get_world_size(), timedelta(seconds=self.options.timeout)
         if world % size:
-            raise ConfigError(f"plugins.shard.group_size is {size} with {world} processes", expected=f"a divisor of {world}", fix="correct it")
+            raise ConfigError(
+                f"plugins.shard.group_size is {size} with {world} processes",
+                expected=f"a divisor of {world}",
+                fix="correct it",
+            )
         for first in range(0, world, size):  # every process takes part in making every group
             ranks = list(range(first, first + size))
             control, data = dist.new_group(ranks, timeout, backend="gloo"), dist.new_group(ranks, timeout)
@@ -127,7 +135,11 @@ class ShardPlacement(Placement):
         with self._lock:
             self.order.leased(weight.name)
             future = self._take(weight, device, weight)
-            upcoming = [other for name in self.order.upcoming(self.options.prefetch) if (other := self.weights.get(name)) is not None]
+            upcoming = [
+                other
+                for name in self.order.upcoming(self.options.prefetch)
+                if (other := self.weights.get(name)) is not None
+            ]
             ahead = {other: self._take(other, device, weight) for other in upcoming}
             for unexpected in self._ahead.values():  # gathered by all processes alike; nobody needs it
                 unexpected.add_done_callback(self._give_back)
@@ -140,7 +152,9 @@ class ShardPlacement(Placement):
         return gathered
 
     def release(self, gathered: _Gathered) -> None:
-        """Keep the memory for the next weight of the size: fresh memory costs page faults. On GPUs the allocator does that."""
+        """Keep the memory for the next weight of the size: fresh memory costs page faults. On GPUs the allocator does
+        that.
+        """
         if gathered.ready is None:
             with self._lock:
                 self._spare[gathered.flat.numel(), gathered.flat.device].append(gathered.flat)
@@ -172,7 +186,9 @@ class ShardPlacement(Placement):
                 future.set_exception(error)
 
     def _stop(self) -> None:
-        """Let gathers that were begun end: a thread that is in one while Python is shut down would abort the process."""
+        """Let gathers that were begun end: a thread that is in one while Python is shut down would abort the
+        process.
+        """
         self._work.put(None)
         assert self._worker is not None
         self._worker.join(timeout=10)
@@ -182,7 +198,10 @@ class ShardPlacement(Placement):
         self._agree(weight, at)
         if device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(device)
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(), weight.part(device) as part:
+        with (
+            torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(),
+            weight.part(device) as part,
+        ):
             with self._lock:
                 spare = self._spare[part.numel() * self.size, device]
                 flat = spare.pop() if spare else torch.empty(part.numel() * self.size, dtype=torch.uint8, device=device)
@@ -197,7 +216,8 @@ class ShardPlacement(Placement):
             all_gather(everyones, mine, group=self._control)
         except RuntimeError as error:
             raise ShardError(
-                f"this process (rank {dist.get_rank()}) waited for the others to come to {weight.name}: {str(error).splitlines()[0]}",
+                f"this process (rank {dist.get_rank()}) waited for the others to come to {weight.name}: "
+                f"{str(error).splitlines()[0]}",
                 expected="every process to compute with the same modules in the same order",
                 fix="look for what one process skips, or at the error of the process that stopped",
             ) from error
@@ -206,7 +226,8 @@ class ShardPlacement(Placement):
                 own, other = (at.number, theirs[0]) if theirs[0] != at.number else (weight.number, theirs[1])
                 first = dist.get_rank() - self.rank
                 raise ShardError(
-                    f"rank {dist.get_rank()} is at {self._numbers[own]} while rank {first + rank} is at {self._numbers.get(other, 'another model')}",
+                    f"rank {dist.get_rank()} is at {self._numbers[own]} while rank {first + rank} is at "
+                    f"{self._numbers.get(other, 'another model')}",
                     expected="every process to compute with the same modules in the same order",
                     fix="look for what one process skips",
                 )
@@ -217,7 +238,13 @@ class ShardedWeight(Handle):
 
     collective = True
 
-    def __init__(self, placement: ShardPlacement, name: str, layout: dict[str, tuple[int, torch.Size, torch.dtype]], kept: Tensor | Handle) -> None:
+    def __init__(
+        self,
+        placement: ShardPlacement,
+        name: str,
+        layout: dict[str, tuple[int, torch.Size, torch.dtype]],
+        kept: Tensor | Handle,
+    ) -> None:
         self.placement, self.name, self.layout, self.kept = placement, name, layout, kept
         self.number = int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "little")
         self._gathered: _Gathered | None = None

@@ -26,9 +26,19 @@ class Shard(Plugin):
     def validate(self) -> Iterable[str]:
         size, group = world_size(), self.options.group_size
         if size == 1:
-            return ["there is one process: nothing is sharded (arctic train --nproc, torchrun or accelerate launch start several)"]
+            return [
+                (
+                    "there is one process: nothing is sharded (arctic train --nproc, torchrun or accelerate "
+                    "launch start "
+                    "several)"
+                )
+            ]
         if group is not None and size % group:
-            raise ConfigError(f"plugins.shard.group_size is {group} with {size} processes", expected=f"a divisor of {size}", fix="correct it")
+            raise ConfigError(
+                f"plugins.shard.group_size is {group} with {size} processes",
+                expected=f"a divisor of {size}",
+                fix="correct it",
+            )
         return []
 
     @hookimpl

@@ -24,7 +24,9 @@ def load(checkpoint, plugins):
 
 
 def frozen(model):
-    return [weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values()]
+    return [
+        weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values()
+    ]
 
 
 def compare_logits(checkpoint):

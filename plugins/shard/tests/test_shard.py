@@ -36,7 +36,9 @@ def test_logits_are_bitwise_those_of_one_process(processes, tiny_checkpoint):
     for line in filter(None, out.splitlines()):
         found = json.loads(line)
         assert found["equal"], found
-        assert found["kept"] <= found["whole"] / processes + 16 * found["weights"], "no process keeps what it should not"
+        assert found["kept"] <= found["whole"] / processes + 16 * found["weights"], (
+            "no process keeps what it should not"
+        )
     assert len(out.splitlines()) == 5 * processes
 
 
@@ -45,8 +47,14 @@ def test_a_module_that_one_process_skips_is_named(tiny_checkpoint, prefetch):
     status, _, err = run(2, "skip", tiny_checkpoint, prefetch)
     assert status != 0
     later = "down" if prefetch == 3 else "up"  # what was gathered ahead is used before the others are asked again
-    assert f"rank 0 is at model.layers.0.mlp.gate_proj.weight while rank 1 is at model.layers.0.mlp.{later}_proj.weight" in err
-    assert f"rank 1 is at model.layers.0.mlp.{later}_proj.weight while rank 0 is at model.layers.0.mlp.gate_proj.weight" in err
+    assert (
+        f"rank 0 is at model.layers.0.mlp.gate_proj.weight while rank 1 is at model.layers.0.mlp.{later}_proj.weight"
+        in err
+    )
+    assert (
+        f"rank 1 is at model.layers.0.mlp.{later}_proj.weight while rank 0 is at model.layers.0.mlp.gate_proj.weight"
+        in err
+    )
 
 
 def test_a_process_that_waits_too_long_says_for_what(tiny_checkpoint):

@@ -18,7 +18,10 @@ class Int8Codec(Codec):
 
     def layout(self, shape):
         *rows, k = shape
-        return {"": TensorSpec((*rows, 1, k), torch.int8, k_dim=len(rows) + 1), "_step": TensorSpec((*rows, 1), torch.float32)}
+        return {
+            "": TensorSpec((*rows, 1, k), torch.int8, k_dim=len(rows) + 1),
+            "_step": TensorSpec((*rows, 1), torch.float32),
+        }
 
     def encode(self, weight):
         largest = weight.float().abs().amax(-1, keepdim=True)
@@ -50,6 +53,8 @@ class Spool(Placement):
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def hold(self, name, buffers, inner=None):
-        path = self.directory / f"{name}.{len(list(self.directory.iterdir()))}.safetensors"  # a merged weight gets a file of its own
+        path = (
+            self.directory / f"{name}.{len(list(self.directory.iterdir()))}.safetensors"
+        )  # a merged weight gets a file of its own
         save_file({f"weight{suffix}": buffer for suffix, buffer in buffers.items()}, path)
         return SpooledWeight(path)

@@ -16,7 +16,9 @@ __all__ = ["importing", "quiet_hosts"]
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For commands that import hosts: no garbage collection until it has, which takes a fifth of the time, and no bitsandbytes."""
+    """For commands that import hosts: no garbage collection until it has, which takes a fifth of the time, and no
+    bitsandbytes.
+    """
     _postpone_bitsandbytes()
     gc.disable()
     try:
@@ -26,7 +28,9 @@ def importing() -> Iterator[None]:
 
 
 def quiet_hosts() -> None:
-    """No progress bars of the hosts where nobody sees them move: not a terminal. No word from DeepSpeed that there is no GPU, on standard output."""
+    """No progress bars of the hosts where nobody sees them move: not a terminal. No word from DeepSpeed that there is
+    no GPU, on standard output.
+    """
     import torch
 
     if not torch.accelerator.is_available():
@@ -50,8 +54,9 @@ class _Postponed(ModuleType):
 
 
 def _postpone_bitsandbytes() -> None:
-    """Execute bitsandbytes when something of it is used: where it is installed PEFT imports it (peft/helpers.py, 0.21.2), and it torch's compiler,
-    which takes longer than all of PEFT. Python's ``LazyLoader`` does it at the next ``import`` already (3.11)."""
+    """Execute bitsandbytes when something of it is used: where it is installed PEFT imports it (peft/helpers.py,
+    0.21.2), and it torch's compiler, which takes longer than all of PEFT. Python's ``LazyLoader`` does it at the next
+    ``import`` already (3.11)."""
     if "bitsandbytes" not in sys.modules and (spec := find_spec("bitsandbytes")) is not None:
         module = sys.modules["bitsandbytes"] = _Postponed("bitsandbytes")
         module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin

@@ -10,11 +10,18 @@ __all__ = ["demo"]
 
 
 @click.command(short_help="Fine-tune, merge and serve a real model, and measure it.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("out/demo"), show_default=True, help="A new directory for everything it makes.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("out/demo"),
+    show_default=True,
+    help="A new directory for everything it makes.",
+)
 @click.option("--overwrite", is_flag=True, help="Remove what an earlier demo left in --out first.")
 @click.option("--serve/--no-serve", default=True, show_default=True, help="Serve the result with vLLM at the end.")
 def demo(out: Path, overwrite: bool, serve: bool) -> None:
-    """Fine-tune SmolLM2-135M-Instruct over FP8 weights to write SQL, merge, serve with vLLM, and report accuracy at each step.
+    """Fine-tune SmolLM2-135M-Instruct over FP8 weights to write SQL, merge, serve with vLLM, and report accuracy at
+    each step.
 
     \b
     Example:

@@ -10,7 +10,12 @@ __all__ = ["export"]
 @click.command(short_help="Write an encoded checkpoint in another library's format.")
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--format", "format_name", required=True, help="compressed-tensors, fp8-block, or a format that another plugin adds.")
+@click.option(
+    "--format",
+    "format_name",
+    required=True,
+    help="compressed-tensors, fp8-block, or a format that another plugin adds.",
+)
 def export(checkpoint: str, out: str, format_name: str) -> None:
     """Write the encoded CHECKPOINT (a directory) as OUT, which transformers and vLLM read without this project.
 

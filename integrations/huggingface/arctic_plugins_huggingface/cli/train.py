@@ -15,11 +15,22 @@ __all__ = ["train"]
 @click.option("--overwrite", is_flag=True, help="Remove the checkpoints of an earlier run in output_dir first.")
 @click.option("--dry-run", is_flag=True, help="Check everything, show what would be done, and stop. Reads no weights.")
 @click.option("--nproc", type=click.IntRange(min=1), help="Train in so many processes on this machine.")
-@click.option("--hostfile", type=click.Path(), help="Train on the hosts of this file (lines of 'host slots=8'), through DeepSpeed's launcher.")
+@click.option(
+    "--hostfile",
+    type=click.Path(),
+    help="Train on the hosts of this file (lines of 'host slots=8'), through DeepSpeed's launcher.",
+)
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 @click.pass_context
 def train(
-    context: click.Context, recipe: str, resume: bool, overwrite: bool, dry_run: bool, nproc: int | None, hostfile: str | None, as_json: bool
+    context: click.Context,
+    recipe: str,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    nproc: int | None,
+    hostfile: str | None,
+    as_json: bool,
 ) -> None:
     """Fine-tune the model of RECIPE, a YAML file with the keys model, plugins, load, data and training.
 
@@ -33,8 +44,8 @@ def train(
     """
     import os
 
-    # Before torch allocates: let it ask the system for huge pages (c10/core/impl/alloc_cpu.cpp, torch 2.13). Gradients and logits of every step are
-    # new memory, whose first use costs a page fault for each page.
+    # Before torch allocates: let it ask the system for huge pages (c10/core/impl/alloc_cpu.cpp, torch 2.13). Gradients
+    # and logits of every step are new memory, whose first use costs a page fault for each page.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from pathlib import Path
 
@@ -52,7 +63,9 @@ def train(
         raise ConfigError("--resume and --overwrite exclude each other", fix="leave one out")
     parsed = Recipe.from_file(recipe)
     if nproc is not None and hostfile is not None:
-        raise ConfigError("--nproc and --hostfile exclude each other", fix="the hostfile says how many processes each host has")
+        raise ConfigError(
+            "--nproc and --hostfile exclude each other", fix="the hostfile says how many processes each host has"
+        )
     stack = check_recipe(parsed) if hostfile is None else None  # whose files may not be on this host
     if stack is not None and not dry_run and parsed.training.get("output_dir"):
         check_output(Path(str(parsed.training["output_dir"])), new=not resume and not overwrite)
@@ -62,7 +75,12 @@ def train(
         from arctic_plugins_huggingface.launching import launch, launch_on_hosts
 
         flags = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run, "--json": as_json}
-        arguments = ["train", recipe, *(flag for flag, given in flags.items() if given), *(["--traceback"] if "--traceback" in sys.argv else [])]
+        arguments = [
+            "train",
+            recipe,
+            *(flag for flag, given in flags.items() if given),
+            *(["--traceback"] if "--traceback" in sys.argv else []),
+        ]
         context.exit(launch(arguments, nproc) if nproc is not None else launch_on_hosts(arguments, str(hostfile)))
     if is_launched():
         from arctic_plugins_huggingface.launching import end_with_launcher
@@ -70,7 +88,9 @@ def train(
         end_with_launcher()
     console = Console(quiet=as_json or not is_first())  # one of several processes speaks
     names = ", ".join(plugin.name for plugin in stack or ()) or "no plugin"
-    console.print(f"{recipe}: {parsed.model} with {names}; importing torch, transformers and trl", highlight=False, soft_wrap=True)
+    console.print(
+        f"{recipe}: {parsed.model} with {names}; importing torch, transformers and trl", highlight=False, soft_wrap=True
+    )
     with importing():
         quiet_hosts()
         from arctic_plugins_huggingface.sft import prepare

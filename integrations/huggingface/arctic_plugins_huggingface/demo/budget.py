@@ -17,10 +17,12 @@ WARM, TIMED = 1, 3
 
 
 class StepBudget(TrainerCallback):
-    """Shortens a run, and its linear schedule with it, to what ``seconds`` allow at the speed of the first steps, but never below ``least`` steps.
+    """Shortens a run, and its linear schedule with it, to what ``seconds`` allow at the speed of the first steps, but
+    never below ``least`` steps.
 
-    Read in transformers 5.19.0: the loop asks ``state.max_steps`` after each step, and a linear schedule is a ``LambdaLR`` of a ``partial`` with the
-    keyword ``num_training_steps``. Learning rates before the decision are those of the warm-up, which does not depend on it.
+    Read in transformers 5.19.0: the loop asks ``state.max_steps`` after each step, and a linear schedule is a
+    ``LambdaLR`` of a ``partial`` with the keyword ``num_training_steps``. Learning rates before the decision are those
+    of the warm-up, which does not depend on it.
     """
 
     def __init__(self, seconds: float, *, least: int) -> None:
@@ -28,10 +30,19 @@ class StepBudget(TrainerCallback):
         self._times: list[float] = []
         self._began = 0.0
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._began = time.perf_counter()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, lr_scheduler: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
         self._times.append(time.perf_counter() - self._began)
         if len(self._times) != WARM + TIMED:
             return

@@ -24,7 +24,9 @@ _FENCE = re.compile(r"```[ \t]*(?:\w+[ \t]*\n)?(.*?)(?:```|\Z)", re.DOTALL)
 _STATEMENT = re.compile(r"""(?:'(?:[^']|'')*'|"(?:[^"]|"")*"|[^;])*""")
 _BLANK_LINE = re.compile(r"\n\s*\n")
 _ORDER_BY = re.compile(r"\border\s+by\b", re.IGNORECASE)
-_ALLOWED_ACTIONS = frozenset({sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE})
+_ALLOWED_ACTIONS = frozenset(
+    {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+)
 
 
 def extract_sql(prediction: str) -> str:
@@ -65,7 +67,8 @@ def execute(sql: str, setup: str, *, max_steps: int = _DEFAULT_MAX_STEPS) -> lis
     """The rows of one SELECT, run in a fresh database in memory that `setup` made and that it can only read.
 
     Raises:
-        sqlite3.Error: if the query is bad, does more than read, or takes more than `max_steps` steps of SQLite's machine.
+        sqlite3.Error: if the query is bad, does more than read, or takes more than `max_steps` steps of SQLite's
+            machine.
     """
     return _run(sql, setup, max_steps)[1]
 
@@ -83,7 +86,9 @@ def _same_value(left: object, right: object) -> bool:
 
 def _same_rows(left: list[Row], right: list[Row]) -> bool:
     return len(left) == len(right) and all(
-        _same_value(one, other) for row, wanted in zip(left, right, strict=True) for one, other in zip(row, wanted, strict=True)
+        _same_value(one, other)
+        for row, wanted in zip(left, right, strict=True)
+        for one, other in zip(row, wanted, strict=True)
     )
 
 

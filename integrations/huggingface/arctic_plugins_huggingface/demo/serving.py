@@ -27,7 +27,9 @@ __all__ = ["Server"]
 
 
 PROCESSES = 3
-"""vLLM 0.32's server, its engine and the engine's worker start one after the other, and importing libraries is most of what each does until then."""
+"""vLLM 0.32's server, its engine and the engine's worker start one after the other, and importing libraries is most of
+what each does until then.
+"""
 
 
 class Server:
@@ -37,10 +39,29 @@ class Server:
         ArcticError: the server ended or did not answer within ``timeout`` seconds; gives its last words and its log.
     """
 
-    def __init__(self, checkpoint: Path, log: Path, *, options: tuple[str, ...] = (), timeout: float = 600, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Path,
+        log: Path,
+        *,
+        options: tuple[str, ...] = (),
+        timeout: float = 600,
+        console: Console | None = None,
+    ) -> None:
         self.checkpoint, self.log, self.timeout, self.console = checkpoint, log, timeout, console or Console(quiet=True)
         self.port = _free_port()
-        command = [sys.executable, "-m", "arctic_plugins.cli", "serve", str(checkpoint), "--host", "127.0.0.1", "--port", str(self.port), *options]
+        command = [
+            sys.executable,
+            "-m",
+            "arctic_plugins.cli",
+            "serve",
+            str(checkpoint),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *options,
+        ]
         with log.open("w") as output:  # a session of its own, so that the engine's processes end with it
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
 
@@ -55,10 +76,14 @@ class Server:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()
 
-    def chat(self, question: str, *, max_tokens: int, system: str | None = None, model: str | None = None) -> tuple[str, list[int]]:
+    def chat(
+        self, question: str, *, max_tokens: int, system: str | None = None, model: str | None = None
+    ) -> tuple[str, list[int]]:
         """Ask greedily; returns the answer's text and token ids."""
         body = {
             "model": model or str(self.checkpoint),
@@ -72,7 +97,9 @@ class Server:
 
     def _request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", data, {"Content-Type": "application/json"}
+        )
         with urllib.request.urlopen(request, timeout=self.timeout) as response:  # noqa: S310
             return json.load(response)
 
@@ -88,7 +115,9 @@ class Server:
                 time.sleep(0.5)
             else:
                 return
-        raise ArcticError(f"the server did not answer within {self.timeout:.0f} s: {self._last_line()}", fix=f"see {self.log}")
+        raise ArcticError(
+            f"the server did not answer within {self.timeout:.0f} s: {self._last_line()}", fix=f"see {self.log}"
+        )
 
     def _processes(self) -> int:
         """Of vLLM, without the trackers that multiprocessing starts beside its children."""

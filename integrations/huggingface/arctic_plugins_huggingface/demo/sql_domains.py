@@ -99,7 +99,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "songs",
             "title",
-            {"genre": ("rock", "jazz", "folk", "blues", "soul", "metal"), "language": ("Spanish", "English", "Hindi", "Swahili", "German")},
+            {
+                "genre": ("rock", "jazz", "folk", "blues", "soul", "metal"),
+                "language": ("Spanish", "English", "Hindi", "Swahili", "German"),
+            },
             {"duration": (120, 420), "plays": (1000, 9000)},
             "singers",
             "singer_id",
@@ -109,7 +112,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "employees",
             "name",
-            {"role": ("engineer", "analyst", "clerk", "pilot", "designer"), "shift": ("day", "night", "evening", "weekend", "split")},
+            {
+                "role": ("engineer", "analyst", "clerk", "pilot", "designer"),
+                "shift": ("day", "night", "evening", "weekend", "split"),
+            },
             {"salary": (30000, 90000), "age": (21, 64)},
             "departments",
             "department_id",
@@ -119,7 +125,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "books",
             "title",
-            {"topic": ("history", "science", "travel", "cooking", "sports"), "format": ("paper", "ebook", "audio", "digest", "leaflet")},
+            {
+                "topic": ("history", "science", "travel", "cooking", "sports"),
+                "format": ("paper", "ebook", "audio", "digest", "leaflet"),
+            },
             {"pages": (90, 900), "price": (5, 60)},
             "authors",
             "author_id",
@@ -129,7 +138,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "flights",
             "code",
-            {"airline": ("Skyway", "Jetline", "Airex", "Bluewing", "Cloudair"), "status": ("delayed", "landed", "boarding", "canceled", "taxiing")},
+            {
+                "airline": ("Skyway", "Jetline", "Airex", "Bluewing", "Cloudair"),
+                "status": ("delayed", "landed", "boarding", "canceled", "taxiing"),
+            },
             {"distance": (200, 9000), "passengers": (40, 300)},
             "airports",
             "airport_id",
@@ -139,7 +151,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "players",
             "name",
-            {"position": ("goalkeeper", "defender", "striker", "midfielder", "winger"), "foot": ("left", "right", "both", "neither", "mixed")},
+            {
+                "position": ("goalkeeper", "defender", "striker", "midfielder", "winger"),
+                "foot": ("left", "right", "both", "neither", "mixed"),
+            },
             {"goals": (0, 60), "height": (160, 205)},
             "teams",
             "team_id",
@@ -149,7 +164,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "products",
             "name",
-            {"category": ("toys", "food", "tools", "clothing", "books"), "material": ("wood", "steel", "plastic", "glass", "rubber")},
+            {
+                "category": ("toys", "food", "tools", "clothing", "books"),
+                "material": ("wood", "steel", "plastic", "glass", "rubber"),
+            },
             {"stock": (0, 500), "weight": (1, 90)},
             "suppliers",
             "supplier_id",
@@ -159,7 +177,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "students",
             "name",
-            {"major": ("biology", "law", "music", "physics", "history"), "housing": ("campus", "rented", "hostel", "family", "shared")},
+            {
+                "major": ("biology", "law", "music", "physics", "history"),
+                "housing": ("campus", "rented", "hostel", "family", "shared"),
+            },
             {"score": (30, 100), "absences": (0, 40)},
             "colleges",
             "college_id",
@@ -169,7 +190,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "houses",
             "address",
-            {"style": ("modern", "rustic", "gothic", "classic", "colonial"), "heating": ("gas", "solar", "oil", "electric", "steam")},
+            {
+                "style": ("modern", "rustic", "gothic", "classic", "colonial"),
+                "heating": ("gas", "solar", "oil", "electric", "steam"),
+            },
             {"rent": (400, 4000), "rooms": (1, 20)},
             "owners",
             "owner_id",
@@ -179,7 +203,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "cars",
             "model",
-            {"color": ("red", "blue", "black", "green", "white"), "fuel": ("diesel", "petrol", "electric", "hybrid", "hydrogen")},
+            {
+                "color": ("red", "blue", "black", "green", "white"),
+                "fuel": ("diesel", "petrol", "electric", "hybrid", "hydrogen"),
+            },
             {"mileage": (100, 9000), "power": (60, 400)},
             "brands",
             "brand_id",
@@ -189,7 +216,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "dishes",
             "name",
-            {"cuisine": ("Thai", "Mexican", "Turkish", "Greek", "Korean"), "course": ("starter", "main", "dessert", "side", "soup")},
+            {
+                "cuisine": ("Thai", "Mexican", "Turkish", "Greek", "Korean"),
+                "course": ("starter", "main", "dessert", "side", "soup"),
+            },
             {"calories": (90, 900), "cost": (3, 45)},
             "restaurants",
             "restaurant_id",
@@ -199,7 +229,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "orders",
             "reference",
-            {"payment": ("card", "cash", "invoice", "voucher", "transfer"), "priority": ("low", "normal", "urgent", "high", "blocked")},
+            {
+                "payment": ("card", "cash", "invoice", "voucher", "transfer"),
+                "priority": ("low", "normal", "urgent", "high", "blocked"),
+            },
             {"amount": (10, 900), "discount": (0, 50)},
             "customers",
             "customer_id",
@@ -209,7 +242,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "patients",
             "name",
-            {"diagnosis": ("flu", "asthma", "fracture", "diabetes", "migraine"), "blood_type": ("A", "B", "AB", "O", "rare")},
+            {
+                "diagnosis": ("flu", "asthma", "fracture", "diabetes", "migraine"),
+                "blood_type": ("A", "B", "AB", "O", "rare"),
+            },
             {"visits": (1, 40), "pulse": (50, 120)},
             "doctors",
             "doctor_id",
@@ -219,7 +255,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "rivers",
             "name",
-            {"flow": ("slow", "fast", "seasonal", "gentle", "raging"), "climate": ("tropical", "polar", "desert", "humid", "arid")},
+            {
+                "flow": ("slow", "fast", "seasonal", "gentle", "raging"),
+                "climate": ("tropical", "polar", "desert", "humid", "arid"),
+            },
             {"length": (50, 6000), "depth": (2, 90)},
             "nations",
             "nation_id",
@@ -229,7 +268,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "games",
             "title",
-            {"platform": ("console", "mobile", "desktop", "arcade", "browser"), "mode": ("solo", "team", "versus", "puzzle", "racing")},
+            {
+                "platform": ("console", "mobile", "desktop", "arcade", "browser"),
+                "mode": ("solo", "team", "versus", "puzzle", "racing"),
+            },
             {"sales": (100, 9000), "levels": (3, 90)},
             "studios",
             "studio_id",
@@ -239,7 +281,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "events",
             "title",
-            {"kind": ("concert", "lecture", "fair", "festival", "auction"), "weekday": ("Monday", "Friday", "Sunday", "Tuesday", "Saturday")},
+            {
+                "kind": ("concert", "lecture", "fair", "festival", "auction"),
+                "weekday": ("Monday", "Friday", "Sunday", "Tuesday", "Saturday"),
+            },
             {"tickets": (20, 900), "budget": (1000, 9000)},
             "venues",
             "venue_id",
@@ -249,7 +294,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "phones",
             "model",
-            {"screen": ("small", "medium", "large", "tiny", "huge"), "storage": ("basic", "plus", "max", "double", "ultra")},
+            {
+                "screen": ("small", "medium", "large", "tiny", "huge"),
+                "storage": ("basic", "plus", "max", "double", "ultra"),
+            },
             {"battery": (900, 6000), "warranty": (6, 60)},
             "makers",
             "maker_id",
@@ -259,7 +307,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "projects",
             "name",
-            {"phase": ("planning", "testing", "finished", "design", "review"), "risk": ("minor", "major", "severe", "trivial", "critical")},
+            {
+                "phase": ("planning", "testing", "finished", "design", "review"),
+                "risk": ("minor", "major", "severe", "trivial", "critical"),
+            },
             {"funding": (1000, 9000), "hours": (10, 900)},
             "managers",
             "manager_id",
@@ -269,7 +320,10 @@ DOMAINS: dict[Split, tuple[Domain, ...]] = {
         Domain(
             "wines",
             "label",
-            {"grape": ("Merlot", "Riesling", "Malbec", "Shiraz", "Pinot"), "taste": ("dry", "sweet", "fruity", "bitter", "smoky")},
+            {
+                "grape": ("Merlot", "Riesling", "Malbec", "Shiraz", "Pinot"),
+                "taste": ("dry", "sweet", "fruity", "bitter", "smoky"),
+            },
             {"vintage": (1960, 2020), "rating": (50, 100)},
             "vineyards",
             "vineyard_id",

@@ -121,7 +121,9 @@ def _literal(value: Value) -> str:
 
 
 def _mixed(rng: random.Random, domains: Sequence[Domain]) -> Domain:
-    """A table with the columns and the parent of others, so that names are to be read from the schema, not known by heart."""
+    """A table with the columns and the parent of others, so that names are to be read from the schema, not known by
+    heart.
+    """
     texts = [item for domain in domains for item in domain.texts.items()]
     numbers = [item for domain in domains for item in domain.numbers.items()]
     return replace(
@@ -155,7 +157,9 @@ def _scene(rng: random.Random, domain: Domain, labels: tuple[str, ...], *, linke
         domain.label: ("text", names[:_CHILD_ROWS]),
     }
     child |= {column: ("text", _scatter(rng, values, _CHILD_ROWS)) for column, values in domain.texts.items()}
-    child |= {column: ("int", rng.sample(range(low, high + 1), _CHILD_ROWS)) for column, (low, high) in domain.numbers.items()}
+    child |= {
+        column: ("int", rng.sample(range(low, high + 1), _CHILD_ROWS)) for column, (low, high) in domain.numbers.items()
+    }
     if linked:
         child[domain.link] = ("int", _scatter(rng, range(1, _PARENT_ROWS + 1), _CHILD_ROWS, different=_PARENT_ROWS))
     parent: dict[str, tuple[str, Sequence[Value]]] = {
@@ -391,7 +395,10 @@ def _join_group(rng: random.Random, scene: _Scene) -> _Draft:
             (
                 "For each {owner}, show the {parent_label} and the {word} {number} of the {table}.",
                 "Show the {parent_label} of each {owner} with the {word} {number} of its {table}.",
-                "What {word} {number} do the {table} of each {owner} have? Give the {parent_label} and the {word} {number}.",
+                (
+                    "What {word} {number} do the {table} of each {owner} have? Give the {parent_label} and the {word} "
+                    "{number}."
+                ),
             )
         )
         question = scene.fill(phrase, word=word)

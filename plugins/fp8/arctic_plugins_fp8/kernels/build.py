@@ -1,4 +1,6 @@
-"""Builds the CPU kernels on first use, once per machine: ``csrc`` with the C++ compiler that is there, against the headers of the installed torch."""
+"""Builds the CPU kernels on first use, once per machine: ``csrc`` with the C++ compiler that is there, against the
+headers of the installed torch.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,8 @@ X86 = {
     "amx": ("kernels.cpp", [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
 }
 INSTRUCTION_SETS: dict[str, tuple[str, list[str]]] = PORTABLE | (X86 if platform.machine() == "x86_64" else {})
-"""One object file each. ops.cpp, compiled for any processor of the architecture, chooses at run time, so that a shared home directory serves
-different machines."""
+"""One object file each. ops.cpp, compiled for any processor of the architecture, chooses at run time, so that a shared
+home directory serves different machines."""
 TORCH = "-DTORCH_TARGET_VERSION=0x020A000000000000"
 """The oldest torch whose stable ABI has what ops.cpp uses: 2.10."""
 
@@ -46,14 +48,18 @@ class BuildError(Exception):
 def obstacle() -> str:
     """Why the kernels cannot be built or run here, or ""."""
     if sys.platform != "linux" or sys.byteorder != "little":
-        return f"the compiled kernels are for Linux on little-endian processors, this is {sys.platform} on {platform.machine()}"
+        return (
+            f"the compiled kernels are for Linux on little-endian processors, this is {sys.platform} on "
+            f"{platform.machine()}"
+        )
     if _compiler() is None:
         return "no C++ compiler: install g++ or clang++, or set CXX"
     return ""
 
 
 def library() -> Path:
-    """The shared library with the kernels, built now if it never was for these sources, this compiler and this torch, or is not what was built.
+    """The shared library with the kernels, built now if it never was for these sources, this compiler and this torch,
+    or is not what was built.
 
     Raises:
         BuildError: the compiler failed; its output is kept beside where the library would be.
@@ -65,7 +71,9 @@ def library() -> Path:
     if compiler is None:
         raise BuildError(obstacle())
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())] + [repr((FLAGS, INSTRUCTION_SETS, TORCH, version, torch.__version__)).encode()]
+    parts = [path.read_bytes() for path in sorted(SOURCES.iterdir())] + [
+        repr((FLAGS, INSTRUCTION_SETS, TORCH, version, torch.__version__)).encode()
+    ]
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
     path = cache_directory("kernels") / f"fp8-{key}.so"
     if _is_whole(path):
@@ -93,11 +101,26 @@ def _build(compiler: str, torch_home: Path, path: Path) -> None:
             [compiler, *FLAGS, "-w", *flags, f"-DISA={isa}", "-c", str(SOURCES / source), "-o", str(out / f"{isa}.o")]
             for isa, (source, flags) in INSTRUCTION_SETS.items()
         ]
-        commands.append([compiler, *FLAGS, "-w", TORCH, f"-I{torch_home / 'include'}", "-c", str(SOURCES / "ops.cpp"), "-o", str(out / "ops.o")])
+        commands.append(
+            [
+                compiler,
+                *FLAGS,
+                "-w",
+                TORCH,
+                f"-I{torch_home / 'include'}",
+                "-c",
+                str(SOURCES / "ops.cpp"),
+                "-o",
+                str(out / "ops.o"),
+            ]
+        )
         objects = [command[-1] for command in commands]
         libraries = [f"-L{torch_home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for done in [*pool.map(_run, commands), _run([compiler, "-shared", "-o", str(out / "fp8.so"), *objects, *libraries])]:
+            for done in [
+                *pool.map(_run, commands),
+                _run([compiler, "-shared", "-o", str(out / "fp8.so"), *objects, *libraries]),
+            ]:
                 if done.returncode:
                     log = path.with_suffix(".log")
                     log.write_text(f"{' '.join(done.args)}\n{done.stdout}{done.stderr}")

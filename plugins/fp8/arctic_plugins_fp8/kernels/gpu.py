@@ -1,4 +1,6 @@
-"""Decoding on GPUs, in Triton; products are the library's, over the decoded weight. Never ran on a GPU: checked in Triton's interpreter."""
+"""Decoding on GPUs, in Triton; products are the library's, over the decoded weight. Never ran on a GPU: checked in
+Triton's interpreter.
+"""
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
@@ -46,7 +48,9 @@ def _decode(
     normal = ((magnitude << (23 - MANTISSA)) + ((127 - BIAS) << 23)).to(tl.float32, bitcast=True)
     step = ((127 + 1 - BIAS - MANTISSA) << 23) + tl.zeros_like(magnitude)  # what a subnormal code counts
     value = tl.where(magnitude >> MANTISSA == 0, magnitude.to(tl.float32) * step.to(tl.float32, bitcast=True), normal)
-    value = tl.where(code >> (BITS - 1) == 1, -value, value) * tl.load(scale + row * groups + which, mask=inside, other=0.0)
+    value = tl.where(code >> (BITS - 1) == 1, -value, value) * tl.load(
+        scale + row * groups + which, mask=inside, other=0.0
+    )
     if out.dtype.element_ty == tl.bfloat16:  # to nearest even, by hand: the interpreter of Triton 3.9 does not round so
         bits = value.to(tl.int32, bitcast=True)
         value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -60,4 +64,15 @@ def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:
     (rows, groups, size), in_features, form = codes.shape, out_NK.shape[1], FORMATS[bits]
     grid = (rows, triton.cdiv(in_features, BLOCK))
     with torch.cuda.device_of(out_NK):
-        _decode[grid](codes.contiguous(), scale_NG.contiguous(), out_NK, in_features, groups, size * 8 // bits, bits, form.mantissa, form.bias, BLOCK)
+        _decode[grid](
+            codes.contiguous(),
+            scale_NG.contiguous(),
+            out_NK,
+            in_features,
+            groups,
+            size * 8 // bits,
+            bits,
+            form.mantissa,
+            form.bias,
+            BLOCK,
+        )

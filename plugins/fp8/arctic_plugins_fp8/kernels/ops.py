@@ -1,4 +1,6 @@
-"""The operators: their schemas, what compilers and autograd need of them, and which kernels stand behind them on each device."""
+"""The operators: their schemas, what compilers and autograd need of them, and which kernels stand behind them on each
+device.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +35,25 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 VARIABLE = "ARCTIC_FP8_KERNELS"
-"""Environment variable: ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable`` or ``reference`` instead of the best that the processor has."""
+"""Environment variable: ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable`` or ``reference`` instead of the
+best that the processor has.
+"""
 CAPPED = {"avx2": "avx2", "default": "portable"}
 """What the kernels use where ``ATEN_CPU_CAPABILITY`` keeps torch from using more."""
 
 _library = torch.library.Library("arctic_fp8", "FRAGMENT")
-_library.define("encode(Tensor weight, Tensor(a!) codes, Tensor(b!) scale, int bits, float largest, int candidates) -> bool")
+_library.define(
+    "encode(Tensor weight, Tensor(a!) codes, Tensor(b!) scale, int bits, float largest, int candidates) -> bool"
+)
 _library.define("decode(Tensor codes, Tensor scale, int bits, Tensor(a!) out) -> ()")
 _library.define("linear(Tensor x, Tensor codes, Tensor scale, int bits) -> Tensor")
 _library.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
 _library.define("linear_fp8(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 _library.define("grad_input(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features) -> Tensor")
 _library.define("linear_experts(Tensor x, Tensor codes, Tensor scale, int bits, int[] counts) -> Tensor")
-_library.define("grad_input_experts(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features, int[] counts) -> Tensor")
+_library.define(
+    "grad_input_experts(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features, int[] counts) -> Tensor"
+)
 OPERATORS = ("encode", "decode", "linear", "linear_bf16", "grad_input", "linear_experts", "grad_input_experts")
 for _name in OPERATORS:
     _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
@@ -76,7 +84,9 @@ def _fake_linear_experts(x: Tensor, codes: Tensor, scale: Tensor, bits: int, cou
     return x.new_empty((x.shape[0], codes.shape[0] // len(counts)))
 
 
-def _fake_grad_input_experts(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int, counts: list[int]) -> Tensor:
+def _fake_grad_input_experts(
+    grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int, counts: list[int]
+) -> Tensor:
     return grad.new_empty((grad.shape[0], in_features))
 
 
@@ -145,7 +155,9 @@ for _name in OPERATORS:
 
 
 def load() -> str:
-    """Load the compiled CPU kernels, building them if they never were; returns the instruction set in use, "" for the reference."""
+    """Load the compiled CPU kernels, building them if they never were; returns the instruction set in use, "" for the
+    reference.
+    """
     with _lock:
         return _load()
 
@@ -188,29 +200,38 @@ def widening_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 encode = torch.ops.arctic_fp8.encode.default
-"""``encode(weight [N, K], codes, scale, bits, largest, candidates) -> bool``: write the codes and scales of a contiguous weight (float32, bfloat16
-or float16).
+"""``encode(weight [N, K], codes, scale, bits, largest, candidates) -> bool``: write the codes and scales of a
+contiguous weight (float32, bfloat16 or float16).
 
-A group's scale is that of ``s * (1 + i / candidates)``, ``0 <= i < candidates``, with the smallest squared error, where ``s`` is its largest
-magnitude over the format's. False when a magnitude is beyond ``largest``, infinite or NaN.
+A group's scale is that of ``s * (1 + i / candidates)``, ``0 <= i < candidates``, with the smallest squared error, where
+``s`` is its largest magnitude over the format's. False when a magnitude is beyond ``largest``, infinite or NaN.
 """
 decode = torch.ops.arctic_fp8.decode.default
-"""``decode(codes, scale, bits, out [N, K])``: write ``value(code) * scale``, rounded once from float32, to the contiguous ``out``.
+"""``decode(codes, scale, bits, out [N, K])``: write ``value(code) * scale``, rounded once from float32, to the
+contiguous ``out``.
 
 What is below 2**-126 may become zero in bfloat16.
 """
 linear = torch.ops.arctic_fp8.linear.default
-"""``linear(x [..., K], codes, scale, bits) -> [..., N]``: ``x @ decode(codes).T`` in the dtype of ``x``; sums are float32. Differentiable."""
+"""``linear(x [..., K], codes, scale, bits) -> [..., N]``: ``x @ decode(codes).T`` in the dtype of ``x``; sums are
+float32. Differentiable.
+"""
 linear_bf16 = torch.ops.arctic_fp8.linear_bf16.default
-"""``linear_bf16(x [..., K] in float32, weight [N, K] in bfloat16) -> [..., N]`` in float32: ``x @ weight.T`` without a copy of the whole weight in
-float32. The gradient is that of ``x``."""
+"""``linear_bf16(x [..., K] in float32, weight [N, K] in bfloat16) -> [..., N]`` in float32: ``x @ weight.T`` without a
+copy of the whole weight in float32. The gradient is that of ``x``."""
 linear_fp8 = torch.ops.arctic_fp8.linear_fp8.default
-"""``linear_fp8(x [..., K], codes [N, 1, K], scale [N, 1]) -> [..., N]``: like :data:`linear` of 8 bits, but each row of ``x`` is rounded to e4m3
-first, scaled so that its largest magnitude is 448. Where the device has FP8 units they multiply. The gradient is that of :data:`linear`."""
+"""``linear_fp8(x [..., K], codes [N, 1, K], scale [N, 1]) -> [..., N]``: like :data:`linear` of 8 bits, but each row of
+``x`` is rounded to e4m3 first, scaled so that its largest magnitude is 448. Where the device has FP8 units they
+multiply. The gradient is that of :data:`linear`."""
 grad_input = torch.ops.arctic_fp8.grad_input.default
-"""``grad_input(grad [..., N], codes, scale, bits, K) -> [..., K]``: ``grad @ decode(codes)``, the gradient of :func:`linear`."""
+"""``grad_input(grad [..., N], codes, scale, bits, K) -> [..., K]``: ``grad @ decode(codes)``, the gradient of
+:func:`linear`.
+"""
 linear_experts = torch.ops.arctic_fp8.linear_experts.default
-"""``linear_experts(x [M, K], codes [E * N, ...], scale [E * N, G], bits, counts) -> [M, N]``: :data:`linear` of the rows of each expert, which are
-sorted by expert, ``counts[e]`` of them, with its N rows of the codes. Not differentiable by itself."""
+"""``linear_experts(x [M, K], codes [E * N, ...], scale [E * N, G], bits, counts) -> [M, N]``: :data:`linear` of the
+rows of each expert, which are sorted by expert, ``counts[e]`` of them, with its N rows of the codes. Not differentiable
+by itself."""
 grad_input_experts = torch.ops.arctic_fp8.grad_input_experts.default
-"""``grad_input_experts(grad [M, N], codes, scale, bits, K, counts) -> [M, K]``: the gradient of :func:`linear_experts`."""
+"""``grad_input_experts(grad [M, N], codes, scale, bits, K, counts) -> [M, K]``: the gradient of
+:func:`linear_experts`.
+"""

@@ -36,7 +36,9 @@ def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, larges
     rows, groups, size = codes.shape
     group = size * 8 // bits
     for block in _blocks(rows, groups * group):
-        w_nGg = torch.nn.functional.pad(weight_NK[block].float(), (0, groups * group - in_features)).unflatten(-1, (groups, group))
+        w_nGg = torch.nn.functional.pad(weight_NK[block].float(), (0, groups * group - in_features)).unflatten(
+            -1, (groups, group)
+        )
         top_nG = w_nGg.abs().amax(-1)
         if not bool((top_nG <= largest).all()):  # false for NaN too
             return False
@@ -96,7 +98,9 @@ def linear_fp8(x: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:
 
 
 def scaled_product(x_MK: Tensor, scale_M1: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:
-    """``(x * scale) @ (codes * scale).T`` of e4m3 numbers, in bfloat16, by the library; on GPUs from compute capability 8.9 on in FP8 units."""
+    """``(x * scale) @ (codes * scale).T`` of e4m3 numbers, in bfloat16, by the library; on GPUs from compute capability
+    8.9 on in FP8 units.
+    """
     weight_NK = codes.squeeze(-2).view(torch.float8_e4m3fn)
     return torch._scaled_mm(x_MK, weight_NK.T, scale_a=scale_M1, scale_b=scale_NG.view(1, -1), out_dtype=torch.bfloat16)
 
@@ -117,14 +121,21 @@ def linear_experts(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, cou
     return torch.cat(products) if products else x_MK.new_empty(0, len(codes) // len(counts))
 
 
-def grad_input_experts(grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int, counts: Sequence[int]) -> Tensor:
+def grad_input_experts(
+    grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int, counts: Sequence[int]
+) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.grad_input_experts`."""
     parts = _by_expert(grad_MN, codes, scale_NG, counts)
-    products = [torch.ops.arctic_fp8.grad_input(rows, own_codes, own_scale, bits, in_features) for rows, own_codes, own_scale in parts]
+    products = [
+        torch.ops.arctic_fp8.grad_input(rows, own_codes, own_scale, bits, in_features)
+        for rows, own_codes, own_scale in parts
+    ]
     return torch.cat(products) if products else grad_MN.new_empty(0, in_features)
 
 
-def _by_expert(rows: Tensor, codes: Tensor, scale_NG: Tensor, counts: Sequence[int]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _by_expert(
+    rows: Tensor, codes: Tensor, scale_NG: Tensor, counts: Sequence[int]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """The rows, codes and scales of every expert that has rows."""
     each = len(codes) // len(counts)
     for expert, own in enumerate(rows.split(list(counts))):
@@ -149,11 +160,16 @@ def quantize(values: Tensor, bits: int, *, top: int | None = None) -> Tensor:
     """float32 to codes (int32): to nearest even, saturating at the code ``top`` (the format's)."""
     form, raw = FORMATS[bits], values.view(torch.int32)
     magnitude, shift = raw & 0x7FFFFFFF, 23 - form.mantissa
-    normal = ((magnitude + ((1 << (shift - 1)) - 1) + ((magnitude >> shift) & 1)) >> shift) - ((127 - form.bias) << form.mantissa)
-    # Adding a constant whose last mantissa bit is worth one subnormal step leaves the rounded number of steps in the low bits of the sum.
+    normal = ((magnitude + ((1 << (shift - 1)) - 1) + ((magnitude >> shift) & 1)) >> shift) - (
+        (127 - form.bias) << form.mantissa
+    )
+    # Adding a constant whose last mantissa bit is worth one subnormal step leaves the rounded number of steps in the
+    # low bits of the sum.
     offset = torch.tensor((127 + 23 + 1 - form.bias - form.mantissa) << 23, dtype=torch.int32, device=values.device)
     steps = (magnitude.view(torch.float32) + offset.view(torch.float32)).view(torch.int32) - offset
-    code = torch.where(magnitude < (127 + 1 - form.bias) << 23, steps, normal).clamp_max(form.top if top is None else top)
+    code = torch.where(magnitude < (127 + 1 - form.bias) << 23, steps, normal).clamp_max(
+        form.top if top is None else top
+    )
     return code | ((raw >> 31) & 1) << (bits - 1)
 
 
@@ -180,8 +196,9 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 def _values(packed: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, float]:
     """What the codes stand for, divided by the factor that is returned too, exactly.
 
-    For 8 bits the bits do the work, which is several times faster than a table: moving the 7 bits of exponent and mantissa into their places of a
-    bfloat16 gives the value divided by 2**120 (the difference of the biases, 127 - 7), subnormals included.
+    For 8 bits the bits do the work, which is several times faster than a table: moving the 7 bits of exponent and
+    mantissa into their places of a bfloat16 gives the value divided by 2**120 (the difference of the biases, 127 - 7),
+    subnormals included.
     """
     if bits == 8:
         moved = (
