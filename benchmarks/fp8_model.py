@@ -97,7 +97,7 @@ def run_vllm(arguments: argparse.Namespace) -> None:
 
 def _encode(plain: Path, encoded: Path) -> None:
     from arctic_plugins_huggingface import register
-    from arctic_plugins_huggingface.loading import freeze
+    from arctic_plugins_huggingface.loading.load import freeze
     from transformers import AutoModelForCausalLM
 
     from arctic_plugins import Stack
@@ -183,7 +183,7 @@ def run_perplexity(arguments: argparse.Namespace) -> None:
 
 def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int]]]]:
     from arctic_plugins_huggingface import load_model
-    from arctic_plugins_huggingface.modules import weight_specs
+    from arctic_plugins_huggingface.loading.weights import weight_specs
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     from arctic_plugins import Stack

@@ -132,7 +132,7 @@ def run(layers: int, directory: Path, device: str) -> dict[str, Any]:
     """Seconds a step of LoRA, the peak of memory and the last loss, over bfloat16 and over fp8."""
     import torch
     from arctic_plugins_huggingface import load_model
-    from arctic_plugins_huggingface.training import attach
+    from arctic_plugins_huggingface.training.trainer import attach
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from arctic_plugins import Stack

@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from arctic_plugins_huggingface.saving import save_checkpoint
+from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 
 from arctic_plugins import Stack
 

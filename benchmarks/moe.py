@@ -65,7 +65,7 @@ def contenders(name: str, tokens: int, *, with_deepspeed: bool) -> dict[str, Con
     """Name -> one step, which returns the output."""
     from arctic_plugins_fp8.codec import FP8Codec
     from arctic_plugins_huggingface import register
-    from arctic_plugins_huggingface.modules import FrozenHostExperts
+    from arctic_plugins_huggingface.loading.weights import FrozenHostExperts
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 

@@ -41,7 +41,7 @@ def scaled(kind: str, longest: int, adapter: str | None = None) -> tuple[Any, An
     )
     model, tokenizer = load_model(str(smollm2()), Stack.from_dict(plugins), dtype=torch.bfloat16)
     if adapter:
-        from arctic_plugins.frozen.lora import load_adapter
+        from arctic_plugins_huggingface.adapters.lora import load_adapter
 
         model = load_adapter(model, adapter).merge_and_unload()
     return model.eval(), tokenizer

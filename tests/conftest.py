@@ -48,8 +48,8 @@ def train_relative(tmp_path):
     Gives (plain checkpoint, the training's result, merged checkpoint).
     """
     from arctic_plugins_huggingface import merge_adapter
-    from arctic_plugins_huggingface.recipe import Recipe
-    from arctic_plugins_huggingface.sft import train
+    from arctic_plugins_huggingface.training.recipe import Recipe
+    from arctic_plugins_huggingface.training.run import train
 
     from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, tiny_model
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-import arctic_plugins_huggingface.sft as sft
+import arctic_plugins_huggingface.training.run as sft
 import torch
 from arctic_plugins_huggingface import last_checkpoint
 from transformers import TrainerCallback

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, save_checkpoint
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from safetensors.torch import load_file, save_file
 
 from arctic_plugins import Stack
@@ -438,7 +438,7 @@ def test_there_are_enough_cases():
 def offline(tmp_path_factory):
     """A process that has imported with a hub that nobody reaches, and forks."""
     environment = {**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path_factory.mktemp("home"))}
-    with closing(Forks(["arctic_plugins_huggingface.sft"], environment)) as forks:
+    with closing(Forks(["arctic_plugins_huggingface.training.run"], environment)) as forks:
         yield forks
 
 

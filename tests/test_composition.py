@@ -6,9 +6,10 @@ import shutil
 import pytest
 import torch
 from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, merge_adapter, save_checkpoint
-from arctic_plugins_huggingface.loading import load_config, planned_config, skeleton
-from arctic_plugins_huggingface.modules import weight_specs
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.loading.config import load_config, skeleton
+from arctic_plugins_huggingface.loading.plan import planned_config
+from arctic_plugins_huggingface.loading.weights import weight_specs
 from transformers import Trainer
 
 from arctic_plugins import Stack, UserError

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, save_checkpoint
-from arctic_plugins_huggingface.loading import STORED
-from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.sft import training_arguments
+from arctic_plugins_huggingface.loading.config import STORED
+from arctic_plugins_huggingface.training.arguments import training_arguments
+from arctic_plugins_huggingface.training.recipe import Recipe
 from safetensors import safe_open
 
 from arctic_plugins import Stack, compute

@@ -11,8 +11,8 @@ from pathlib import Path
 import pluggy
 import pytest
 import yaml
-from arctic_plugins_huggingface.recipe import DataConfig, Recipe
-from arctic_plugins_huggingface.sft import training_arguments
+from arctic_plugins_huggingface.training.arguments import training_arguments
+from arctic_plugins_huggingface.training.recipe import DataConfig, Recipe
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
+from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint, export_checkpoint
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.demo.serving import Server
-from arctic_plugins_huggingface.exporting import convert_checkpoint, export_checkpoint
-from arctic_plugins_huggingface.generation import chat_prompt
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.generate import chat_prompt
 from arctic_plugins_vllm.serving import on_the_fly
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

@@ -8,10 +8,10 @@ import pytest
 import torch
 from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_huggingface import freeze, load_model, register, save_checkpoint
-from arctic_plugins_huggingface.exporting import convert_checkpoint, export_checkpoint
-from arctic_plugins_huggingface.loading import encoding_report
-from arctic_plugins_huggingface.modules import frozen_weights, weight_specs
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint, export_checkpoint
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.loading.load import encoding_report
+from arctic_plugins_huggingface.loading.weights import frozen_weights, weight_specs
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM

@@ -9,7 +9,7 @@ import torch
 from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_fp8.export import CompressedTensors
 from arctic_plugins_huggingface import load_model, save_checkpoint
-from arctic_plugins_huggingface.exporting import convert_checkpoint, export_checkpoint
+from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint, export_checkpoint
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 

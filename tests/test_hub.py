@@ -33,7 +33,7 @@ def server(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
     with (
         module.Hub(tmp_path_factory.mktemp("hub")) as hub,
-        closing(Forks(["arctic_plugins_huggingface.sft"], hub.environment(home))) as forks,
+        closing(Forks(["arctic_plugins_huggingface.training.run"], hub.environment(home))) as forks,
     ):
         yield hub, home, forks
 

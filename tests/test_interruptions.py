@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_huggingface import last_checkpoint
-from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.sft import train
+from arctic_plugins_huggingface.training.recipe import Recipe
+from arctic_plugins_huggingface.training.run import train
 from rich.console import Console
 
 from arctic_plugins.errors import CheckpointError, ConfigError
@@ -94,7 +94,8 @@ def test_a_signal_stops_with_a_checkpoint_and_resuming_gives_exactly_the_same_lo
     stopped = recipe("stopped", data=data, save_strategy="no", max_steps=12, report_to="none")
     begun = tmp_path / "begun"
     code = (
-        "import sys; import arctic_plugins_huggingface.sft as sft; from pathlib import Path; from transformers "
+        "import sys; import arctic_plugins_huggingface.training.run as sft; "
+        "from pathlib import Path; from transformers "
         "import TrainerCallback\n"
         "class Begun(TrainerCallback):\n"
         "    def on_step_begin(self, args, state, control, **kwargs): state.global_step == 4 and "
@@ -167,7 +168,7 @@ def test_the_older_checkpoint_stays_until_the_newer_is_complete(recipe, tmp_path
             raise OSError("the power went")
         return write(directory, stack)
 
-    import arctic_plugins_huggingface.training as training
+    import arctic_plugins_huggingface.training.trainer as training
 
     write = training.write_provenance
     monkeypatch.setattr(training, "write_provenance", crash)

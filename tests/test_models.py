@@ -5,7 +5,7 @@
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack

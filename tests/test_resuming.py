@@ -9,10 +9,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from arctic_plugins_huggingface import last_checkpoint, sft
-from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.resuming import BATCH, EVALUATION, FREE, RECIPE, STEPS, _why_not
-from arctic_plugins_huggingface.sft import train
+from arctic_plugins_huggingface import last_checkpoint
+from arctic_plugins_huggingface.training import run as sft
+from arctic_plugins_huggingface.training.recipe import Recipe
+from arctic_plugins_huggingface.training.resume import BATCH, EVALUATION, FREE, RECIPE, STEPS, _why_not
+from arctic_plugins_huggingface.training.run import train
 from rich.console import Console
 from transformers import TrainerCallback
 from trl import SFTConfig

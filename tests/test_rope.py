@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter, register, save_checkpoint
-from arctic_plugins_huggingface.loading import load_config
+from arctic_plugins_huggingface.loading.config import load_config
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import PluginError
@@ -49,7 +49,7 @@ ROPES = {
 @pytest.mark.skipif(torch.cuda.is_available(), reason="compares the CPU engine")
 def test_texts_of_the_new_length_are_the_same_in_both_hosts(tmp_path, install_plugin):
     site = install_plugin("half", OWN.format(name="half"))
-    from arctic_plugins_huggingface.rope import register_rope_types
+    from arctic_plugins_huggingface.loading.rope import register_rope_types
     from arctic_plugins_vllm.serving import on_the_fly
 
     register()
@@ -129,7 +129,7 @@ def test_an_adapter_is_served_over_a_scaled_base(tmp_path):
 
 
 def test_a_name_that_transformers_would_take_for_another_kind_is_refused(install_plugin):
-    from arctic_plugins_huggingface.rope import register_rope_types
+    from arctic_plugins_huggingface.loading.rope import register_rope_types
 
     install_plugin("half", OWN.format(name="my_dynamic"))
     with pytest.raises(PluginError, match="RoPE type 'my_dynamic' is registered; expected a name without 'dynamic'"):

@@ -15,13 +15,13 @@ import pytest
 import torch
 import yaml
 from arctic_plugins_huggingface import load_model, save_checkpoint
-from arctic_plugins_huggingface.checking import check_recipe
-from arctic_plugins_huggingface.checkpoints import check_checkpoint
-from arctic_plugins_huggingface.exporting import export_checkpoint
-from arctic_plugins_huggingface.loading import load_config
-from arctic_plugins_huggingface.merging import merge_adapter
-from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.export import export_checkpoint
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.merge import merge_adapter
+from arctic_plugins_huggingface.files.check import check_checkpoint
+from arctic_plugins_huggingface.loading.config import load_config
+from arctic_plugins_huggingface.training.check import check_recipe
+from arctic_plugins_huggingface.training.recipe import Recipe
 from arctic_plugins_vllm.serving import server_command, server_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from arctic_plugins.errors import CodecError, named
 from arctic_plugins.frozen.codec import Buffers, Codec, check_buffers
-from arctic_plugins.frozen.guard import guard_tuners
 from arctic_plugins.frozen.placement import Handle, Placement
 
 __all__ = ["FrozenModule", "FrozenWeight"]
@@ -57,7 +56,6 @@ class FrozenModule(nn.Module):
         nn.Module.__init__(self)  # nn.Linear's own, further up, would allocate the weight that is never there
         self.compute_dtype = dtype or torch.get_default_dtype()
         self.frozen: dict[str, FrozenWeight] = {}
-        guard_tuners()
 
     def add_weight(
         self,

@@ -196,9 +196,9 @@ def trainers() -> Forks:
     """Forks of a process that has imported what a training run needs. There is one of it."""
     return Forks(
         [
-            "arctic_plugins_huggingface.sft",
-            "arctic_plugins_huggingface.merging",
-            "arctic_plugins_huggingface.generation",
+            "arctic_plugins_huggingface.training.run",
+            "arctic_plugins_huggingface.checkpoints.merge",
+            "arctic_plugins_huggingface.generate",
             "transformers.models.llama.modeling_llama",
             "deepspeed",
         ]
@@ -216,7 +216,7 @@ def engines() -> Forks:
             "vllm.v1.attention.backends.cpu_attn",
             "vllm.model_executor.layers.quantization.online.base",
             "arctic_plugins_vllm.quantization",
-            "arctic_plugins_huggingface.saving",
+            "arctic_plugins_huggingface.checkpoints.save",
         ]
     )
 

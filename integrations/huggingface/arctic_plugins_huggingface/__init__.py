@@ -8,11 +8,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from arctic_plugins_huggingface.loading import freeze, load_model
-    from arctic_plugins_huggingface.merging import merge_adapter
-    from arctic_plugins_huggingface.quantizer import register
-    from arctic_plugins_huggingface.saving import save_checkpoint
-    from arctic_plugins_huggingface.training import ArcticTrainingArguments, attach, last_checkpoint
+    from arctic_plugins_huggingface.checkpoints.merge import merge_adapter
+    from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
+    from arctic_plugins_huggingface.loading.load import freeze, load_model
+    from arctic_plugins_huggingface.loading.quantizer import register
+    from arctic_plugins_huggingface.training.trainer import ArcticTrainingArguments, attach, last_checkpoint
 
 __all__ = [
     "ArcticTrainingArguments",
@@ -26,14 +26,14 @@ __all__ = [
 ]
 
 _HOME = {
-    "ArcticTrainingArguments": "training",
-    "attach": "training",
-    "freeze": "loading",
-    "last_checkpoint": "training",
-    "load_model": "loading",
-    "merge_adapter": "merging",
-    "register": "quantizer",
-    "save_checkpoint": "saving",
+    "ArcticTrainingArguments": "training.trainer",
+    "attach": "training.trainer",
+    "freeze": "loading.load",
+    "last_checkpoint": "training.trainer",
+    "load_model": "loading.load",
+    "merge_adapter": "checkpoints.merge",
+    "register": "loading.quantizer",
+    "save_checkpoint": "checkpoints.save",
 }
 
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from arctic_plugins_huggingface.chats import converted, rendered, unknown_fields
-from arctic_plugins_huggingface.data import Limits, load_data, tokenized
-from arctic_plugins_huggingface.loading import load_tokenizer
-from arctic_plugins_huggingface.recipe import DataConfig
+from arctic_plugins_huggingface.loading.config import load_tokenizer
+from arctic_plugins_huggingface.training.chats import converted, rendered, unknown_fields
+from arctic_plugins_huggingface.training.data import Limits, load_data, tokenized
+from arctic_plugins_huggingface.training.recipe import DataConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -7,10 +7,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from arctic_plugins_huggingface.data import load_data
-from arctic_plugins_huggingface.loading import load_model, load_tokenizer
-from arctic_plugins_huggingface.recipe import DataConfig
-from arctic_plugins_huggingface.sft import _check_packing
+from arctic_plugins_huggingface.loading.config import load_tokenizer
+from arctic_plugins_huggingface.loading.load import load_model
+from arctic_plugins_huggingface.training.data import load_data
+from arctic_plugins_huggingface.training.packing import _check_packing
+from arctic_plugins_huggingface.training.recipe import DataConfig
 from datasets import IterableDataset
 from pydantic import ValidationError
 from trl import pack_dataset

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter
-from arctic_plugins_huggingface.deepspeed import convert_deepspeed
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.deepspeed import convert_deepspeed
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from transformers import AutoModelForCausalLM
 
 from arctic_plugins.cli import main
@@ -102,7 +102,7 @@ def test_an_adapter_on_the_base_merges_to_the_same(make_run, tiny_checkpoint, tm
 
 
 def test_large_checkpoints_are_several_files(make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("arctic_plugins_huggingface.deepspeed.SHARD_SIZE", "100KB")
+    monkeypatch.setattr("arctic_plugins_huggingface.checkpoints.deepspeed.SHARD_SIZE", "100KB")
     run, merged = make_run()
     convert_deepspeed(run, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3

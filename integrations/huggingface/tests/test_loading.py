@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 from arctic_plugins_huggingface import freeze, load_model, merge_adapter, register, save_checkpoint
-from arctic_plugins_huggingface.rope import positions
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.loading.rope import positions
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from arctic_plugins_huggingface.checking import check_output
-from arctic_plugins_huggingface.locking import LOCK, in_use_by_us
+from arctic_plugins_huggingface.files.locking import LOCK, in_use_by_us
+from arctic_plugins_huggingface.training.check import check_output
 
 from arctic_plugins.errors import ConfigError
 
@@ -33,7 +33,7 @@ def test_a_second_run_learns_whose_directory_it_is(tmp_path):
 
 def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from arctic_plugins_huggingface.locking import in_use_by_us\n"
+        "import os, sys; from pathlib import Path; from arctic_plugins_huggingface.files.locking import in_use_by_us\n"
         "with in_use_by_us(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     assert (

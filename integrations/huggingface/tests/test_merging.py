@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
-from arctic_plugins_huggingface import merging as merging_module
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.checkpoints import merge as merging_module
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 

@@ -4,10 +4,11 @@ import json
 import re
 
 import pytest
-from arctic_plugins_huggingface.loading import load_model
-from arctic_plugins_huggingface.plan import make_plan
-from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.sft import prepare, train, training_arguments
+from arctic_plugins_huggingface.loading.load import load_model
+from arctic_plugins_huggingface.training.arguments import training_arguments
+from arctic_plugins_huggingface.training.dry_run import make_plan
+from arctic_plugins_huggingface.training.recipe import Recipe
+from arctic_plugins_huggingface.training.run import prepare, train
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
@@ -149,7 +150,9 @@ def test_tensorboard_gets_what_the_trainer_gives_it(recipe, tmp_path, monkeypatc
 
 def test_report_to_is_the_users(recipe, monkeypatch):
     assert training_arguments(Recipe.from_file(recipe())).report_to == []
-    monkeypatch.setattr("arctic_plugins_huggingface.sft.get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(
+        "arctic_plugins_huggingface.training.arguments.get_available_reporting_integrations", lambda: ["wandb"]
+    )
     assert training_arguments(Recipe.from_file(recipe(report_to="wandb"))).report_to == ["wandb"]
     assert training_arguments(Recipe.from_file(recipe(learning_rate="1e-3"))).learning_rate == 1e-3, (
         "YAML reads 1e-3 as a text"

@@ -18,7 +18,7 @@ def imported(code, *arguments):
 
 
 def test_loading_needs_no_trainer_no_adapters_and_no_data():
-    assert imported("import arctic_plugins_huggingface.loading")[0] == ["torch", "transformers"]
+    assert imported("import arctic_plugins_huggingface.loading.load")[0] == ["torch", "transformers"]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from arctic_plugins_huggingface.plan import ModulePlan, Plan, show_plan
+from arctic_plugins_huggingface.training.dry_run import ModulePlan, Plan, show_plan
 from rich.console import Console
 
 FP8 = "fp8 (bits 8, group_size channel)"

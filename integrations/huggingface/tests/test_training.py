@@ -6,11 +6,11 @@ import json
 import pytest
 import torch
 from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, merge_adapter
-from arctic_plugins_huggingface.data import load_data
-from arctic_plugins_huggingface.generation import answer
-from arctic_plugins_huggingface.recipe import DataConfig, Recipe
-from arctic_plugins_huggingface.saving import load_checkpoint
-from arctic_plugins_huggingface.sft import prepare, train
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.generate import answer
+from arctic_plugins_huggingface.training.data import load_data
+from arctic_plugins_huggingface.training.recipe import DataConfig, Recipe
+from arctic_plugins_huggingface.training.run import prepare, train
 from safetensors.torch import load_file
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -197,7 +197,7 @@ def test_optimizers_of_bitsandbytes(tiny_checkpoint, tmp_path, optimizer):
 
 
 def test_an_encoded_base_is_read_through_once_before_it_is_loaded(tiny_checkpoint, tmp_path, monkeypatch):
-    import arctic_plugins_huggingface.checkpoints as checkpoints
+    import arctic_plugins_huggingface.files.check as checkpoints
     from arctic_plugins_huggingface import save_checkpoint
 
     stack = Stack.from_dict({"fp8": {}})
@@ -252,7 +252,7 @@ def test_an_output_that_exists_is_not_overwritten(tiny_checkpoint, tmp_path):
 
 
 def test_leaving_out_logits_that_no_completion_needs_changes_no_loss(tiny_checkpoint):
-    from arctic_plugins_huggingface.sft import _only_completions
+    from arctic_plugins_huggingface.training.run import _only_completions
 
     model, _ = load_model(tiny_checkpoint)
     ids = torch.randint(10, 250, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -383,6 +383,8 @@ def test_rows_longer_than_the_models_positions_are_told_before_weights_are_read(
     ],
 )
 def test_what_plugins_refuse_is_told_before_data_are_read(tiny_checkpoint, tmp_path, monkeypatch, plugins, message):
-    monkeypatch.setattr("arctic_plugins_huggingface.sft.load_data", lambda *_, **__: pytest.fail("data were read"))
+    monkeypatch.setattr(
+        "arctic_plugins_huggingface.training.run.load_data", lambda *_, **__: pytest.fail("data were read")
+    )
     with pytest.raises(ArcticError, match=message):
         prepare(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint, plugins=plugins)))

@@ -52,13 +52,13 @@ def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
 
 def _loading() -> Any:
     try:
-        from arctic_plugins_huggingface import loading
+        from arctic_plugins_huggingface.loading import plan
     except ImportError as error:
         raise ConfigError(
             f"plugins that change a model need arctic-plugins-huggingface ({error})",
             fix="pip install arctic-plugins-huggingface",
         ) from error
-    return loading
+    return plan
 
 
 def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[str]:

@@ -292,8 +292,8 @@ def test_another_loss_beside_it_is_an_error(install_plugin):
 
 
 def test_a_recipe(checkpoints, tmp_path):
-    from arctic_plugins_huggingface.recipe import Recipe
-    from arctic_plugins_huggingface.sft import train
+    from arctic_plugins_huggingface.training.recipe import Recipe
+    from arctic_plugins_huggingface.training.run import train
 
     (tmp_path / "data.jsonl").write_text(
         "\n".join(json.dumps({"instruction": f"Say {n}.", "output": str(n)}) for n in range(16))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from arctic_plugins_huggingface.adapters.lora import expert_parameters, only_modules, with_frozen_layer
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from arctic_plugins.errors import ConfigError
-from arctic_plugins.frozen.lora import expert_parameters, only_modules, with_frozen_layer
 from arctic_plugins_lora.config import LoraOptions
 
 if TYPE_CHECKING:

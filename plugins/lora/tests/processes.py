@@ -6,10 +6,10 @@ import sys
 import torch
 import torch.distributed as dist
 from arctic_plugins_huggingface import load_model, register
+from arctic_plugins_huggingface.adapters.lora import expert_pairs, load_adapter
 
 from arctic_plugins import Stack
 from arctic_plugins.frozen import local_parameters
-from arctic_plugins.frozen.lora import expert_pairs, load_adapter
 
 
 def relative(found, expected):

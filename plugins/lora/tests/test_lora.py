@@ -3,7 +3,8 @@
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, save_checkpoint
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.adapters.lora import FrozenLoraLinear, load_adapter
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -11,7 +12,6 @@ from arctic_plugins import Stack
 from arctic_plugins.adapter import read_adapter
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import FrozenLinear
-from arctic_plugins.frozen.lora import FrozenLoraLinear, load_adapter
 
 IDS = torch.arange(10, 42)[None]
 FP8 = {"group_size": 32}

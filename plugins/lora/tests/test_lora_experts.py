@@ -6,11 +6,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from arctic_plugins_huggingface import load_model, merge_adapter, merging, register
-from arctic_plugins_huggingface.modules import frozen_weights
-from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.saving import load_checkpoint, save_checkpoint
-from arctic_plugins_huggingface.sft import train
+from arctic_plugins_huggingface import load_model, merge_adapter, register
+from arctic_plugins_huggingface.adapters.lora import (
+    ExpertPairs,
+    FrozenLoraExperts,
+    expert_pairs,
+    load_adapter,
+    with_frozen_layer,
+)
+from arctic_plugins_huggingface.checkpoints import merge as merging
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
+from arctic_plugins_huggingface.loading.weights import frozen_weights
+from arctic_plugins_huggingface.training.recipe import Recipe
+from arctic_plugins_huggingface.training.run import train
 from arctic_plugins_lora.config import LoraOptions
 from arctic_plugins_lora.hf import add_adapter
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -20,7 +29,6 @@ from transformers import AutoModelForCausalLM
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
 from arctic_plugins.frozen import FrozenExperts
-from arctic_plugins.frozen.lora import ExpertPairs, FrozenLoraExperts, expert_pairs, load_adapter, with_frozen_layer
 from arctic_plugins.testing import MIXTURES, run_processes, tiny_model
 
 IDS = torch.arange(10, 42)[None]

@@ -8,14 +8,15 @@ import peft
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model
+from arctic_plugins_huggingface.adapters import guard
+from arctic_plugins_huggingface.adapters.lora import FrozenLoraExperts, FrozenLoraLinear
+from arctic_plugins_huggingface.adapters.tuners import OVER_FROZEN
 from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import ArcticError, CodecError, ConfigError
-from arctic_plugins.frozen import FrozenLinear, guard
-from arctic_plugins.frozen.lora import FrozenLoraExperts, FrozenLoraLinear
-from arctic_plugins.frozen.tuners import OVER_FROZEN
+from arctic_plugins.frozen import FrozenLinear
 from arctic_plugins.testing import MIXTURES, tiny_llama, tiny_model
 
 IDS = torch.arange(10, 42)[None]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_huggingface import register
-from arctic_plugins_huggingface.deepspeed import convert_deepspeed
+from arctic_plugins_huggingface.checkpoints.deepspeed import convert_deepspeed
 from arctic_plugins_moe.configuration import ArcticConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

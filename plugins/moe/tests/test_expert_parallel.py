@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter, register
-from arctic_plugins_huggingface.saving import load_checkpoint
+from arctic_plugins_huggingface.adapters.lora import load_adapter
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from safetensors.torch import load_file
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import ClaimError, ConfigError
-from arctic_plugins.frozen.lora import load_adapter
 from arctic_plugins.testing import MIXTURES, run_processes, tiny_model
 
 SCRIPT = Path(__file__).with_name("processes.py")

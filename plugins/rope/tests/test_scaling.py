@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register, save_checkpoint
-from arctic_plugins_huggingface.loading import load_config
+from arctic_plugins_huggingface.loading.config import load_config
 from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack

@@ -42,12 +42,12 @@ def convert(
         raise ConfigError(
             f"--scaling, --alpha and --base are for --from deepspeed, not {format_name}", fix="leave them out"
         )
+    from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint
     from arctic_plugins_huggingface.cli import quiet_hosts
-    from arctic_plugins_huggingface.exporting import convert_checkpoint
 
     quiet_hosts()
     if format_name == "deepspeed":
-        from arctic_plugins_huggingface.deepspeed import convert_deepspeed
+        from arctic_plugins_huggingface.checkpoints.deepspeed import convert_deepspeed
 
         for line in convert_deepspeed(checkpoint, out, scaling=scaling or "alpha/r", alpha=alpha, base=base):  # type: ignore[arg-type]
             click.echo(line)

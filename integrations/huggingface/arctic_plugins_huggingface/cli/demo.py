@@ -54,5 +54,5 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
         told.add(record.getMessage())
         return not repeated
 
-    logging.getLogger("arctic_plugins_huggingface.loading").addFilter(once)
+    logging.getLogger("arctic_plugins_huggingface.loading.load").addFilter(once)
     run_demo(out, serve=serve, console=console)

@@ -23,8 +23,8 @@ def export(checkpoint: str, out: str, format_name: str) -> None:
     Example:
       arctic export smollm2-fp8 smollm2-ct --format compressed-tensors
     """
+    from arctic_plugins_huggingface.checkpoints.export import export_checkpoint
     from arctic_plugins_huggingface.cli import quiet_hosts
-    from arctic_plugins_huggingface.exporting import export_checkpoint
 
     quiet_hosts()
     export_checkpoint(checkpoint, out, format_name)

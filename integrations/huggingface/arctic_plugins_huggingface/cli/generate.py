@@ -35,7 +35,7 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int, plugins: str | N
 
     with importing():
         quiet_hosts()
-        from arctic_plugins_huggingface.generation import answer
-        from arctic_plugins_huggingface.saving import load_checkpoint
+        from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+        from arctic_plugins_huggingface.generate import answer
     model, tokenizer = load_checkpoint(checkpoint, stack, base=base)
     click.echo(next(iter(answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens))))

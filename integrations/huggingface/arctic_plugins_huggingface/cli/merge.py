@@ -19,8 +19,8 @@ def merge(adapter: str, out: str, base: str | None) -> None:
     Example:
       arctic merge out/final out-merged
     """
+    from arctic_plugins_huggingface.checkpoints.merge import merge_adapter
     from arctic_plugins_huggingface.cli import quiet_hosts
-    from arctic_plugins_huggingface.merging import merge_adapter
 
     quiet_hosts()
     click.echo(f"saved in {merge_adapter(adapter, out, base=base)}")

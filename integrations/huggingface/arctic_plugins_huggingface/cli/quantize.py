@@ -43,9 +43,11 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
         raise ConfigError(
             f"--plugins {plugins} encodes nothing", expected="a plugin that fills 'weight_codec'", fix="--plugins fp8"
         )
+    from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
     from arctic_plugins_huggingface.cli import quiet_hosts
-    from arctic_plugins_huggingface.loading import STORED, encoding_report, is_encoded, load_config, load_model
-    from arctic_plugins_huggingface.saving import check_new, save_checkpoint, staged
+    from arctic_plugins_huggingface.files.staging import check_new, staged
+    from arctic_plugins_huggingface.loading.config import STORED, is_encoded, load_config
+    from arctic_plugins_huggingface.loading.load import encoding_report, load_model
 
     quiet_hosts()
     check_new(out)

@@ -53,9 +53,9 @@ def train(
 
     from arctic_plugins.errors import ConfigError
     from arctic_plugins.processes import is_first, is_launched
-    from arctic_plugins_huggingface.checking import check_output, check_recipe
     from arctic_plugins_huggingface.cli import importing, quiet_hosts
-    from arctic_plugins_huggingface.recipe import Recipe
+    from arctic_plugins_huggingface.training.check import check_output, check_recipe
+    from arctic_plugins_huggingface.training.recipe import Recipe
 
     if as_json and not dry_run:
         raise ConfigError("--json is for --dry-run", fix="add --dry-run, or leave --json out")
@@ -72,7 +72,7 @@ def train(
     if nproc is None and hostfile is None and parsed.training.get("deepspeed") and not is_launched():
         nproc = 1  # DeepSpeed wants the environment of a launcher, also for one process
     if nproc is not None or hostfile is not None:
-        from arctic_plugins_huggingface.launching import launch, launch_on_hosts
+        from arctic_plugins_huggingface.training.launch import launch, launch_on_hosts
 
         flags = {"--resume": resume, "--overwrite": overwrite, "--dry-run": dry_run, "--json": as_json}
         arguments = [
@@ -83,7 +83,7 @@ def train(
         ]
         context.exit(launch(arguments, nproc) if nproc is not None else launch_on_hosts(arguments, str(hostfile)))
     if is_launched():
-        from arctic_plugins_huggingface.launching import end_with_launcher
+        from arctic_plugins_huggingface.training.launch import end_with_launcher
 
         end_with_launcher()
     console = Console(quiet=as_json or not is_first())  # one of several processes speaks
@@ -93,12 +93,12 @@ def train(
     )
     with importing():
         quiet_hosts()
-        from arctic_plugins_huggingface.sft import prepare
-        from arctic_plugins_huggingface.sft import train as run
+        from arctic_plugins_huggingface.training.run import prepare
+        from arctic_plugins_huggingface.training.run import train as run
     if dry_run:
         import json
 
-        from arctic_plugins_huggingface.plan import make_plan, show_plan
+        from arctic_plugins_huggingface.training.dry_run import make_plan, show_plan
 
         plan = make_plan(prepare(parsed))
         if not is_first():
@@ -108,7 +108,7 @@ def train(
         else:
             show_plan(plan, console)
         return
-    from arctic_plugins_huggingface.progress import show_summary
+    from arctic_plugins_huggingface.training.progress import show_summary
 
     result = run(parsed, resume=resume, overwrite=overwrite, console=console)
     if not is_first():

@@ -19,18 +19,19 @@ from rich.table import Table
 from arctic_plugins.diagnosis import processor
 from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.checkpoints.merge import merge_adapter
 from arctic_plugins_huggingface.demo.budget import StepBudget
 from arctic_plugins_huggingface.demo.execution import accuracy, is_correct
 from arctic_plugins_huggingface.demo.model import smollm2
 from arctic_plugins_huggingface.demo.page import write_page
 from arctic_plugins_huggingface.demo.text_to_sql import Example, generate, write_jsonl
-from arctic_plugins_huggingface.generation import answer, chat_prompt
-from arctic_plugins_huggingface.loading import load_model
-from arctic_plugins_huggingface.merging import merge_adapter
-from arctic_plugins_huggingface.progress import peak_memory, progress_bar
-from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.saving import check_new, load_checkpoint
-from arctic_plugins_huggingface.sft import train
+from arctic_plugins_huggingface.files.staging import check_new
+from arctic_plugins_huggingface.generate import answer, chat_prompt
+from arctic_plugins_huggingface.loading.load import load_model
+from arctic_plugins_huggingface.training.progress import peak_memory, progress_bar
+from arctic_plugins_huggingface.training.recipe import Recipe
+from arctic_plugins_huggingface.training.run import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

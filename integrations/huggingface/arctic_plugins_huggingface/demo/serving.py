@@ -20,8 +20,8 @@ import psutil
 from rich.console import Console
 
 from arctic_plugins.errors import ArcticError
-from arctic_plugins_huggingface.generation import chat
-from arctic_plugins_huggingface.progress import progress_bar
+from arctic_plugins_huggingface.generate import chat
+from arctic_plugins_huggingface.training.progress import progress_bar
 
 __all__ = ["Server"]
 

@@ -33,9 +33,10 @@ from arctic_plugins.errors import CheckpointError, CodecError, named
 from arctic_plugins.files import copy_files, read_json
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.merging import Update
-from arctic_plugins_huggingface.rewriting import INDEX
-from arctic_plugins_huggingface.saving import SHARD_SIZE, staged
+from arctic_plugins_huggingface.checkpoints.merge import Update
+from arctic_plugins_huggingface.checkpoints.save import SHARD_SIZE
+from arctic_plugins_huggingface.files.rewrite import INDEX
+from arctic_plugins_huggingface.files.staging import staged
 
 __all__ = ["Scaling", "convert_deepspeed"]
 

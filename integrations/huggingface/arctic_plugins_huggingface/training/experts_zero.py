@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.errors import CheckpointError, ConfigError
-from arctic_plugins_huggingface.spread import SpreadExperts
+from arctic_plugins_huggingface.training.experts_ddp import SpreadExperts
 
 __all__ = ["SpreadOverZero"]
 

@@ -20,11 +20,11 @@ from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.files import read_json
 from arctic_plugins.provenance import digest
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints import is_directory
-from arctic_plugins_huggingface.training import last_checkpoint
+from arctic_plugins_huggingface.files.check import is_directory
+from arctic_plugins_huggingface.training.trainer import last_checkpoint
 
 if TYPE_CHECKING:
-    from arctic_plugins_huggingface.sft import Run
+    from arctic_plugins_huggingface.training.run import Run
 
 __all__ = ["RECIPE", "RecipeRecord", "recorded", "resume_from"]
 

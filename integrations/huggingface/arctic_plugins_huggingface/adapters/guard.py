@@ -1,5 +1,5 @@
-"""The one change to PEFT: adapters over frozen modules are made as :mod:`arctic_plugins.frozen.tuners` says. Read in
-peft 0.21.2.
+"""The one change to PEFT: adapters over frozen modules are made as :mod:`arctic_plugins_huggingface.adapters.tuners`
+says. Read in peft 0.21.2.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _MODULE = "peft.tuners.tuners_utils"
 
 
 def guard_tuners() -> None:
-    """Have every adapter that PEFT puts on a model pass through :func:`arctic_plugins.frozen.tuners.over_frozen`, now
-    or when PEFT is imported.
+    """Have every adapter that PEFT puts on a model pass through
+    :func:`arctic_plugins_huggingface.adapters.tuners.over_frozen`, now or when PEFT is imported.
 
     All tuners that put layers in a model do it in ``BaseTuner.inject_adapter``. Models without frozen modules are left
     to PEFT alone.
@@ -39,7 +39,7 @@ def _guard(tuners_utils: ModuleType) -> None:
 
     @wraps(stock)
     def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        from arctic_plugins.frozen.tuners import over_frozen
+        from arctic_plugins_huggingface.adapters.tuners import over_frozen
 
         with over_frozen(self, model, adapter_name):
             stock(self, model, adapter_name, *args, **kwargs)

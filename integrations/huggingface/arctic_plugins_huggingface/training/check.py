@@ -17,9 +17,9 @@ from pydantic import TypeAdapter, ValidationError
 from arctic_plugins.errors import ConfigError, DataError, suggest
 from arctic_plugins.processes import is_first
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_directory
-from arctic_plugins_huggingface.locking import LOCK
-from arctic_plugins_huggingface.recipe import FILE_KINDS, DataConfig, Recipe
+from arctic_plugins_huggingface.files.check import check_checkpoint, is_directory
+from arctic_plugins_huggingface.files.locking import LOCK
+from arctic_plugins_huggingface.training.recipe import FILE_KINDS, DataConfig, Recipe
 
 __all__ = ["argument_types", "check_arguments", "check_output", "check_recipe", "check_source"]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from arctic_plugins.frozen import local_parameters
-from arctic_plugins_huggingface.modules import frozen_weights
+from arctic_plugins_huggingface.loading.weights import frozen_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -60,7 +60,7 @@ def _whole(model: nn.Module, only_trainable: bool) -> Iterator[tuple[str, Tensor
     """Of weights that are shared out by a placement, and of experts, wherever their bytes are."""
     local, pairs = local_parameters(model), {}
     if "peft" in sys.modules:  # without it there are no adapters
-        from arctic_plugins.frozen.lora import expert_pairs
+        from arctic_plugins_huggingface.adapters.lora import expert_pairs
 
         pairs = expert_pairs(model)
     first = torch.distributed.is_initialized() and torch.distributed.get_rank() == 0

@@ -20,18 +20,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
 from arctic_plugins.frozen import METHOD, Codec, ExpertsDispatch, FrozenModule, ModuleCodecs, Placement, PlainCodec
-from arctic_plugins_huggingface.models import register_models
-from arctic_plugins_huggingface.modules import (
+from arctic_plugins_huggingface.adapters.guard import guard_tuners
+from arctic_plugins_huggingface.loading.conversions import expert_conversions
+from arctic_plugins_huggingface.loading.models import register_models
+from arctic_plugins_huggingface.loading.names import stored_codecs, stored_names
+from arctic_plugins_huggingface.loading.rope import register_rope_types
+from arctic_plugins_huggingface.loading.weights import (
     dispatch_experts,
-    expert_conversions,
     freeze_modules,
     frozen_weights,
-    stored_codecs,
-    stored_names,
     thaw_modules,
     weight_specs,
 )
-from arctic_plugins_huggingface.rope import register_rope_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,8 +46,8 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
     also for the errors raised.
 
     Args:
-        placements: name of :func:`~arctic_plugins_huggingface.modules.weight_specs` -> where its bytes go; objects of
-            this process, which :meth:`to_dict` leaves out.
+        placements: name of :func:`~arctic_plugins_huggingface.loading.weights.weight_specs` -> where its bytes go;
+            objects of this process, which :meth:`to_dict` leaves out.
         dispatches: name -> how rows come to its experts; likewise.
         **config: what stands in ``config.json``.
     """
@@ -236,7 +236,8 @@ class _Encode(ConversionOps):
 
 def register() -> None:
     """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints, and what
-    installed plugins add: models that it does not have, experts functions, RoPE types. Idempotent.
+    installed plugins add: models that it does not have, experts functions, RoPE types. PEFT's adapters know frozen
+    modules from then on. Idempotent.
 
     :func:`~arctic_plugins_huggingface.load_model` calls it. Without it transformers refuses such a checkpoint: the
     encoded weights do not have the shapes that the model declares.
@@ -246,3 +247,4 @@ def register() -> None:
         register_quantizer(METHOD)(ArcticQuantizer)
         register_models()
         register_rope_types()
+        guard_tuners()

@@ -21,9 +21,9 @@ from datasets import Dataset, DownloadConfig, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from arctic_plugins.errors import DataError, suggest
-from arctic_plugins_huggingface.chats import Record, converted, rendered, unknown_fields
-from arctic_plugins_huggingface.checkpoints import hub_trouble, reason
-from arctic_plugins_huggingface.recipe import DataConfig
+from arctic_plugins_huggingface.files.check import hub_trouble, reason
+from arctic_plugins_huggingface.training.chats import Record, converted, rendered, unknown_fields
+from arctic_plugins_huggingface.training.recipe import DataConfig
 
 __all__ = ["DataCounts", "Limits", "TrainingData", "load_data", "tokenized"]
 

@@ -15,9 +15,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from arctic_plugins.errors import DataError, suggest
-from arctic_plugins_huggingface.checkpoints import reason
-from arctic_plugins_huggingface.generation import chat
-from arctic_plugins_huggingface.recipe import DataConfig
+from arctic_plugins_huggingface.files.check import reason
+from arctic_plugins_huggingface.generate import chat
+from arctic_plugins_huggingface.training.recipe import DataConfig
 
 __all__ = ["KNOWN", "Record", "Spans", "converted", "rendered", "unknown_fields"]
 

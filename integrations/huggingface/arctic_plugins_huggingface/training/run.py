@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
 from datasets import disable_progress_bars
@@ -27,32 +26,33 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import has_length
 from trl import SFTConfig, SFTTrainer
 
-from arctic_plugins.compute import is_native, warning_for
 from arctic_plugins.errors import ArcticError, ConfigError, Interrupted
 from arctic_plugins.processes import is_first
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checking import check_arguments, check_output, check_recipe
-from arctic_plugins_huggingface.checkpoints import check_checkpoint, is_directory, reason
-from arctic_plugins_huggingface.data import DataCounts, Limits, TrainingData, load_data
-from arctic_plugins_huggingface.gathering import is_spread
-from arctic_plugins_huggingface.loading import load_config, load_model, load_tokenizer, only_hub, skeleton
-from arctic_plugins_huggingface.locking import in_use_by_us
-from arctic_plugins_huggingface.modules import weight_specs
-from arctic_plugins_huggingface.progress import TrainingProgress
-from arctic_plugins_huggingface.recipe import Recipe
-from arctic_plugins_huggingface.resuming import RecipeRecord, recorded, resume_from
-from arctic_plugins_huggingface.rope import positions
-from arctic_plugins_huggingface.saving import save_checkpoint, writing
-from arctic_plugins_huggingface.training import GracefulStop, attach
+from arctic_plugins_huggingface.checkpoints.gather import is_spread
+from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
+from arctic_plugins_huggingface.files.check import check_checkpoint, is_directory, reason
+from arctic_plugins_huggingface.files.locking import in_use_by_us
+from arctic_plugins_huggingface.files.staging import writing
+from arctic_plugins_huggingface.loading.config import load_config, load_tokenizer, only_hub, skeleton
+from arctic_plugins_huggingface.loading.load import load_model
+from arctic_plugins_huggingface.loading.rope import positions
+from arctic_plugins_huggingface.loading.weights import weight_specs
+from arctic_plugins_huggingface.training.arguments import training_arguments
+from arctic_plugins_huggingface.training.check import check_output, check_recipe
+from arctic_plugins_huggingface.training.data import Limits, TrainingData, load_data
+from arctic_plugins_huggingface.training.packing import _check_packing
+from arctic_plugins_huggingface.training.progress import TrainingProgress
+from arctic_plugins_huggingface.training.recipe import Recipe
+from arctic_plugins_huggingface.training.result import TrainingResult
+from arctic_plugins_huggingface.training.resume import RecipeRecord, recorded, resume_from
+from arctic_plugins_huggingface.training.trainer import GracefulStop, attach
 
-__all__ = ["Run", "TrainingResult", "prepare", "train"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["Run", "prepare", "train"]
 
 
 @dataclass(frozen=True)
@@ -69,25 +69,6 @@ class Run:
     def final(self) -> Path:
         """Where the trained model goes."""
         return Path(str(self.arguments.output_dir)) / "final"
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a training run leaves behind."""
-
-    directory: Path
-    """The final checkpoint."""
-    history: list[dict[str, float]]
-    """The Trainer's log: ``loss``, ``step``, ``learning_rate``, ..."""
-    seconds: float
-    """Of this process's steps; a resumed run counts from where it resumed."""
-    steps: int
-    tokens: int
-    """Without padding, this process's."""
-    trainable_parameters: int
-    counts: DataCounts
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
 
 
 class _SFTTrainer(SFTTrainer):
@@ -334,78 +315,3 @@ def _run(trainer: Trainer, start: Path | None) -> None:
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=None if start is None else str(start))
-
-
-def training_arguments(recipe: Recipe) -> SFTConfig:
-    """The recipe's ``training`` as TRL's extension of ``TrainingArguments``.
-
-    Raises:
-        ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, or a value that the
-            library refuses.
-    """
-    hints = get_type_hints(SFTConfig)
-    given = check_arguments(
-        recipe.training, {field.name: hints[field.name] for field in fields(SFTConfig) if field.init}
-    )
-    data = recipe.data
-    evaluates = data.eval_path or data.eval_split or data.eval_size
-    native = is_native(torch.bfloat16, "cpu" if given.get("use_cpu") else None)
-    defaults = {
-        "report_to": "none",
-        "bf16": native and not given.get("fp16"),  # SFTConfig turns it on whatever the device
-        "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
-        # transformers wants to be told before it trains in bfloat16 without a GPU
-        "use_cpu": not torch.accelerator.is_available(),
-        "include_num_input_tokens_seen": "non_padding",
-        # every adapter is used in every step; the default looks for unused ones in each
-        "ddp_find_unused_parameters": False,
-        "eval_strategy": ("steps" if "eval_steps" in given else "epoch") if evaluates else "no",
-        "packing_strategy": "bfd_split" if data.format == "text" else "bfd",
-    }
-    ours = {"max_length": data.max_length, "packing": data.packing, "eval_packing": False}
-    try:
-        arguments = SFTConfig(**{**defaults, **ours, **given})
-    except (ValueError, TypeError, ImportError) as error:
-        raise ConfigError(
-            f"training is not valid: {reason(error)}", fix="correct the value it names, or install the package"
-        ) from error
-    if absent := sorted(
-        {*arguments.report_to} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}
-    ):
-        raise ConfigError(
-            f"training.report_to names {', '.join(absent)}, not installed here",
-            fix=f"pip install {' '.join(absent)}, or leave it out",
-        )
-    for key in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"):
-        if given.get(key):
-            dtype = torch.bfloat16 if key.startswith("bf16") else torch.float16
-            if line := warning_for(dtype, f"training.{key}", "leave it out", "cpu" if arguments.use_cpu else None):
-                logger.warning(line)
-    return arguments
-
-
-@torch.no_grad()
-def _check_packing(model: PreTrainedModel) -> None:
-    """Raise ConfigError if what stands in one packed row changes the logits of the row behind it: some models'
-    attention takes no notice.
-    """
-    lengths, vocabulary = (5, 7), min(model.config.get_text_config().vocab_size, 1000)
-    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(model.device)
-    first = torch.arange(sum(lengths), device=model.device)[None] % vocabulary
-    second = first.clone()
-    second[:, : lengths[0]] = (second[:, : lengths[0]] + vocabulary // 2) % vocabulary
-    training = model.training
-    model.eval()
-    one, other = (
-        model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, lengths[0] :] for ids in (first, second)
-    )
-    model.train(training)
-    # In a mixture other tokens share the experts, and products of other sizes round otherwise; rows that see each other
-    # differ by much more.
-    tolerance = 0.05 * one.abs().max() if any(hasattr(module, "num_experts") for module in model.modules()) else 1e-6
-    if (one - other).abs().max() > tolerance:
-        kind = f"{model.config.model_type}, attention '{model.config._attn_implementation}'"
-        raise ConfigError(
-            f"data.packing is on, and in this model ({kind}) packed rows see each other",
-            fix="try another load.attn_implementation, or turn data.packing off",
-        )

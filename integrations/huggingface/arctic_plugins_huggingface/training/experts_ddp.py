@@ -22,8 +22,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from arctic_plugins.adapter import WEIGHTS
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import ExpertsDispatch, local_parameters
-from arctic_plugins_huggingface.gathering import whole_weights
-from arctic_plugins_huggingface.restoring import restore_weights
+from arctic_plugins_huggingface.checkpoints.gather import whole_weights
+from arctic_plugins_huggingface.loading.restore import restore_weights
 
 __all__ = ["SpreadExperts", "spread"]
 
@@ -41,7 +41,7 @@ def spread(trainer: Trainer) -> SpreadExperts:
             fix="set bf16: true",
         )
     if trainer.is_deepspeed_enabled:
-        from arctic_plugins_huggingface.spread_zero import SpreadOverZero
+        from arctic_plugins_huggingface.training.experts_zero import SpreadOverZero
 
         return SpreadOverZero(trainer)
     if trainer.is_fsdp_enabled:

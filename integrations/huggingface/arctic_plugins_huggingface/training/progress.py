@@ -15,7 +15,7 @@ from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
-    from arctic_plugins_huggingface.sft import TrainingResult
+    from arctic_plugins_huggingface.training.result import TrainingResult
 
 __all__ = ["TrainingProgress", "memory", "peak_memory", "progress_bar", "show_summary"]
 

@@ -20,9 +20,10 @@ from arctic_plugins.claims import compress_names, matches
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.frozen import Codec
 from arctic_plugins.processes import world_size
-from arctic_plugins_huggingface.loading import claims, load_config, only_hub, resolve_dtype, skeleton, stored_dtype
-from arctic_plugins_huggingface.modules import freeze_modules, split_weight
-from arctic_plugins_huggingface.sft import Run
+from arctic_plugins_huggingface.loading.config import load_config, only_hub, resolve_dtype, skeleton, stored_dtype
+from arctic_plugins_huggingface.loading.plan import claims
+from arctic_plugins_huggingface.loading.weights import freeze_modules, split_weight
+from arctic_plugins_huggingface.training.run import Run
 
 __all__ = ["ModulePlan", "Plan", "make_plan", "show_plan"]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.errors import ConfigError, Diverged
-from arctic_plugins_huggingface.checkpoints import complete_checkpoints
+from arctic_plugins_huggingface.files.check import complete_checkpoints
 
 __all__ = ["FiniteGuard", "anywhere"]
 

@@ -20,11 +20,12 @@ from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.frozen.exporting import Converter, Exporter
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints import check_checkpoint
-from arctic_plugins_huggingface.loading import load_config, skeleton
-from arctic_plugins_huggingface.modules import stored_names, stored_shapes, weight_specs
-from arctic_plugins_huggingface.rewriting import Read, open_files, rewrite
-from arctic_plugins_huggingface.saving import staged
+from arctic_plugins_huggingface.files.check import check_checkpoint
+from arctic_plugins_huggingface.files.rewrite import Read, open_files, rewrite
+from arctic_plugins_huggingface.files.staging import staged
+from arctic_plugins_huggingface.loading.config import load_config, skeleton
+from arctic_plugins_huggingface.loading.names import stored_names, stored_shapes
+from arctic_plugins_huggingface.loading.weights import weight_specs
 
 __all__ = ["convert_checkpoint", "export_checkpoint"]
 

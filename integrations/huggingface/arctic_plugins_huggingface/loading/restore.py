@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.core_model_loading import rename_source_key
 
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins_huggingface.modules import each_expert, split_conversions, stored_names, weight_specs
+from arctic_plugins_huggingface.loading.names import each_expert, split_conversions, stored_names
+from arctic_plugins_huggingface.loading.weights import weight_specs
 
 __all__ = ["restore_weights"]
 

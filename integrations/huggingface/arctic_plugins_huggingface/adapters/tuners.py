@@ -19,8 +19,8 @@ from torch import nn
 
 from arctic_plugins.errors import ConfigError
 from arctic_plugins.frozen.linear import FrozenLinear
-from arctic_plugins.frozen.lora import BeforeMerge, check_plain, up_first, with_frozen_layer
 from arctic_plugins.frozen.module import FrozenModule
+from arctic_plugins_huggingface.adapters.lora import BeforeMerge, check_plain, up_first, with_frozen_layer
 
 __all__ = ["OVER_FROZEN", "over_frozen"]
 

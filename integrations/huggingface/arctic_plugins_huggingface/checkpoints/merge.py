@@ -20,14 +20,18 @@ from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.files import read_json
 from arctic_plugins.frozen import Codec
 from arctic_plugins.frozen.codec import check_buffers
-from arctic_plugins.frozen.lora import VARIANTS, ExpertPairs, load_adapter
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints import adapter_directory, check_checkpoint
-from arctic_plugins_huggingface.loading import STORED, Claimed, claims, freeze, is_encoded, load_config, load_model
-from arctic_plugins_huggingface.modules import EXPERT
-from arctic_plugins_huggingface.rewriting import Read, open_files, rewrite
-from arctic_plugins_huggingface.saving import adapter_base, check_new, own_tokenizer, save_checkpoint, staged
+from arctic_plugins_huggingface.adapters.lora import VARIANTS, ExpertPairs, load_adapter
+from arctic_plugins_huggingface.checkpoints.load import adapter_base, own_tokenizer
+from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
+from arctic_plugins_huggingface.files.check import adapter_directory, check_checkpoint
+from arctic_plugins_huggingface.files.rewrite import Read, open_files, rewrite
+from arctic_plugins_huggingface.files.staging import check_new, staged
+from arctic_plugins_huggingface.loading.config import STORED, is_encoded, load_config
+from arctic_plugins_huggingface.loading.conversions import EXPERT
+from arctic_plugins_huggingface.loading.load import freeze, load_model
+from arctic_plugins_huggingface.loading.plan import Claimed, claims
 
 __all__ = ["Update", "merge_adapter"]
 

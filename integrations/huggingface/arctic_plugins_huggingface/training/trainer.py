@@ -26,12 +26,12 @@ from arctic_plugins.errors import CheckpointError
 from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins.provenance import check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
-from arctic_plugins_huggingface.checkpoints import by_step, complete_checkpoints
-from arctic_plugins_huggingface.finite import FiniteGuard, anywhere
-from arctic_plugins_huggingface.gathering import is_spread
-from arctic_plugins_huggingface.modules import split_conversions
-from arctic_plugins_huggingface.restoring import restore_weights
-from arctic_plugins_huggingface.spread import spread
+from arctic_plugins_huggingface.checkpoints.gather import is_spread
+from arctic_plugins_huggingface.files.check import by_step, complete_checkpoints
+from arctic_plugins_huggingface.loading.names import split_conversions
+from arctic_plugins_huggingface.loading.restore import restore_weights
+from arctic_plugins_huggingface.training.experts_ddp import spread
+from arctic_plugins_huggingface.training.finite import FiniteGuard, anywhere
 
 __all__ = ["ArcticTrainingArguments", "GracefulStop", "attach", "last_checkpoint"]
 

@@ -1,0 +1,1 @@
+"""Whole checkpoints: saving, loading, merging, exporting, converting."""

@@ -1,0 +1,125 @@
+"""Saving: checkpoints that describe themselves, and that appear whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from arctic_plugins.frozen import FrozenModule
+from arctic_plugins.provenance import write_provenance
+from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.checkpoints.gather import is_adapted, is_spread, whole_weights
+from arctic_plugins_huggingface.loading.quantizer import ArcticQuantizationConfig
+from arctic_plugins_huggingface.loading.weights import frozen_weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+from arctic_plugins_huggingface.files.staging import staged
+
+__all__ = ["save_checkpoint"]
+
+SHARD_SIZE = "5GB"
+"""Of a checkpoint's files: what is saved passes through memory in pieces of this size (transformers' own default is ten
+times that).
+"""
+
+
+def save_checkpoint(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, stack: Stack
+) -> Path:
+    """Write ``model`` (safetensors and JSON only), its tokenizer and, last, ``arctic_plugins.json`` into the new
+    ``directory``.
+
+    A model whose weights are spread over processes is saved by all of them together: one weight after the other is
+    gathered, and the first process writes it to a file in ``directory`` from which it is mapped, so that none ever
+    holds the whole. An adapter needs none of that.
+
+    Raises:
+        ConfigError: ``directory`` exists and is not empty.
+    """
+    directory, is_adapter = Path(directory), is_adapted(model)
+    together = is_spread(model) or (
+        not is_adapter and any(_is_shared_out(*found) for found in frozen_weights(model).values())
+    )
+    saves = not together or torch.distributed.get_rank() == 0
+    with staged(directory) if saves else nullcontext(directory) as draft:
+        with _in_stored_dtype(model), whole_weights(model, draft / "gathered", only_trainable=is_adapter) as whole:
+            if saves:
+                with _says_what_is_encoded(model.config), _exporting(model, whole):
+                    model.save_pretrained(
+                        draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **whole} if whole else None
+                    )
+        if saves:
+            tokenizer.save_pretrained(draft)
+            write_provenance(draft, stack)
+    if together:
+        torch.distributed.barrier()  # until the first process has written it
+    return directory
+
+
+def _is_shared_out(module: FrozenModule, leaf: str) -> bool:
+    handle = module.frozen[leaf].handle
+    return handle is not None and handle.collective
+
+
+@contextmanager
+def _exporting(model: PreTrainedModel | PeftModel, whole: dict[str, Tensor]) -> Iterator[None]:
+    """Let the quantizer, which is asked for what is saved, know of ``whole`` tensors, for the time of the block."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        yield
+        return
+    quantizer.exported = whole
+    try:
+        yield
+    finally:
+        quantizer.exported = {}
+
+
+@contextmanager
+def _in_stored_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """With ``model`` in the dtype of the checkpoint that it was loaded from, where the processor made it compute in a
+    wider one.
+    """
+    stored = None if is_adapted(model) else getattr(model, "arctic_stored_dtype", None)
+    if stored is None:
+        yield
+        return
+    encoded = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, FrozenModule)
+        for parameter in module.encoded()
+    }
+    wide = [
+        (parameter, parameter.data)
+        for parameter in model.parameters()
+        if parameter.is_floating_point() and id(parameter) not in encoded
+    ]
+    for parameter, data in wide:
+        parameter.data = data.to(stored)
+    try:
+        yield
+    finally:
+        for parameter, data in wide:
+            parameter.data = data
+
+
+@contextmanager
+def _says_what_is_encoded(config: PreTrainedConfig) -> Iterator[None]:
+    """Without a ``quantization_config`` when nothing is encoded: a placement alone leaves nothing in a checkpoint."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, ArcticQuantizationConfig) or quantization.to_dict()["modules"]:
+        yield
+        return
+    del config.quantization_config
+    try:
+        yield
+    finally:
+        config.quantization_config = quantization

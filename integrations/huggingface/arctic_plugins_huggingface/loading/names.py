@@ -1,0 +1,128 @@
+"""What weights are called in a checkpoint, where the host renames, stacks or cuts them while loading."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Chunk,
+    PrefixChange,
+    SplitModulelist,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    rename_source_key,
+)
+
+from arctic_plugins.claims import LinearSpec
+from arctic_plugins.errors import CheckpointError
+from arctic_plugins.frozen import Codec, ModuleCodecs
+from arctic_plugins_huggingface.loading.conversions import EXPERT, UnstackExperts
+
+__all__ = ["each_expert", "split_conversions", "stored_codecs", "stored_names", "stored_shapes", "weight_conversions"]
+
+def _reversed(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """What saving does to names, as ``revert_weight_conversion`` does it."""
+    return _split([transform.reverse_transform() for transform in weight_conversions(model)[::-1]])
+
+
+def weight_conversions(model: Any) -> list[WeightTransform]:
+    """Between checkpoint and ``model``: those it was loaded with, or those of its architecture."""
+    conversions: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = [
+            entry
+            for entry in get_model_conversion_mapping(model, add_legacy=False)
+            if not isinstance(entry, PrefixChange)
+        ]
+    return conversions
+
+
+def split_conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    """What loading does to names."""
+    return _split(weight_conversions(model))
+
+
+def _split(transforms: list[WeightTransform]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    return [entry for entry in transforms if isinstance(entry, WeightRenaming)], [
+        entry for entry in transforms if isinstance(entry, WeightConverter)
+    ]
+
+
+def _stored(
+    parameter: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
+) -> tuple[str, ...] | None:
+    """The modules of a checkpoint that hold the fused parameter of experts, one below the other; None if they are not
+    one matrix per expert.
+    """
+    key, pattern = rename_source_key(parameter, renamings, converters, reverse=True)
+    converter = next((entry for entry in converters if pattern in entry.source_patterns), None)
+    if converter is None or not all(
+        isinstance(step, (Chunk, SplitModulelist, UnstackExperts)) for step in converter.operations
+    ):
+        return None
+    first = converter.target_patterns[0]
+    names = [key.replace(first, target) for target in converter.target_patterns]
+    if not all(name.endswith(".weight") and name.split(".").count(EXPERT) == 1 for name in names):
+        return None
+    return tuple(name.removesuffix(".weight") for name in names)
+
+
+def stored_names(model: nn.Module, specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Name of :func:`weight_specs` -> the modules that hold it in a checkpoint, which ``quantization_config`` names.
+
+    A linear module is held by the one of its own name; experts by ``...experts.*.w1`` and ``...experts.*.w3`` for
+    instance, of which the first holds the upper half of ``gate_up_proj``, where ``*`` stands for the expert's number.
+    """
+    conversions: tuple[list[WeightRenaming], list[WeightConverter]] | None = None
+    stored: dict[str, tuple[str, ...]] = {}
+    for name in specs:
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent) if parent else model
+        if isinstance(getattr(module, leaf), nn.Module):
+            stored[name] = (name,)
+        else:
+            conversions = conversions or _reversed(model)
+            found = _stored(name, *conversions)
+            assert found is not None, "weight_specs leaves other experts out"
+            stored[name] = found
+    return stored
+
+
+def stored_shapes(specs: Mapping[str, LinearSpec], stored: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, int]]:
+    """Every module that holds a weight in a checkpoint, each expert's by its own name -> ``(N, K)``."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, spec in specs.items():
+        for part in stored[name]:
+            rows = spec.out_features // len(stored[name])
+            parts = [part] if spec.experts is None else each_expert(part, spec.experts)
+            shapes |= dict.fromkeys(parts, (rows, spec.in_features))
+    return shapes
+
+
+def each_expert(stored: str, experts: int) -> list[str]:
+    """Of a name of :func:`stored_names`: that of every expert's module."""
+    return [stored.replace(f".{EXPERT}.", f".{expert}.") for expert in range(experts)]
+
+
+def stored_codecs(codecs: ModuleCodecs, stored: Mapping[str, tuple[str, ...]]) -> dict[str, Codec]:
+    """Name of :func:`weight_specs` -> its codec in a checkpoint.
+
+    Raises:
+        CheckpointError: modules that are one weight here have different codecs.
+    """
+    found: dict[str, Codec] = {}
+    for name, parts in stored.items():
+        here = [codecs.codec_of(part) for part in parts]
+        if len(set(here)) > 1:
+            raise CheckpointError(
+                f"quantization_config.modules has {' and '.join(parts)} encoded differently",
+                expected="one codec",
+                fix="make the checkpoint again",
+            )
+        if here[0] is not None:
+            found[name] = here[0]
+    return found

@@ -1,0 +1,205 @@
+"""Which weights of a model can be encoded, what checkpoints call them, and putting frozen modules in the place of
+transformers' own.
+
+Linear modules, and the experts of mixtures, which transformers holds as fused three-dimensional parameters
+(``gate_up_proj [E, 2I, K]``, ``down_proj [E, K, I]``) and writes to checkpoints as one matrix per expert. Read in
+transformers 5.19.0 (``integrations/moe.py``, ``core_model_loading.py``, ``conversion_mapping.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+)
+
+from arctic_plugins.claims import LinearSpec
+from arctic_plugins.frozen import (
+    Codec,
+    ExpertsDispatch,
+    FrozenExperts,
+    FrozenLinear,
+    FrozenModule,
+    FrozenWeight,
+    Placement,
+)
+from arctic_plugins_huggingface.loading.names import _reversed, _stored
+
+__all__ = [
+    "dispatch_experts",
+    "freeze_modules",
+    "frozen_weights",
+    "plain_experts",
+    "split_weight",
+    "thaw_modules",
+    "weight_specs",
+]
+
+_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+"""What ``use_experts_implementation`` leaves on the experts of a model."""
+
+
+class FrozenHostExperts(FrozenExperts):
+    """The experts ``host`` of a model in transformers, whose activation it calls and which it can give back."""
+
+    def __init__(self, host: Any, dtype: torch.dtype) -> None:
+        super().__init__(
+            host.num_experts,
+            host._apply_gate if host.has_gate else host.act_fn,
+            up=_up(host),
+            dtype=dtype,
+            dispatch=getattr(host, "dispatch", None),
+        )
+        self.__dict__["host"] = host  # not a submodule: it has no parameters left
+
+    def to_host(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The module of transformers, with decoded weights."""
+        host: nn.Module = self.__dict__["host"]
+        for leaf in self.frozen:
+            host.register_parameter(
+                leaf, nn.Parameter(self.decode(dtype or self.compute_dtype, leaf), requires_grad=False)
+            )
+        return host.train(self.training)
+
+
+def weight_specs(model: nn.Module) -> dict[str, LinearSpec]:
+    """Dotted name -> shape of every weight that a plugin may claim, on the meta device or loaded: linear modules by
+    their own name, the weights of experts by that of the parameter."""
+    tied = {name.removesuffix(".weight") for name in (getattr(model, "all_tied_weights_keys", None) or {})}
+    specs: dict[str, LinearSpec] = {}
+    conversions = _reversed(model) if any(_is_experts(module) for module in model.modules()) else ([], [])
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, FrozenLinear):
+            specs[name] = LinearSpec(module.out_features, module.in_features, module.bias is not None, name in tied)
+        elif isinstance(module, FrozenExperts):
+            specs |= {f"{name}.{leaf}": _experts_spec(weight.shape) for leaf, weight in module.frozen.items()}
+        elif _is_experts(module) and _trouble(name, module, conversions) is None:
+            specs |= {
+                f"{name}.{leaf}": _experts_spec(tuple(getattr(module, leaf).shape))
+                for leaf in (_up(module), "down_proj")
+            }
+    return specs
+
+
+def _experts_spec(shape: tuple[int, ...]) -> LinearSpec:
+    experts, out_features, in_features = shape
+    return LinearSpec(out_features, in_features, experts=experts)
+
+
+def plain_experts(model: nn.Module) -> dict[str, str]:
+    """Dotted name of experts that cannot be encoded -> why."""
+    conversions = _reversed(model) if any(_is_experts(module) for module in model.modules()) else ([], [])
+    found = {name: _trouble(name, module, conversions) for name, module in model.named_modules() if _is_experts(module)}
+    return {name: why for name, why in found.items() if why is not None}
+
+
+def _is_experts(module: Any) -> bool:
+    return not isinstance(module, FrozenModule) and all(hasattr(module, flag) for flag in _FLAGS)
+
+
+def _up(experts: Any) -> str:
+    return "gate_up_proj" if experts.has_gate else "up_proj"
+
+
+def _trouble(name: str, experts: Any, conversions: tuple[list[WeightRenaming], list[WeightConverter]]) -> str | None:
+    """Why experts cannot be encoded."""
+    if experts.is_transposed or experts.has_bias or not experts.is_concatenated:
+        return "their weights are transposed or interleaved, or have biases"
+    if getattr(experts, "_is_expert_parallel", False):
+        return "transformers has distributed them"
+    if not all(isinstance(getattr(experts, leaf, None), Tensor) for leaf in (_up(experts), "down_proj")):
+        return "their weights have other names"
+    if any(_stored(f"{name}.{leaf}", *conversions) is None for leaf in (_up(experts), "down_proj")):
+        return "checkpoints hold them fused"
+    return None
+
+
+def split_weight(name: str, spec: LinearSpec) -> tuple[str, str]:
+    """(module, name of its weight) of a name of :func:`weight_specs`."""
+    if spec.experts is None:
+        return name, "weight"
+    module, _, leaf = name.rpartition(".")
+    return module, leaf
+
+
+def dispatch_experts(model: PreTrainedModel, dispatches: Mapping[str, ExpertsDispatch]) -> None:
+    """Leave room for the experts of this process only, in a ``model`` on the meta device.
+
+    Args:
+        model: to change.
+        dispatches: name of :func:`weight_specs` -> the dispatch.
+    """
+    if any(dispatch.size > 1 for dispatch in dispatches.values()):
+        model.generate = partial(model.generate, synced_gpus=True)  # type: ignore[method-assign]  # processes go on until all have finished
+    for name, dispatch in dispatches.items():
+        path, leaf = name.rpartition(".")[::2]
+        host: Any = model.get_submodule(path)
+        plain, part = getattr(host, leaf), dispatch.local(host.num_experts)
+        host.register_parameter(leaf, nn.Parameter(plain[part].clone(), requires_grad=plain.requires_grad))
+        host.dispatch = dispatch
+        model.set_experts_implementation(dispatch.experts_implementation)
+
+
+def freeze_modules(
+    model: nn.Module,
+    codecs: Mapping[str, Codec],
+    placements: Mapping[str, Placement],
+    *,
+    device: torch.device | str | None = None,
+    until_encoded: bool = False,
+) -> None:
+    """Replace the modules of these weights by frozen ones.
+
+    Args:
+        model: to change.
+        codecs: name of :func:`weight_specs` -> codec.
+        placements: name -> where its bytes go.
+        device: where to allocate empty buffers; default: where the plain weight is.
+        until_encoded: keep the plain weights for :meth:`FrozenModule.encode` instead.
+    """
+    specs = weight_specs(model)
+    for name, codec in codecs.items():
+        path, leaf = split_weight(name, specs[name])
+        module: Any = model.get_submodule(path)
+        if isinstance(module, nn.Linear):
+            options: dict[str, Any] = {
+                "device": device,
+                "name": path,
+                "placement": placements.get(name),
+                "until_encoded": until_encoded,
+            }
+            model.set_submodule(path, FrozenLinear.from_linear(module, codec, **options))
+            continue
+        host, plain = (module.__dict__["host"] if isinstance(module, FrozenHostExperts) else module), None
+        if host is module:
+            module = FrozenHostExperts(host, getattr(host, leaf).dtype).train(host.training)
+            model.set_submodule(path, module)
+        plain = host._parameters.pop(leaf)
+        weight = FrozenWeight(tuple(plain.shape), codec, name, placements.get(name))
+        module.add_weight(leaf, weight, device=device or plain.device, until_encoded=plain if until_encoded else None)
+
+
+def thaw_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Put transformers' own modules with decoded weights back."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FrozenLinear):
+            model.set_submodule(name, module.to_linear(dtype))
+        elif isinstance(module, FrozenHostExperts):
+            model.set_submodule(name, module.to_host(dtype))
+
+
+def frozen_weights(model: nn.Module) -> dict[str, tuple[FrozenModule, str]]:
+    """Parameter name (``...q_proj.weight``, ``...experts.down_proj``) -> the frozen module and its name in there."""
+    return {
+        f"{name}.{leaf}": (module, leaf)
+        for name, module in model.named_modules()
+        if isinstance(module, FrozenModule)
+        for leaf in module.frozen
+    }

@@ -1,0 +1,1 @@
+"""Training with a recipe, or with a Trainer of your own."""

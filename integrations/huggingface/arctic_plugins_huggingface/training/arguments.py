@@ -1,0 +1,67 @@
+"""The Trainer's arguments, from a recipe."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from typing import get_type_hints
+
+import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from trl import SFTConfig
+
+from arctic_plugins.compute import is_native, warning_for
+from arctic_plugins.errors import ConfigError
+from arctic_plugins_huggingface.files.check import reason
+from arctic_plugins_huggingface.training.check import check_arguments
+from arctic_plugins_huggingface.training.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+def training_arguments(recipe: Recipe) -> SFTConfig:
+    """The recipe's ``training`` as TRL's extension of ``TrainingArguments``.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, or a value that the
+            library refuses.
+    """
+    hints = get_type_hints(SFTConfig)
+    given = check_arguments(
+        recipe.training, {field.name: hints[field.name] for field in fields(SFTConfig) if field.init}
+    )
+    data = recipe.data
+    evaluates = data.eval_path or data.eval_split or data.eval_size
+    native = is_native(torch.bfloat16, "cpu" if given.get("use_cpu") else None)
+    defaults = {
+        "report_to": "none",
+        "bf16": native and not given.get("fp16"),  # SFTConfig turns it on whatever the device
+        "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
+        # transformers wants to be told before it trains in bfloat16 without a GPU
+        "use_cpu": not torch.accelerator.is_available(),
+        "include_num_input_tokens_seen": "non_padding",
+        # every adapter is used in every step; the default looks for unused ones in each
+        "ddp_find_unused_parameters": False,
+        "eval_strategy": ("steps" if "eval_steps" in given else "epoch") if evaluates else "no",
+        "packing_strategy": "bfd_split" if data.format == "text" else "bfd",
+    }
+    ours = {"max_length": data.max_length, "packing": data.packing, "eval_packing": False}
+    try:
+        arguments = SFTConfig(**{**defaults, **ours, **given})
+    except (ValueError, TypeError, ImportError) as error:
+        raise ConfigError(
+            f"training is not valid: {reason(error)}", fix="correct the value it names, or install the package"
+        ) from error
+    if absent := sorted(
+        {*arguments.report_to} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}
+    ):
+        raise ConfigError(
+            f"training.report_to names {', '.join(absent)}, not installed here",
+            fix=f"pip install {' '.join(absent)}, or leave it out",
+        )
+    for key in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"):
+        if given.get(key):
+            dtype = torch.bfloat16 if key.startswith("bf16") else torch.float16
+            if line := warning_for(dtype, f"training.{key}", "leave it out", "cpu" if arguments.use_cpu else None):
+                logger.warning(line)
+    return arguments
