@@ -11,16 +11,19 @@ if TYPE_CHECKING:
     from arctic_plugins_huggingface.checkpoints.merge import merge_adapter
     from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
     from arctic_plugins_huggingface.loading.load import freeze, load_model
+    from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model
     from arctic_plugins_huggingface.loading.quantizer import register
     from arctic_plugins_huggingface.training.trainer import ArcticTrainingArguments, attach, last_checkpoint
 
 __all__ = [
     "ArcticTrainingArguments",
+    "ModelPlan",
     "attach",
     "freeze",
     "last_checkpoint",
     "load_model",
     "merge_adapter",
+    "plan_model",
     "register",
     "save_checkpoint",
 ]
@@ -31,7 +34,9 @@ _HOME = {
     "freeze": "loading.load",
     "last_checkpoint": "training.trainer",
     "load_model": "loading.load",
+    "ModelPlan": "loading.plan",
     "merge_adapter": "checkpoints.merge",
+    "plan_model": "loading.plan",
     "register": "loading.quantizer",
     "save_checkpoint": "checkpoints.save",
 }

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from arctic_plugins_huggingface.training.dry_run import ModulePlan, Plan, show_plan
+from arctic_plugins_huggingface.training.dry_run import ModuleGroup, RunPlan, show_plan
 from rich.console import Console
 
 FP8 = "fp8 (bits 8, group_size channel)"
@@ -23,7 +23,7 @@ def shown(capsys):
             }
         ]
         show_plan(
-            Plan(settings, list(modules), 1000, 10, 7, 37, "37 rows", "computing in float32", {"base": 10}),
+            RunPlan(settings, list(modules), 1000, 10, 7, 37, "37 rows", "computing in float32", [], {"base": 10}),
             Console(width=80),
         )
         return capsys.readouterr().out.splitlines()
@@ -32,7 +32,7 @@ def shown(capsys):
 
 
 def module(pattern, layers=(), shape=(64, 32), codec=FP8, placement=None, adapter=768, resident=2_000_000):
-    return ModulePlan(
+    return ModuleGroup(
         pattern, tuple(layers), max(1, len(layers)), shape, codec, placement, adapter, 2_000_000, resident
     )
 

@@ -1,22 +1,25 @@
 """Training with the ordinary Trainer, TRL's, and a recipe."""
 
 import dataclasses
+import importlib
 import json
+from collections import Counter
 
 import pytest
 import torch
-from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, merge_adapter
+from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, merge_adapter, plan_model
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.generate import answer
 from arctic_plugins_huggingface.training.data import load_data
 from arctic_plugins_huggingface.training.recipe import DataConfig, Recipe
 from arctic_plugins_huggingface.training.run import prepare, train
 from safetensors.torch import load_file
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import ArcticError, ConfigError, DataError, Diverged, PluginNotFoundError
+from arctic_plugins.frozen import FrozenLinear
 from arctic_plugins.provenance import read_provenance
 from arctic_plugins.testing import tiny_model
 
@@ -231,10 +234,46 @@ def test_batched_answers_equal_single_ones(tiny_checkpoint):
         ({"plugins": {"fp9": {}}}, PluginNotFoundError, "did you mean 'fp8'"),
     ],
 )
-def test_bad_recipes_are_one_line_before_a_model_is_loaded(tmp_path, changes, error, message):
+def test_bad_recipes_are_one_line_before_a_model_is_loaded(
+    tiny_checkpoint, tmp_path, monkeypatch, changes, error, message
+):
+    monkeypatch.setattr("arctic_plugins_huggingface.training.run.load_model", None)
     with pytest.raises(error, match=message) as raised:
-        train(Recipe.from_file(write_recipe(tmp_path, tmp_path / "no-model-is-needed", **changes)))
+        train(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint, **changes)))
     assert "\n" not in str(raised.value)
+
+
+def test_a_run_reads_each_thing_once(tiny_checkpoint, tmp_path, monkeypatch):
+    read = Counter()
+
+    def counted(owner, name, what):
+        stock = getattr(owner, name)
+
+        def count(*args, **kwargs):
+            read[what] += 1
+            return stock(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, count)
+
+    counted(AutoConfig, "from_pretrained", "config")
+    counted(AutoTokenizer, "from_pretrained", "tokenizer")
+    counted(SFTConfig, "__post_init__", "arguments")
+    for module in ("training.check", "loading.plan"):
+        counted(importlib.import_module(f"arctic_plugins_huggingface.{module}"), "check_checkpoint", "checkpoint")
+    train(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint)))
+    assert read == {"config": 1, "tokenizer": 1, "arguments": 1, "checkpoint": 1}
+
+
+def test_a_plan_says_what_will_be_and_is_loaded_as_it_says(tiny_checkpoint):
+    plan = plan_model(tiny_checkpoint, Stack.from_dict({"fp8": {}}), dtype="float32")
+    assert {codec.type for codec in plan.weights.codecs.values()} == {"fp8"}
+    assert (plan.dtype, plan.changes, plan.encoded) == (torch.float32, {}, False)
+    model, tokenizer = load_model(plan)
+    assert tokenizer is plan.tokenizer
+    assert {name for name, _ in model.named_modules() if name in plan.weights.codecs} == plan.weights.codecs.keys()
+    assert all(isinstance(model.get_submodule(name), FrozenLinear) for name in plan.weights.codecs)
+    with pytest.raises(TypeError, match="pass stack, dtype and further arguments to plan_model"):
+        load_model(plan, dtype="bfloat16")
 
 
 def test_an_output_that_exists_is_not_overwritten(tiny_checkpoint, tmp_path):

@@ -148,7 +148,7 @@ def _quantization(source: Path, config: Mapping[str, Any], names: Sequence[str])
 def _shapes(source: Path) -> dict[str, tuple[int, int]]:
     config = load_config(source)
     config.quantization_config = None
-    model = skeleton(config, "auto")
+    model = skeleton(config)
     specs = weight_specs(model)
     return stored_shapes(specs, stored_names(model, specs))
 

@@ -31,7 +31,7 @@ from arctic_plugins_huggingface.files.staging import check_new, staged
 from arctic_plugins_huggingface.loading.config import STORED, is_encoded, load_config
 from arctic_plugins_huggingface.loading.conversions import EXPERT
 from arctic_plugins_huggingface.loading.load import freeze, load_model
-from arctic_plugins_huggingface.loading.plan import Claimed, claims
+from arctic_plugins_huggingface.loading.plan import WeightPlan, plan_model
 
 __all__ = ["Update", "merge_adapter"]
 
@@ -106,7 +106,9 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
         check_checkpoint(base)
         config = load_config(base)
         if is_encoded(config) or getattr(config, "quantization_config", None) is None:
-            claimed = claims(config, Stack() if is_encoded(config) else codecs)
+            # check_checkpoint compared the files just now.
+            plan = plan_model(base, Stack() if is_encoded(config) else codecs, checked=True, config=config)
+            claimed = plan.weights
             updates = _updates(found, halves, claimed)
             tied = {name for name, spec in claimed.specs.items() if spec.tied}
             if updates.keys() <= _modules(Path(base)) - tied:
@@ -168,7 +170,7 @@ def _halves(adapter: Path) -> dict[str, dict[str, Tensor]] | None:
     return halves
 
 
-def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed: Claimed) -> dict[str, Update]:
+def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed: WeightPlan) -> dict[str, Update]:
     """Module of the base's files -> what is added to its weight."""
     config = LoraConfig.from_pretrained(str(adapter))
     scaling = config.lora_alpha / (math.sqrt if config.use_rslora else float)(
@@ -198,7 +200,7 @@ def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed:
     return updates
 
 
-def _expert_weight(module: str, claimed: Claimed, targets: Collection[str]) -> str | None:
+def _expert_weight(module: str, claimed: WeightPlan, targets: Collection[str]) -> str | None:
     """The experts' weight that PEFT's wrapper ``module`` adapts: of several in one place, the first is innermost,
     ``base_layer`` of the next.
     """
@@ -221,7 +223,7 @@ def _modules(base: Path) -> set[str]:
         return {key.removesuffix(".weight") for file in open_files(base, stack).values() for key in file.keys()}  # noqa: SIM118
 
 
-def _merge_files(base: Path, draft: Path, claimed: Claimed, updates: Mapping[str, Update], *, encoded: bool) -> None:
+def _merge_files(base: Path, draft: Path, claimed: WeightPlan, updates: Mapping[str, Update], *, encoded: bool) -> None:
     codecs: dict[str, tuple[Codec, tuple[int, int]]] = claimed.on_disk()
     config: dict[str, Any] = read_json(base / "config.json")
     if (quantization := claimed.quantization()) is not None:

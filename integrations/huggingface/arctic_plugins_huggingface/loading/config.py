@@ -28,6 +28,7 @@ from arctic_plugins_huggingface.loading.quantizer import register
 
 __all__ = [
     "STORED",
+    "device_of",
     "is_encoded",
     "load_config",
     "load_tokenizer",
@@ -144,7 +145,7 @@ def resolve_dtype(
     return named, warning_for(named, "dtype", "leave it out, or say float32", device)
 
 
-def _device_of(kwargs: Mapping[str, Any]) -> str:
+def device_of(kwargs: Mapping[str, Any]) -> str:
     """Where the model will be computed: where ``device_map`` puts it, else where the Trainer does, on the accelerator
     if there is one.
     """
@@ -170,13 +171,13 @@ def is_encoded(config: PreTrainedConfig) -> bool:
     return method == METHOD
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-    """The model of ``config`` on the meta device: shapes without data.
+def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of ``config`` on the meta device: shapes without data. ``dtype`` defaults to the checkpoint's.
 
     Raises:
         CheckpointError: no causal language model can be built from it.
     """
-    chosen = stored_dtype(config) if dtype is None else resolve_dtype(stored_dtype(config), dtype)[0]
+    chosen = stored_dtype(config) if dtype is None else dtype
     try:
         with torch.device("meta"):
             # A config whose class is the checkpoint's own code was loaded with trust_remote_code; without it, the

@@ -24,6 +24,7 @@ from arctic_plugins_huggingface.loading.conversions import EXPERT, UnstackExpert
 
 __all__ = ["each_expert", "split_conversions", "stored_codecs", "stored_names", "stored_shapes", "weight_conversions"]
 
+
 def _reversed(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     """What saving does to names, as ``revert_weight_conversion`` does it."""
     return _split([transform.reverse_transform() for transform in weight_conversions(model)[::-1]])

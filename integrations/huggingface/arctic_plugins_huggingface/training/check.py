@@ -58,6 +58,10 @@ def check_recipe(recipe: Recipe) -> Stack:
         raise ConfigError(
             "nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out"
         )
+    if ours := sorted({"checked", "config", "stack"} & recipe.load.keys()):
+        raise ConfigError(
+            f"load.{ours[0]} is not an argument of from_pretrained that a recipe can set", fix="leave it out"
+        )
     check_source(recipe.data)
     if is_directory(recipe.model):
         check_checkpoint(recipe.model, contents=False, **recipe.load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,16 +21,14 @@ from arctic_plugins.claims import compress_names, matches
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.frozen import Codec
 from arctic_plugins.processes import world_size
-from arctic_plugins_huggingface.loading.config import load_config, only_hub, resolve_dtype, skeleton, stored_dtype
-from arctic_plugins_huggingface.loading.plan import claims
 from arctic_plugins_huggingface.loading.weights import freeze_modules, split_weight
 from arctic_plugins_huggingface.training.run import Run
 
-__all__ = ["ModulePlan", "Plan", "make_plan", "show_plan"]
+__all__ = ["ModuleGroup", "RunPlan", "make_plan", "show_plan"]
 
 
 @dataclass(frozen=True)
-class ModulePlan:
+class ModuleGroup:
     """Weights of which the same is true."""
 
     pattern: str
@@ -51,12 +50,12 @@ class ModulePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a recipe would do; bytes are computed from shapes, not measured."""
 
     settings: list[dict[str, Any]]
     """Plugin, key, value and who set it, in the order in which the plugins act."""
-    modules: list[ModulePlan]
+    modules: list[ModuleGroup]
     parameters: int
     trainable_parameters: int
     steps: int
@@ -65,6 +64,8 @@ class Plan:
     data: str
     compute: str
     """The dtype of products, and why if it is not the checkpoint's."""
+    warnings: list[str]
+    """Of the plugins."""
     bytes: dict[str, int]
     """On the compute device, in one process: ``base``, ``trainable``, ``gradients`` and, for the AdamW family,
     ``optimizer``; not activations.
@@ -75,28 +76,16 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(run: Run) -> Plan:
-    """Build the model without data, let the stack claim and transform it, and count.
-
-    Raises:
-        UserError: what loading and training would raise before weights are read.
-    """
-    stack = run.stack
-    stack.check_host("transformers")
-    config = load_config(run.recipe.model, **only_hub(run.recipe.load))
-    stack.hf_configure_model(config)
-    dtype = run.recipe.load.get("dtype", "auto")
-    stored = stored_dtype(config)
-    computes, line = resolve_dtype(stored, dtype)
-    claimed = claims(config, stack, dtype)
-    specs, codecs = claimed.specs, claimed.codecs
-    config.quantization_config = None
-    model = skeleton(config, dtype)
+def make_plan(run: Run) -> RunPlan:
+    """Let the stack transform the model without data, and count."""
+    stack, weights = run.stack, run.model.weights
+    specs, codecs = weights.specs, weights.codecs
+    model = copy.deepcopy(run.model.skeleton)
     base = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     parameters = sum(parameter.numel() for parameter in model.parameters())
     plain = {name: model.get_parameter(".".join(split_weight(name, spec))).nbytes for name, spec in specs.items()}
     freeze_modules(model, codecs, {}, device="meta")
-    base += sum(claimed.resident[name] - plain[name] for name in codecs)
+    base += sum(weights.resident[name] - plain[name] for name in codecs)
     transformed = stack.hf_transform_model(model)
     trainable = {name: parameter for name, parameter in transformed.named_parameters() if parameter.requires_grad}
     added: dict[str, int] = defaultdict(int)
@@ -113,7 +102,7 @@ def make_plan(run: Run) -> Plan:
 
     def describe(name: str) -> tuple[tuple[int, ...], str | None, str | None, int]:
         codec: Codec | None = codecs.get(name)
-        placement = claimed.placements.get(name)
+        placement = weights.placements.get(name)
         return (
             specs[name].shape,
             None if codec is None else codec.describe(),
@@ -127,8 +116,8 @@ def make_plan(run: Run) -> Plan:
     for pattern in compress_names(owners, specs):
         members = [name for name in specs if matches(pattern, name)]
         size = sum(codecs[name].nbytes(specs[name].shape) if name in codecs else plain[name] for name in members)
-        resident = sum(claimed.resident.get(name, plain[name]) for name in members)
-        modules.append(ModulePlan(pattern, _layers(members), len(members), *describe(members[0]), size, resident))
+        resident = sum(weights.resident.get(name, plain[name]) for name in members)
+        modules.append(ModuleGroup(pattern, _layers(members), len(members), *describe(members[0]), size, resident))
     trained = sum(parameter.numel() * parameter.element_size() for parameter in trainable.values())
     sizes = {"base": base, "trainable": trained, "gradients": trained}
     if str(run.arguments.optim) in (
@@ -139,7 +128,8 @@ def make_plan(run: Run) -> Plan:
     ):
         sizes["optimizer"] = 2 * trained
     rows = _trainer_rows(run)
-    return Plan(
+    computes = torch.bfloat16 if run.arguments.bf16 else run.model.dtype
+    return RunPlan(
         settings=[
             {**asdict(setting), "value": getattr(setting.value, "value", setting.value)} for setting in stack.settings()
         ],
@@ -149,7 +139,8 @@ def make_plan(run: Run) -> Plan:
         steps=_steps(run, rows),
         rows=rows,
         data=str(run.data.counts) if rows else "read while training",
-        compute=line or f"computing in {dtype_name(torch.bfloat16 if run.arguments.bf16 else computes)}",
+        compute=run.model.dtype_reason or f"computing in {dtype_name(computes)}",
+        warnings=list(run.model.warnings),
         bytes=sizes,
     )
 
@@ -181,7 +172,7 @@ def _steps(run: Run, rows: int) -> int:
     return math.ceil(arguments.num_train_epochs * updates)
 
 
-def show_plan(plan: Plan, console: Console) -> None:
+def show_plan(plan: RunPlan, console: Console) -> None:
     """Print ``plan``, of the modules only what is not the same for all: 80 columns are enough."""
     settings = Table("plugin", "option", "value", "set by", title="stack, in the order in which it acts", **_LOOK)
     for row in plan.settings:
@@ -200,6 +191,8 @@ def show_plan(plan: Plan, console: Console) -> None:
         f"{plan.steps:,} over " + (f"{plan.rows:,} rows after cutting and packing" if plan.rows else "a stream"),
     )
     figures.add_row("memory", f"{sizes} (computed, without activations)")
+    for warning in plan.warnings:
+        figures.add_row("warning", escape(warning))
     console.print(figures)
 
 
@@ -208,11 +201,11 @@ _NAME_WIDTH = 20
 _LAYERS_WIDTH = 14
 
 
-def _modules_tables(modules: Sequence[ModulePlan]) -> Iterator[Table | str]:
+def _modules_tables(modules: Sequence[ModuleGroup]) -> Iterator[Table | str]:
     """A table for what is encoded and placed alike, with a row for what layers have in common, and no column that says
     nothing.
     """
-    alike: dict[tuple[Any, ...], list[ModulePlan]] = defaultdict(list)
+    alike: dict[tuple[Any, ...], list[ModuleGroup]] = defaultdict(list)
     for module in modules:
         parts = module.pattern.split(".")
         at = next((index for index, part in enumerate(parts) if part == "*" or part.isdigit()), None)

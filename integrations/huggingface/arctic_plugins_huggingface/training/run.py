@@ -35,13 +35,12 @@ from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
-from arctic_plugins_huggingface.files.check import check_checkpoint, is_directory, reason
+from arctic_plugins_huggingface.files.check import is_directory, reason
 from arctic_plugins_huggingface.files.locking import in_use_by_us
 from arctic_plugins_huggingface.files.staging import writing
-from arctic_plugins_huggingface.loading.config import load_config, load_tokenizer, only_hub, skeleton
 from arctic_plugins_huggingface.loading.load import load_model
+from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model
 from arctic_plugins_huggingface.loading.rope import positions
-from arctic_plugins_huggingface.loading.weights import weight_specs
 from arctic_plugins_huggingface.training.arguments import training_arguments
 from arctic_plugins_huggingface.training.check import check_output, check_recipe
 from arctic_plugins_huggingface.training.data import Limits, TrainingData, load_data
@@ -60,10 +59,14 @@ class Run:
     """A recipe that was checked, with everything but the weights."""
 
     recipe: Recipe
-    stack: Stack
     arguments: SFTConfig
-    tokenizer: PreTrainedTokenizerBase
+    model: ModelPlan
     data: TrainingData
+
+    @property
+    def stack(self) -> Stack:
+        """The recipe's plugins."""
+        return self.model.stack
 
     @property
     def final(self) -> Path:
@@ -129,26 +132,26 @@ def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
     return {**inputs, **kept, "logits_to_keep": labels.shape[1] - start}
 
 
-def prepare(recipe: Recipe) -> Run:
+def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
     """Check everything about ``recipe`` that can be known without reading weights, and tokenize its data.
+
+    Args:
+        recipe: what to do.
+        stack: what :func:`~arctic_plugins_huggingface.training.check.check_recipe` returned for it, if it was called.
 
     Raises:
         UserError: what is wrong with the plugins, the training arguments, the data or the checkpoint.
     """
-    stack = check_recipe(recipe)
+    stack = check_recipe(recipe) if stack is None else stack
     arguments = training_arguments(recipe)
     stack.hf_training_arguments(arguments)
-    # That of a directory was checked with the recipe. load_model compares contents, right before it reads them.
-    load = recipe.load if is_directory(recipe.model) else check_checkpoint(recipe.model, contents=False, **recipe.load)
-    tokenizer = load_tokenizer(recipe.model, **only_hub(load))
+    # A directory was checked with the recipe.
+    model = plan_model(recipe.model, stack, checked=is_directory(recipe.model), **recipe.load)
+    config = model.config
     disable_progress_bars()
-    config = load_config(recipe.model, **only_hub(load))
-    stack.hf_configure_model(config)
-    stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu")  # load_model logs the warnings
-    stack.claim(config, weight_specs(skeleton(config)))
     data = load_data(
         recipe.data,
-        tokenizer,
+        model.tokenizer,
         seed=arguments.seed,
         keep_end=arguments.truncation_mode == "keep_end",
         limits=Limits(positions(config), getattr(config.get_text_config(), "vocab_size", None)),
@@ -164,12 +167,13 @@ def prepare(recipe: Recipe) -> Run:
             f"training.eval_strategy is '{arguments.eval_strategy.value}' and there is nothing to evaluate on",
             fix="set data.eval_path, data.eval_split or data.eval_size",
         )
-    return Run(recipe, stack, arguments, tokenizer, data)
+    return Run(recipe, arguments, model, data)
 
 
 def train(
     recipe: Recipe,
     *,
+    stack: Stack | None = None,
     resume: bool = False,
     overwrite: bool = False,
     callbacks: list[TrainerCallback] | None = None,
@@ -180,6 +184,7 @@ def train(
 
     Args:
         recipe: what to do.
+        stack: what :func:`~arctic_plugins_huggingface.training.check.check_recipe` returned for it, if it was called.
         resume: continue from the newest complete checkpoint in ``output_dir``, with the losses that the run would have
             had without a break; from the beginning when there is none.
         overwrite: remove the checkpoints that an earlier run left in ``output_dir``, and nothing else, when this one is
@@ -197,19 +202,20 @@ def train(
         Interrupted: SIGINT or SIGTERM came; the step in progress was finished and a checkpoint saved.
     """
     console = console or Console()
-    output = Path(str(training_arguments(recipe).output_dir))
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other", fix="leave one out")
+    stack = check_recipe(recipe) if stack is None else stack
+    output = Path(str(recipe.training["output_dir"]))
     if resume and (output / "final" / FILE_NAME).is_file():
         check_files(output / "final")
         return None
     check_output(output, new=not resume and not overwrite)
     with in_use_by_us(output):
-        return _train(recipe, output, resume, overwrite, callbacks, loaded, console)
+        return _train(prepare(recipe, stack), output, resume, overwrite, callbacks, loaded, console)
 
 
 def _train(
-    recipe: Recipe,
+    run: Run,
     output: Path,
     resume: bool,
     overwrite: bool,
@@ -218,14 +224,14 @@ def _train(
     console: Console,
 ) -> TrainingResult:
     """:func:`train` in an ``output`` that is this run's alone."""
-    run = prepare(recipe)
+    recipe = run.recipe
     if not recipe.data.streaming:
         held_out = f"; {len(run.data.eval):,} rows to evaluate on" if run.data.eval is not None else ""
         console.print(f"data: {run.data.counts}{held_out}", highlight=False)
     record = recorded(run)
     start = resume_from(run, output, record, console) if resume else None
     set_seed(run.arguments.seed)  # adapters are drawn at random
-    model, tokenizer = loaded or load_model(recipe.model, run.stack, tokenizer=run.tokenizer, **recipe.load)
+    model, tokenizer = loaded or load_model(run.model)
     if recipe.data.packing:
         _check_packing(model)
     if overwrite and is_first():
