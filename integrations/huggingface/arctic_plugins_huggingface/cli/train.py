@@ -93,7 +93,7 @@ def train(
     )
     with importing():
         quiet_hosts()
-        from arctic_plugins_huggingface.training.run import prepare
+        from arctic_plugins_huggingface.training.prepare import prepare
         from arctic_plugins_huggingface.training.run import train as run
     if dry_run:
         import json

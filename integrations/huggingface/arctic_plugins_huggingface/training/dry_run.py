@@ -22,7 +22,7 @@ from arctic_plugins.compute import dtype_name
 from arctic_plugins.frozen import Codec
 from arctic_plugins.processes import world_size
 from arctic_plugins_huggingface.loading.weights import freeze_modules, split_weight
-from arctic_plugins_huggingface.training.run import Run
+from arctic_plugins_huggingface.training.prepare import Run
 
 __all__ = ["ModuleGroup", "RunPlan", "make_plan", "show_plan"]
 

@@ -11,7 +11,7 @@ from arctic_plugins.errors import ConfigError
 
 
 @torch.no_grad()
-def _check_packing(model: PreTrainedModel) -> None:
+def check_packing(model: PreTrainedModel) -> None:
     """Raise ConfigError if what stands in one packed row changes the logits of the row behind it: some models'
     attention takes no notice.
     """

@@ -24,7 +24,7 @@ from arctic_plugins_huggingface.files.check import is_directory
 from arctic_plugins_huggingface.training.trainer import last_checkpoint
 
 if TYPE_CHECKING:
-    from arctic_plugins_huggingface.training.run import Run
+    from arctic_plugins_huggingface.training.prepare import Run
 
 __all__ = ["RECIPE", "RecipeRecord", "recorded", "resume_from"]
 

@@ -7,12 +7,10 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import disable_progress_bars
 from huggingface_hub import upload_folder
 from rich.console import Console
 from transformers import (
@@ -27,7 +25,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import has_length
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from arctic_plugins.errors import ArcticError, ConfigError, Interrupted
 from arctic_plugins.processes import is_first
@@ -35,43 +33,20 @@ from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
-from arctic_plugins_huggingface.files.check import is_directory, reason
+from arctic_plugins_huggingface.files.check import reason
 from arctic_plugins_huggingface.files.locking import in_use_by_us
 from arctic_plugins_huggingface.files.staging import writing
 from arctic_plugins_huggingface.loading.load import load_model
-from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model
-from arctic_plugins_huggingface.loading.rope import positions
-from arctic_plugins_huggingface.training.arguments import training_arguments
 from arctic_plugins_huggingface.training.check import check_output, check_recipe
-from arctic_plugins_huggingface.training.data import Limits, TrainingData, load_data
-from arctic_plugins_huggingface.training.packing import _check_packing
+from arctic_plugins_huggingface.training.packing import check_packing
+from arctic_plugins_huggingface.training.prepare import Run, prepare
 from arctic_plugins_huggingface.training.progress import TrainingProgress
 from arctic_plugins_huggingface.training.recipe import Recipe
 from arctic_plugins_huggingface.training.result import TrainingResult
 from arctic_plugins_huggingface.training.resume import RecipeRecord, recorded, resume_from
 from arctic_plugins_huggingface.training.trainer import GracefulStop, attach
 
-__all__ = ["Run", "prepare", "train"]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A recipe that was checked, with everything but the weights."""
-
-    recipe: Recipe
-    arguments: SFTConfig
-    model: ModelPlan
-    data: TrainingData
-
-    @property
-    def stack(self) -> Stack:
-        """The recipe's plugins."""
-        return self.model.stack
-
-    @property
-    def final(self) -> Path:
-        """Where the trained model goes."""
-        return Path(str(self.arguments.output_dir)) / "final"
+__all__ = ["train"]
 
 
 class _SFTTrainer(SFTTrainer):
@@ -130,44 +105,6 @@ def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
     start = int(in_loss[0])
     kept: dict[str, Any] = {name: inputs[name][:, start:] for name in ("labels", "shift_labels") if name in inputs}
     return {**inputs, **kept, "logits_to_keep": labels.shape[1] - start}
-
-
-def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
-    """Check everything about ``recipe`` that can be known without reading weights, and tokenize its data.
-
-    Args:
-        recipe: what to do.
-        stack: what :func:`~arctic_plugins_huggingface.training.check.check_recipe` returned for it, if it was called.
-
-    Raises:
-        UserError: what is wrong with the plugins, the training arguments, the data or the checkpoint.
-    """
-    stack = check_recipe(recipe) if stack is None else stack
-    arguments = training_arguments(recipe)
-    stack.hf_training_arguments(arguments)
-    # A directory was checked with the recipe.
-    model = plan_model(recipe.model, stack, checked=is_directory(recipe.model), **recipe.load)
-    config = model.config
-    disable_progress_bars()
-    data = load_data(
-        recipe.data,
-        model.tokenizer,
-        seed=arguments.seed,
-        keep_end=arguments.truncation_mode == "keep_end",
-        limits=Limits(positions(config), getattr(config.get_text_config(), "vocab_size", None)),
-    )
-    if recipe.data.streaming and arguments.max_steps <= 0:
-        raise ConfigError(
-            "data.streaming is on and training.max_steps is not set",
-            expected="a number of steps",
-            fix="set training.max_steps",
-        )
-    if data.eval is None and arguments.eval_strategy != "no":
-        raise ConfigError(
-            f"training.eval_strategy is '{arguments.eval_strategy.value}' and there is nothing to evaluate on",
-            fix="set data.eval_path, data.eval_split or data.eval_size",
-        )
-    return Run(recipe, arguments, model, data)
 
 
 def train(
@@ -233,7 +170,7 @@ def _train(
     set_seed(run.arguments.seed)  # adapters are drawn at random
     model, tokenizer = loaded or load_model(run.model)
     if recipe.data.packing:
-        _check_packing(model)
+        check_packing(model)
     if overwrite and is_first():
         for path in [*output.glob("checkpoint-*"), output / "final"]:
             shutil.rmtree(path, ignore_errors=True)

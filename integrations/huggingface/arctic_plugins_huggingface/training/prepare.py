@@ -1,0 +1,79 @@
+"""Everything about a run but the weights, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import disable_progress_bars
+from trl import SFTConfig
+
+from arctic_plugins.errors import ConfigError
+from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.files.check import is_directory
+from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model
+from arctic_plugins_huggingface.loading.rope import positions
+from arctic_plugins_huggingface.training.arguments import training_arguments
+from arctic_plugins_huggingface.training.check import check_recipe
+from arctic_plugins_huggingface.training.data import Limits, TrainingData, load_data
+from arctic_plugins_huggingface.training.recipe import Recipe
+
+__all__ = ["Run", "prepare"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe that was checked, with everything but the weights."""
+
+    recipe: Recipe
+    arguments: SFTConfig
+    model: ModelPlan
+    data: TrainingData
+
+    @property
+    def stack(self) -> Stack:
+        """The recipe's plugins."""
+        return self.model.stack
+
+    @property
+    def final(self) -> Path:
+        """Where the trained model goes."""
+        return Path(str(self.arguments.output_dir)) / "final"
+
+
+def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
+    """Check everything about ``recipe`` that can be known without reading weights, and tokenize its data.
+
+    Args:
+        recipe: what to do.
+        stack: what :func:`~arctic_plugins_huggingface.training.check.check_recipe` returned for it, if it was called.
+
+    Raises:
+        UserError: what is wrong with the plugins, the training arguments, the data or the checkpoint.
+    """
+    stack = check_recipe(recipe) if stack is None else stack
+    arguments = training_arguments(recipe)
+    stack.hf_training_arguments(arguments)
+    # A directory was checked with the recipe.
+    model = plan_model(recipe.model, stack, checked=is_directory(recipe.model), **recipe.load)
+    config = model.config
+    disable_progress_bars()
+    data = load_data(
+        recipe.data,
+        model.tokenizer,
+        seed=arguments.seed,
+        keep_end=arguments.truncation_mode == "keep_end",
+        limits=Limits(positions(config), getattr(config.get_text_config(), "vocab_size", None)),
+    )
+    if recipe.data.streaming and arguments.max_steps <= 0:
+        raise ConfigError(
+            "data.streaming is on and training.max_steps is not set",
+            expected="a number of steps",
+            fix="set training.max_steps",
+        )
+    if data.eval is None and arguments.eval_strategy != "no":
+        raise ConfigError(
+            f"training.eval_strategy is '{arguments.eval_strategy.value}' and there is nothing to evaluate on",
+            fix="set data.eval_path, data.eval_split or data.eval_size",
+        )
+    return Run(recipe, arguments, model, data)
