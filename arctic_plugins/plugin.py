@@ -42,8 +42,12 @@ class Slot:
     training_only: bool = False
     """Whether a model that is only used does without."""
     hooks: frozenset[str] = frozenset()
-    """The hooks with which it is filled, if not by claims: they are not called where the slot is left out."""
+    """The hooks with which it is filled, if not by claims, ``trainer_mixins`` among them: they are not called where the
+    slot is left out.
+    """
 
+
+_TRAINING_HOOKS = frozenset({"hf_transform_model", "hf_attach_trainer", "trainer_mixins"})
 
 SLOTS: Mapping[str, Slot] = {
     "weight_codec": Slot("module", exclusive=True),
@@ -51,12 +55,8 @@ SLOTS: Mapping[str, Slot] = {
     "placement": Slot("module", exclusive=False),
     "adapter": Slot("module", exclusive=False, hooks=frozenset({"hf_transform_model", "vllm_engine_args"})),
     "rope": Slot("model", exclusive=True, hooks=frozenset({"hf_configure_model"})),
-    "loss": Slot(
-        "model", exclusive=True, training_only=True, hooks=frozenset({"hf_transform_model", "hf_attach_trainer"})
-    ),
-    "attention": Slot(
-        "model", exclusive=True, training_only=True, hooks=frozenset({"hf_transform_model", "hf_attach_trainer"})
-    ),
+    "loss": Slot("model", exclusive=True, training_only=True, hooks=_TRAINING_HOOKS),
+    "attention": Slot("model", exclusive=True, training_only=True, hooks=_TRAINING_HOOKS),
 }
 """All slots, by name. Two plugins that fill the same exclusive one of the model never make a stack."""
 
@@ -121,6 +121,15 @@ class Plugin:
             return cls(cls.config.model_validate(dict(options or {})))
         except ValidationError as error:
             raise config_error(error, f"plugins.{cls.name}", cls.config) from error
+
+    @property
+    def trainer_mixins(self) -> tuple[str, ...]:
+        """``"module:attribute"`` of classes that ``attach`` puts in front of the class of a Hugging Face Trainer.
+
+        Each overrides methods of ``transformers.Trainer`` and calls ``super()``. It may have a method
+        ``on_attach(self, plugin)``, which is called once with this plugin when the trainer has its new class.
+        """
+        return ()
 
     @property
     def row_processes(self) -> int:

@@ -235,6 +235,15 @@ class Stack:
         for _ in self._each("hf_attach_trainer", trainer=trainer):
             pass
 
+    def trainer_mixins(self) -> list[tuple[str, Plugin]]:
+        """:attr:`~arctic_plugins.plugin.Plugin.trainer_mixins` of every plugin, each with its plugin, in order."""
+        return [
+            (target, plugin)
+            for plugin in self.plugins
+            if not any("trainer_mixins" in SLOTS[slot].hooks for slot in self._hidden[plugin.name])
+            for target in plugin.trainer_mixins
+        ]
+
     def vllm_engine_args(self, checkpoint: Path) -> dict[str, Any]:
         """Merge every plugin's engine arguments.
 

@@ -93,8 +93,16 @@ def _described(plugin: type[Plugin]) -> dict[str, Any]:
         "name": plugin.name,
         "meaning": " ".join(meaning.split()),
         "slots": sorted(plugin.slots),
+        "trainer_mixins": _mixins(plugin),
         "options": options,
     }
+
+
+def _mixins(plugin: type[Plugin]) -> list[str]:
+    """What it adds to a Trainer's class with the defaults of its options; nothing for one that has required options."""
+    if any(field.is_required() for field in plugin.config.model_fields.values()):
+        return []
+    return list(plugin.from_options({}).trainer_mixins)
 
 
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
@@ -116,6 +124,7 @@ def _in_words(described: dict[str, Any]) -> str:
     paragraphs = [
         f"{described['name']}: {described['meaning']}",
         f"Slots: {', '.join(described['slots']) or 'none'}",
+        *(f"Adds to the Trainer: {', '.join(described['trainer_mixins'])}" for _ in described["trainer_mixins"][:1]),
         "",
     ]
     lines = [

@@ -23,7 +23,7 @@ def shown(capsys):
             }
         ]
         show_plan(
-            RunPlan(settings, list(modules), 1000, 10, 7, 37, "37 rows", "computing in float32", [], {"base": 10}),
+            RunPlan(settings, list(modules), 1000, 10, 7, 37, "37 rows", "computing in float32", [], [], {"base": 10}),
             Console(width=80),
         )
         return capsys.readouterr().out.splitlines()

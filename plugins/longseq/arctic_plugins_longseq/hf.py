@@ -8,18 +8,21 @@ import ast
 import functools
 import inspect
 import textwrap
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from arctic_plugins import Plugin
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_longseq.loss import default_tile, tiled_cross_entropy
 
-__all__ = ["causal_lm", "in_place_of", "offload_activations", "recompute", "tile_evaluation", "tile_loss", "tile_mlps"]
+__all__ = ["OffloadedActivations", "TiledEvaluation", "causal_lm", "in_place_of", "recompute", "tile_loss", "tile_mlps"]
 
 MLPS = ("mlp", "feed_forward", "residual_mlp")
 
@@ -137,14 +140,6 @@ def _assigned(function: Any, name: str) -> list[str]:
     return found
 
 
-def tile_evaluation(trainer: Any) -> None:
-    """Evaluate without logits, too, where nobody asks for them."""
-    head = causal_lm(trainer.model)._arctic_tiled_head
-    head.in_evaluation = trainer.compute_metrics is None and trainer.preprocess_logits_for_metrics is None
-    if head.in_evaluation:
-        trainer.args.prediction_loss_only = True
-
-
 def tile_mlps(model: nn.Module, tile: int | None) -> None:
     """Compute every MLP of ``model`` some tokens at a time, by activation checkpoints of its own. Mixtures of experts
     are left alone.
@@ -191,20 +186,29 @@ def recompute(model: Any, share: float) -> None:
         layer.gradient_checkpointing = int((number + 1) * share) > int(number * share)
 
 
-def offload_activations(trainer: Any) -> None:
-    """Keep what the backward pass of ``trainer`` needs in host memory meanwhile; without an accelerator it is there
-    already.
-    """
-    if not torch.accelerator.is_available() or getattr(
-        trainer.args, "activation_offloading", False
-    ):  # TRL's own trainer does it then
-        return
-    from trl.models.activation_offloading import get_act_offloading_ctx_manager
+class TiledEvaluation(Trainer):
+    """Mixin: evaluation has no logits either, where nobody asks for them."""
 
-    context, step = get_act_offloading_ctx_manager(model=trainer.model, warn_if_no_head=False), trainer.training_step
+    def on_attach(self, plugin: Plugin) -> None:
+        head = causal_lm(self.model)._arctic_tiled_head
+        head.in_evaluation = self.compute_metrics is None and self.preprocess_logits_for_metrics is None
+        if head.in_evaluation:
+            self.args.prediction_loss_only = True
 
-    def training_step(*args: Any, **kwargs: Any) -> Any:
-        with context:
-            return step(*args, **kwargs)
 
-    trainer.training_step = training_step
+class OffloadedActivations(Trainer):
+    """Mixin: what the backward pass needs is in host memory meanwhile. Without an accelerator it is there already."""
+
+    offloading: Any
+
+    def on_attach(self, plugin: Plugin) -> None:
+        self.offloading = nullcontext()
+        # TRL's own trainer does it where its arguments say so.
+        if torch.accelerator.is_available() and not getattr(self.args, "activation_offloading", False):
+            from trl.models.activation_offloading import get_act_offloading_ctx_manager
+
+            self.offloading = get_act_offloading_ctx_manager(model=self.model, warn_if_no_head=False)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        with self.offloading:
+            return super().training_step(*args, **kwargs)

@@ -26,6 +26,15 @@ class LongSeq(Plugin):
     def row_processes(self) -> int:
         return self.options.sequence_parallel
 
+    @property
+    def trainer_mixins(self) -> tuple[str, ...]:
+        wanted = {
+            "hf:TiledEvaluation": self.options.tiled_loss,
+            "hf:OffloadedActivations": self.options.offload_activations,
+            "training:SharedTexts": self.options.sequence_parallel > 1,
+        }
+        return tuple(f"arctic_plugins_longseq.{target}" for target, used in wanted.items() if used)
+
     @hookimpl
     def validate(self, hardware: str) -> Iterable[str]:
         self.check_processes("sequence_parallel")
@@ -57,16 +66,3 @@ class LongSeq(Plugin):
         if self.options.recompute:
             hf.recompute(model, self.options.recompute)
         return model
-
-    @hookimpl
-    def hf_attach_trainer(self, trainer: Any) -> None:
-        from arctic_plugins_longseq import hf
-
-        if self.options.tiled_loss:
-            hf.tile_evaluation(trainer)
-        if self.options.offload_activations:
-            hf.offload_activations(trainer)
-        if self.options.sequence_parallel > 1:
-            from arctic_plugins_longseq.training import parallelize
-
-            parallelize(trainer, self.options.sequence_parallel)

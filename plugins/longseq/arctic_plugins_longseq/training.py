@@ -13,7 +13,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,27 +31,62 @@ from arctic_plugins.errors import ConfigError
 from arctic_plugins_longseq.hf import causal_lm, in_place_of
 from arctic_plugins_longseq.ulysses import Heads, Sequence, Share, Whole, computing, current
 
-__all__ = ["parallelize"]
+if TYPE_CHECKING:
+    from arctic_plugins_longseq.plugin import LongSeq
+
+__all__ = ["SharedTexts"]
 
 OPTION = "plugins.longseq.sequence_parallel"
 
 
-def parallelize(trainer: Trainer, processes: int) -> None:
-    """Let ``processes`` consecutive processes share every text of ``trainer``.
+class SharedTexts(Trainer):
+    """Mixin: ``sequence_parallel`` consecutive processes share every text.
+
+    Batches are cut where they are fetched, and attention knows of the others' tokens while they are computed.
 
     Raises:
         ConfigError: the model or the trainer needs whole texts in one process.
     """
-    model = causal_lm(trainer.model)
-    _check(trainer, model, processes)
-    sequence = Sequence(processes)
-    _replace_attention(model)
-    _rotate_by_the_whole(model)
-    if not trainer.is_deepspeed_enabled:  # which may have cut the weights in pieces, that only its engine puts together
-        _compare(model, sequence)
-    groups = _Groups(trainer.accelerator, sequence)
-    _read_together(trainer, groups, sequence)
-    _share_batches(trainer, groups, sequence)
+
+    text_sequence: Sequence
+    text_groups: _Groups
+
+    def on_attach(self, plugin: LongSeq) -> None:
+        processes, model = plugin.options.sequence_parallel, causal_lm(self.model)
+        _check(self, model, processes)
+        sequence = Sequence(processes)
+        _replace_attention(model)
+        _rotate_by_the_whole(model)
+        if not self.is_deepspeed_enabled:  # which may have cut the weights in pieces that only its engine puts together
+            _compare(model, sequence)
+        self.text_sequence, self.text_groups = sequence, _Groups(self.accelerator, sequence)
+        self.args.prediction_loss_only = True
+        # Rows of the dataset go to groups of processes, in the order in which as many single processes get them.
+        prepare = type(self.accelerator).prepare_data_loader
+        self.accelerator.prepare_data_loader = functools.partial(prepare, self.text_groups)
+
+    def get_total_train_batch_size(self, args: Any) -> int:
+        return int(super().get_total_train_batch_size(args)) // self.text_sequence.size
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        return super().get_batch_samples(map(self._share, epoch_iterator), num_batches, device)
+
+    def training_step(self, model: Any, inputs: Share, *args: Any, **kwargs: Any) -> Tensor:
+        with computing(inputs):
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        batch = self._share(inputs)
+        with computing(batch):
+            loss, _, _ = super().prediction_step(model, batch, *args, **kwargs)
+        # evaluation_loop resets it at its end
+        self.gather_function = functools.partial(type(self.accelerator).gather_for_metrics, self.text_groups)
+        return None if loss is None else self.text_sequence.mean(loss), None, None
+
+    def _share(self, batch: Any) -> Share:
+        _check_batch(batch)
+        return self.text_sequence.share(batch, self.args.device)
 
 
 def _check(trainer: Trainer, model: Any, processes: int) -> None:
@@ -235,44 +270,6 @@ class _Groups:
         """The first process of each group speaks for it."""
         gathered = self._accelerator.gather(tensor)
         return gathered.view(-1, self._sequence.size, *tensor.shape)[:, 0].reshape(-1, *tensor.shape[1:])
-
-
-def _read_together(trainer: Trainer, groups: _Groups, sequence: Sequence) -> None:
-    """Rows of the dataset go to groups of processes, in the order in which as many single processes get them."""
-    trainer.accelerator.prepare_data_loader = functools.partial(type(trainer.accelerator).prepare_data_loader, groups)
-    total = trainer.get_total_train_batch_size
-    trainer.get_total_train_batch_size = lambda args: total(args) // sequence.size
-
-
-def _share_batches(trainer: Trainer, groups: _Groups, sequence: Sequence) -> None:
-    """Cut batches where they are fetched, and let attention know while they are computed."""
-    fetch, train, predict = trainer.get_batch_samples, trainer.training_step, trainer.prediction_step
-    gather = functools.partial(type(trainer.accelerator).gather_for_metrics, groups)
-    trainer.args.prediction_loss_only = True
-
-    def share(batch: Any) -> Share:
-        _check_batch(batch)
-        return sequence.share(batch, trainer.args.device)
-
-    def get_batch_samples(epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        return fetch(map(share, epoch_iterator), num_batches, device)
-
-    def training_step(model: Any, inputs: Share, *args: Any, **kwargs: Any) -> Tensor:
-        with computing(inputs):
-            return train(model, inputs, *args, **kwargs)
-
-    def prediction_step(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        batch = share(inputs)
-        with computing(batch):
-            loss, _, _ = predict(model, batch, *args, **kwargs)
-        trainer.gather_function = gather  # evaluation_loop resets it at its end
-        return None if loss is None else sequence.mean(loss), None, None
-
-    trainer.get_batch_samples, trainer.training_step, trainer.prediction_step = (
-        get_batch_samples,
-        training_step,
-        prediction_step,
-    )
 
 
 def _check_batch(batch: Any) -> None:

@@ -40,6 +40,10 @@ class MoE(Plugin):
             ),
         )
 
+    @property
+    def trainer_mixins(self) -> tuple[str, ...]:
+        return ("arctic_plugins_moe.training:LogsRouters",) if self.options.log else ()
+
     @hookimpl
     def validate(self, model_config: Any) -> Iterable[str]:
         self.check_processes("expert_parallel")
@@ -82,9 +86,3 @@ class MoE(Plugin):
             )
         dispatch = ExpertParallel(self.options)
         return [Claim("experts_dispatch", name, dispatch) for name in experts]
-
-    @hookimpl
-    def hf_attach_trainer(self, trainer: Any) -> None:
-        from arctic_plugins_moe.training import attach
-
-        attach(trainer, self.options)

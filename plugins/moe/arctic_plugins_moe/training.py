@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
-from arctic_plugins_moe.config import MoEConfig
 from arctic_plugins_moe.router import Capacity, expert_load, load_balancing_loss, router_entropy
 
-__all__ = ["RouterFigures", "attach"]
+if TYPE_CHECKING:
+    from arctic_plugins_moe.plugin import MoE
+
+__all__ = ["LogsRouters", "RouterFigures"]
 
 
-def attach(trainer: Any, options: MoEConfig) -> None:
-    """Let ``trainer`` log the figures of every router of its model; nothing without ``options.log``."""
-    if not options.log:
-        return
-    capacity = None if options.capacity_factor is None else Capacity(options.capacity_factor, options.min_capacity)
-    figures = RouterFigures(trainer.model, capacity)
-    stock = trainer.log
+class LogsRouters(Trainer):
+    """Mixin: the figures of every router of the model are in the Trainer's logs."""
 
-    def log(logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        stock({**logs, **figures.take()} if "loss" in logs else logs, *args, **kwargs)
+    router_figures: RouterFigures
 
-    trainer.log = log
+    def on_attach(self, plugin: MoE) -> None:
+        options = plugin.options
+        capacity = None if options.capacity_factor is None else Capacity(options.capacity_factor, options.min_capacity)
+        self.router_figures = RouterFigures(self.model, capacity)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        super().log({**logs, **self.router_figures.take()} if "loss" in logs else logs, *args, **kwargs)
 
 
 class RouterFigures:

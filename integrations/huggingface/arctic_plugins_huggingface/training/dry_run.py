@@ -66,6 +66,8 @@ class RunPlan:
     """The dtype of products, and why if it is not the checkpoint's."""
     warnings: list[str]
     """Of the plugins."""
+    trainer: list[str]
+    """What the plugins add to the Trainer's class: ``"module:attribute"`` of mixins, the innermost first."""
     bytes: dict[str, int]
     """On the compute device, in one process: ``base``, ``trainable``, ``gradients`` and, for the AdamW family,
     ``optimizer``; not activations.
@@ -141,6 +143,7 @@ def make_plan(run: Run) -> RunPlan:
         data=str(run.data.counts) if rows else "read while training",
         compute=run.model.dtype_reason or f"computing in {dtype_name(computes)}",
         warnings=list(run.model.warnings),
+        trainer=[target for target, _ in stack.trainer_mixins()],
         bytes=sizes,
     )
 
@@ -191,6 +194,8 @@ def show_plan(plan: RunPlan, console: Console) -> None:
         f"{plan.steps:,} over " + (f"{plan.rows:,} rows after cutting and packing" if plan.rows else "a stream"),
     )
     figures.add_row("memory", f"{sizes} (computed, without activations)")
+    if plan.trainer:
+        figures.add_row("trainer", "with " + ", ".join(target.partition(":")[2] for target in plan.trainer))
     for warning in plan.warnings:
         figures.add_row("warning", escape(warning))
     console.print(figures)

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from arctic_plugins.errors import ConfigError, Diverged
 from arctic_plugins_huggingface.files.check import complete_checkpoints
 
-__all__ = ["FiniteGuard", "anywhere"]
+__all__ = ["FiniteGuard", "FiniteSteps", "anywhere"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class FiniteGuard(TrainerCallback):
     for once a step.
 
     Args:
-        trainer: whose callback this will be.
+        trainer: whose callback this will be, composed with :class:`FiniteSteps`.
         skip: leave such a step out, with a warning, and raise only where more than :data:`MOST_SKIPPED` follow one
             another.
 
@@ -58,15 +58,11 @@ class FiniteGuard(TrainerCallback):
             or trainer.is_deepspeed_enabled
             or getattr(trainer.accelerator, "scaler", None) is not None
         )
-        step = trainer.training_step
 
-        def training_step(*args: Any, **kwargs: Any) -> Tensor:
-            loss: Tensor = step(*args, **kwargs)
-            bad = ~loss.detach().isfinite().all()
-            self.bad = bad if self.bad is None else self.bad | bad
-            return loss
-
-        trainer.training_step = training_step
+    def see(self, loss: Tensor) -> None:
+        """Take note of the ``loss`` of a part of a step; the device is not waited for."""
+        bad = ~loss.detach().isfinite().all()
+        self.bad = bad if self.bad is None else self.bad | bad
 
     def on_pre_optimizer_step(
         self,
@@ -114,6 +110,17 @@ class FiniteGuard(TrainerCallback):
             raise _diverged("result", args, state.global_step)
 
     on_epoch_end = on_step_end  # with save_strategy "epoch" it is known only then that a checkpoint follows
+
+
+class FiniteSteps(Trainer):
+    """Mixin: the guard sees the loss of every training step."""
+
+    finite_guard: FiniteGuard
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self.finite_guard.see(loss)
+        return loss
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:

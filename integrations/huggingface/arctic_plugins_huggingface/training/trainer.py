@@ -23,15 +23,15 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from arctic_plugins.compute import warning_for
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins.provenance import check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
 from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.files.check import by_step, complete_checkpoints
 from arctic_plugins_huggingface.loading.names import split_conversions
 from arctic_plugins_huggingface.loading.restore import restore_weights
-from arctic_plugins_huggingface.training.experts_ddp import spread
-from arctic_plugins_huggingface.training.finite import FiniteGuard, anywhere
+from arctic_plugins_huggingface.training.experts_ddp import experts_mixin
+from arctic_plugins_huggingface.training.finite import FiniteGuard, FiniteSteps, anywhere
+from arctic_plugins_huggingface.training.mixins import compose, plugin_mixins
 
 __all__ = ["ArcticTrainingArguments", "GracefulStop", "attach", "last_checkpoint"]
 
@@ -101,10 +101,14 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
     the new one is marked as complete.
 
     Args:
-        trainer: changed, and returned.
+        trainer: changed, and returned. Its class becomes a subclass of the one it has, composed of what the host and
+            the plugins contribute; ``repr(trainer)`` names them.
         stack: what the model was loaded with.
         skip_nonfinite: leave a step whose loss or gradient is NaN or infinite out, instead of raising
             :class:`~arctic_plugins.errors.Diverged`; eleven in a row raise it still.
+
+    Raises:
+        ConfigError: the trainer was attached to a stack already, or what a plugin finds wrong with it.
     """
     if trainer.args.bf16 and (
         line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)
@@ -112,17 +116,32 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
         logger.warning(line)  # TRL's SFTConfig turns it on by itself
     if trainer.args.use_cpu:
         _set_timeouts(trainer.args.ddp_timeout_delta)
-    if is_spread(trainer.model):
-        trainer.add_callback(spread(trainer))  # before the one that marks checkpoints as complete
-    else:
-        _restore_converted(trainer)
-    if trainer.is_deepspeed_enabled:
-        _keep_encoded(trainer)
-    trainer.add_callback(FiniteGuard(trainer, skip=skip_nonfinite))
-    trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))
+    compose(trainer, [*_host_mixins(trainer), *plugin_mixins(stack)])
+    guard = FiniteGuard(trainer, skip=skip_nonfinite)
+    trainer.finite_guard = guard
+    trainer.add_callback(guard)
+    trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))  # last of the host's
     trainer.args.save_total_limit = None
     stack.hf_attach_trainer(trainer)
     return trainer
+
+
+def _host_mixins(trainer: Trainer) -> list[tuple[type, None]]:
+    """What the host itself adds, the innermost first."""
+    found: list[type] = []
+    if trainer.is_deepspeed_enabled:
+        from arctic_plugins_huggingface.training.deepspeed import mixins
+
+        found += mixins(trainer)
+    elif is_spread(trainer.model):
+        found.append(experts_mixin(trainer))
+    elif (
+        not trainer.is_fsdp_enabled  # which has files of its own
+        and not isinstance(trainer.model, PeftModel)
+        and split_conversions(trainer.model)[1]
+    ):
+        found.append(RestoresConverted)
+    return [(mixin, None) for mixin in (*found, FiniteSteps)]
 
 
 def _set_timeouts(timeout: timedelta) -> None:
@@ -134,36 +153,16 @@ def _set_timeouts(timeout: timedelta) -> None:
             distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def _keep_encoded(trainer: Trainer) -> None:
-    """DeepSpeed casts every floating parameter to its dtype, scales of encoded weights, too (``runtime/engine.py``,
-    0.19.8): give them back.
+class RestoresConverted(Trainer):
+    """Mixin: resuming, and the best model at the end, where checkpoints hold weights under other names than the model,
+    or cut otherwise.
     """
-    prepare = trainer.accelerator._prepare_deepspeed
 
-    def prepare_deepspeed(*args: Any) -> Any:
-        frozen = [module for module in trainer.model.modules() if isinstance(module, FrozenModule)]
-        encoded = [(parameter, parameter.data) for module in frozen for parameter in module.encoded()]
-        prepared = prepare(*args)
-        for parameter, data in encoded:
-            parameter.data = data.to(parameter.device)
-        return prepared
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        restore_weights(model or self.model, resume_from_checkpoint)
 
-    trainer.accelerator._prepare_deepspeed = prepare_deepspeed
-
-
-def _restore_converted(trainer: Trainer) -> None:
-    """Resuming, and the best model at the end, where checkpoints hold weights under other names than the model, or cut
-    otherwise.
-    """
-    others = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled  # they have files of their own
-    if others or isinstance(trainer.model, PeftModel) or not split_conversions(trainer.model)[1]:
-        return
-
-    def restore(checkpoint: str, model: Any = None) -> None:
-        restore_weights(model or trainer.model, checkpoint)
-
-    trainer._load_from_checkpoint = restore
-    trainer._load_best_model = lambda: restore(trainer.state.best_model_checkpoint)
+    def _load_best_model(self) -> None:
+        restore_weights(self.model, str(self.state.best_model_checkpoint))
 
 
 def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:

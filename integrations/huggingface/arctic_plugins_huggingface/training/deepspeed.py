@@ -1,4 +1,5 @@
-"""Spread experts under DeepSpeed's ZeRO, stages 1 and 2. Read in deepspeed 0.19.8 and accelerate 1.15.0.
+"""Training with DeepSpeed's ZeRO over encoded weights and spread experts. Read in deepspeed 0.19.8 and accelerate
+1.15.0.
 
 DeepSpeed knows experts of its own ``MoE`` layers: parameters with ``allreduce = False`` and the name of a group, in
 optimizer groups marked ``moe``. Their gradients are added up among the processes that have the same experts, their
@@ -8,6 +9,8 @@ marked alike.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from deepspeed.moe.layer import MoE  # type: ignore[import-untyped]
@@ -16,41 +19,67 @@ from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-unty
 from deepspeed.utils import groups  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.errors import CheckpointError, ConfigError
+from arctic_plugins.frozen import FrozenModule
+from arctic_plugins.plugin import Plugin
+from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.training.experts_ddp import SpreadExperts
 
-__all__ = ["SpreadOverZero"]
+__all__ = ["OverDeepSpeed", "SpreadOverZero", "mixins"]
 
 _MARKER = "arctic_plugins_experts"
 
 
-class SpreadOverZero(SpreadExperts):
-    """What a trainer with DeepSpeed does otherwise.
+def mixins(trainer: Trainer) -> list[type[Trainer]]:
+    """What ``trainer`` needs where DeepSpeed makes its steps."""
+    return [SpreadOverZero if is_spread(trainer.model) else OverDeepSpeed]
+
+
+class OverDeepSpeed(Trainer):
+    """Mixin: encoded weights stay as they are.
+
+    DeepSpeed casts every floating parameter to its dtype (``runtime/engine.py``), the scales of encoded weights too.
+    """
+
+    def on_attach(self, plugin: Plugin | None) -> None:
+        stock = self.accelerator._prepare_deepspeed
+        self.accelerator._prepare_deepspeed = functools.partial(self.prepare_deepspeed, stock)
+
+    def prepare_deepspeed(self, prepare: Callable[..., Any], *objects: Any) -> Any:
+        """``Accelerator._prepare_deepspeed``, which is ``prepare``."""
+        frozen = [module for module in self.model.modules() if isinstance(module, FrozenModule)]
+        encoded = [(parameter, parameter.data) for module in frozen for parameter in module.encoded()]
+        prepared = prepare(*objects)
+        for parameter, data in encoded:
+            parameter.data = data.to(parameter.device)
+        return prepared
+
+
+class SpreadOverZero(SpreadExperts, OverDeepSpeed):
+    """Mixin for DeepSpeed with spread experts.
 
     Raises:
         ConfigError: the stage is neither 1 nor 2.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        super().__init__(trainer)
-        stage = trainer.accelerator.state.deepspeed_plugin.zero_stage
+    def on_attach(self, plugin: Plugin | None) -> None:
+        OverDeepSpeed.on_attach(self, plugin)
+        SpreadExperts.on_attach(self, plugin)
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage
         if stage not in (1, 2):
             raise ConfigError(
                 f"training uses DeepSpeed with ZeRO stage {stage} and plugins.moe.expert_parallel",
                 expected="stage 1 or 2: at stage 0 DeepSpeed clips by the norm of a process's own experts",
                 fix="change the stage, or leave expert_parallel or deepspeed out",
             )
-        for parameter, _ in self.local.values():  # also frozen ones, which the engine would give all processes alike
+        for parameter, _ in self.spread.values():  # also frozen ones, which the engine would give all processes alike
             parameter.allreduce, parameter.group_name = False, f"ep_size_{self.dispatch.size}"  # type: ignore[attr-defined]
-        self.prepare = trainer.accelerator._prepare_deepspeed
-        trainer.accelerator._prepare_deepspeed = self.prepare_with_experts
-        trainer.model.register_load_state_dict_pre_hook(self.keep_own)
-        self.load_best_model = trainer._load_best_model
-        trainer._load_best_model = self.best
+        self.model.register_load_state_dict_pre_hook(self._keep_own_experts)
+        self.add_callback(_TakesWhatWasRead(self))
 
-    def prepare_with_experts(self, *objects: Any) -> Any:
+    def prepare_deepspeed(self, prepare: Callable[..., Any], *objects: Any) -> Any:
         """``Accelerator._prepare_deepspeed``: the engine looks for layers of its own kind when it is made, and must
         find none later.
         """
@@ -60,24 +89,23 @@ class SpreadOverZero(SpreadExperts):
                 optimizer.param_groups[:] = [
                     group for group in split_params_into_different_moe_groups_for_optimizer(named) if group["params"]
                 ]
-        model: nn.Module = self.trainer.model
-        model.add_module(_MARKER, (_Mixtures if self.trained else _Groups)(self.dispatch.size))
+        model: nn.Module = self.model
+        model.add_module(_MARKER, (_Mixtures if self.trained_experts else _Groups)(self.dispatch.size))
         try:
-            prepared = self.prepare(*objects)
+            prepared = super().prepare_deepspeed(prepare, *objects)
         finally:
             delattr(model, _MARKER)
         for engine in prepared:
             if isinstance(engine, DeepSpeedEngine):
-                engine.has_moe_layers = (
-                    False  # its files are those of a model without: a process's experts come back from its optimizer's
-                )
+                # Its files are those of a model without experts: a process's own come back from its optimizer's.
+                engine.has_moe_layers = False
         return prepared
 
-    def keep_own(self, _: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _keep_own_experts(self, _: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """DeepSpeed's file of the model has the experts of the first process: every process keeps its own until the
         optimizer's file is read.
         """
-        for name, (parameter, _dispatch) in self.local.items():
+        for name, (parameter, _dispatch) in self.spread.items():
             saved = state.get(f"{prefix}{name}")
             if saved is not None and saved.shape != parameter.shape:
                 raise CheckpointError(
@@ -88,15 +116,20 @@ class SpreadOverZero(SpreadExperts):
             if saved is not None:
                 state[f"{prefix}{name}"] = parameter.data
 
-    def best(self) -> None:
-        """``Trainer._load_best_model``."""
-        self.load_best_model()
-        self.trainer.deepspeed.optimizer.update_lp_params()
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self.deepspeed.optimizer.update_lp_params()
+
+
+class _TakesWhatWasRead(TrainerCallback):
+    """After resuming, gives the model what the optimizer has read."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After resuming, give the model what the optimizer has read."""
         self.trainer.deepspeed.optimizer.update_lp_params()
 
 
