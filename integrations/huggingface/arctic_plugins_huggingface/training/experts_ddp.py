@@ -1,9 +1,9 @@
 """Training a model whose experts are spread over processes (slot ``experts_dispatch``) with the ordinary Trainer. Read
 in transformers 5.19.0.
 
-What all processes have is averaged over all; experts are averaged over the processes that have the same ones. The Trainer's
-methods are overridden for the norm that gradients are clipped by, which is that of the whole model, for saving, and for
-resuming.
+What all processes have is averaged over all; experts are averaged over the processes that have the same ones. The
+Trainer's methods are overridden for the norm that gradients are clipped by, which is that of the whole model, for
+saving, and for resuming.
 """
 
 from __future__ import annotations
