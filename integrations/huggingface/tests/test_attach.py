@@ -64,7 +64,7 @@ def parts(tiny_checkpoint):
     ids = tokenizer("the number 12 the number 12")["input_ids"]
     CALLS.clear()
     rows = Dataset.from_list([{"input_ids": ids, "labels": ids}] * 8)
-    return model, tokenizer, rows, ours.plus(Stack((Second({}), First({}))))
+    return model, tokenizer, rows, ours.plus(Stack((Second.from_options({}), First.from_options({}))))
 
 
 @pytest.mark.parametrize(("kind", "arguments"), [(Trainer, TrainingArguments), (SFTTrainer, SFTConfig)])
@@ -106,7 +106,9 @@ def test_a_slot_that_is_left_out_adds_nothing_to_a_trainer():
 
 
 def test_what_a_plugin_adds_to_a_trainer_is_shown(capsys):
-    assert main(["plugins", "moe"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["plugins", "moe"])
     assert "Adds to the Trainer: arctic_plugins_moe.training:LogsRouters" in capsys.readouterr().out
-    assert main(["plugins", "longseq", "--json"]) == 0
+    with pytest.raises(SystemExit, match="0"):
+        main(["plugins", "longseq", "--json"])
     assert json.loads(capsys.readouterr().out)["trainer_mixins"] == ["arctic_plugins_longseq.hf:TiledEvaluation"]
