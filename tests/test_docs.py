@@ -27,6 +27,7 @@ DISTRIBUTIONS = [
     ROOT / "pyproject.toml",
     *sorted(ROOT.glob("integrations/*/pyproject.toml")),
     *sorted(ROOT.glob("plugins/*/pyproject.toml")),
+    *sorted(ROOT.glob("examples/*/pyproject.toml")),
 ]
 PROJECTS = [tomllib.loads(path.read_text())["project"] for path in DISTRIBUTIONS]
 

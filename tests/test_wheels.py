@@ -14,7 +14,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SOURCES = [
     ROOT,
-    *sorted(path.parent for folder in ("integrations", "plugins") for path in (ROOT / folder).glob("*/pyproject.toml")),
+    *sorted(
+        path.parent
+        for folder in ("integrations", "plugins", "examples")
+        for path in (ROOT / folder).glob("*/pyproject.toml")
+    ),
 ]
 
 
