@@ -44,6 +44,8 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
         for name in track(("torch", "transformers", "peft", "datasets", "trl"), "importing libraries", console=console):
             import_module(name)
         quiet_hosts()
+        from arctic_plugins_huggingface import load_model
+
         from arctic_plugins_demo.run import run_demo
     told: set[str] = set()
 
@@ -53,5 +55,5 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
         told.add(record.getMessage())
         return not repeated
 
-    logging.getLogger("arctic_plugins_huggingface.loading.load").addFilter(once)
+    logging.getLogger(load_model.__module__).addFilter(once)
     run_demo(out, serve=serve, console=console)
