@@ -1,7 +1,9 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-PARTS := integrations/huggingface integrations/vllm plugins/fp8 plugins/longseq plugins/lora plugins/moe plugins/offload plugins/rope plugins/shard
+# Which distributions there are, pyproject.toml says.
+WORKSPACE := $(shell sed -n 's/^distributions = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
+PARTS := $(patsubst %/pyproject.toml,%,$(wildcard $(addsuffix /pyproject.toml,$(WORKSPACE))))
 OURS := . $(PARTS)
 PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plugins_*))
 
@@ -40,7 +42,7 @@ test-avx2: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(PACKAGES)
+	MYPYPATH="$$(echo $(OURS) | tr ' ' :)" $(BIN)/mypy $(PACKAGES)
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PARTS = [ROOT, *sorted((ROOT / "integrations").iterdir()), *sorted((ROOT / "plugins").iterdir())]
 TESTS = (
     "plugins/fp8/tests/test_kernels.py",
     "plugins/longseq/tests/test_longseq.py",
@@ -43,7 +42,8 @@ CODECS: dict[str, dict[str, Any]] = {
 
 def expose(site: Path) -> None:
     """Make this checkout's packages importable, and their entry points visible, here and in child processes."""
-    parts = [part for part in PARTS if (part / "pyproject.toml").is_file()]
+    workspace = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["arctic-plugins"]["distributions"]
+    parts = [ROOT, *sorted(path.parent for folder in workspace for path in ROOT.glob(f"{folder}/pyproject.toml"))]
     for part in parts:
         project = tomllib.loads((part / "pyproject.toml").read_text())["project"]
         metadata = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"

@@ -38,8 +38,8 @@ def measure(plugins: dict[str, Any], checkpoints: bool, rows: int, length: int, 
     """Train in this process."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as `arctic train` does
     import torch
+    from arctic_plugins_demo.model import smollm2
     from arctic_plugins_huggingface import load_model
-    from arctic_plugins_huggingface.demo.model import smollm2
 
     from arctic_plugins import Stack
 

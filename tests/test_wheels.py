@@ -12,10 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [
-    ROOT,
-    *sorted(path.parent for folder in ("integrations", "plugins") for path in (ROOT / folder).glob("*/pyproject.toml")),
-]
 
 
 def quiet(*command, **options):
@@ -28,7 +24,7 @@ def quiet(*command, **options):
 
 
 @pytest.fixture(scope="module")
-def wheels(tmp_path_factory):
+def wheels(distributions, tmp_path_factory):
     """The wheels, built from a copy of what git would give away."""
     directory = tmp_path_factory.mktemp("wheels")
     quiet(
@@ -41,15 +37,15 @@ def wheels(tmp_path_factory):
         "--no-index",
         "-w",
         directory,
-        *SOURCES,
+        *distributions,
         timeout=300,
     )
     return directory
 
 
-def test_a_wheel_for_each_distribution_with_nothing_that_does_not_belong(wheels):
+def test_a_wheel_for_each_distribution_with_nothing_that_does_not_belong(distributions, wheels):
     found = sorted(wheels.glob("*.whl"))
-    assert len(found) == len(SOURCES)
+    assert len(found) == len(distributions)
     for wheel in found:
         names = zipfile.ZipFile(wheel).namelist()
         package = wheel.name.partition("-")[0]

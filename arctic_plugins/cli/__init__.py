@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 import traceback
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint, entry_points, metadata
 
 import click
 
@@ -49,6 +49,10 @@ class _Commands(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         if args and not args[0].startswith("-") and args[0] not in _commands():
+            if args[0] in metadata("arctic-plugins").get_all("Provides-Extra", []):
+                raise click.UsageError(
+                    f"'{args[0]}' is not a command here, but an extra: pip install 'arctic-plugins[{args[0]}]'"
+                )
             raise click.UsageError(f"'{args[0]}' is not a command; {suggest(args[0], _commands())}")
         return super().resolve_command(ctx, args)
 

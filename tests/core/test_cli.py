@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from arctic_plugins import cli
 from arctic_plugins.cli import main
 
 COMMANDS = ["demo", "generate", "merge", "plugins", "quantize", "serve", "train"]
@@ -71,6 +72,16 @@ def test_bad_input_is_one_line_and_status_2(here, arguments, message):
     assert status == 2
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_command_of_an_extra_says_what_to_install(here, monkeypatch):
+    commands = {name: point for name, point in cli._commands().items() if name != "demo"}
+    monkeypatch.setattr(cli, "_commands", lambda: commands)
+    assert here("demo", "--out", "anywhere") == (
+        2,
+        "",
+        "arctic: 'demo' is not a command here, but an extra: pip install 'arctic-plugins[demo]'\n",
+    )
 
 
 def test_a_process_ends_with_the_status_and_the_line_of_its_error():

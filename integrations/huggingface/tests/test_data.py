@@ -111,7 +111,7 @@ def test_the_labels_of_a_chat_are_those_of_trls_assistant_masks(tmp_path):
     """SmolLM2's template, which ends each turn with a newline; TRL's own version of it marks what the assistant
     says.
     """
-    from arctic_plugins_huggingface.demo.model import smollm2
+    from arctic_plugins_demo.model import smollm2
 
     tokenizer = load_tokenizer(smollm2())
     row = load(tokenizer, write(tmp_path / "a.jsonl", [{"messages": CHAT}]), format="messages").train[0]

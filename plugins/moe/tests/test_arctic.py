@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 
-import arctic_reference as reference
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register
@@ -48,7 +47,7 @@ def build(**changes):
 @pytest.mark.parametrize(
     ("frequency", "hybrid", "top_k", "kv_heads"), itertools.product((1, 2), (True, False), (1, 2), (4, 2))
 )
-def test_logits_are_those_of_the_equations(tmp_path, frequency, hybrid, top_k, kv_heads):
+def test_logits_are_those_of_the_equations(tmp_path, equations, frequency, hybrid, top_k, kv_heads):
     changes = {
         "moe_layer_frequency": frequency,
         "parallel_attn_mlp_res": hybrid,
@@ -58,7 +57,7 @@ def test_logits_are_those_of_the_equations(tmp_path, frequency, hybrid, top_k, k
     model = build(**changes).eval()
     model.save_pretrained(tmp_path)
     weights = {name: weight.double() for name, weight in load_file(tmp_path / "model.safetensors").items()}
-    expected = reference.logits(IDS, weights, reference.config_of(model.config)).float()
+    expected = equations(model.config, weights)(IDS).float()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(loaded(IDS[None]).logits, model(IDS[None]).logits)

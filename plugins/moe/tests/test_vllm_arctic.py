@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import arctic_reference as equations
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register, save_checkpoint
@@ -74,13 +73,11 @@ def results(result, count):
     return lines
 
 
-def by_equations(checkpoint):
-    weights, config = (
-        load_file(checkpoint / "model.safetensors"),
-        equations.config_of(AutoConfig.from_pretrained(checkpoint)),
+@pytest.fixture
+def by_equations(equations):
+    return lambda checkpoint: equations(
+        AutoConfig.from_pretrained(checkpoint), load_file(checkpoint / "model.safetensors")
     )
-    weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
-    return lambda ids: equations.logits(torch.tensor(ids), weights, config)
 
 
 def by_transformers(model):
@@ -120,7 +117,7 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize("half", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_every_kind_of_layer_is_that_of_the_equations(half, tmp_path, cache):
+def test_every_kind_of_layer_is_that_of_the_equations(half, by_equations, tmp_path, cache):
     """All sixteen; one half already has every three of the four choices together."""
     models = []
     for choice in itertools.product((0, 1), repeat=4):
@@ -155,7 +152,7 @@ def encoded(plain, tmp_path_factory):
     return save_checkpoint(*load_model(plain, stack), tmp_path_factory.mktemp("arctic") / "fp8", stack)
 
 
-def test_caches_chunks_encoded_weights_and_adapters(plain, encoded, tmp_path, cache):
+def test_caches_chunks_encoded_weights_and_adapters(plain, encoded, by_equations, tmp_path, cache):
     """Four engines: a prompt that comes in chunks, and again from the prefix cache; fp8 made before and while loading;
     adapters over both, on attention and on MLPs that are no experts."""
     attention, mlps = [f"{name}_proj" for name in "qkvo"], ["w1", "w2", "w3"]
@@ -194,7 +191,7 @@ MANY = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
 
 
-def test_two_processes_share_layers_or_experts(plain, encoded, cache):
+def test_two_processes_share_layers_or_experts(plain, encoded, by_equations, cache):
     jobs = [
         {"llm": {"model": plain, **TWO}, "tokens": 4},
         {"llm": {"model": encoded, **TWO, "enable_expert_parallel": True}, "tokens": 4},
@@ -234,7 +231,7 @@ def test_what_would_crash_or_be_wrong_is_refused(tmp_path, cache, sizes, options
 
 
 @pytest.mark.slow
-def test_compiled_in_one_process_and_in_two_stages(plain, encoded, cache):
+def test_compiled_in_one_process_and_in_two_stages(plain, encoded, by_equations, cache):
     """Pipeline stages are compiled: in eager mode vLLM 0.32 itself stops with them on CPU, with every model."""
     whole, fp8 = results(
         run([{"llm": {"model": model, "enforce_eager": False}} for model in (plain, encoded)], cache), 2

@@ -4,13 +4,13 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from arctic_plugins_demo.budget import StepBudget
+from arctic_plugins_demo.model import smollm2
+from arctic_plugins_demo.page import write_page
+from arctic_plugins_demo.run import DemoReport, ServedAnswer, one_of_each_kind
+from arctic_plugins_demo.serving import Server
+from arctic_plugins_demo.text_to_sql import generate
 from arctic_plugins_huggingface import load_model
-from arctic_plugins_huggingface.demo.budget import StepBudget
-from arctic_plugins_huggingface.demo.model import smollm2
-from arctic_plugins_huggingface.demo.page import write_page
-from arctic_plugins_huggingface.demo.run import DemoReport, ServedAnswer, one_of_each_kind
-from arctic_plugins_huggingface.demo.serving import Server
-from arctic_plugins_huggingface.demo.text_to_sql import generate
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments, get_linear_schedule_with_warmup
 
@@ -27,7 +27,7 @@ def test_the_questions_served_are_of_different_kinds():
 def test_a_run_is_as_long_as_its_time_allows_at_the_speed_of_its_first_steps(tmp_path, monkeypatch, seconds, steps):
     """On a machine that does a step in a second, after a first one of a minute."""
     now = [0.0]
-    monkeypatch.setattr("arctic_plugins_huggingface.demo.budget.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("arctic_plugins_demo.budget.time.perf_counter", lambda: now[0])
     arguments, state, control = (
         TrainingArguments(tmp_path, max_steps=20, use_cpu=True),
         TrainerState(max_steps=20),

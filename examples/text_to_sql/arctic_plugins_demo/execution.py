@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from arctic_plugins_huggingface.demo.text_to_sql import Example
+    from arctic_plugins_demo.text_to_sql import Example
 
 __all__ = ["accuracy", "execute", "extract_sql", "is_correct"]
 

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from arctic_plugins_huggingface.demo.execution import execute, is_correct
-from arctic_plugins_huggingface.demo.sql_domains import DOMAINS, LABELS, Domain, Split, Value
+from arctic_plugins_demo.execution import execute, is_correct
+from arctic_plugins_demo.sql_domains import DOMAINS, LABELS, Domain, Split, Value
 
 TASK = "Write one SQLite query that answers the question."
 
@@ -450,7 +450,7 @@ def generate(rows: int, *, seed: int, split: Split) -> list[Example]:
     Raises:
         ValueError: if the split cannot give that many distinct rows.
     """
-    rng = random.Random(f"{seed}:{split}")  # noqa: S311 - reproducible data, no secret
+    rng = random.Random(f"{seed}:{split}")  # reproducible data, no secret
     seen: set[tuple[str, str]] = set()
     examples: list[Example] = []
     for row in range(rows):

@@ -17,11 +17,11 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+from arctic_plugins_huggingface.generate import chat
+from arctic_plugins_huggingface.training.progress import progress_bar
 from rich.console import Console
 
 from arctic_plugins.errors import ArcticError
-from arctic_plugins_huggingface.generate import chat
-from arctic_plugins_huggingface.training.progress import progress_bar
 
 __all__ = ["Server"]
 

@@ -2,6 +2,7 @@
 Snowflake's names.
 """
 
+import pytest
 import torch
 from torch.nn.functional import silu
 
@@ -67,7 +68,21 @@ def logits(ids, w, c):
     return norm(x, w["model.norm.weight"], c["eps"]) @ w["lm_head.weight"].T
 
 
-def config_of(config):
+@pytest.fixture(scope="session")
+def equations():
+    """A function of an ``ArcticConfig`` and weights by Snowflake's names that gives the model: ids, a list or tensor
+    [T], -> logits [T, vocabulary].
+    """
+
+    def model(config, weights):
+        embedding = weights["model.embed_tokens.weight"]
+        weights, choices = {"lm_head.weight": embedding, **weights}, choices_of(config)
+        return lambda ids: logits(torch.as_tensor(ids), weights, choices)
+
+    return model
+
+
+def choices_of(config):
     """What :func:`logits` wants to know, of an ``ArcticConfig``."""
     return {
         "layers": config.num_hidden_layers,

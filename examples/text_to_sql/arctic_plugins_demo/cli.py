@@ -32,10 +32,9 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
     import shutil
     from importlib import import_module
 
+    from arctic_plugins_huggingface.cli import importing, quiet_hosts
     from rich.console import Console
     from rich.progress import track
-
-    from arctic_plugins_huggingface.cli import importing, quiet_hosts
 
     if overwrite and (out / "train.jsonl").is_file():
         shutil.rmtree(out)
@@ -45,7 +44,9 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
         for name in track(("torch", "transformers", "peft", "datasets", "trl"), "importing libraries", console=console):
             import_module(name)
         quiet_hosts()
-        from arctic_plugins_huggingface.demo.run import run_demo
+        from arctic_plugins_huggingface import load_model
+
+        from arctic_plugins_demo.run import run_demo
     told: set[str] = set()
 
     def once(record: logging.LogRecord) -> bool:
@@ -54,5 +55,5 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
         told.add(record.getMessage())
         return not repeated
 
-    logging.getLogger("arctic_plugins_huggingface.loading.load").addFilter(once)
+    logging.getLogger(load_model.__module__).addFilter(once)
     run_demo(out, serve=serve, console=console)

@@ -13,11 +13,12 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arctic_plugins_huggingface import save_checkpoint
+
 from arctic_plugins.cache import cache_directory
 from arctic_plugins.errors import DataError
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 
 if TYPE_CHECKING:
     from rich.console import Console

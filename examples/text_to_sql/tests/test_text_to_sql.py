@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from arctic_plugins_huggingface.demo.execution import accuracy, execute, extract_sql, is_correct
-from arctic_plugins_huggingface.demo.sql_domains import Split
-from arctic_plugins_huggingface.demo.text_to_sql import TEMPLATES, Example, generate, write_jsonl
+from arctic_plugins_demo.execution import accuracy, execute, extract_sql, is_correct
+from arctic_plugins_demo.sql_domains import Split
+from arctic_plugins_demo.text_to_sql import TEMPLATES, Example, generate, write_jsonl
 
 SETUP = """
 CREATE TABLE pets(id int, name text, kind text, weight real);
@@ -49,7 +49,7 @@ def test_the_same_seed_gives_the_same_rows(train: list[Example]) -> None:
 
 
 def test_the_hash_seed_of_the_process_does_not_matter(held_out: list[Example]) -> None:
-    code = "from arctic_plugins_huggingface.demo.text_to_sql import *; print(generate(24, seed=3, split='test'))"
+    code = "from arctic_plugins_demo.text_to_sql import *; print(generate(24, seed=3, split='test'))"
     path = Path(__file__).parents[1]
     made = subprocess.run(
         [sys.executable, "-c", code],
@@ -105,7 +105,7 @@ def test_the_questions_leave_no_gap(split: Split) -> None:
 
 
 def test_more_rows_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arctic_plugins_huggingface.demo.text_to_sql._ATTEMPTS", 0)
+    monkeypatch.setattr("arctic_plugins_demo.text_to_sql._ATTEMPTS", 0)
     with pytest.raises(ValueError, match="where_text ran out at row 0"):
         generate(1, seed=0, split="train")
 
@@ -235,7 +235,7 @@ def test_accuracy_is_counted_by_template() -> None:
 
 
 def test_the_module_does_not_need_torch() -> None:
-    path = Path(__file__).parents[1] / "arctic_plugins_huggingface/demo/text_to_sql.py"
+    path = Path(__file__).parents[1] / "arctic_plugins_demo/text_to_sql.py"
     assert not re.search(
         r"import (torch|transformers|peft)|from (torch|transformers|peft)", path.read_text(encoding="utf-8")
     )

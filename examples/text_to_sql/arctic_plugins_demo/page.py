@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from arctic_plugins_huggingface.demo.run import DemoReport
+    from arctic_plugins_demo.run import DemoReport
 
 __all__ = ["write_page"]
 

@@ -1,0 +1,3 @@
+"""The demo of arctic-plugins, ``arctic demo``: fine-tune a real model over FP8 weights, merge, serve with vLLM, and
+measure.
+"""
