@@ -10,7 +10,7 @@ import torch
 from arctic_plugins_huggingface.loading.config import load_tokenizer
 from arctic_plugins_huggingface.loading.load import load_model
 from arctic_plugins_huggingface.training.data import load_data
-from arctic_plugins_huggingface.training.packing import _check_packing
+from arctic_plugins_huggingface.training.packing import check_packing
 from arctic_plugins_huggingface.training.recipe import DataConfig
 from datasets import IterableDataset
 from pydantic import ValidationError
@@ -251,7 +251,7 @@ def test_a_template_that_refuses_says_whose_record_it_is(tokenizer, tmp_path):
 @torch.no_grad()
 def test_packed_rows_do_not_see_each_other(tiny_checkpoint, tokenizer, tmp_path, attention):
     model, _ = load_model(tiny_checkpoint, attn_implementation=attention)
-    _check_packing(model)
+    check_packing(model)
     data = load(
         tokenizer,
         write(tmp_path / "a.jsonl", [{"text": "x" * n + "yz"} for n in (5, 9, 3, 12, 7)]),
@@ -275,10 +275,10 @@ def test_packed_rows_do_not_see_each_other(tiny_checkpoint, tokenizer, tmp_path,
 def test_a_model_whose_packed_rows_see_each_other_is_refused(tmp_path, name):
     model_type, config = (LLAMA_LIKE | MIXTURES)[name]
     model, _ = load_model(tiny_model(tmp_path / "m", model_type, **config), Stack.from_dict({"fp8": {}}))
-    _check_packing(model)
+    check_packing(model)
     forward = model.forward
     model.forward = lambda input_ids, position_ids, **kwargs: forward(
         input_ids=input_ids, **kwargs
     )  # as a model that ignores positions
     with pytest.raises(ConfigError, match=r"packed rows see each other; try another load\.attn_implementation"):
-        _check_packing(model)
+        check_packing(model)
