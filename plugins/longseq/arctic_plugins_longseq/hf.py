@@ -9,7 +9,7 @@ import functools
 import inspect
 import textwrap
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +70,8 @@ class _TiledHead:
     ) -> Tensor:
         """``ForCausalLMLoss``."""
         if not self.tiling:
-            count: Any = num_items_in_batch  # annotated without int there, which it takes
-            return ForCausalLMLoss(logits, labels, vocab_size, count, ignore_index, shift_labels, **kwargs)
+            items = cast("Tensor | None", num_items_in_batch)  # or an int, which the host's annotation leaves out
+            return ForCausalLMLoss(logits, labels, vocab_size, items, ignore_index, shift_labels, **kwargs)
         self.tiling = False  # the head is the head again
         if shift_labels is None:
             assert labels is not None
