@@ -82,7 +82,7 @@ def vllm_engine_args(checkpoint: Path) -> Mapping[str, Any] | None:
 
 
 @hookspec
-def diagnose() -> Iterable[Finding] | None:  # type: ignore[empty-body]
+def diagnose() -> Iterable[Finding] | None:
     """``arctic doctor``: what this plugin finds on this machine, kernels and compilers for instance.
 
     Implement it as a ``classmethod``, like ``register``: it runs for every installed plugin, without options, in a

@@ -79,7 +79,7 @@ def _scaled(head_size: int, max_position: int, is_neox_style: bool, parameters: 
     return _RegisteredRotaryEmbedding(head_size, rotary_dim, length, read["rope_theta"], is_neox_style, dtype, read)
 
 
-class _RegisteredRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
+class _RegisteredRotaryEmbedding(RotaryEmbedding):
     """Frequencies and attention scaling of a registered function."""
 
     def __init__(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -13,9 +13,6 @@ from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import adapter_directory
 from arctic_plugins_huggingface.loading.config import load_tokenizer
 from arctic_plugins_huggingface.loading.load import load_model
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["adapter_base", "load_checkpoint", "own_tokenizer"]
 
@@ -40,7 +37,8 @@ def load_checkpoint(
     model, tokenizer = load_model(adapter_base(adapter, base), recorded.plus(stack or Stack()))
     from arctic_plugins_huggingface.adapters.lora import load_adapter
 
-    return load_adapter(model, adapter).eval(), own_tokenizer(adapter) or tokenizer
+    adapted = cast("PreTrainedModel", load_adapter(model, adapter).eval())  # to which a PeftModel forwards
+    return adapted, own_tokenizer(adapter) or tokenizer
 
 
 def own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:

@@ -53,7 +53,9 @@ def save_checkpoint(
             if saves:
                 with _says_what_is_encoded(model.config), _exporting(model, whole):
                     model.save_pretrained(
-                        draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **whole} if whole else None
+                        str(draft),
+                        max_shard_size=SHARD_SIZE,
+                        state_dict={**model.state_dict(), **whole} if whole else None,
                     )
         if saves:
             tokenizer.save_pretrained(draft)

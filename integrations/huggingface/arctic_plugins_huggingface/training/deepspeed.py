@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from deepspeed.moe.layer import MoE  # type: ignore[import-untyped]
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # type: ignore[import-untyped]
-from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-untyped]
-from deepspeed.utils import groups  # type: ignore[import-untyped]
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,7 +34,7 @@ _MARKER = "arctic_plugins_experts"
 
 def mixins(trainer: Trainer) -> list[type[Trainer]]:
     """What ``trainer`` needs where DeepSpeed makes its steps."""
-    return [SpreadOverZero if is_spread(trainer.model) else OverDeepSpeed]
+    return [SpreadOverZero if is_spread(cast("nn.Module", trainer.model)) else OverDeepSpeed]
 
 
 class OverDeepSpeed(Trainer):
@@ -43,9 +43,14 @@ class OverDeepSpeed(Trainer):
     DeepSpeed casts every floating parameter to its dtype (``runtime/engine.py``), the scales of encoded weights too.
     """
 
+    model: nn.Module
+    deepspeed: DeepSpeedEngine
+
     def on_attach(self, plugin: Plugin | None) -> None:
         stock = self.accelerator._prepare_deepspeed
-        self.accelerator._prepare_deepspeed = functools.partial(self.prepare_deepspeed, stock)
+        self.accelerator._prepare_deepspeed = functools.partial(  # type: ignore[method-assign]  # of this one
+            self.prepare_deepspeed, stock
+        )
 
     def prepare_deepspeed(self, prepare: Callable[..., Any], *objects: Any) -> Any:
         """``Accelerator._prepare_deepspeed``, which is ``prepare``."""
@@ -89,7 +94,7 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
                 optimizer.param_groups[:] = [
                     group for group in split_params_into_different_moe_groups_for_optimizer(named) if group["params"]
                 ]
-        model: nn.Module = self.model
+        model = self.model
         model.add_module(_MARKER, (_Mixtures if self.trained_experts else _Groups)(self.dispatch.size))
         try:
             prepared = super().prepare_deepspeed(prepare, *objects)
@@ -124,7 +129,7 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
 class _TakesWhatWasRead(TrainerCallback):
     """After resuming, gives the model what the optimizer has read."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: SpreadOverZero) -> None:
         self.trainer = trainer
 
     def on_train_begin(

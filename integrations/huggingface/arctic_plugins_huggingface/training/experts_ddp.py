@@ -51,6 +51,7 @@ class SpreadExperts(Trainer):
         ConfigError: training uses fp16.
     """
 
+    model: nn.Module
     spread: Mapping[str, tuple[nn.Parameter, ExpertsDispatch]]
     """Parameters of this process alone, by name, with what spreads them."""
     dispatch: ExpertsDispatch
@@ -91,7 +92,7 @@ class SpreadOverDDP(SpreadExperts):
 
     def on_attach(self, plugin: Plugin | None) -> None:
         super().on_attach(plugin)
-        self.model._ddp_params_and_buffers_to_ignore = [
+        self.model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]  # DDP's, and no Tensor or Module
             *getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()),
             *self.spread,
         ]

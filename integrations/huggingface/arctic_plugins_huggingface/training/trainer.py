@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.distributed import distributed_c10d
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -118,6 +119,7 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
         _set_timeouts(trainer.args.ddp_timeout_delta)
     compose(trainer, [*_host_mixins(trainer), *plugin_mixins(stack)])
     guard = FiniteGuard(trainer, skip=skip_nonfinite)
+    assert isinstance(trainer, FiniteSteps)  # since compose
     trainer.finite_guard = guard
     trainer.add_callback(guard)
     trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))  # last of the host's
@@ -129,6 +131,7 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
 def _host_mixins(trainer: Trainer) -> list[tuple[type, None]]:
     """What the host itself adds, the innermost first."""
     found: list[type] = []
+    assert trainer.model is not None  # Trainer.__init__ sees to it
     if trainer.is_deepspeed_enabled:
         from arctic_plugins_huggingface.training.deepspeed import mixins
 
@@ -158,7 +161,9 @@ class RestoresConverted(Trainer):
     or cut otherwise.
     """
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    model: nn.Module
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_weights(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
