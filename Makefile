@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-PARTS := integrations/huggingface integrations/vllm plugins/fp8 plugins/longseq plugins/lora plugins/moe plugins/offload plugins/rope plugins/shard
+PARTS := integrations/huggingface integrations/vllm plugins/deepspeed plugins/fp8 plugins/longseq plugins/lora plugins/moe plugins/offload plugins/rope plugins/shard
 OURS := . $(PARTS)
 PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plugins_*))
 

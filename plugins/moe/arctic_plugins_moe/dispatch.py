@@ -61,8 +61,7 @@ class ExpertParallel(ExpertsDispatch):
     def _make_groups(self) -> None:
         if not dist.is_initialized():
             raise ConfigError(
-                f"{self.option} is {self.size} and torch.distributed is not initialized "
-                f"({world_size()} started)",
+                f"{self.option} is {self.size} and torch.distributed is not initialized ({world_size()} started)",
                 fix="start several ('arctic train --nproc', torchrun); in a script, build the TrainingArguments "
                 "before the model",
             )
