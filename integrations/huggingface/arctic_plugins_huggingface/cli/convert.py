@@ -18,9 +18,10 @@ class _Convert(click.Command):
     """Has the options of every importer, and says in its help which formats there are."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        added: list[click.Parameter] = ctx.meta.setdefault(__name__, _options())
+        if __name__ not in ctx.meta:  # click asks several times, and wants the same objects
+            ctx.meta[__name__] = _options()
         *own, help_option = super().get_params(ctx)
-        return [*own, *added, help_option]
+        return [*own, *ctx.meta[__name__], help_option]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         given = list(args)
@@ -82,7 +83,7 @@ def _registry() -> Registry:
 def _options() -> list[click.Parameter]:
     """The options of all importers; one that several have is there once."""
     fields: dict[str, list[tuple[str, Any]]] = {}
-    for format_name, importer in _registry().importers.items():
+    for format_name, importer in sorted(_registry().importers.items()):
         for name, field in importer.options.model_fields.items():
             fields.setdefault(name, []).append((format_name, field))
     found: list[click.Parameter] = []
@@ -120,7 +121,7 @@ def _chosen(format_name: str, given: Mapping[str, Any]) -> PluginConfig | None:
 
     from arctic_plugins.errors import ConfigError
 
-    importers = _registry().importers
+    importers = dict(sorted(_registry().importers.items()))
     chosen = importers[format_name].options if format_name in importers else None
     for name in given:
         if chosen is None or name not in chosen.model_fields:
