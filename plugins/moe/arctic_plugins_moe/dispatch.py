@@ -32,6 +32,7 @@ class ExpertParallel(ExpertsDispatch):
     """
 
     experts_implementation = IMPLEMENTATION
+    option = "plugins.moe.expert_parallel"
 
     def __init__(self, options: MoEConfig) -> None:
         self.size, self.overlap_degree = options.expert_parallel, options.overlap_degree
@@ -60,15 +61,14 @@ class ExpertParallel(ExpertsDispatch):
     def _make_groups(self) -> None:
         if not dist.is_initialized():
             raise ConfigError(
-                f"plugins.moe.expert_parallel is {self.size} and torch.distributed is not initialized "
-                f"({world_size()} started)",
+                f"{self.option} is {self.size} and torch.distributed is not initialized ({world_size()} started)",
                 fix="start several ('arctic train --nproc', torchrun); in a script, build the TrainingArguments "
                 "before the model",
             )
         world = dist.get_world_size()
         if world % self.size:
             raise ConfigError(
-                f"plugins.moe.expert_parallel is {self.size} with {world} processes",
+                f"{self.option} is {self.size} with {world} processes",
                 expected=f"a divisor of {world}",
                 fix="correct it",
             )
@@ -84,7 +84,7 @@ class ExpertParallel(ExpertsDispatch):
             return slice(0, num_experts)
         if num_experts % self.size:
             raise ClaimError(
-                f"plugins.moe.expert_parallel is {self.size} and the model has {num_experts} experts",
+                f"{self.option} is {self.size} and the model has {num_experts} experts",
                 expected=f"a divisor of {num_experts}",
                 fix="correct it",
             )

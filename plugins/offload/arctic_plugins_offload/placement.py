@@ -46,7 +46,7 @@ class OffloadPlacement(Placement):
             raise ClaimError(
                 f"'{inner.describe()}' comes after 'offload', which keeps nothing on the device for it",
                 expected="offload last",
-                fix="let that plugin say 'before = {\"offload\"}'",
+                fix="put that placement before it",
             )
         return self.store.hold(name, buffers)
 

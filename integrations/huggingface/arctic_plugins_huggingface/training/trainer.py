@@ -30,6 +30,7 @@ from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.files.check import by_step, complete_checkpoints
 from arctic_plugins_huggingface.loading.names import split_conversions
 from arctic_plugins_huggingface.loading.restore import restore_weights
+from arctic_plugins_huggingface.training.engines import engine_mixins
 from arctic_plugins_huggingface.training.experts_ddp import experts_mixin
 from arctic_plugins_huggingface.training.finite import FiniteGuard, FiniteSteps, anywhere
 from arctic_plugins_huggingface.training.mixins import compose, plugin_mixins
@@ -110,6 +111,8 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
 
     Raises:
         ConfigError: the trainer was attached to a stack already, or what a plugin finds wrong with it.
+        PluginNotFoundError: DeepSpeed makes its steps, its model has frozen or spread modules, and
+            ``arctic-plugins-deepspeed`` is not installed.
     """
     if trainer.args.bf16 and (
         line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)
@@ -133,9 +136,7 @@ def _host_mixins(trainer: Trainer) -> list[tuple[type, None]]:
     found: list[type] = []
     assert trainer.model is not None  # Trainer.__init__ sees to it
     if trainer.is_deepspeed_enabled:
-        from arctic_plugins_huggingface.training.deepspeed import mixins
-
-        found += mixins(trainer)
+        found += engine_mixins(trainer, "deepspeed")
     elif is_spread(trainer.model):
         found.append(experts_mixin(trainer))
     elif (

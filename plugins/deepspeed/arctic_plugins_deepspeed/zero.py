@@ -13,6 +13,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
+from arctic_plugins_huggingface.checkpoints.gather import is_spread
+from arctic_plugins_huggingface.training.experts_ddp import SpreadExperts
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -24,8 +26,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.plugin import Plugin
-from arctic_plugins_huggingface.checkpoints.gather import is_spread
-from arctic_plugins_huggingface.training.experts_ddp import SpreadExperts
 
 __all__ = ["OverDeepSpeed", "SpreadOverZero", "mixins"]
 
@@ -75,9 +75,9 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
         stage = self.accelerator.state.deepspeed_plugin.zero_stage
         if stage not in (1, 2):
             raise ConfigError(
-                f"training uses DeepSpeed with ZeRO stage {stage} and plugins.moe.expert_parallel",
+                f"training uses DeepSpeed with ZeRO stage {stage} and {self.dispatch.option}",
                 expected="stage 1 or 2: at stage 0 DeepSpeed clips by the norm of a process's own experts",
-                fix="change the stage, or leave expert_parallel or deepspeed out",
+                fix="change the stage, or leave one of the two out",
             )
         for parameter, _ in self.spread.values():  # also frozen ones, which the engine would give all processes alike
             parameter.allreduce, parameter.group_name = False, f"ep_size_{self.dispatch.size}"  # type: ignore[attr-defined]
@@ -116,7 +116,7 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
                 raise CheckpointError(
                     f"the checkpoint has {name} of shape {list(saved.shape)}, this process {list(parameter.shape)}",
                     expected="as many processes for one copy of the experts as when it was saved",
-                    fix="set plugins.moe.expert_parallel as it was then",
+                    fix=f"set {self.dispatch.option} as it was then",
                 )
             if saved is not None:
                 state[f"{prefix}{name}"] = parameter.data
