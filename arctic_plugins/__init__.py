@@ -5,6 +5,7 @@ and no host.
 from arctic_plugins.claims import Claim, LinearSpec
 from arctic_plugins.errors import ArcticError, UserError
 from arctic_plugins.plugin import Finding, Plugin, PluginConfig, hookimpl
+from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.registry import ModelClasses, Registry
 from arctic_plugins.stack import Stack
 
@@ -20,4 +21,5 @@ __all__ = [
     "Stack",
     "UserError",
     "hookimpl",
+    "stack_from_checkpoint",
 ]

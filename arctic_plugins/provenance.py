@@ -7,13 +7,14 @@ file that was cut or changed since is found before it becomes a wrong model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
@@ -21,9 +22,6 @@ from arctic_plugins.discovery import installed_plugins
 from arctic_plugins.errors import CheckpointError, PluginNotFoundError
 from arctic_plugins.files import file_within, read_json
 from arctic_plugins.registry import FIRST_PARTY
-
-if TYPE_CHECKING:
-    from arctic_plugins.stack import Stack
 
 __all__ = [
     "FILE_NAME",
@@ -33,6 +31,7 @@ __all__ = [
     "check_plugins",
     "digest",
     "read_provenance",
+    "stack_sha256",
     "write_provenance",
 ]
 
@@ -60,22 +59,27 @@ class Provenance:
     format: int = FORMAT
 
 
-def write_provenance(directory: str | Path, stack: Stack) -> Path:
+def stack_sha256(stack: Mapping[str, Mapping[str, Any]]) -> str:
+    """Hex digest of a stack in its canonical form, :meth:`arctic_plugins.stack.Stack.to_dict`."""
+    return hashlib.sha256(json.dumps(stack, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_provenance(directory: str | Path, stack: Mapping[str, Mapping[str, Any]]) -> Path:
     """Write what made the checkpoint and what it consists of. Call it when everything else is on disk.
 
     The file appears whole or not at all (written beside its place, flushed to disk, then renamed).
+
+    Args:
+        directory: the checkpoint.
+        stack: in its canonical form, :meth:`arctic_plugins.stack.Stack.to_dict`.
     """
     path = Path(directory) / FILE_NAME
     providers = installed_plugins()
-    plugins = {
-        plugin.name: f"{found[0].distribution}=={found[0].version}"
-        for plugin in stack
-        if (found := providers.get(plugin.name))
-    }
+    plugins = {name: f"{found[0].distribution}=={found[0].version}" for name in stack if (found := providers.get(name))}
     content = {
         "format": FORMAT,
-        "stack": stack.to_dict(),
-        "sha256": stack.sha256(),
+        "stack": dict(stack),
+        "sha256": stack_sha256(stack),
         "versions": {name: installed for name in _RECORDED if (installed := _version(name))},
         "plugins": dict(sorted(plugins.items())),
         "files": {

@@ -32,7 +32,6 @@ from arctic_plugins.adapter import WEIGHTS
 from arctic_plugins.errors import CheckpointError, CodecError, named
 from arctic_plugins.files import copy_files, read_json
 from arctic_plugins.provenance import write_provenance
-from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.merging import Update
 from arctic_plugins_huggingface.rewriting import INDEX
 from arctic_plugins_huggingface.saving import SHARD_SIZE, staged
@@ -109,7 +108,7 @@ def convert_deepspeed(
             draft,
             lambda name: name.startswith("tokenizer") or name == "special_tokens_map.json" or name.endswith(".jinja"),
         )
-        write_provenance(draft, Stack())
+        write_provenance(draft, {})
     return found
 
 

@@ -18,6 +18,7 @@ from arctic_plugins.adapter import base_of
 from arctic_plugins.errors import CheckpointError, ConfigError, UserError
 from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.provenance import write_provenance
+from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints import adapter_directory
 from arctic_plugins_huggingface.gathering import is_adapted, is_spread, whole_weights
@@ -64,7 +65,7 @@ def save_checkpoint(
                     )
         if saves:
             tokenizer.save_pretrained(draft)
-            write_provenance(draft, stack)
+            write_provenance(draft, stack.to_dict())
     if together:
         torch.distributed.barrier()  # until the first process has written it
     return directory
@@ -148,7 +149,7 @@ def load_checkpoint(
     adapter = adapter_directory(checkpoint)
     if adapter is None:
         return load_model(checkpoint, stack)
-    recorded = Stack.from_checkpoint(adapter).to_use().without("adapter")
+    recorded = stack_from_checkpoint(adapter).to_use().without("adapter")
     model, tokenizer = load_model(adapter_base(adapter, base), recorded.plus(stack or Stack()))
     from arctic_plugins.frozen.lora import load_adapter
 

@@ -15,6 +15,7 @@ from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.files import check_directory, check_keys, check_sizes, read_json
 from arctic_plugins.frozen import METHOD, ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
+from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 
 __all__ = ["made_for", "on_the_fly", "server_command", "server_options"]
@@ -101,7 +102,7 @@ def server_options(
             directory of this machine as its base where ``base`` does not, or ``base`` for what is no adapter.
     """
     path = Path(os.path.abspath(checkpoint))  # so that "." has the name that an adapter is served under
-    stack = Stack.from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
+    stack = stack_from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
     stack.check_host("vllm")
     arguments: dict[str, Any] = {**READ, "model": checkpoint, **stack.vllm_engine_args(path)}
     is_adapter = (path / ADAPTER).is_file()

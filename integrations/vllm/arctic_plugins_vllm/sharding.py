@@ -21,7 +21,7 @@ from torch import nn
 from arctic_plugins.errors import ArcticError, ConfigError
 from arctic_plugins.files import copy_files, read_json
 from arctic_plugins.provenance import FILE_NAME, write_provenance
-from arctic_plugins.stack import Stack
+from arctic_plugins.recorded import recorded_stack
 from arctic_plugins_vllm.compat import (
     DefaultModelLoader,
     EngineArgs,
@@ -68,7 +68,7 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
                     method.process_weights_after_loading(module)  # only checks that all came
             ShardedStateLoader.save_model(model, str(target), max_size=FILE_SIZE)
     copy_files(source, target, lambda name: name != FILE_NAME and not name.endswith(_WEIGHTS))
-    write_provenance(target, Stack.recorded(source))
+    write_provenance(target, recorded_stack(source).to_dict())
     return target
 
 
