@@ -21,6 +21,7 @@ import xxhash
 from arctic_plugins.discovery import installed_plugins
 from arctic_plugins.errors import CheckpointError, PluginNotFoundError
 from arctic_plugins.files import file_within, read_json
+from arctic_plugins.host import hosts
 from arctic_plugins.registry import FIRST_PARTY
 
 __all__ = [
@@ -39,7 +40,6 @@ FILE_NAME = "arctic_plugins.json"
 FORMAT = 1
 """Version of this file and of the checkpoint's encoded weights; a reader refuses what is newer."""
 
-_RECORDED = ("arctic-plugins", "arctic-plugins-huggingface", "torch", "transformers", "peft")
 _FREE = (FILE_NAME, "README.md")
 """Files that are nobody's weights, settings or tokenizer: anyone may change them."""
 _CHUNK = 1 << 20
@@ -80,7 +80,7 @@ def write_provenance(directory: str | Path, stack: Mapping[str, Mapping[str, Any
         "format": FORMAT,
         "stack": dict(stack),
         "sha256": stack_sha256(stack),
-        "versions": {name: installed for name in _RECORDED if (installed := _version(name))},
+        "versions": {name: installed for name in _recorded() if (installed := _version(name))},
         "plugins": dict(sorted(plugins.items())),
         "files": {
             name: {"bytes": file.stat().st_size, "xxh3_128": digest(file, file.stat().st_size)}
@@ -219,6 +219,10 @@ def digest(path: Path, size: int) -> str:
             found.update(chunk[: min(read, size)])
             size -= read
     return found.hexdigest()
+
+
+def _recorded() -> dict[str, None]:
+    return dict.fromkeys(["arctic-plugins", *(name for host in hosts().values() for name in host.recorded)])
 
 
 def _version(distribution: str) -> str | None:

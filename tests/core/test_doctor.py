@@ -202,4 +202,4 @@ def test_the_whole_of_it_as_json_with_the_real_vllm(install_plugin, monkeypatch)
     assert sound.returncode == 0, sound.stdout
     assert "the method 'arctic' is registered" in " ".join(sound.stdout.split())
     monkeypatch.setenv("VLLM_PLUGINS", "")
-    assert "is not registered" in IN_CHILD("vllm worker", "worker")[0].text
+    assert "is not registered" in IN_CHILD("vllm worker", "host", "vllm")[0].text

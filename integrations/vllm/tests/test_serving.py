@@ -254,6 +254,12 @@ def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):
     }
 
 
+def test_without_the_integration_that_knows_the_claims_it_is_named(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("arctic_plugins.host.hosts", dict)
+    with pytest.raises(ConfigError, match=r"need arctic-plugins-huggingface \(no installed integration offers"):
+        server_options(str(tiny_checkpoint), plugins=Stack.from_dict({"fp8": {}}))
+
+
 def test_what_cannot_be_encoded_on_the_fly_is_told(base, tmp_path):
     plain, fp8 = tiny_llama(tmp_path / "plain"), Stack.from_dict({"fp8": {}})
     encoded = make(tmp_path / "encoded", ENCODED)
