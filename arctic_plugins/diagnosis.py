@@ -26,6 +26,7 @@ from arctic_plugins.discovery import identity, installed_plugins, load_plugin, n
 from arctic_plugins.ending import leave
 from arctic_plugins.errors import ArcticError, HostVersionError
 from arctic_plugins.host import GROUP, Host, host_failures, hosts
+from arctic_plugins.patches import patches
 from arctic_plugins.plugin import PROJECT, Finding
 from arctic_plugins.registry import load
 from arctic_plugins.resolver import check_hosts, host_range, host_version
@@ -323,12 +324,13 @@ def _check_commands() -> Iterator[Finding]:
 
 
 def _check_host(name: str) -> Iterator[Finding]:
-    """Register with a host what is installed, by its probe if it has one."""
+    """Register with a host what is installed, by its probe if it has one; and what was patched for it."""
     host = hosts()[name]
     if host.probe is not None:
         yield from load(host.probe)()
     elif host_version(name) is not None:
         load(host.register)()
+    yield from (Finding("ok", "patch", str(made)) for made in patches())
 
 
 _CHECKS: dict[str, Callable[..., Iterable[Finding]]] = {

@@ -1,6 +1,7 @@
 """Hosts are data that integrations bring; the core knows none by name."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import arctic_plugins
-from arctic_plugins import Claim, LinearSpec, diagnosis
+from arctic_plugins import Claim, Finding, LinearSpec, diagnosis
 from arctic_plugins.claims import arbitrate
 from arctic_plugins.errors import CheckpointError, ClaimError, HostVersionError, PluginError, PluginNotFoundError
 from arctic_plugins.files import check_keys
@@ -34,7 +35,10 @@ plugin = Host(
     hub_code_keys=frozenset({"kernel"}),
     services={"answer": "third_plugin:answer", "gone": "third_plugin:nothing"},
 )
-def register(): ...
+def register():
+    import string
+    from arctic_plugins.patches import patch
+    patch(string, "capwords", why="to see", read_in="string 3")(lambda original, text: original(text))
 def answer(): return 42
 """
 
@@ -124,6 +128,13 @@ def test_a_third_host_is_known_everywhere(tmp_path, monkeypatch):
     assert [found.text for found in diagnosis.diagnose() if found.subject == "third"] == [
         f"pytest {pytest.__version__}, in "
     ]
+
+
+def test_the_doctor_lists_what_is_patched_when_a_host_is_registered(third, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(third), os.environ.get("PYTHONPATH", "")]))
+    found = diagnosis._in_child("third registration", "host", "third")
+    text = "string.capwords is replaced by third_plugin: to see (read in string 3)"
+    assert found == [Finding("ok", "patch", text)]
 
 
 def test_a_host_that_is_not_installed_says_how_to_get_it(install_plugin):
