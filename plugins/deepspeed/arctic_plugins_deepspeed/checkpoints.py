@@ -36,7 +36,6 @@ from arctic_plugins.adapter import WEIGHTS
 from arctic_plugins.errors import CheckpointError, CodecError, named
 from arctic_plugins.files import copy_files, read_json
 from arctic_plugins.provenance import write_provenance
-from arctic_plugins.stack import Stack
 from arctic_plugins_deepspeed.config import DeepSpeedImport
 
 __all__ = ["convert_deepspeed"]
@@ -103,7 +102,7 @@ def convert_deepspeed(
             draft,
             lambda name: name.startswith("tokenizer") or name == "special_tokens_map.json" or name.endswith(".jinja"),
         )
-        write_provenance(draft, Stack())
+        write_provenance(draft, {})
     return found
 
 

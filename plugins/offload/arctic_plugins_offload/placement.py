@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from arctic_plugins.errors import ClaimError, ConfigError
-from arctic_plugins.frozen import Handle, Placement
-from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins.frozen import Buffers, Handle, Placement
 from arctic_plugins_offload.config import OffloadConfig
 from arctic_plugins_offload.disk import DiskStore
 from arctic_plugins_offload.host import HostStore

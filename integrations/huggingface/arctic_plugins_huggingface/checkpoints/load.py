@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.adapter import base_of
 from arctic_plugins.errors import CheckpointError
+from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import adapter_directory
 from arctic_plugins_huggingface.loading.config import load_tokenizer
@@ -33,7 +34,7 @@ def load_checkpoint(
     adapter = adapter_directory(checkpoint)
     if adapter is None:
         return load_model(checkpoint, stack)
-    recorded = Stack.from_checkpoint(adapter).to_use().without("adapter")
+    recorded = stack_from_checkpoint(adapter).to_use().without("adapter")
     model, tokenizer = load_model(adapter_base(adapter, base), recorded.plus(stack or Stack()))
     from arctic_plugins_huggingface.adapters.lora import load_adapter
 

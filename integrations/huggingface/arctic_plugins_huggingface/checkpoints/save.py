@@ -59,7 +59,7 @@ def save_checkpoint(
                     )
         if saves:
             tokenizer.save_pretrained(draft)
-            write_provenance(draft, stack)
+            write_provenance(draft, stack.to_dict())
     if together:
         torch.distributed.barrier()  # until the first process has written it
     return directory

@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.files import read_json
 from arctic_plugins.provenance import digest
-from arctic_plugins.stack import Stack
+from arctic_plugins.recorded import recorded_stack
 from arctic_plugins_huggingface.files.check import is_directory
 from arctic_plugins_huggingface.training.engines import engines
 from arctic_plugins_huggingface.training.trainer import last_checkpoint
@@ -234,7 +234,7 @@ def resume_from(run: Run, output: Path, record: Mapping[str, Any], console: Cons
         return None
     # Where weights are kept changes no number: a run may go on with another placement, or on another number of
     # machines.
-    before, after = Stack.recorded(start).without("placement"), run.stack.without("placement")
+    before, after = recorded_stack(start).without("placement"), run.stack.without("placement")
     if before.sha256() != after.sha256():
         found = (
             f"{start} was made with other plugins or options than the recipe's: "

@@ -81,7 +81,7 @@ class _CommitCallback(TrainerCallback):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process writes its own random state
         if state.is_world_process_zero and directory.is_dir():
-            write_provenance(directory, self.stack)
+            write_provenance(directory, self.stack.to_dict())
             self._remove_older(output, {directory, Path(state.best_model_checkpoint or directory)})
 
     def _remove_older(self, output: Path, keep: set[Path]) -> None:
