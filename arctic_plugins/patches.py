@@ -91,7 +91,8 @@ def patch(owner: object, name: str, *, why: str, read_in: str, chained: bool = F
     itself stays as it is, so that it can be tested. Applied again, the same function changes nothing.
 
     Args:
-        owner: a module, a class, or an object, whose patch goes when it goes.
+        owner: a module, a class, or an object, whose patch goes when it goes. A deep copy of the object is patched
+            alike, and not listed.
         name: of the function or method.
         why: what it is for, and why there is no public way.
         read_in: library and version.
@@ -103,7 +104,7 @@ def patch(owner: object, name: str, *, why: str, read_in: str, chained: bool = F
     """
 
     def decorate(function: Function) -> Function:
-        about = Patch(_called(owner), name, why, read_in, function.__module__)
+        about = Patch(_called(owner), name, why, read_in, _module_of(function))
         before = _of(owner, name)
         if before and not before[-1].is_in_place():
             raise _overridden(before[-1].about, owner)
@@ -114,7 +115,8 @@ def patch(owner: object, name: str, *, why: str, read_in: str, chained: bool = F
         original = _read(owner, name)
         if isinstance(original, property) or not callable(getattr(owner, name, None)):
             raise _missing(about, "function ")
-        installed = _calling(function, original)
+        lasting = isinstance(owner, ModuleType | type)
+        installed = _calling(function, original) if lasting else _calling_for_one(function, original)
         made = _Made(about, owner, installed, original, function)
         setattr(owner, name, installed)
         _made.append(made)
@@ -237,10 +239,21 @@ def _calling(function: Callable[..., Any], original: Any) -> Any:
     return call
 
 
+def _calling_for_one(function: Callable[..., Any], original: Any) -> Any:
+    """A partial: in a deep copy of the object, a copied model for instance, it calls what belongs to the copy."""
+    return functools.update_wrapper(functools.partial(function, original), original)
+
+
+def _module_of(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(function.__module__)
+
+
 def _same(one: Any, other: Any) -> bool:
-    """Whether two functions are one, or were made by the same ``def`` around the same objects."""
-    if one == other:
-        return True
+    """Whether two functions are one, or were made by the same ``def`` around the same objects; ``one`` may be gone."""
+    if one is None or one == other:
+        return one is not None
     if getattr(one, "__code__", one) is not getattr(other, "__code__", None) or isinstance(one, MethodType):
         return False
     around = zip(one.__closure__ or (), other.__closure__ or (), strict=True)

@@ -1,6 +1,7 @@
 """Patches of other libraries are declared: listed, undone, and refused where two would meet."""
 
 import contextlib
+import copy
 import functools
 import gc
 import inspect
@@ -57,6 +58,15 @@ def test_the_function_gets_the_original_first(library):
     assert inspect.signature(library.double) == signature
     undo_patches()
     assert library.double(5) == 10
+
+
+def test_a_deep_copy_of_a_patched_object_calls_what_is_its_own(library):
+    model = library.Model()
+    patch(model, "forward", **ABOUT)(functools.partial(one_more))
+    other = copy.deepcopy(model)
+    other.scale = 10
+    assert (model.forward(2), other.forward(2)) == (7, 21)
+    assert [(made.name, made.by) for made in patches()] == [("forward", __name__)]
 
 
 def test_methods_of_classes_and_of_objects(library):

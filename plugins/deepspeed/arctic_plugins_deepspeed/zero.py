@@ -9,7 +9,6 @@ marked alike.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import FrozenModule
+from arctic_plugins.patches import patch
 from arctic_plugins.plugin import Plugin
 
 __all__ = ["OverDeepSpeed", "SpreadOverZero", "mixins"]
@@ -47,10 +47,12 @@ class OverDeepSpeed(Trainer):
     deepspeed: DeepSpeedEngine
 
     def on_attach(self, plugin: Plugin | None) -> None:
-        stock = self.accelerator._prepare_deepspeed
-        self.accelerator._prepare_deepspeed = functools.partial(  # type: ignore[method-assign]  # of this one
-            self.prepare_deepspeed, stock
-        )
+        patch(
+            self.accelerator,
+            "_prepare_deepspeed",
+            why="weights and the optimizer's groups change around the making of the engine, which has no hook",
+            read_in="accelerate 1.15.0",
+        )(self.prepare_deepspeed)
 
     def prepare_deepspeed(self, prepare: Callable[..., Any], *objects: Any) -> Any:
         """``Accelerator._prepare_deepspeed``, which is ``prepare``."""

@@ -20,9 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arctic_plugins import Plugin
 from arctic_plugins.errors import ConfigError
+from arctic_plugins.patches import patch
 from arctic_plugins_longseq.loss import default_tile, tiled_cross_entropy
 
-__all__ = ["OffloadedActivations", "TiledEvaluation", "causal_lm", "in_place_of", "recompute", "tile_loss", "tile_mlps"]
+__all__ = ["OffloadedActivations", "TiledEvaluation", "causal_lm", "recompute", "tile_loss", "tile_mlps"]
 
 MLPS = ("mlp", "feed_forward", "residual_mlp")
 
@@ -36,27 +37,27 @@ class _TiledHead:
     def __init__(self, model: Any, tile: int | None) -> None:
         self.model, self.head, self.tile = model, model.get_output_embeddings(), tile
         self.in_evaluation = self.tiling = False
-        self.forward, self.head_forward = model.forward, self.head.forward
         self.signature = inspect.signature(model.forward)
-        model.forward = in_place_of(self.forward, self.model_forward)
-        self.head.forward = in_place_of(self.head_forward, self.hidden_or_logits)
+        why = "the loss takes hidden states from the model's own forward, which computes logits first"
+        patch(model, "forward", why=why, read_in="transformers 5.19.0")(self.model_forward)
+        patch(self.head, "forward", why=why, read_in="transformers 5.19.0")(self.hidden_or_logits)
         model.loss_function = self.loss
         model._arctic_tiled_head = self
 
-    def model_forward(self, *args: Any, **kwargs: Any) -> Any:
+    def model_forward(self, stock: Any, *args: Any, **kwargs: Any) -> Any:
         labels = self.signature.bind_partial(*args, **kwargs).arguments.get("labels")
         if labels is None or not (self.model.training or self.in_evaluation):
-            return self.forward(*args, **kwargs)
+            return stock(*args, **kwargs)
         self.tiling = True
         try:
-            outputs = self.forward(*args, **{**kwargs, "return_dict": True})
+            outputs = stock(*args, **{**kwargs, "return_dict": True})
         finally:
             self.tiling = False
         outputs.logits = None  # they were hidden states
         return outputs
 
-    def hidden_or_logits(self, hidden: Tensor, *args: Any) -> Any:
-        return hidden if self.tiling else self.head_forward(hidden, *args)
+    def hidden_or_logits(self, stock: Any, hidden: Tensor, *args: Any) -> Any:
+        return hidden if self.tiling else stock(hidden, *args)
 
     def loss(
         self,
@@ -84,14 +85,6 @@ class _TiledHead:
         return total / (
             num_items_in_batch.to(total.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
         )
-
-
-def in_place_of(stock: Any, function: Any, *arguments: Any) -> Any:
-    """``function``, with ``arguments`` before those of the caller, under the signature of ``stock``.
-
-    A copy of the model has a copy of it: partials and methods are copied, closures are not.
-    """
-    return functools.update_wrapper(functools.partial(function, *arguments), stock)
 
 
 def causal_lm(model: Any) -> Any:
@@ -151,7 +144,9 @@ def tile_mlps(model: nn.Module, tile: int | None) -> None:
     found = 0
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in MLPS and not any("expert" in part for part, _ in module.named_modules()):
-            module.forward = in_place_of(module.forward, _in_tiles, module, module.forward, tile)
+            patch(module, "forward", why="an MLP is computed some tokens at a time", read_in="transformers 5.19.0")(
+                functools.partial(_in_tiles, module, tile)
+            )
             found += 1
     if not found:
         raise ConfigError(
@@ -161,7 +156,7 @@ def tile_mlps(model: nn.Module, tile: int | None) -> None:
         )
 
 
-def _in_tiles(module: nn.Module, forward: Any, tile: int | None, x: Tensor) -> Tensor:
+def _in_tiles(module: nn.Module, tile: int | None, forward: Any, x: Tensor) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     tiles = flat.split(tile or x.shape[-1])
     if not (module.training and torch.is_grad_enabled()):

@@ -28,7 +28,8 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from arctic_plugins.errors import ConfigError
-from arctic_plugins_longseq.hf import causal_lm, in_place_of
+from arctic_plugins.patches import patch
+from arctic_plugins_longseq.hf import causal_lm
 from arctic_plugins_longseq.ulysses import Heads, Mask, Sequence, Share, Whole, computing, current
 
 if TYPE_CHECKING:
@@ -64,10 +65,12 @@ class SharedTexts(Trainer):
         self.text_sequence, self.text_groups = sequence, _Groups(self.accelerator, sequence)
         self.args.prediction_loss_only = True
         # Rows of the dataset go to groups of processes, in the order in which as many single processes get them.
-        prepare = type(self.accelerator).prepare_data_loader
-        self.accelerator.prepare_data_loader = functools.partial(  # type: ignore[method-assign]  # of this one
-            prepare, cast("Accelerator", self.text_groups)
-        )
+        patch(
+            self.accelerator,
+            "prepare_data_loader",
+            why="processes that share texts read as one; accelerate cuts rows by its own sequence parallelism only",
+            read_in="accelerate 1.15.0",
+        )(functools.partial(_prepare_for_groups, self.text_groups))
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return int(super().get_total_train_batch_size(args)) // self.text_sequence.size
@@ -210,7 +213,12 @@ def _rotate_by_the_whole(model: Any) -> None:
         kinds = getattr(module, "rope_type", None)
         kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
         if any("dynamic" in str(kind) or kind == "longrope" for kind in kinds):
-            module.forward = in_place_of(module.forward, _rotate, module.forward)
+            patch(
+                module,
+                "forward",
+                why="frequencies follow the length of the whole text, of which a process sees a part",
+                read_in="transformers 5.19.0",
+            )(_rotate)
 
 
 def _rotate(
@@ -255,6 +263,10 @@ def _compare(model: Any, sequence: Sequence) -> None:
 
 
 # The Trainer
+
+
+def _prepare_for_groups(groups: _Groups, stock: Any, *args: Any, **kwargs: Any) -> Any:
+    return stock.__func__(groups, *args, **kwargs)
 
 
 class _Groups:

@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from functools import wraps
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from arctic_plugins.patches import patch
 
 __all__ = ["guard_tuners"]
 
@@ -33,19 +34,20 @@ def guard_tuners() -> None:
 
 def _guard(tuners_utils: ModuleType) -> None:
     tuner = getattr(tuners_utils, "BaseTuner", None)  # None while another thread is importing it
-    if tuner is None or getattr(tuner.inject_adapter, "guards_frozen", False):
-        return
-    stock = tuner.inject_adapter
+    if tuner is not None:
+        patch(
+            tuner,
+            "inject_adapter",
+            why="adapters over frozen modules need layers that know encoded bytes; PEFT registers such for LoRA only",
+            read_in="peft 0.21.2",
+        )(_inject_adapter)
 
-    @wraps(stock)
-    def inject_adapter(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        from arctic_plugins_huggingface.adapters.tuners import over_frozen
 
-        with over_frozen(self, model, adapter_name):
-            stock(self, model, adapter_name, *args, **kwargs)
+def _inject_adapter(stock: Any, self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    from arctic_plugins_huggingface.adapters.tuners import over_frozen
 
-    inject_adapter.guards_frozen = True  # type: ignore[attr-defined]
-    tuner.inject_adapter = inject_adapter
+    with over_frozen(self, model, adapter_name):
+        stock(self, model, adapter_name, *args, **kwargs)
 
 
 class _WhenImported(MetaPathFinder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule
+from arctic_plugins.patches import replaced
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -388,12 +389,14 @@ def up_first(model: nn.Module) -> None:
 
 @contextmanager
 def _without_conversion() -> Iterator[None]:
-    stock = transformers_weight_conversion.convert_peft_config_for_transformers
-    transformers_weight_conversion.convert_peft_config_for_transformers = lambda *_, **__: None
-    try:
+    with replaced(
+        transformers_weight_conversion,
+        "convert_peft_config_for_transformers",
+        lambda *_, **__: None,
+        why="it takes names of modules in encoded experts for fused parameters, and no option turns it off",
+        read_in="peft 0.21.2",
+    ):
         yield
-    finally:
-        transformers_weight_conversion.convert_peft_config_for_transformers = stock
 
 
 @contextmanager
@@ -404,12 +407,12 @@ def _without_bitsandbytes() -> Iterator[None]:
     if type(sys.modules.get("bitsandbytes")) is ModuleType:
         yield
         return
-    stock = lora_model.is_bnb_available, lora_model.is_bnb_4bit_available
-    lora_model.is_bnb_available = lora_model.is_bnb_4bit_available = cache(lambda: False)  # a cached one, as PEFT's
-    try:
+    why = "importing bitsandbytes takes seconds, and no layer is one of its while it is not imported"
+    with ExitStack() as stack:
+        for name in ("is_bnb_available", "is_bnb_4bit_available"):
+            absent = cache(lambda: False)  # a cached one, as PEFT's
+            stack.enter_context(replaced(lora_model, name, absent, why=why, read_in="peft 0.21.2"))
         yield
-    finally:
-        lora_model.is_bnb_available, lora_model.is_bnb_4bit_available = stock
 
 
 def with_frozen_layer(config: LoraConfig) -> LoraConfig:

@@ -9,8 +9,7 @@ transformers 5.19.0 (``integrations/moe.py``, ``core_model_loading.py``, ``conve
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +29,11 @@ from arctic_plugins.frozen import (
     FrozenWeight,
     Placement,
 )
+from arctic_plugins.patches import patch
 from arctic_plugins_huggingface.loading.names import _reversed, _stored
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin
+    pass
 
 __all__ = [
     "dispatch_experts",
@@ -140,9 +140,12 @@ def dispatch_experts(model: PreTrainedModel, dispatches: Mapping[str, ExpertsDis
         dispatches: name of :func:`weight_specs` -> the dispatch.
     """
     if any(dispatch.size > 1 for dispatch in dispatches.values()):
-        able = cast("GenerationMixin", model)
-        # Processes go on until all have finished. (The host annotates a `self` that no model is.)
-        able.generate = partial(able.generate, synced_gpus=True)  # type: ignore[method-assign, misc]
+        patch(
+            model,
+            "generate",
+            why="processes that share experts go on until all have finished; no config of generation says so",
+            read_in="transformers 5.19.0",
+        )(_generate_together)
     for name, dispatch in dispatches.items():
         path, leaf = name.rpartition(".")[::2]
         host: Any = model.get_submodule(path)
@@ -150,6 +153,10 @@ def dispatch_experts(model: PreTrainedModel, dispatches: Mapping[str, ExpertsDis
         host.register_parameter(leaf, nn.Parameter(plain[part].clone(), requires_grad=plain.requires_grad))
         host.dispatch = dispatch
         model.set_experts_implementation(dispatch.experts_implementation)
+
+
+def _generate_together(stock: Any, *args: Any, **kwargs: Any) -> Any:
+    return stock(*args, **{"synced_gpus": True, **kwargs})
 
 
 def freeze_modules(
