@@ -14,7 +14,7 @@ from arctic_plugins.errors import ClaimError
 from arctic_plugins.host import hosts
 from arctic_plugins.plugin import SLOTS
 
-__all__ = ["Claim", "Claims", "LinearSpec", "arbitrate", "check_patterns", "compress_names", "matches", "some"]
+__all__ = ["Claim", "LinearSpec", "SettledClaims", "arbitrate", "check_patterns", "compress_names", "matches", "some"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Claims:
+class SettledClaims:
     """What :func:`arbitrate` found: slot -> module name -> the claimed values, in the order of the stack."""
 
     by_slot: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
@@ -109,7 +109,7 @@ def some(names: Iterable[str]) -> str:
     return ", ".join([*first[:3], *(["..."] if len(first) > 3 else [])]) or "none"
 
 
-def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearSpec]) -> Claims:
+def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearSpec]) -> SettledClaims:
     """Expand patterns into names and settle who gets what.
 
     Args:
@@ -148,7 +148,7 @@ def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearS
         for slot, named in taken.items()
     }
     _check_fused(by_slot.get("weight_codec", {}), modules)
-    return Claims(by_slot)
+    return SettledClaims(by_slot)
 
 
 def _check_fused(codecs: Mapping[str, tuple[Any, ...]], modules: Mapping[str, LinearSpec]) -> None:

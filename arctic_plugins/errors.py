@@ -23,6 +23,7 @@ __all__ = [
     "ResolveError",
     "UserError",
     "named",
+    "one_line",
     "suggest",
 ]
 
@@ -62,6 +63,14 @@ def _one_line(text: str) -> str:
         if line.isprintable()
         else "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     )
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's message, with its type where the message alone would not be understood."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, (OSError, ValueError, RuntimeError)) and text:
+        return text
+    return f"{type(error).__name__}: {text or 'no message'}"
 
 
 @contextmanager

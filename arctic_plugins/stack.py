@@ -12,7 +12,7 @@ from typing import Any
 import pluggy
 import yaml
 
-from arctic_plugins.claims import Claims, LinearSpec, arbitrate, some
+from arctic_plugins.claims import LinearSpec, SettledClaims, arbitrate, some
 from arctic_plugins.discovery import load_plugin, new_plugin_manager
 from arctic_plugins.errors import ArcticError, ClaimError, ConfigError, PluginError
 from arctic_plugins.plugin import SLOTS, Plugin
@@ -169,7 +169,7 @@ class Stack:
         results = self._each("validate", stack=self, model_config=model_config, hardware=hardware)
         return [f"{plugin.name}: {warning}" for plugin, warnings in results for warning in warnings]
 
-    def claim(self, model_config: Any, modules: Mapping[str, LinearSpec]) -> Claims:
+    def claim(self, model_config: Any, modules: Mapping[str, LinearSpec]) -> SettledClaims:
         """Gather every plugin's claims and settle them; see :func:`arctic_plugins.claims.arbitrate`.
 
         Raises:

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError, ClaimError, CodecError
-from arctic_plugins.frozen import Codec, ExpertsDispatch, FrozenExperts, FrozenLinear, FrozenWeight, Stay
+from arctic_plugins.frozen import Codec, ExpertsDispatch, FrozenExperts, FrozenLinear, FrozenWeight, LocalTokens
 from arctic_plugins.frozen.experts import _places, in_blocks, mix_experts
 from arctic_plugins.testing import MIXTURES, tiny_model
 
@@ -180,9 +180,11 @@ class Pieces(ExpertsDispatch):
     def pieces(self, num_experts):
         return self.sizes
 
-    def send(self, rows_RK, counts):
+    def dispatch(self, rows_RK, counts):
         self.seen.append(counts)
-        return [Stay(own, its) for own, its in zip(rows_RK.split([sum(own) for own in counts]), counts, strict=True)]
+        return [
+            LocalTokens(own, its) for own, its in zip(rows_RK.split([sum(own) for own in counts]), counts, strict=True)
+        ]
 
     def sum_over_copies(self, tensor): ...
 

@@ -3,11 +3,11 @@ them.
 """
 
 from arctic_plugins.frozen.codec import Buffers, Codec, TensorSpec, codec_from_dict, codec_to_dict
-from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
-from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch, Stay, local_parameters
+from arctic_plugins.frozen.dispatch import DispatchedTokens, ExpertsDispatch, LocalTokens, local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture, mix_experts, piece_sizes, start_experts
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
+from arctic_plugins.frozen.module_codecs import METHOD, ModuleCodecs
 from arctic_plugins.frozen.placement import FetchedHandle, Handle, LeaseOrder, Placement, Prefetch, chain
 from arctic_plugins.frozen.plain import PlainCodec
 
@@ -15,7 +15,7 @@ __all__ = [
     "METHOD",
     "Buffers",
     "Codec",
-    "Exchange",
+    "DispatchedTokens",
     "ExpertsDispatch",
     "FetchedHandle",
     "FrozenExperts",
@@ -24,12 +24,12 @@ __all__ = [
     "FrozenWeight",
     "Handle",
     "LeaseOrder",
+    "LocalTokens",
     "Mixture",
     "ModuleCodecs",
     "Placement",
     "PlainCodec",
     "Prefetch",
-    "Stay",
     "TensorSpec",
     "chain",
     "codec_from_dict",

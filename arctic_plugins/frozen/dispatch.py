@@ -1,5 +1,5 @@
-"""Expert dispatch: how rows come to the experts that compute with them, and back, when processes share the experts of a
-mixture.
+"""Expert dispatch: how tokens reach their experts, and how the results are combined, when the experts of a mixture are
+distributed over processes.
 """
 
 from __future__ import annotations
@@ -10,31 +10,34 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-__all__ = ["Exchange", "ExpertsDispatch", "Stay", "local_parameters"]
+__all__ = ["DispatchedTokens", "ExpertsDispatch", "LocalTokens", "local_parameters"]
 
 
-class Exchange(ABC):
-    """The way of rows to some experts and back, started by :meth:`ExpertsDispatch.send`. Its steps are called once
-    each, in this order.
+class DispatchedTokens(ABC):
+    """Rows on their way to some experts and back, as :meth:`ExpertsDispatch.dispatch` returns them.
+
+    Each step is called once, in this order.
     """
 
     @abstractmethod
     def receive(self) -> tuple[Tensor, Sequence[int]]:
-        """Wait for the rows of this process's experts among them: ``[rows, K]`` sorted by expert, and how many each
-        has.
+        """Wait for the rows of this process's experts.
+
+        Returns:
+            The rows, ``[rows, K]``, sorted by expert, and the number of rows of each expert.
         """
 
     @abstractmethod
-    def send_back(self, rows_RK: Tensor) -> None:
-        """Start to return what the experts made of the rows."""
+    def combine(self, rows_RK: Tensor) -> None:
+        """Start to return the experts' outputs to the processes that the rows came from."""
 
     @abstractmethod
-    def receive_back(self) -> Tensor:
-        """Wait for what was made of the rows given to ``send``, in their order."""
+    def combined(self) -> Tensor:
+        """Wait for the outputs of the rows that were dispatched, in their original order."""
 
 
-class Stay(Exchange):
-    """Rows that are with their experts already."""
+class LocalTokens(DispatchedTokens):
+    """Rows whose experts are in this process: nothing travels."""
 
     def __init__(self, rows: Tensor, counts: Sequence[int]) -> None:
         self.rows, self.counts = rows, counts
@@ -42,29 +45,29 @@ class Stay(Exchange):
     def receive(self) -> tuple[Tensor, Sequence[int]]:
         return self.rows, self.counts
 
-    def send_back(self, rows_RK: Tensor) -> None:
+    def combine(self, rows_RK: Tensor) -> None:
         self.rows = rows_RK
 
-    def receive_back(self) -> Tensor:
+    def combined(self) -> Tensor:
         return self.rows
 
 
 class ExpertsDispatch(ABC):
-    """What fills the slot ``experts_dispatch``: one object serves all mixtures of a model.
+    """Fills the slot ``experts_dispatch``. One object serves all mixtures of a model.
 
-    ``size`` processes hold one copy of the experts together, each from loading on; when there are more, several copies
-    are trained on different data. Parameters of a process's own experts (:func:`local_parameters`) are none of DDP's
-    business.
+    ``size`` processes together hold one copy of the experts, from loading on. With more processes, several copies are
+    trained on different data. DDP does not synchronize the parameters of a process's own experts
+    (:func:`local_parameters`).
     """
 
     experts_implementation: ClassVar[str] = "eager"
     """Name of the experts function in transformers that computes plain experts through ``module.dispatch``."""
     option: ClassVar[str] = "the plugin that spreads experts"
-    """What says :attr:`size` in a recipe, ``plugins.NAME.OPTION``: hosts call it so in their messages."""
+    """The option that sets :attr:`size`, as ``plugins.NAME.OPTION``. Hosts name it in their messages."""
     size: int
-    """Processes that hold one copy; 1 when nothing is spread."""
+    """Number of processes that hold one copy of the experts; 1 if they are not distributed."""
     attached: bool = False
-    """Whether a trainer has been told to leave the experts of processes apart."""
+    """Whether a trainer that treats the experts of each process separately is attached."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertsDispatch:
         return self  # one object serves every copy of a model and of its config
@@ -72,64 +75,76 @@ class ExpertsDispatch(ABC):
     @property
     @abstractmethod
     def rank(self) -> int:
-        """This process's place among them."""
+        """Rank of this process among those that hold one copy of the experts."""
 
     @abstractmethod
     def local(self, num_experts: int) -> slice:
-        """Which of so many experts this process holds.
+        """Which of ``num_experts`` experts this process holds.
 
         Raises:
-            UserError: they cannot be divided among the processes, or there are no processes.
+            UserError: the experts cannot be divided among the processes, or there is no process group.
         """
 
     def pieces(self, num_experts: int) -> list[int]:
-        """How many of this process's experts are computed together, piece after piece: the rows of one travel while
-        another is computed.
+        """How this process's experts are divided into pieces: the number of experts in each.
 
-        The same in all processes. The default is one piece.
+        The rows of one piece travel while another is computed. All processes have the same pieces. The default is one.
         """
         here = self.local(num_experts)
         return [here.stop - here.start]
 
     @abstractmethod
-    def send(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[Exchange]:
-        """Start to bring rows to the processes that hold their experts.
+    def dispatch(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[DispatchedTokens]:
+        """Start to send rows to the processes that hold their experts.
 
-        Collective: processes call it equally often, in the same order. Gradients flow back the same way.
+        Collective: all processes call it the same number of times, in the same order. Gradients travel back the same
+        way.
 
         Args:
             rows_RK: sorted by piece (see :meth:`pieces`), then by expert.
-            counts: for each piece, the rows of each of the experts that processes have in it, those of the first
+            counts: for each piece, the number of rows of each of its experts in all processes, those of the first
                 process first.
 
         Returns:
-            An exchange for each piece. Those of all pieces have started; processes finish them in the same order.
+            One object for each piece. All pieces are under way; processes finish them in the same order.
         """
 
-    def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        """Change routing before anything is sent, while training: an index of ``num_experts`` goes nowhere. The default
-        changes nothing.
+    def apply_capacity(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+        """Change the routing before anything is sent, in training only.
+
+        An index of ``num_experts`` drops the token for that expert. The default drops nothing.
+
+        Args:
+            index_MT: experts of each token, int64.
+            weights_MT: their weights.
+            num_experts: of the whole mixture.
+
+        Returns:
+            Both, changed or not, in the same shapes.
         """
         return index_MT, weights_MT
 
     @abstractmethod
     def sum_over_copies(self, tensor: Tensor) -> None:
-        """Collective: add up, in place, what the processes with the same experts have."""
+        """Collective: sum ``tensor`` in place over the processes that hold the same experts."""
 
     @abstractmethod
     def sum_over_parts(self, tensor: Tensor) -> None:
-        """Collective: add up, in place, what the processes with the experts of one copy have."""
+        """Collective: sum ``tensor`` in place over the processes that together hold one copy of the experts."""
 
     @abstractmethod
     def gather(self, local: Tensor) -> list[Tensor] | None:
-        """Collective: what the processes of the first copy have, in order of rank and host memory, in the first process
-        of all; None elsewhere.
+        """Collective: gather ``local`` of the processes that hold the first copy, in the first process.
+
+        Returns:
+            The tensors in order of rank, in host memory; None in all other processes.
         """
 
 
 def local_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, ExpertsDispatch]]:
-    """Name -> parameter of this process's own experts, and the dispatch. What adapters add beside experts that they
-    wrap is among them.
+    """Parameters of this process's own experts, by name, each with its dispatch.
+
+    They include what adapters add to the experts that they wrap.
     """
     owners: dict[str, ExpertsDispatch] = {}
     for name, module in model.named_modules():

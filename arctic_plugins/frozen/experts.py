@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch, Stay
+from arctic_plugins.frozen.dispatch import DispatchedTokens, ExpertsDispatch, LocalTokens
 from arctic_plugins.frozen.module import FrozenModule
 
 __all__ = ["FrozenExperts", "Mixture", "in_blocks", "mix_experts", "piece_sizes", "start_experts"]
@@ -68,18 +68,20 @@ class Mixture:
         rows = x_MK[self.order // self.top]
         ends = [0, *accumulate(size * processes for size in sizes)]
         by_piece = [counts[first:last] for first, last in pairwise(ends)]
-        self.exchanges: Sequence[Exchange] = [Stay(rows, counts)] if dispatch is None else dispatch.send(rows, by_piece)
+        self.dispatched: Sequence[DispatchedTokens] = (
+            [LocalTokens(rows, counts)] if dispatch is None else dispatch.dispatch(rows, by_piece)
+        )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def compute(self) -> None:
         """Multiply the rows of this process's experts."""
-        for exchange, (_, products) in zip(self.exchanges, self.pieces, strict=True):
-            exchange.send_back(products(*exchange.receive()))
+        for tokens, (_, products) in zip(self.dispatched, self.pieces, strict=True):
+            tokens.combine(products(*tokens.receive()))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def result(self) -> Tensor:
         """``[M, K]`` in the dtype of ``x_MK``; sums are in the dtype of products with the weights."""
-        returned = [exchange.receive_back() for exchange in self.exchanges]
+        returned = [tokens.combined() for tokens in self.dispatched]
         rows = returned[0] if len(returned) == 1 else torch.cat(returned)
         rows = rows * self.weights_MT.reshape(-1)[self.order].unsqueeze(-1)
         by_token = rows.new_zeros(self.tokens * self.top, rows.shape[-1]).index_put((self.order,), rows)
@@ -146,7 +148,7 @@ def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tens
     if torch.is_autocast_enabled(x_MK.device.type):
         x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
     if dispatch is not None and experts.training:
-        index_MT, weights_MT = dispatch.keep(index_MT, weights_MT, experts.num_experts)
+        index_MT, weights_MT = dispatch.apply_capacity(index_MT, weights_MT, experts.num_experts)
     return Mixture(x_MK, index_MT, weights_MT, experts.num_experts, pieces, dispatch)
 
 

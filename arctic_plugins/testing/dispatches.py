@@ -62,10 +62,12 @@ def check_dispatch(dispatch: ExpertsDispatch, *, num_experts: int = 8) -> None:
 
     index = torch.randint(0, num_experts, (40, 2), generator=generator)
     weights = torch.rand(40, 2, generator=generator)
-    kept, kept_weights = dispatch.keep(index.clone(), weights.clone(), num_experts)
-    assert kept.shape == index.shape, "keep() changes the shape of the index"
-    assert kept_weights.shape == weights.shape, "keep() changes the shape of the weights"
-    assert ((kept == index) | (kept == num_experts)).all(), "keep() sends a token to an expert that was not chosen"
+    kept, kept_weights = dispatch.apply_capacity(index.clone(), weights.clone(), num_experts)
+    assert kept.shape == index.shape, "apply_capacity() changes the shape of the index"
+    assert kept_weights.shape == weights.shape, "apply_capacity() changes the shape of the weights"
+    assert ((kept == index) | (kept == num_experts)).all(), (
+        "apply_capacity() sends a token to an expert that was not chosen"
+    )
 
     if size > 1:
         copies = dist.get_world_size() // size

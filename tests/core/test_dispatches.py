@@ -2,7 +2,7 @@
 
 import pytest
 
-from arctic_plugins.frozen import ExpertsDispatch, Stay
+from arctic_plugins.frozen import ExpertsDispatch, LocalTokens
 from arctic_plugins.testing import check_dispatch
 
 
@@ -17,9 +17,9 @@ class Here(ExpertsDispatch):
     def pieces(self, num_experts):
         return [3, num_experts - 3]
 
-    def send(self, rows_RK, counts):
+    def dispatch(self, rows_RK, counts):
         rows = rows_RK.split([sum(own) for own in counts])
-        return [Stay(own, number) for own, number in zip(rows, counts, strict=True)]
+        return [LocalTokens(own, number) for own, number in zip(rows, counts, strict=True)]
 
     def sum_over_copies(self, tensor): ...
 
@@ -29,21 +29,21 @@ class Here(ExpertsDispatch):
         return [local]
 
 
-class Reversed(Stay):
-    def receive_back(self):
+class Reversed(LocalTokens):
+    def combined(self):
         return self.rows.flip(0)
 
 
-class Detached(Stay):
+class Detached(LocalTokens):
     def receive(self):
         return self.rows.detach(), self.counts
 
 
-def with_exchange(kind):
-    def send(self, rows_RK, counts):
-        return [kind(stay.rows, stay.counts) for stay in Here.send(self, rows_RK, counts)]
+def with_tokens(kind):
+    def dispatch(self, rows_RK, counts):
+        return [kind(stay.rows, stay.counts) for stay in Here.dispatch(self, rows_RK, counts)]
 
-    return {"send": send}
+    return {"dispatch": dispatch}
 
 
 def test_a_sound_one_passes():
@@ -56,11 +56,17 @@ def test_a_sound_one_passes():
         ({"rank": 1}, "rank is 1 of 1"),
         ({"local": lambda self, num_experts: slice(1, num_experts)}, "pieces.. are not the experts"),
         ({"pieces": lambda self, num_experts: [num_experts, 0]}, "has an empty one"),
-        ({"keep": lambda self, index, weights, num_experts: (index * 0, weights)}, "an expert that was not chosen"),
-        ({"keep": lambda self, index, weights, num_experts: (index[:, :1], weights)}, "changes the shape of the index"),
+        (
+            {"apply_capacity": lambda self, index, weights, num_experts: (index * 0, weights)},
+            "an expert that was not chosen",
+        ),
+        (
+            {"apply_capacity": lambda self, index, weights, num_experts: (index[:, :1], weights)},
+            "changes the shape of the index",
+        ),
         ({"__deepcopy__": lambda self, memo: Here()}, "one object for every copy"),
-        (with_exchange(Reversed), "came back to another place"),
-        (with_exchange(Detached), "gradients of rows went another way"),
+        (with_tokens(Reversed), "came back to another place"),
+        (with_tokens(Detached), "gradients of rows went another way"),
     ],
 )
 def test_what_is_wrong_is_said(wrong, message):

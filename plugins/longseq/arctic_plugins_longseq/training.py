@@ -30,7 +30,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from arctic_plugins.errors import ConfigError
 from arctic_plugins.patches import patch
 from arctic_plugins_longseq.hf import causal_lm
-from arctic_plugins_longseq.ulysses import Heads, Mask, Sequence, Share, Whole, computing, current
+from arctic_plugins_longseq.ulysses import Heads, Mask, SequenceGroup, Share, Whole, computing, current
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,13 +51,13 @@ class SharedTexts(Trainer):
         ConfigError: the model or the trainer needs whole texts in one process.
     """
 
-    text_sequence: Sequence
+    text_sequence: SequenceGroup
     text_groups: _Groups
 
     def on_attach(self, plugin: LongSeq) -> None:
         processes, model = plugin.options.sequence_parallel, causal_lm(self.model)
         _check(self, model, processes)
-        sequence = Sequence(processes)
+        sequence = SequenceGroup(processes)
         _replace_attention(model)
         _rotate_by_the_whole(model)
         if not self.is_deepspeed_enabled:  # which may have cut the weights in pieces that only its engine puts together
@@ -233,7 +233,7 @@ def _rotate(
 
 
 @torch.no_grad()
-def _compare(model: Any, sequence: Sequence) -> None:
+def _compare(model: Any, sequence: SequenceGroup) -> None:
     """Raise ConfigError unless shares of a small text have the logits of the whole one: layers that mix tokens
     elsewhere than in attention do not.
     """
@@ -274,7 +274,7 @@ class _Groups:
 
     dispatch_batches = False  # or the first process would cut what it reads for all
 
-    def __init__(self, accelerator: Any, sequence: Sequence) -> None:
+    def __init__(self, accelerator: Any, sequence: SequenceGroup) -> None:
         self._accelerator, self._sequence = accelerator, sequence
         self.num_processes = accelerator.num_processes // sequence.size
         self.process_index = accelerator.process_index // sequence.size

@@ -21,7 +21,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-__all__ = ["Heads", "Mask", "Sequence", "Share", "Whole", "computing", "current"]
+__all__ = ["Heads", "Mask", "SequenceGroup", "Share", "Whole", "computing", "current"]
 
 Mask: TypeAlias = "Tensor | BlockMask"
 """What attention is told of the tokens that it sees, by the mask functions of a host."""
@@ -80,7 +80,7 @@ class Heads:
 class Whole:
     """What attention has to know of all tokens of a batch. ``L`` counts the padding behind them."""
 
-    sequence: Sequence
+    sequence: SequenceGroup
     length: int
     """Without the padding behind."""
     positions: Tensor
@@ -97,7 +97,7 @@ class Share(dict[str, Any]):
     whole: Whole
 
 
-class Sequence:
+class SequenceGroup:
     """The processes that share a text, ``processes`` consecutive ones. Every process of the world makes this at the
     same time.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from arctic_plugins.errors import ClaimError, ConfigError
-from arctic_plugins.frozen import Exchange, ExpertsDispatch, Stay
+from arctic_plugins.frozen import DispatchedTokens, ExpertsDispatch, LocalTokens
 from arctic_plugins.patches import private
 from arctic_plugins.processes import world_size
 from arctic_plugins_moe.config import MoEConfig
@@ -99,9 +99,9 @@ class ExpertParallel(ExpertsDispatch):
         degree = 1 if self.size == 1 else min(self.overlap_degree, whole)
         return [whole // degree + (piece < whole % degree) for piece in range(degree)]
 
-    def send(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[Exchange]:
+    def dispatch(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[DispatchedTokens]:
         if self.size == 1:
-            return [Stay(rows_RK, own) for own in counts]
+            return [LocalTokens(rows_RK, own) for own in counts]
         if not self.attached and _active_ddp()() is not None:
             raise ConfigError(
                 "DDP has given all processes the experts of the first: it was not told that they have different ones",
@@ -117,9 +117,9 @@ class ExpertParallel(ExpertsDispatch):
         pieces = zip(rows, sent.split(sizes, 1), received.split(sizes, 1), strict=True)
         return [_AllToAll(*piece, self.parts) for piece in pieces]
 
-    def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    def apply_capacity(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         return (
-            (index_MT, weights_MT) if self.capacity is None else self.capacity.keep(index_MT, weights_MT, num_experts)
+            (index_MT, weights_MT) if self.capacity is None else self.capacity.apply(index_MT, weights_MT, num_experts)
         )
 
     def sum_over_copies(self, tensor: Tensor) -> None:
@@ -152,7 +152,7 @@ def _active_ddp() -> Callable[[], Any]:
     return found
 
 
-class _AllToAll(Exchange):
+class _AllToAll(DispatchedTokens):
     """The rows of one piece. ``sent`` and ``received``: ``[processes, experts of each]``, how many rows go and come."""
 
     def __init__(self, rows: Tensor, sent: Tensor, received: Tensor, group: dist.ProcessGroup) -> None:
@@ -173,14 +173,14 @@ class _AllToAll(Exchange):
         rows: Tensor = _Finish.apply(self.arriving, self.trip)
         return rows[self.order], self.counts
 
-    def send_back(self, rows_RK: Tensor) -> None:
+    def combine(self, rows_RK: Tensor) -> None:
         by_sender = torch.empty_like(self.order).scatter_(
             0, self.order, torch.arange(len(self.order), device=self.order.device)
         )
         self.trip = _Trip(self.group, self.received, self.sent)
         self.arriving = _Start.apply(rows_RK[by_sender], self.trip)
 
-    def receive_back(self) -> Tensor:
+    def combined(self) -> Tensor:
         rows: Tensor = _Finish.apply(self.arriving, self.trip)
         return rows
 

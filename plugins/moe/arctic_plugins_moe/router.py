@@ -98,7 +98,7 @@ class Capacity:
         """Rows that one expert takes of ``tokens``."""
         return max(self.min_capacity, math.ceil(self.factor * top_k * tokens / num_experts))
 
-    def keep(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    def apply(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         """``index`` with ``num_experts`` (an expert that there is not) in the place of what is dropped, and the weights
         of the rest.
         """

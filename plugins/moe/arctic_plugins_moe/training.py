@@ -66,7 +66,7 @@ class RouterFigures:
                 "aux_loss": load_balancing_loss([logits], index.shape[-1]),
             }
             if self.capacity is not None:
-                kept, _ = self.capacity.keep(index, weights, experts)
+                kept, _ = self.capacity.apply(index, weights, experts)
                 figures["dropped"] = (kept == experts).float().mean()
             sums = self._sums.setdefault(name, {})
             for key, value in figures.items():

@@ -7,7 +7,7 @@ from arctic_plugins_moe.router import Capacity, expert_load, load_balancing_loss
 def test_first_choices_and_early_tokens_come_first():
     index = torch.tensor([[0, 1], [0, 2], [0, 1], [1, 0]])
     weights = torch.tensor([[0.6, 0.4], [0.7, 0.3], [0.9, 0.1], [0.5, 0.5]])
-    kept, scaled = Capacity(0.75).keep(index, weights, 3)  # two rows for each expert
+    kept, scaled = Capacity(0.75).apply(index, weights, 3)  # two rows for each expert
     assert Capacity(0.75).rows(4, 2, 3) == 2
     assert kept.tolist() == [[0, 1], [0, 2], [3, 3], [1, 3]], (
         "the third token wants experts that are full, the last one's second choice as well"
@@ -16,7 +16,7 @@ def test_first_choices_and_early_tokens_come_first():
 
 
 def test_a_single_choice_keeps_its_weight():
-    kept, weights = Capacity(0.5, min_capacity=1).keep(
+    kept, weights = Capacity(0.5, min_capacity=1).apply(
         torch.tensor([[0], [0], [1]]), torch.tensor([[0.3], [0.4], [0.5]]), 2
     )
     assert kept.tolist() == [[0], [2], [1]]
@@ -25,7 +25,7 @@ def test_a_single_choice_keeps_its_weight():
 
 def test_enough_capacity_changes_nothing():
     weights, index = torch.randn(64, 8).softmax(-1).topk(2)
-    kept, same = Capacity(8.0).keep(index, weights, 8)
+    kept, same = Capacity(8.0).apply(index, weights, 8)
     assert torch.equal(kept, index)
     assert torch.allclose(same, weights)
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from arctic_plugins.adapter import ADAPTER, WEIGHTS, read_adapter
 from arctic_plugins.compute import dtype_name
-from arctic_plugins.errors import CheckpointError
+from arctic_plugins.errors import CheckpointError, one_line
 from arctic_plugins.files import check_directory, check_keys, check_regular, check_sizes, file_within, read_json
 from arctic_plugins.processes import is_first_here
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
@@ -34,7 +34,6 @@ __all__ = [
     "hub_arguments",
     "hub_trouble",
     "is_directory",
-    "reason",
 ]
 
 logger = logging.getLogger(__name__)
@@ -196,16 +195,6 @@ def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: kwargs[key] for key in shared if key in kwargs}
 
 
-def reason(error: BaseException) -> str:
-    """The first line of what a host's exception says, with its type where the text alone would not be understood."""
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return (
-        text
-        if isinstance(error, (OSError, ValueError, RuntimeError)) and text
-        else f"{type(error).__name__}: {text or 'no message'}"
-    )
-
-
 def hub_trouble() -> str | None:
     """Why the hub cannot be asked, or None if it can; one attempt, where the libraries retry for half a minute."""
     from huggingface_hub import constants, get_session
@@ -215,7 +204,7 @@ def hub_trouble() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except Exception as error:  # whichever HTTP library the hub's client uses
-        return f"{constants.ENDPOINT} cannot be reached ({reason(error)})"
+        return f"{constants.ENDPOINT} cannot be reached ({one_line(error)})"
     return None
 
 
@@ -269,7 +258,7 @@ def _hub_file(repository: str, name: str, kwargs: Mapping[str, Any]) -> str | No
         return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs))
     except OSError as error:
         raise CheckpointError(
-            f"{repository} is no directory here and cannot be had from the hub: {reason(error)}",
+            f"{repository} is no directory here and cannot be had from the hub: {one_line(error)}",
             expected="a checkpoint directory or a hub id",
             fix="correct the name or the revision, or log in: hf auth login",
         ) from error
@@ -341,7 +330,7 @@ def _open(path: Path) -> set[str]:
         ) from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is damaged or truncated: {reason(error).removeprefix('SafetensorError: ')}",
+            f"{path} is damaged or truncated: {one_line(error).removeprefix('SafetensorError: ')}",
             expected="a whole safetensors file",
             fix="copy or download it again, or save the checkpoint again",
         ) from error

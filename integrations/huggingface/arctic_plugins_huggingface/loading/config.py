@@ -18,12 +18,12 @@ from transformers import (
 )
 
 from arctic_plugins.compute import compute_dtype, default_device, reason_for, warning_for
-from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
+from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, one_line
 from arctic_plugins.files import check_keys, check_sizes, read_json
 from arctic_plugins.frozen import (
     METHOD,
 )
-from arctic_plugins_huggingface.files.check import hub_arguments, reason
+from arctic_plugins_huggingface.files.check import hub_arguments
 from arctic_plugins_huggingface.loading.quantizer import register
 
 __all__ = [
@@ -57,7 +57,7 @@ def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
     except Exception as error:  # configs are code: a bad value can raise anything
         _own_code(checkpoint, error)
         raise CheckpointError(
-            f"{where} cannot be read as a model: {reason(error)}",
+            f"{where} cannot be read as a model: {one_line(error)}",
             expected="a causal language model",
             fix="correct the key it names",
         ) from error
@@ -78,7 +78,7 @@ def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizer
             raise
         _own_code(checkpoint, error)
         raise CheckpointError(
-            f"the tokenizer of {checkpoint} cannot be read: {reason(error)}", fix="save it beside the model again"
+            f"the tokenizer of {checkpoint} cannot be read: {one_line(error)}", fix="save it beside the model again"
         ) from error
 
 
@@ -186,7 +186,8 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreT
             return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trusted)
     except Exception as error:  # models are code: a bad size can raise anything
         raise CheckpointError(
-            f"no causal language model can be built from config.json (model_type {config.model_type}): {reason(error)}",
+            f"no causal language model can be built from config.json (model_type {config.model_type}): "
+            f"{one_line(error)}",
             fix="correct config.json",
         ) from error
 

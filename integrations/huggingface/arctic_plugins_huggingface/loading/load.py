@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.claims import compress_names
-from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError
+from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, one_line
 from arctic_plugins.frozen import METHOD, FrozenModule
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.files.check import check_unchanged, is_directory, reason
+from arctic_plugins_huggingface.files.check import check_unchanged, is_directory
 from arctic_plugins_huggingface.loading.conversions import expert_conversions
 from arctic_plugins_huggingface.loading.names import stored_codecs, weight_conversions
 from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model, plan_weights
@@ -108,7 +108,7 @@ def load_model(
         if quantization is not None and quantization.failure is not None:
             raise quantization.failure from error  # the loader collects errors and reports that there were some
         raise CheckpointError(
-            f"{plan.checkpoint} cannot be loaded: {reason(error)}", fix="'--traceback' shows more"
+            f"{plan.checkpoint} cannot be loaded: {one_line(error)}", fix="'--traceback' shows more"
         ) from error
     model, report = cast("tuple[_Model, dict[str, Any]]", loaded)  # a pair because of output_loading_info
     if missing := sorted(report["missing_keys"]):

@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from arctic_plugins.claims import Claims, LinearSpec
+from arctic_plugins.claims import LinearSpec, SettledClaims
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.errors import CheckpointError, ClaimError, ConfigError
 from arctic_plugins.files import check_elements
@@ -47,7 +47,7 @@ class WeightPlan:
 
     specs: dict[str, LinearSpec]
     """Every weight that can be claimed."""
-    claims: Claims
+    claims: SettledClaims
     """What the plugins claim of them, slot by slot."""
     codecs: dict[str, Codec]
     """The claimed ones, or those of an encoded checkpoint; when nothing is encoded, the plain one of every weight that
@@ -307,7 +307,7 @@ def _local(spec: LinearSpec, dispatch: ExpertsDispatch) -> tuple[int, ...]:
 
 
 def _place(
-    claims: Claims, codecs: Mapping[str, Codec], specs: Mapping[str, LinearSpec]
+    claims: SettledClaims, codecs: Mapping[str, Codec], specs: Mapping[str, LinearSpec]
 ) -> tuple[dict[str, Placement], dict[str, int]]:
     """Let the claimed placements choose among the encoded weights: name -> its (chain of) placement, and name -> bytes
     on the compute device.

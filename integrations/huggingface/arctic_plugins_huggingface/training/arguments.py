@@ -11,8 +11,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from trl import SFTConfig
 
 from arctic_plugins.compute import is_native, warning_for
-from arctic_plugins.errors import ConfigError
-from arctic_plugins_huggingface.files.check import reason
+from arctic_plugins.errors import ConfigError, one_line
 from arctic_plugins_huggingface.training.check import check_arguments
 from arctic_plugins_huggingface.training.recipe import Recipe
 
@@ -50,7 +49,7 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         arguments = SFTConfig(**{**defaults, **ours, **given})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(
-            f"training is not valid: {reason(error)}", fix="correct the value it names, or install the package"
+            f"training is not valid: {one_line(error)}", fix="correct the value it names, or install the package"
         ) from error
     reported = cast("list[str]", arguments.report_to)  # once __post_init__ has seen it
     if absent := sorted({*reported} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):

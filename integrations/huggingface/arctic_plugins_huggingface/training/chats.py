@@ -14,8 +14,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from arctic_plugins.errors import DataError, suggest
-from arctic_plugins_huggingface.files.check import reason
+from arctic_plugins.errors import DataError, one_line, suggest
 from arctic_plugins_huggingface.generate import chat
 from arctic_plugins_huggingface.training.recipe import DataConfig
 
@@ -305,7 +304,7 @@ def rendered(
     }
     if whole is None or None in texts.values():
         raise DataError(
-            f"{where} is refused by the model's chat template: {reason(refusals[0])}",
+            f"{where} is refused by the model's chat template: {one_line(refusals[0])}",
             fix="correct or remove the record",
         )
     if tools and render(messages, None) == whole:

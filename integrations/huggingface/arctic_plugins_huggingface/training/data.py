@@ -20,8 +20,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DownloadConfig, IterableDataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
-from arctic_plugins.errors import DataError, suggest
-from arctic_plugins_huggingface.files.check import hub_trouble, reason
+from arctic_plugins.errors import DataError, one_line, suggest
+from arctic_plugins_huggingface.files.check import hub_trouble
 from arctic_plugins_huggingface.training.chats import Record, converted, rendered, unknown_fields
 from arctic_plugins_huggingface.training.recipe import DataConfig
 
@@ -260,7 +260,8 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
         raise DataError(f"{path} is not UTF-8: {error}", fix="save it as UTF-8") from error
     except (OSError, pa.ArrowException) as error:
         raise DataError(
-            f"data.path {path} cannot be read: {reason(error)}", expected="a whole file of the kind that its name says"
+            f"data.path {path} cannot be read: {one_line(error)}",
+            expected="a whole file of the kind that its name says",
         ) from error
 
 
@@ -314,7 +315,7 @@ def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:
         )
     except Exception as error:  # datasets raises its own, the hub's, httpx's and the builder's
         raise DataError(
-            f"data.path {config.path} is no file here and cannot be loaded as a dataset: {trouble or reason(error)}",
+            f"data.path {config.path} is no file here and cannot be loaded as a dataset: {trouble or one_line(error)}",
             expected="a file, or the id of a dataset that can be reached",
             fix="correct data.path, data.name or data.split",
         ) from error

@@ -27,13 +27,12 @@ from transformers import (
 from transformers.trainer_utils import has_length
 from trl import SFTTrainer
 
-from arctic_plugins.errors import ArcticError, ConfigError, Interrupted
+from arctic_plugins.errors import ArcticError, ConfigError, Interrupted, one_line
 from arctic_plugins.processes import is_first
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
-from arctic_plugins_huggingface.files.check import reason
 from arctic_plugins_huggingface.files.locking import in_use_by_us
 from arctic_plugins_huggingface.files.staging import writing
 from arctic_plugins_huggingface.loading.load import load_model
@@ -185,7 +184,7 @@ def _train(
             callbacks=[*(callbacks or []), stop, progress, RecipeRecord(record)],
         )
     except (ValueError, ImportError) as error:  # combinations of arguments that only the trainers check
-        raise ConfigError(f"training is not valid: {reason(error)}", fix="correct the argument it names") from error
+        raise ConfigError(f"training is not valid: {one_line(error)}", fix="correct the argument it names") from error
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     attach(trainer, run.stack, skip_nonfinite=run.recipe.nonfinite == "skip")
