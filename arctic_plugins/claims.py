@@ -11,13 +11,10 @@ from itertools import islice
 from typing import Any
 
 from arctic_plugins.errors import ClaimError
+from arctic_plugins.host import hosts
 from arctic_plugins.plugin import SLOTS
 
 __all__ = ["Claim", "Claims", "LinearSpec", "arbitrate", "check_patterns", "compress_names", "matches", "some"]
-
-FUSED_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
-"""Modules that vLLM fuses into one (``packed_modules_mapping`` of vllm/model_executor/models/llama.py, 0.32.0; w1 and
-w3 in Arctic): they must share a claim."""
 
 
 @dataclass(frozen=True)
@@ -155,15 +152,17 @@ def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearS
 
 
 def _check_fused(codecs: Mapping[str, tuple[Any, ...]], modules: Mapping[str, LinearSpec]) -> None:
+    tables = [host.fused_siblings.items() for host in hosts().values()]
+    fused = {(siblings, reader) for table in tables for reader, several in table for siblings in several}
     for name in modules:
         parent, _, leaf = name.rpartition(".")
-        for siblings in FUSED_SIBLINGS:
+        for siblings, reader in sorted(fused):
             if leaf != siblings[0]:
                 continue
             together = [f"{parent}.{sibling}" for sibling in siblings if f"{parent}.{sibling}" in modules]
             if len({codecs.get(sibling) for sibling in together}) > 1:
                 raise ClaimError(
-                    f"{' and '.join(together)} have different codecs, but vLLM fuses them into one module",
+                    f"{' and '.join(together)} have different codecs, but {reader} fuses them into one module",
                     expected="one codec for all of them, or none",
                     fix="include or exclude them together",
                 )

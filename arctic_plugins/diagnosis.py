@@ -17,28 +17,34 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import Distribution, distributions, entry_points
 from pathlib import Path
 
 from arctic_plugins.compute import compute_dtype, dtype_name, measure_products
-from arctic_plugins.discovery import identity, installed_plugins, load_plugin, new_plugin_manager, process_registry
+from arctic_plugins.discovery import identity, installed_plugins, load_plugin, new_plugin_manager
 from arctic_plugins.ending import leave
 from arctic_plugins.errors import ArcticError, HostVersionError
+from arctic_plugins.host import GROUP, Host, host_failures, hosts
+from arctic_plugins.patches import patches
 from arctic_plugins.plugin import PROJECT, Finding
-from arctic_plugins.resolver import HOST_DISTRIBUTIONS, check_hosts, host_range, host_version
+from arctic_plugins.registry import load
+from arctic_plugins.resolver import check_hosts, host_range, host_version
 from arctic_plugins.stack import Stack, read_yaml
 
 __all__ = ["diagnose"]
 
-_GROUPS = (PROJECT, "arctic_plugins.commands", "vllm.general_plugins")
+_GROUPS = ("arctic_plugins.commands", GROUP)
+"""Entry-point groups in which a name stands once."""
 _TIMEOUT = 180.0
-"""Seconds for a child process: the first import of torch or vLLM on a cold disk takes most of a minute."""
+"""Seconds for a child process: the first import of torch or a host on a cold disk takes most of a minute."""
 
 
 def diagnose(recipe: str | Path | None = None) -> list[Finding]:
     """Look at everything; ``recipe`` says which plugins are enabled, and its stack is resolved."""
+    known = [host for _, host in sorted(hosts().items(), reverse=True)]
     slow: list[Callable[[], list[Finding]]] = [  # the longest first
-        lambda: _in_child("vllm worker", "worker"),
+        *(partial(_in_child, _where(host), "host", host.name) for host in known),
         lambda: _in_child("torch", "torch"),
         lambda: _in_child("commands", "commands"),
     ]
@@ -47,11 +53,12 @@ def diagnose(recipe: str | Path | None = None) -> list[Finding]:
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         started = [pool.submit(check) for check in slow]
         findings = [*_machine(), *_compilers(), *_distributions(), *_hosts(), *findings]
-        worker, machine, commands, *plugins = [future.result() for future in started]
+        results = [future.result() for future in started]
+    workers, (machine, commands, *plugins) = results[: len(known)], results[len(known) :]
     for name, result in zip(named, plugins, strict=True):
         note = "" if enabled is None else f" ({'enabled' if name in enabled else 'not enabled'})"
         findings += [Finding(found.status, found.subject, found.text + note, found.fix) for found in result]
-    return [*machine, *findings, *commands, *worker]
+    return [*machine, *findings, *commands, *(found for worker in reversed(workers) for found in worker)]
 
 
 def _recipe(recipe: str | Path | None) -> tuple[set[str] | None, list[Finding]]:
@@ -121,7 +128,7 @@ def _compilers() -> Iterator[Finding]:
     compiler = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
     if compiler is None:
         yield Finding(
-            "warning", "c++ compiler", "none found; torch.compile and vLLM's compiled mode need one", "install g++"
+            "warning", "c++ compiler", "none found; torch.compile needs one, and so do hosts that use it", "install g++"
         )
     else:
         done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=30)
@@ -131,6 +138,7 @@ def _compilers() -> Iterator[Finding]:
 
 
 def _distributions() -> Iterator[Finding]:
+    groups = [*_GROUPS, *(group for host in hosts().values() for group in host.groups)]
     ours: dict[str, str] = {}
     seen: Counter[str] = Counter()
     for found in distributions():
@@ -144,7 +152,7 @@ def _distributions() -> Iterator[Finding]:
             )
             continue
         name, version = identity(found)
-        if name.startswith("arctic-plugins") or any(point.group in _GROUPS for point in found.entry_points):
+        if name.startswith("arctic-plugins") or any(point.group in {PROJECT, *groups} for point in found.entry_points):
             seen[name] += 1
             if name.startswith("arctic-plugins"):
                 ours.setdefault(name, version)
@@ -163,7 +171,7 @@ def _distributions() -> Iterator[Finding]:
         )
     elif ours:
         yield Finding("ok", "versions", f"{', '.join(sorted(ours))}: {next(iter(ours.values()))}")
-    for group in _GROUPS[1:]:
+    for group in groups:
         owners: dict[str, list[str]] = {}
         for point in entry_points(group=group):
             owners.setdefault(point.name, []).append(identity(point.dist)[0] if point.dist else "unknown")
@@ -181,7 +189,9 @@ def _has_metadata(found: Distribution) -> bool:
 
 
 def _hosts() -> Iterator[Finding]:
-    for host in HOST_DISTRIBUTIONS:
+    for name, failure in host_failures().items():
+        yield Finding("error", name, str(failure))
+    for host in hosts():
         declared, found = host_range(host), host_version(host)
         if declared is None:
             yield Finding(
@@ -202,9 +212,14 @@ def _hosts() -> Iterator[Finding]:
                 yield Finding("error", host, str(error))
 
 
+def _where(host: Host) -> str:
+    """Where the host is registered with, for people."""
+    return f"{host.name} worker" if host.probe else f"{host.name} registration"
+
+
 def _in_child(subject: str, *arguments: str) -> list[Finding]:
-    """Run one of the checks below in a fresh interpreter, as vLLM's workers are; what it prints cannot be taken for its
-    findings.
+    """Run one of the checks below in a fresh interpreter, as a host's workers are; what it prints cannot be taken for
+    its findings.
     """
     with tempfile.TemporaryDirectory() as directory:
         answer = Path(directory) / "findings.json"
@@ -308,37 +323,14 @@ def _check_commands() -> Iterator[Finding]:
     yield Finding("ok", "commands", ", ".join(sorted(names)))
 
 
-def _check_worker() -> Iterator[Finding]:
-    """Load vLLM's general plugins as its workers do, and see whether ours arrived."""
-    subject = "vllm worker"
-    if host_version("vllm") is None or not any(
-        point.name == PROJECT for point in entry_points(group="vllm.general_plugins")
-    ):
-        yield Finding("ok", subject, "skipped: vLLM or arctic-plugins-vllm is not installed")
-        return
-    from vllm.model_executor.layers.quantization import get_quantization_config
-    from vllm.plugins import load_general_plugins
-
-    load_general_plugins()  # vllm/plugins/__init__.py, 0.32.0: swallows what an entry point raises
-    try:
-        get_quantization_config("arctic")
-    except ValueError as error:
-        fix = "see the lines that vLLM logs when it starts; is VLLM_PLUGINS set without arctic_plugins?"
-        yield Finding("error", subject, f"the quantization method 'arctic' is not registered: {error}", fix)
-        return
-    registry = process_registry()
-    for name, failure in registry.failures.items():
-        yield Finding("error", subject, f"plugin '{name}' is not there: {failure}")
-    for codec in registry.codec_types():
-        try:
-            registry.load_codec(codec)
-        except Exception as error:  # an import can fail with anything, and it is all reported
-            yield Finding("error", subject, f"codec '{codec}' cannot be imported: {type(error).__name__}: {error}")
-    yield Finding(
-        "ok",
-        subject,
-        f"the method 'arctic' is registered, with the codecs {', '.join(registry.codec_types()) or 'of no plugin'}",
-    )
+def _check_host(name: str) -> Iterator[Finding]:
+    """Register with a host what is installed, by its probe if it has one; and what was patched for it."""
+    host = hosts()[name]
+    if host.probe is not None:
+        yield from load(host.probe)()
+    elif host_version(name) is not None:
+        load(host.register)()
+    yield from (Finding("ok", "patch", str(made)) for made in patches())
 
 
 _CHECKS: dict[str, Callable[..., Iterable[Finding]]] = {
@@ -346,7 +338,7 @@ _CHECKS: dict[str, Callable[..., Iterable[Finding]]] = {
     "recipe": _check_recipe,
     "torch": _check_torch,
     "commands": _check_commands,
-    "worker": _check_worker,
+    "host": _check_host,
 }
 
 

@@ -150,6 +150,7 @@ def process_registry() -> Registry:
     for name in installed_plugins():
         try:
             manager.register(load_plugin(name), name)
+            registry.plugins.append(name)
         except PluginError as error:
             registry.failures[name] = error
     manager.hook.register(registry=registry)

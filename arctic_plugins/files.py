@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from arctic_plugins.errors import CheckpointError
+from arctic_plugins.errors import CheckpointError, PluginError
+from arctic_plugins.host import GROUP, hosts
 
 __all__ = ["check_directory", "check_elements", "check_keys", "check_sizes", "copy_files", "file_within", "read_json"]
 
@@ -28,17 +29,6 @@ LAYERS = re.compile(r"(^|_)(n_)?(layers?|depths?)$")
 and so on.
 """
 EXPERTS = re.compile(r"(^|_)experts$")
-ELSEWHERE = ("transformers_weights", "speculators_config")
-"""Keys with which transformers 5.19 reads weights from another file, a pickle as well, and vllm 0.32 serves another
-model.
-"""
-KERNELS = (
-    "attn_implementation",
-    "attn_implementation_internal",
-    "experts_implementation",
-    "experts_implementation_internal",
-)
-"""Keys whose values transformers 5.19 takes for code on the hub where they have a slash."""
 FEW = 1000
 """Layers or experts that cost next to nothing, whatever files hold: some models use a layer's weights several times."""
 FEW_ELEMENTS = 1 << 26
@@ -163,13 +153,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def check_keys(config: Mapping[str, Any], where: str | Path) -> None:
     """Check that a ``config.json`` names nothing else to load: neither kernels of a hub, nor other files, nor another
-    model.
+    model. The hosts that are installed say which of its keys would.
 
     Raises:
         CheckpointError: names the key.
+        PluginError: no installed distribution describes a host, so that nobody can say.
     """
+    known = hosts().values()
+    if not known:
+        raise PluginError(
+            f"{where} cannot be checked: no installed distribution describes a host",
+            expected=f"an integration with an entry point in {GROUP}",
+            fix="install the integration again",
+        )
+    elsewhere = frozenset[str]().union(*(host.refused_keys for host in known))
+    code = frozenset[str]().union(*(host.hub_code_keys for host in known))
     for key, value in _items(config):
-        if (key in ELSEWHERE and value is not None) or (str(key).strip("_") in KERNELS and "/" in str(value)):
+        if (key in elsewhere and value is not None) or (str(key).strip("_") in code and "/" in str(value)):
             found = f"{where} has {key} {value!r}"
             raise CheckpointError(
                 found, expected="a model in this directory alone", fix=f"remove '{key}', if you trust the rest"

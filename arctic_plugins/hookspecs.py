@@ -8,19 +8,18 @@ decides or both plugins are named in an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from arctic_plugins.plugin import PROJECT, Finding
+from arctic_plugins.plugin import PROJECT, Finding, Plugin
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from arctic_plugins.claims import Claim, LinearSpec
     from arctic_plugins.registry import Registry
-    from arctic_plugins.stack import Stack
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 
@@ -36,10 +35,14 @@ def register(registry: Registry) -> None:
 
 
 @hookspec
-def validate(stack: Stack, model_config: Any, hardware: str) -> Iterable[str] | None:
+def validate(stack: Collection[Plugin], model_config: Any, hardware: str) -> Iterable[str] | None:
     """After resolution and before weights are read: raise a :class:`~arctic_plugins.errors.UserError` for what cannot
     work on ``hardware`` (``"cpu"`` or ``"cuda"``) with this host config, or return warnings, one line each, which are
-    logged."""
+    logged.
+
+    ``stack`` is the whole :class:`~arctic_plugins.stack.Stack`: it iterates over its plugins in order, and
+    ``"lora" in stack`` asks for one by name.
+    """
 
 
 @hookspec
@@ -82,7 +85,7 @@ def vllm_engine_args(checkpoint: Path) -> Mapping[str, Any] | None:
 
 
 @hookspec
-def diagnose() -> Iterable[Finding] | None:  # type: ignore[empty-body]
+def diagnose() -> Iterable[Finding] | None:
     """``arctic doctor``: what this plugin finds on this machine, kernels and compilers for instance.
 
     Implement it as a ``classmethod``, like ``register``: it runs for every installed plugin, without options, in a

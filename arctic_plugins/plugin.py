@@ -58,7 +58,9 @@ SLOTS: Mapping[str, Slot] = {
     "loss": Slot("model", exclusive=True, training_only=True, hooks=_TRAINING_HOOKS),
     "attention": Slot("model", exclusive=True, training_only=True, hooks=_TRAINING_HOOKS),
 }
-"""All slots, by name. Two plugins that fill the same exclusive one of the model never make a stack."""
+"""All slots, by name: :attr:`Plugin.slots` and claims name these. Two plugins that fill the same exclusive one of the
+model never make a stack. docs/how-it-works.md says what fills each.
+"""
 
 THIS_MACHINE = "this machine"
 """Marks an option that names a path, a device, a host or a number of processes: ``path: Annotated[str | None,
@@ -93,8 +95,8 @@ class Plugin:
     config: ClassVar[type[PluginConfig]] = PluginConfig
     slots: ClassVar[frozenset[str]] = frozenset()
     hosts: ClassVar[Mapping[str, str]] = {}
-    """Host library -> PEP 440 range, where it is narrower than that of this project's integration, e.g.
-    ``{"transformers": ">=5.18"}``.
+    """Name of a host (:attr:`arctic_plugins.host.Host.name`) -> PEP 440 range, where it is narrower than that of this
+    project's integration, e.g. ``{"transformers": ">=5.18"}``.
     """
     requires: ClassVar[frozenset[str]] = frozenset()
     conflicts: ClassVar[frozenset[str]] = frozenset()

@@ -7,23 +7,22 @@ file that was cut or changed since is found before it becomes a wrong model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
 from arctic_plugins.discovery import installed_plugins
 from arctic_plugins.errors import CheckpointError, PluginNotFoundError
 from arctic_plugins.files import file_within, read_json
+from arctic_plugins.host import hosts
 from arctic_plugins.registry import FIRST_PARTY
-
-if TYPE_CHECKING:
-    from arctic_plugins.stack import Stack
 
 __all__ = [
     "FILE_NAME",
@@ -33,6 +32,7 @@ __all__ = [
     "check_plugins",
     "digest",
     "read_provenance",
+    "stack_sha256",
     "write_provenance",
 ]
 
@@ -40,7 +40,6 @@ FILE_NAME = "arctic_plugins.json"
 FORMAT = 1
 """Version of this file and of the checkpoint's encoded weights; a reader refuses what is newer."""
 
-_RECORDED = ("arctic-plugins", "arctic-plugins-huggingface", "torch", "transformers", "peft")
 _FREE = (FILE_NAME, "README.md")
 """Files that are nobody's weights, settings or tokenizer: anyone may change them."""
 _CHUNK = 1 << 20
@@ -60,23 +59,28 @@ class Provenance:
     format: int = FORMAT
 
 
-def write_provenance(directory: str | Path, stack: Stack) -> Path:
+def stack_sha256(stack: Mapping[str, Mapping[str, Any]]) -> str:
+    """Hex digest of a stack in its canonical form, :meth:`arctic_plugins.stack.Stack.to_dict`."""
+    return hashlib.sha256(json.dumps(stack, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def write_provenance(directory: str | Path, stack: Mapping[str, Mapping[str, Any]]) -> Path:
     """Write what made the checkpoint and what it consists of. Call it when everything else is on disk.
 
     The file appears whole or not at all (written beside its place, flushed to disk, then renamed).
+
+    Args:
+        directory: the checkpoint.
+        stack: in its canonical form, :meth:`arctic_plugins.stack.Stack.to_dict`.
     """
     path = Path(directory) / FILE_NAME
     providers = installed_plugins()
-    plugins = {
-        plugin.name: f"{found[0].distribution}=={found[0].version}"
-        for plugin in stack
-        if (found := providers.get(plugin.name))
-    }
+    plugins = {name: f"{found[0].distribution}=={found[0].version}" for name in stack if (found := providers.get(name))}
     content = {
         "format": FORMAT,
-        "stack": stack.to_dict(),
-        "sha256": stack.sha256(),
-        "versions": {name: installed for name in _RECORDED if (installed := _version(name))},
+        "stack": dict(stack),
+        "sha256": stack_sha256(stack),
+        "versions": {name: installed for name in _recorded() if (installed := _version(name))},
         "plugins": dict(sorted(plugins.items())),
         "files": {
             name: {"bytes": file.stat().st_size, "xxh3_128": digest(file, file.stat().st_size)}
@@ -215,6 +219,10 @@ def digest(path: Path, size: int) -> str:
             found.update(chunk[: min(read, size)])
             size -= read
     return found.hexdigest()
+
+
+def _recorded() -> dict[str, None]:
+    return dict.fromkeys(["arctic-plugins", *(name for host in hosts().values() for name in host.recorded)])
 
 
 def _version(distribution: str) -> str | None:

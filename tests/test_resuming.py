@@ -20,7 +20,7 @@ from trl import SFTConfig
 
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.provenance import write_provenance
-from arctic_plugins.stack import Stack
+from arctic_plugins.recorded import recorded_stack
 
 STOP, END = 5, 12  # of 10 steps in an epoch
 
@@ -372,7 +372,7 @@ def test_the_same_batches_in_other_pieces(house):
 def test_a_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(house):
     whole, output = house.whole(), house.stopped()
     (output / "checkpoint-5" / RECIPE).unlink()
-    write_provenance(output / "checkpoint-5", Stack.recorded(output / "checkpoint-5"))
+    write_provenance(output / "checkpoint-5", recorded_stack(output / "checkpoint-5").to_dict())
     text = house.resume()
     assert (
         f"warning: {output}/checkpoint-5 has no recipe.json, an earlier version made it: whether the recipe is still "
@@ -388,7 +388,7 @@ def test_a_value_that_another_version_knew_is_no_difference_unless_it_was_given(
         content["values"]["training.[bold]gone"] = "[red]x\n"
         content["given"] += given
         path.write_text(json.dumps(content))
-        write_provenance(path.parent, Stack.recorded(path.parent))
+        write_provenance(path.parent, recorded_stack(path.parent).to_dict())
 
     path = house.stopped() / "checkpoint-5" / RECIPE
     change([])
@@ -416,7 +416,7 @@ def test_a_value_that_another_version_knew_is_no_difference_unless_it_was_given(
 def test_a_damaged_record_is_one_line(house, content):
     directory = house.stopped() / "checkpoint-5"
     (directory / RECIPE).write_text(content)
-    write_provenance(directory, Stack.recorded(directory))
+    write_provenance(directory, recorded_stack(directory).to_dict())
     with pytest.raises(CheckpointError, match=RECIPE) as raised:
         house.begin()
     assert "\n" not in str(raised.value)

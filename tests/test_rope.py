@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_models_that_are_not_ours_get_vllms_own_scaling(kind, monkeypatch, tmp_p
 
     stock = rotary_embedding.get_rope
     stock = getattr(stock, "__wrapped__", stock)
-    wrapped = ours._with_registered_types(stock)
+    wrapped = partial(ours.get_rope, stock)
     parameters = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
     with set_current_vllm_config(VllmConfig()):
         expected, found = (get(64, 128, True, parameters, torch.float32).cos_sin_cache for get in (stock, wrapped))

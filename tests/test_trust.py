@@ -27,13 +27,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from arctic_plugins import Stack
+from arctic_plugins import Stack, stack_from_checkpoint
 from arctic_plugins.adapter import read_adapter
 from arctic_plugins.cache import cache_directory
 from arctic_plugins.claims import matches
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, PluginNotFoundError, UserError
 from arctic_plugins.frozen import ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
+from arctic_plugins.recorded import recorded_stack
 from arctic_plugins.stack import read_yaml
 from arctic_plugins.testing import draw_adapter, tiny_llama, watched
 
@@ -209,13 +210,13 @@ def test_what_is_about_the_machine_stays_there(tmp_path):
         "longseq": {"sequence_parallel": 4, "tiled_mlp": True},
         "moe": {"expert_parallel": 8, "capacity_factor": 1.5},
     }
-    write_provenance(tmp_path, Stack.from_dict(written))
-    found = Stack.from_checkpoint(tmp_path).to_dict()
+    write_provenance(tmp_path, Stack.from_dict(written).to_dict())
+    found = stack_from_checkpoint(tmp_path).to_dict()
     assert found.keys() == {"fp8", "lora", "longseq", "moe"}
     assert (found["fp8"]["bits"], found["lora"]["r"]) == (6, 2)
     assert (found["longseq"]["sequence_parallel"], found["longseq"]["tiled_mlp"]) == (1, True)
     assert (found["moe"]["expert_parallel"], found["moe"]["capacity_factor"]) == (1, 1.5)
-    recorded = Stack.recorded(tmp_path).to_dict()
+    recorded = recorded_stack(tmp_path).to_dict()
     assert (recorded["offload"]["path"], recorded["moe"]["expert_parallel"]) == ("/nowhere", 8)
 
 
@@ -724,12 +725,12 @@ def test_no_file_does_harm(here):
         if (here / checkpoint / name).is_file()
     }
     readers = {
-        "encoded": (check_checkpoint, lambda path: server_options(str(path)), Stack.from_checkpoint),
+        "encoded": (check_checkpoint, lambda path: server_options(str(path)), stack_from_checkpoint),
         "sharded": (check_checkpoint,),
         "recipes": (lambda path: check_recipe(Recipe.from_file(path / "recipe.yaml")),),
         "adapter": (
             read_adapter,
-            Stack.from_checkpoint,
+            stack_from_checkpoint,
             lambda path: server_options(str(path), base=str(here / "encoded")),
         ),
     }

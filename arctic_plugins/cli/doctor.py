@@ -16,7 +16,7 @@ __all__ = ["doctor"]
 @click.pass_context
 def doctor(context: click.Context, recipe: str | None, as_json: bool) -> None:
     """Check Python, hosts, compilers, distributions and plugins, each plugin in a process of its own, and registration
-    where vLLM's workers run.
+    with each host where its workers run, with what it patches there.
 
     With RECIPE, also say which plugins it enables and whether they make a stack. Exit status 1 if anything is broken.
 

@@ -2,20 +2,22 @@
 them.
 """
 
-from arctic_plugins.frozen.codec import Codec, TensorSpec, codec_from_dict, codec_to_dict
+from arctic_plugins.frozen.codec import Buffers, Codec, TensorSpec, codec_from_dict, codec_to_dict
 from arctic_plugins.frozen.codecs import METHOD, ModuleCodecs
 from arctic_plugins.frozen.dispatch import Exchange, ExpertsDispatch, Stay, local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture, mix_experts, piece_sizes, start_experts
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
-from arctic_plugins.frozen.placement import Handle, LeaseOrder, Placement, chain
+from arctic_plugins.frozen.placement import FetchedHandle, Handle, LeaseOrder, Placement, Prefetch, chain
 from arctic_plugins.frozen.plain import PlainCodec
 
 __all__ = [
     "METHOD",
+    "Buffers",
     "Codec",
     "Exchange",
     "ExpertsDispatch",
+    "FetchedHandle",
     "FrozenExperts",
     "FrozenLinear",
     "FrozenModule",
@@ -26,6 +28,7 @@ __all__ = [
     "ModuleCodecs",
     "Placement",
     "PlainCodec",
+    "Prefetch",
     "Stay",
     "TensorSpec",
     "chain",

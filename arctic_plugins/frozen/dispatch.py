@@ -59,6 +59,8 @@ class ExpertsDispatch(ABC):
 
     experts_implementation: ClassVar[str] = "eager"
     """Name of the experts function in transformers that computes plain experts through ``module.dispatch``."""
+    option: ClassVar[str] = "the plugin that spreads experts"
+    """What says :attr:`size` in a recipe, ``plugins.NAME.OPTION``: hosts call it so in their messages."""
     size: int
     """Processes that hold one copy; 1 when nothing is spread."""
     attached: bool = False

@@ -6,9 +6,11 @@ involved.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +18,9 @@ from torch import Tensor
 from arctic_plugins.errors import ClaimError
 from arctic_plugins.frozen.codec import Buffers
 
-__all__ = ["Handle", "LeaseOrder", "Placement", "chain"]
+__all__ = ["FetchedHandle", "Handle", "LeaseOrder", "Placement", "Prefetch", "chain"]
+
+Fetched = TypeVar("Fetched")
 
 
 class Handle(ABC):
@@ -137,3 +141,88 @@ class LeaseOrder:
             found.append(name)
             at = (at[1], name)
         return found
+
+
+class FetchedHandle(Handle, Generic[Fetched]):
+    """One weight that is brought when it is leased, or ahead of that: leases are counted, and all that overlap share
+    what was brought.
+
+    Subclasses say how it comes (:meth:`fetch`), how it is used (:meth:`buffers`), and what becomes of it
+    (:meth:`release`, :meth:`drop`).
+
+    Args:
+        name: the parameter's dotted name.
+        prefetch: of the placement, which has to be told of the handle with :meth:`Prefetch.add`.
+    """
+
+    def __init__(self, name: str, prefetch: Prefetch) -> None:
+        self.name, self.prefetch = name, prefetch
+        self.leases = 0
+        """How many there are now."""
+        self._fetched: Any = None
+
+    @abstractmethod
+    def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> Fetched:
+        """Start to bring the bytes to ``device``. ``at`` is leased now: this weight itself, or another one, ahead of
+        which it is brought. Must not wait.
+        """
+
+    @abstractmethod
+    def buffers(self, fetched: Fetched, device: torch.device) -> Buffers:
+        """Wait for what :meth:`fetch` has started, and give the buffers. Called for every lease."""
+
+    def release(self, fetched: Fetched) -> None:
+        """The last lease has ended; or it failed, as :meth:`buffers` raised an error."""
+
+    def drop(self, fetched: Fetched) -> None:
+        """It was brought ahead of time, and something else was leased. By default it is released."""
+        self.release(fetched)
+
+    @contextmanager
+    def lease(self, device: torch.device) -> Iterator[Buffers]:
+        with self.prefetch.lock:
+            if not self.leases:
+                self._fetched = self.prefetch.take(self, device)
+            self.leases += 1
+            fetched: Fetched = self._fetched
+        try:
+            yield self.buffers(fetched, device)
+        finally:
+            with self.prefetch.lock:
+                self.leases -= 1
+                if last := not self.leases:
+                    self._fetched = None
+            if last:
+                self.release(fetched)
+
+
+class Prefetch:
+    """What a placement brings ahead of use: the next ``ahead`` weights in the order that it saw before."""
+
+    def __init__(self, ahead: int) -> None:
+        self.ahead = ahead
+        self.lock = threading.RLock()
+        """Held while leases begin and end, and fetches start."""
+        self.order = LeaseOrder()
+        self.pending: dict[FetchedHandle[Any], Any] = {}
+        """Brought ahead of time, or on the way -> what :meth:`FetchedHandle.fetch` gave."""
+        self._weights: dict[str, FetchedHandle[Any]] = {}
+
+    def add(self, weight: FetchedHandle[Any]) -> None:
+        """Take ``weight`` for the one of its name, in place of an earlier one."""
+        self._weights[weight.name] = weight
+
+    def take(self, weight: FetchedHandle[Fetched], device: torch.device) -> Fetched:
+        """What was brought of ``weight``, which is leased now, or is on the way. Starts to bring what was leased next
+        the last time, and drops what was brought and is not among that. The caller holds the lock.
+        """
+        self.order.leased(weight.name)
+        fetched: Fetched = self.pending.pop(weight) if weight in self.pending else weight.fetch(device, weight)
+        names = self.order.upcoming(self.ahead)
+        upcoming = [other for name in names if (other := self._weights.get(name)) is not None and not other.leases]
+        for other in [other for other in self.pending if other not in upcoming]:
+            other.drop(self.pending.pop(other))
+        for other in upcoming:
+            if other not in self.pending:
+                self.pending[other] = other.fetch(device, weight)
+        return fetched

@@ -1,11 +1,12 @@
 """For plugin authors: checks that a part keeps the contract, small real models to try it on, and real processes to try
 it in.
 
-``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec` and :func:`check_placement` need
-torch, :func:`tiny_model` transformers.
+``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec`, :func:`check_placement` and
+:func:`check_dispatch` need torch, :func:`tiny_model` transformers.
 """
 
 from arctic_plugins.testing.codecs import check_codec
+from arctic_plugins.testing.dispatches import check_dispatch
 from arctic_plugins.testing.forks import Fork, Forks, engines, trainers
 from arctic_plugins.testing.hostile import watched
 from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
@@ -19,6 +20,7 @@ __all__ = [
     "Fork",
     "Forks",
     "check_codec",
+    "check_dispatch",
     "check_placement",
     "draw_adapter",
     "engines",

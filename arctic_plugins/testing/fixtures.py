@@ -9,7 +9,9 @@ from textwrap import dedent
 
 import pytest
 
+from arctic_plugins import host
 from arctic_plugins.discovery import process_registry
+from arctic_plugins.plugin import PROJECT
 
 __all__ = ["PluginSites", "install_plugin", "tiny_checkpoint"]
 
@@ -31,7 +33,15 @@ class PluginSites:
         self.root = root
         self.added: list[str] = []
 
-    def __call__(self, name: str, source: str, *, distribution: str | None = None, module: str | None = None) -> Path:
+    def __call__(
+        self,
+        name: str,
+        source: str,
+        *,
+        distribution: str | None = None,
+        module: str | None = None,
+        group: str = PROJECT,
+    ) -> Path:
         module, distribution = module or f"{name}_plugin", distribution or f"{name}-dist"
         site = self.root / f"site-{distribution}"
         metadata = site / f"{distribution.replace('-', '_')}-1.0.dist-info"
@@ -40,10 +50,10 @@ class PluginSites:
         (metadata / "METADATA").write_text(
             f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n", encoding="utf-8"
         )
-        (metadata / "entry_points.txt").write_text(f"[arctic_plugins]\n{name} = {module}:plugin\n", encoding="utf-8")
+        (metadata / "entry_points.txt").write_text(f"[{group}]\n{name} = {module}:plugin\n", encoding="utf-8")
         sys.path.insert(0, str(site))
         self.added.append(str(site))
-        process_registry.cache_clear()
+        _forget()
         return site
 
     def close(self) -> None:
@@ -55,7 +65,12 @@ class PluginSites:
                 if (getattr(loaded, "__file__", None) or "").startswith(site)
             ]:
                 del sys.modules[module]
-        process_registry.cache_clear()
+        _forget()
+
+
+def _forget() -> None:
+    process_registry.cache_clear()
+    host._load_all.cache_clear()
 
 
 @pytest.fixture
@@ -64,7 +79,7 @@ def install_plugin(tmp_path: Path) -> Iterator[PluginSites]:
 
     ``install_plugin("name", source)`` writes a module ``name_plugin`` whose ``plugin`` object is the entry point, with
     metadata for a distribution ``name-dist`` 1.0, and returns the directory that holds both (put it on ``PYTHONPATH``
-    for child processes).
+    for child processes). With ``group="arctic_plugins.hosts"`` the object is a :class:`~arctic_plugins.host.Host`.
     """
     sites = PluginSites(tmp_path)
     yield sites

@@ -234,7 +234,8 @@ def _token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, system: str | None
 ) -> list[int]:
     inputs = tokenizer(chat_prompt(tokenizer, question, system), return_tensors="pt", add_special_tokens=False)
-    output: Any = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+    generate: Any = model.generate  # transformers types its `self` as a protocol that its models do not declare
+    output = generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
     return list(output[0, inputs["input_ids"].shape[1] :].tolist())
 
 

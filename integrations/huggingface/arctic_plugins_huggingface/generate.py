@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Messages", "answer", "chat", "chat_prompt"]
 
@@ -56,7 +56,9 @@ def answer(
                 padding=len(prompts) > 1,
                 add_special_tokens=tokenizer.chat_template is None,
             ).to(model.device)
-            tokens = model.generate(**batch, **{**GREEDY, "max_new_tokens": max_new_tokens, **kwargs})
+            options = {**GREEDY, "max_new_tokens": max_new_tokens, **kwargs}
+            generate = cast("GenerationMixin", model).generate  # type: ignore[misc]  # its annotated `self` is no model
+            tokens = cast("torch.Tensor", generate(**batch, **options))
             yield from tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     finally:
         tokenizer.padding_side = side

@@ -12,55 +12,54 @@ import torch
 from torch import Tensor
 
 from arctic_plugins.discovery import process_registry
+from arctic_plugins.patches import patch
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.registry import ROPE_MARK
 from arctic_plugins_vllm.compat import ROPE_TYPES, RotaryEmbedding, loading, rotary_embedding, says
 
-__all__ = ["install"]
+__all__ = ["get_rope", "install"]
 
 
-@functools.cache
 def install() -> None:
     """Let ``get_rope``, which vLLM's models take from its package when they are imported, know the types of plugins,
     and give checkpoints of ours all positions that they ask for. Idempotent; other models get what vLLM gives them."""
-    rotary_embedding.get_rope = _with_registered_types(rotary_embedding.get_rope)
+    why = "RoPE types of plugins, and all positions of scaled checkpoints; vLLM has no registry of them"
+    patch(rotary_embedding, "get_rope", why=why, read_in="vllm 0.32.0")(get_rope)
 
 
-def _with_registered_types(stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def get_rope(
-        head_size: int,
-        max_position: int,
-        is_neox_style: bool = True,
-        rope_parameters: dict[str, Any] | None = None,
-        dtype: torch.dtype | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        parameters = dict(rope_parameters or {})
-        kind = parameters.get("rope_type", "default")
-        if kind in process_registry().rope_types() and kind not in ROPE_TYPES:
-            return _scaled(
-                head_size,
-                max_position,
-                is_neox_style,
-                json.dumps(parameters, sort_keys=True),
-                dtype or torch.get_default_dtype(),
-            )
-        if (
-            kind in ("dynamic", "ntk")
-            and "factor" in parameters
-            and "max_trained_positions" not in parameters
-            and _is_ours()
-        ):
-            # vLLM takes factor * max_position_embeddings for the longest text, and computes max_position_embeddings of
-            # the positions.
-            if kind == "dynamic":
-                parameters["max_trained_positions"] = max_position
-            max_position = int(max_position * parameters["factor"])
-        return stock(head_size, max_position, is_neox_style, parameters or None, dtype, *args, **kwargs)
-
-    return get_rope
+def get_rope(
+    stock: Callable[..., Any],
+    head_size: int,
+    max_position: int,
+    is_neox_style: bool = True,
+    rope_parameters: dict[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """vLLM's function of that name, around ``stock``."""
+    parameters = dict(rope_parameters or {})
+    kind = parameters.get("rope_type", "default")
+    if kind in process_registry().rope_types() and kind not in ROPE_TYPES:
+        return _scaled(
+            head_size,
+            max_position,
+            is_neox_style,
+            json.dumps(parameters, sort_keys=True),
+            dtype or torch.get_default_dtype(),
+        )
+    if (
+        kind in ("dynamic", "ntk")
+        and "factor" in parameters
+        and "max_trained_positions" not in parameters
+        and _is_ours()
+    ):
+        # vLLM takes factor * max_position_embeddings for the longest text, and computes max_position_embeddings of the
+        # positions.
+        if kind == "dynamic":
+            parameters["max_trained_positions"] = max_position
+        max_position = int(max_position * parameters["factor"])
+    return stock(head_size, max_position, is_neox_style, parameters or None, dtype, *args, **kwargs)
 
 
 def _is_ours() -> bool:
@@ -79,7 +78,7 @@ def _scaled(head_size: int, max_position: int, is_neox_style: bool, parameters: 
     return _RegisteredRotaryEmbedding(head_size, rotary_dim, length, read["rope_theta"], is_neox_style, dtype, read)
 
 
-class _RegisteredRotaryEmbedding(RotaryEmbedding):  # type: ignore[misc]
+class _RegisteredRotaryEmbedding(RotaryEmbedding):
     """Frequencies and attention scaling of a registered function."""
 
     def __init__(

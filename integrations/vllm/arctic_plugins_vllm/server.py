@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -52,28 +52,28 @@ def _serve(args: argparse.Namespace) -> bool:
     import uvloop
     from vllm.entrypoints.launchers.api_server import entry
 
-    build, asked, died = entry.build_async_engine_client, False, False
+    from arctic_plugins.patches import patch
 
+    asked, died = False, False
+    read_in, why = "vllm 0.32.0", "whether the engine died or was asked to end: both end the server with status 0"
+
+    @patch(entry, "build_async_engine_client", why=why, read_in=read_in)
     @asynccontextmanager
-    async def watched(*arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
+    async def watched(build: Callable[..., Any], *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
         async with build(*arguments, **keywords) as engine:
-            shutdown = engine.shutdown
 
-            def asked_to(
-                *arguments: Any, **keywords: Any
-            ) -> Any:  # by a signal, see ``serve_http``; it leaves the engine as its death does
+            @patch(engine, "shutdown", why=why, read_in=read_in)
+            def asked_to(shutdown: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
                 nonlocal asked
-                asked = True
+                asked = True  # by a signal, see ``serve_http``; it leaves the engine as its death does
                 return shutdown(*arguments, **keywords)
 
-            engine.shutdown = asked_to
             try:
                 yield engine
             finally:
                 nonlocal died
                 died = engine.errored and not asked
 
-    entry.build_async_engine_client = watched
     uvloop.run(entry.run_server(args))
     return died
 

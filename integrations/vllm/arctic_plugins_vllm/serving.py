@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from arctic_plugins.adapter import ADAPTER, WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.compute import compute_dtype, dtype_name, is_native
-from arctic_plugins.errors import CheckpointError, ConfigError
+from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
 from arctic_plugins.files import check_directory, check_keys, check_sizes, read_json
 from arctic_plugins.frozen import METHOD, ModuleCodecs
+from arctic_plugins.host import service
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
+from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 
 __all__ = ["made_for", "on_the_fly", "server_command", "server_options"]
@@ -41,24 +43,24 @@ def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
             changes nothing.
         ClaimError: plugins clash over a module.
     """
-    loading = _loading()
+    planned_config = _service("planned_config")
     from arctic_plugins_vllm.quantization import ON_THE_FLY
 
-    overrides: dict[str, Any] = loading.planned_config(checkpoint, stack)
+    overrides: dict[str, Any] = planned_config(checkpoint, stack)
     if "quantization_config" in overrides:
         overrides["quantization_config"] = {**overrides["quantization_config"], ON_THE_FLY: True}
     return overrides
 
 
-def _loading() -> Any:
+def _service(name: str) -> Callable[..., Any]:
+    """:func:`arctic_plugins.host.service`; where there is none, the error names the distribution that has it."""
     try:
-        from arctic_plugins_huggingface.loading import plan
-    except ImportError as error:
+        return service(name)
+    except PluginNotFoundError as error:
         raise ConfigError(
             f"plugins that change a model need arctic-plugins-huggingface ({error})",
             fix="pip install arctic-plugins-huggingface",
         ) from error
-    return plan
 
 
 def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[str]:
@@ -101,7 +103,7 @@ def server_options(
             directory of this machine as its base where ``base`` does not, or ``base`` for what is no adapter.
     """
     path = Path(os.path.abspath(checkpoint))  # so that "." has the name that an adapter is served under
-    stack = Stack.from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
+    stack = stack_from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
     stack.check_host("vllm")
     arguments: dict[str, Any] = {**READ, "model": checkpoint, **stack.vllm_engine_args(path)}
     is_adapter = (path / ADAPTER).is_file()
@@ -158,9 +160,8 @@ def server_options(
         )
     others = stack.to_use().without("weight_codec", "placement", "adapter")
     if is_adapter and len(others):  # what a checkpoint of its own would say in its config
-        loading = _loading()
-        if overrides := loading.configured(loading.load_config(str(model)), others):
-            arguments["hf_overrides"] = overrides
+        overrides = _service("configured")(_service("load_config")(str(model)), others)
+        arguments |= {"hf_overrides": overrides} if overrides else {}
     if is_adapter and _is_mixture(config):
         targets = read_adapter(path).target_modules or {name.rpartition(".")[2] for name in adapted_modules(path)}
         if targets:  # or vLLM prepares experts for adapters too, which takes memory, and on CPU Triton

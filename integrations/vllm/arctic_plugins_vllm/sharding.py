@@ -20,8 +20,9 @@ from torch import nn
 
 from arctic_plugins.errors import ArcticError, ConfigError
 from arctic_plugins.files import copy_files, read_json
+from arctic_plugins.patches import replaced
 from arctic_plugins.provenance import FILE_NAME, write_provenance
-from arctic_plugins.stack import Stack
+from arctic_plugins.recorded import recorded_stack
 from arctic_plugins_vllm.compat import (
     DefaultModelLoader,
     EngineArgs,
@@ -68,7 +69,7 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
                     method.process_weights_after_loading(module)  # only checks that all came
             ShardedStateLoader.save_model(model, str(target), max_size=FILE_SIZE)
     copy_files(source, target, lambda name: name != FILE_NAME and not name.endswith(_WEIGHTS))
-    write_provenance(target, Stack.recorded(source))
+    write_provenance(target, recorded_stack(source).to_dict())
     return target
 
 
@@ -93,11 +94,9 @@ def _rank(
             with set_current_vllm_config(config):
                 init_distributed_environment(1, 0, f"file://{meeting}/store", 0, "gloo")
                 initialize_model_parallel(1, 1)
-                group = get_tp_group()  # whatever builds or loads a part of a layer asks this group which part
-                group.world_size, group.rank_in_group = size, rank
                 torch.set_default_dtype(config.model_config.dtype)
-                model = initialize_model(config)
-                yield model, config
+                with _as_rank(rank, size):
+                    yield initialize_model(config), config
         except (
             AssertionError,
             ValueError,
@@ -111,6 +110,19 @@ def _rank(
         finally:
             torch.set_default_dtype(before)
             cleanup_dist_env_and_memory()
+
+
+@contextmanager
+def _as_rank(rank: int, size: int) -> Iterator[None]:
+    """Whatever builds or loads a part of a layer asks the tensor parallel group which part; vLLM knows no other way to
+    be told.
+    """
+    group, why = get_tp_group(), "one process builds the model of each rank in turn"
+    with (
+        replaced(group, "world_size", size, why=why, read_in="vllm 0.32.0"),
+        replaced(group, "rank_in_group", rank, why=why, read_in="vllm 0.32.0"),
+    ):
+        yield
 
 
 def _first_line(error: Exception) -> str:

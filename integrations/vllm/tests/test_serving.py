@@ -39,7 +39,7 @@ def make(directory, config, *, adapter_of=None, plugins=None):
             directory / "adapter_model.safetensors",
         )
     if plugins is not None:
-        write_provenance(directory, Stack.from_dict(plugins))
+        write_provenance(directory, Stack.from_dict(plugins).to_dict())
     return directory
 
 
@@ -254,6 +254,12 @@ def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):
     }
 
 
+def test_without_the_integration_that_knows_the_claims_it_is_named(tiny_checkpoint, monkeypatch):
+    monkeypatch.setattr("arctic_plugins.host.hosts", dict)
+    with pytest.raises(ConfigError, match=r"need arctic-plugins-huggingface \(no installed integration offers"):
+        server_options(str(tiny_checkpoint), plugins=Stack.from_dict({"fp8": {}}))
+
+
 def test_what_cannot_be_encoded_on_the_fly_is_told(base, tmp_path):
     plain, fp8 = tiny_llama(tmp_path / "plain"), Stack.from_dict({"fp8": {}})
     encoded = make(tmp_path / "encoded", ENCODED)
@@ -303,7 +309,7 @@ def test_an_adapter_that_vllm_would_die_of_is_told(base, tmp_path, field, value)
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, field: value}))
-    write_provenance(adapter, Stack.from_dict({"fp8": {}, "lora": {"r": 4}}))
+    write_provenance(adapter, Stack.from_dict({"fp8": {}, "lora": {"r": 4}}).to_dict())
     with pytest.raises(
         CheckpointError,
         match=rf"has {field} .*; expected LoRA or rsLoRA, as vLLM serves them; 'arctic merge' the adapter",
@@ -315,5 +321,5 @@ def test_the_largest_of_several_ranks_is_served(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     config = json.loads((adapter / "adapter_config.json").read_text())
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "rank_pattern": {"q_proj": 20}}))
-    write_provenance(adapter, Stack.from_dict({"fp8": {}, "lora": {"r": 4}}))
+    write_provenance(adapter, Stack.from_dict({"fp8": {}, "lora": {"r": 4}}).to_dict())
     assert server_options(str(adapter), base=str(base))[0]["max_lora_rank"] == 32

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from arctic_plugins.errors import CodecError
-from arctic_plugins.frozen import Codec, TensorSpec
-from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins.frozen import Buffers, Codec, TensorSpec
 from arctic_plugins_fp8 import kernels
 from arctic_plugins_fp8.formats import FORMATS
 

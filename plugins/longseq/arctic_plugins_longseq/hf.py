@@ -9,7 +9,7 @@ import functools
 import inspect
 import textwrap
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +70,8 @@ class _TiledHead:
     ) -> Tensor:
         """``ForCausalLMLoss``."""
         if not self.tiling:
-            return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)  # type: ignore[no-any-return]
+            items = cast("Tensor | None", num_items_in_batch)  # or an int, which the host's annotation leaves out
+            return ForCausalLMLoss(logits, labels, vocab_size, items, ignore_index, shift_labels, **kwargs)
         self.tiling = False  # the head is the head again
         if shift_labels is None:
             assert labels is not None
@@ -199,6 +200,7 @@ class TiledEvaluation(Trainer):
 class OffloadedActivations(Trainer):
     """Mixin: what the backward pass needs is in host memory meanwhile. Without an accelerator it is there already."""
 
+    model: nn.Module
     offloading: Any
 
     def on_attach(self, plugin: Plugin) -> None:

@@ -13,7 +13,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,9 +29,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_longseq.hf import causal_lm, in_place_of
-from arctic_plugins_longseq.ulysses import Heads, Sequence, Share, Whole, computing, current
+from arctic_plugins_longseq.ulysses import Heads, Mask, Sequence, Share, Whole, computing, current
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from arctic_plugins_longseq.plugin import LongSeq
 
 __all__ = ["SharedTexts"]
@@ -63,7 +65,9 @@ class SharedTexts(Trainer):
         self.args.prediction_loss_only = True
         # Rows of the dataset go to groups of processes, in the order in which as many single processes get them.
         prepare = type(self.accelerator).prepare_data_loader
-        self.accelerator.prepare_data_loader = functools.partial(prepare, self.text_groups)
+        self.accelerator.prepare_data_loader = functools.partial(  # type: ignore[method-assign]  # of this one
+            prepare, cast("Accelerator", self.text_groups)
+        )
 
     def get_total_train_batch_size(self, args: Any) -> int:
         return int(super().get_total_train_batch_size(args)) // self.text_sequence.size
@@ -71,17 +75,17 @@ class SharedTexts(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         return super().get_batch_samples(map(self._share, epoch_iterator), num_batches, device)
 
-    def training_step(self, model: Any, inputs: Share, *args: Any, **kwargs: Any) -> Tensor:
-        with computing(inputs):
-            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
-            return loss
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        with computing(cast("Share", inputs)):  # from get_batch_samples
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         batch = self._share(inputs)
         with computing(batch):
             loss, _, _ = super().prediction_step(model, batch, *args, **kwargs)
         # evaluation_loop resets it at its end
-        self.gather_function = functools.partial(type(self.accelerator).gather_for_metrics, self.text_groups)
+        gather = type(self.accelerator).gather_for_metrics
+        self.gather_function = functools.partial(gather, cast("Accelerator", self.text_groups))
         return None if loss is None else self.text_sequence.mean(loss), None, None
 
     def _share(self, batch: Any) -> Share:
@@ -180,7 +184,7 @@ def _mask(stock: str, *args: Any, **kwargs: Any) -> Tensor | None:
     return mask
 
 
-def _whole_mask(whole: Whole, stock: str, module: Any, query_BHLD: Tensor, window: int | None) -> Tensor | None:
+def _whole_mask(whole: Whole, stock: str, module: Any, query_BHLD: Tensor, window: int | None) -> Mask | None:
     key = (window, query_BHLD.dtype)
     if key not in whole.masks:
         config = copy.copy(module.config)

@@ -12,13 +12,19 @@ import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["Heads", "Sequence", "Share", "Whole", "computing", "current"]
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+__all__ = ["Heads", "Mask", "Sequence", "Share", "Whole", "computing", "current"]
+
+Mask: TypeAlias = "Tensor | BlockMask"
+"""What attention is told of the tokens that it sees, by the mask functions of a host."""
 
 IGNORED = -100
 """The label of a token that has no part in the loss."""
@@ -81,7 +87,7 @@ class Whole:
     """``[B, L]``, or ``[1, L]``."""
     mask: Tensor | None
     """``[B, L]``, the batch's own, if it has one: False where there is padding."""
-    masks: dict[Any, Tensor | None] = field(default_factory=dict)
+    masks: dict[Any, Mask | None] = field(default_factory=dict)
     """Kept for the other layers by whoever makes them."""
 
 

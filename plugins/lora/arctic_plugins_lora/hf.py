@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from arctic_plugins_huggingface.adapters.lora import expert_parameters, only_modules, with_frozen_layer
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -11,6 +11,7 @@ from arctic_plugins.errors import ConfigError
 from arctic_plugins_lora.config import LoraOptions
 
 if TYPE_CHECKING:
+    from peft.tuners.tuners_utils import BaseTuner
     from transformers import PreTrainedModel
 
 __all__ = ["add_adapter"]
@@ -37,7 +38,7 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     )
     try:
         with only_modules(model, always=options.experts):
-            adapted: PeftModel = get_peft_model(model, with_frozen_layer(config))  # type: ignore[assignment]
+            adapted = get_peft_model(model, with_frozen_layer(config))
     except ValueError as error:
         if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
             raise
@@ -47,5 +48,6 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     if isinstance(
         config.target_modules, str
     ):  # an expression of the recipe: an adapter's file names modules, which is all that is read from one
-        config.target_modules = set(adapted.base_model.targeted_module_names)
+        named = set(cast("BaseTuner", adapted.base_model).targeted_module_names)
+        config.target_modules = named  # type: ignore[assignment]  # PEFT makes a set of a list itself
     return adapted

@@ -26,7 +26,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from arctic_plugins import Stack
+from arctic_plugins import Stack, stack_from_checkpoint
 from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
 from arctic_plugins.frozen import FrozenExperts
 from arctic_plugins.testing import MIXTURES, run_processes, tiny_model
@@ -311,7 +311,7 @@ def test_from_a_recipe_to_a_merged_checkpoint(mixture, tmp_path, plugins, monkey
     trained = load_file(adapter / "adapter_model.safetensors")
     assert all(tensor.abs().sum() > 0 for name, tensor in trained.items() if ".experts." in name)
     model, _ = load_checkpoint(adapter)
-    save_checkpoint(model, _, tmp_path / "again", Stack.from_checkpoint(adapter))
+    save_checkpoint(model, _, tmp_path / "again", stack_from_checkpoint(adapter))
     again = load_file(tmp_path / "again" / "adapter_model.safetensors")
     assert trained.keys() == again.keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in trained.items())

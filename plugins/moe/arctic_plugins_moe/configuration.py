@@ -26,11 +26,10 @@ class ArcticConfig(MixtralConfig):
     """
 
     model_type = "arctic"
-    base_model_tp_plan = None
-    base_model_pp_plan = None
-    base_model_ep_plan = None
+    # None in PreTrainedConfig, and Mixtral's are not annotated.
+    base_model_tp_plan = base_model_pp_plan = base_model_ep_plan = None  # type: ignore[assignment]
 
-    num_key_value_heads: int | None = None
+    num_key_value_heads: int | None = None  # type: ignore[assignment]  # MixtralConfig takes it, and counts heads
     max_position_embeddings: int = 4096
     num_experts_per_tok: int = 1
     moe_layer_frequency: int = 2

@@ -6,7 +6,8 @@ process see the tokens of N of them; W / N processes hold the same experts. Drop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arctic_plugins.errors import ClaimError, ConfigError
 from arctic_plugins.frozen import Exchange, ExpertsDispatch, Stay
+from arctic_plugins.patches import private
 from arctic_plugins.processes import world_size
 from arctic_plugins_moe.config import MoEConfig
 from arctic_plugins_moe.experts import IMPLEMENTATION
@@ -32,6 +34,7 @@ class ExpertParallel(ExpertsDispatch):
     """
 
     experts_implementation = IMPLEMENTATION
+    option = "plugins.moe.expert_parallel"
 
     def __init__(self, options: MoEConfig) -> None:
         self.size, self.overlap_degree = options.expert_parallel, options.overlap_degree
@@ -60,15 +63,14 @@ class ExpertParallel(ExpertsDispatch):
     def _make_groups(self) -> None:
         if not dist.is_initialized():
             raise ConfigError(
-                f"plugins.moe.expert_parallel is {self.size} and torch.distributed is not initialized "
-                f"({world_size()} started)",
+                f"{self.option} is {self.size} and torch.distributed is not initialized ({world_size()} started)",
                 fix="start several ('arctic train --nproc', torchrun); in a script, build the TrainingArguments "
                 "before the model",
             )
         world = dist.get_world_size()
         if world % self.size:
             raise ConfigError(
-                f"plugins.moe.expert_parallel is {self.size} with {world} processes",
+                f"{self.option} is {self.size} with {world} processes",
                 expected=f"a divisor of {world}",
                 fix="correct it",
             )
@@ -84,7 +86,7 @@ class ExpertParallel(ExpertsDispatch):
             return slice(0, num_experts)
         if num_experts % self.size:
             raise ClaimError(
-                f"plugins.moe.expert_parallel is {self.size} and the model has {num_experts} experts",
+                f"{self.option} is {self.size} and the model has {num_experts} experts",
                 expected=f"a divisor of {num_experts}",
                 fix="correct it",
             )
@@ -100,7 +102,7 @@ class ExpertParallel(ExpertsDispatch):
     def send(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[Exchange]:
         if self.size == 1:
             return [Stay(rows_RK, own) for own in counts]
-        if not self.attached and DistributedDataParallel._get_active_ddp_module() is not None:
+        if not self.attached and _active_ddp()() is not None:
             raise ConfigError(
                 "DDP has given all processes the experts of the first: it was not told that they have different ones",
                 fix="call attach(trainer, stack) before trainer.train()",
@@ -141,6 +143,13 @@ class ExpertParallel(ExpertsDispatch):
             dist.recv(part, source, group=self.parts)
             gathered.append(part.view(local.dtype).view(local.shape).cpu())
         return gathered
+
+
+@cache
+def _active_ddp() -> Callable[[], Any]:
+    why = "whether DDP's forward is under way: nothing public tells a module of it"
+    found: Callable[[], Any] = private(DistributedDataParallel, "_get_active_ddp_module", why=why, read_in="torch 2.13")
+    return found
 
 
 class _AllToAll(Exchange):

@@ -13,7 +13,7 @@ residual are computed. Equations and names of weights from Snowflake's ``modelin
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from arctic_plugins.frozen import Mixture
+from arctic_plugins.frozen import ExpertsDispatch, Mixture
 from arctic_plugins_moe.configuration import ArcticConfig
 from arctic_plugins_moe.experts import IMPLEMENTATION, mix_plain, start_plain
 from arctic_plugins_moe.router import load_balancing_loss, z_loss
@@ -166,9 +166,9 @@ class ArcticPreTrainedModel(MixtralPreTrainedModel):
 
     config: ArcticConfig
     config_class = ArcticConfig
-    _no_split_modules: ClassVar[list[str]] = ["ArcticDecoderLayer"]
+    _no_split_modules = ["ArcticDecoderLayer"]
     _can_compile_fullgraph = False
-    _can_record_outputs: ClassVar[dict[str, Any]] = {
+    _can_record_outputs = {
         "router_logits": OutputRecorder(ArcticRouter, index=0),
         "hidden_states": ArcticDecoderLayer,
         "attentions": MixtralAttention,
@@ -214,7 +214,7 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
     """
 
     def __init__(self, config: ArcticConfig) -> None:
-        ArcticPreTrainedModel.__init__(self, config)  # type: ignore[call-arg]  # transformers is not analysed
+        ArcticPreTrainedModel.__init__(self, config)
         self.model = ArcticModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -253,13 +253,13 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        assert outputs.last_hidden_state is not None
         logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if wanted and outputs.router_logits:
-            dispatch = next(
-                (module.dispatch for module in self.modules() if getattr(module, "dispatch", None) is not None), None
-            )
+            dispatches = (getattr(module, "dispatch", None) for module in self.modules())
+            dispatch: ExpertsDispatch | None = next((found for found in dispatches if found is not None), None)
             aux_loss = load_balancing_loss(
                 outputs.router_logits, self.config.num_experts_per_tok, attention_mask, dispatch
             )
@@ -272,7 +272,7 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
                 )
         return MoeCausalLMOutputWithPast(
             loss=loss,
-            aux_loss=aux_loss,
+            aux_loss=cast("torch.FloatTensor | None", aux_loss),
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,

@@ -22,6 +22,12 @@ class ArcticTokenizer(LlamaTokenizer):
     """Reads the files of a Llama tokenizer (``tokenizer.json``, or ``tokenizer.model`` of SentencePiece)."""
 
     def __init__(
-        self, *args: Any, legacy: bool | None = False, chat_template: str | None = None, **kwargs: Any
+        self,
+        vocab: str | dict[str, int] | list[Any] | None = None,
+        merges: str | list[Any] | None = None,
+        *,
+        legacy: bool | None = False,
+        chat_template: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(*args, legacy=legacy, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)
+        super().__init__(vocab, merges, legacy=legacy, chat_template=chat_template or CHAT_TEMPLATE, **kwargs)

@@ -19,6 +19,7 @@ __all__ = ["LogsRouters", "RouterFigures"]
 class LogsRouters(Trainer):
     """Mixin: the figures of every router of the model are in the Trainer's logs."""
 
+    model: nn.Module
     router_figures: RouterFigures
 
     def on_attach(self, plugin: MoE) -> None:

@@ -37,6 +37,7 @@ from vllm.platforms import current_platform
 from vllm.sequence import IntermediateTensors
 
 from arctic_plugins.errors import CheckpointError, ConfigError
+from arctic_plugins.patches import replaced
 from arctic_plugins_moe.configuration import ArcticConfig
 
 __all__ = ["ArcticForCausalLM"]
@@ -91,11 +92,9 @@ def _adapters_elsewhere(vllm_config: VllmConfig, prefix: str) -> Iterator[None]:
             expected="adapters of other modules",
             fix="say which: --lora-target-modules q_proj k_proj v_proj o_proj",
         )
-    vllm_config.lora_config = None
-    try:
+    why = "no kernels of Triton for experts beside which no adapters come; the choice has no option"
+    with replaced(vllm_config, "lora_config", None, why=why, read_in="vllm 0.32.0"):
         yield
-    finally:
-        vllm_config.lora_config = adapters
 
 
 class ArcticMoE(nn.Module):

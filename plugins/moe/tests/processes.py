@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, register, save_checkpoint
+from arctic_plugins_moe.config import MoEConfig
+from arctic_plugins_moe.dispatch import ExpertParallel
 from transformers import Trainer
 
 from arctic_plugins import Stack
 from arctic_plugins.frozen import local_parameters
-from arctic_plugins.testing import QUIET_RUN, say
+from arctic_plugins.testing import QUIET_RUN, check_dispatch, say
 
 VOCABULARY, LENGTH = 272, 16
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,6 +73,12 @@ def train(checkpoint, output, plugins, options="{}"):
                 "figures": sorted(routers),
             }
         )
+
+
+def check(options):
+    """The conformance check."""
+    check_dispatch(ExpertParallel(MoEConfig(**json.loads(options))))
+    say({"checked": True})
 
 
 def resume(checkpoint, output, plugins, options="{}"):

@@ -78,6 +78,21 @@ def test_logits_and_gradients_are_those_of_one_process(checkpoints, name):
             assert found["elements"] < 0.9 * found["whole"], "each process holds its own experts only"
 
 
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (1, {"overlap_degree": 4}),
+        (2, {"expert_parallel": 2}),
+        (2, {"expert_parallel": 2, "overlap_degree": 3}),
+        (4, {"expert_parallel": 2, "overlap_degree": 2, "capacity_factor": 1.0}),
+        (4, {"expert_parallel": 4}),
+    ],
+    ids=str,
+)
+def test_the_dispatch_keeps_the_contract(processes, options):
+    assert len(run(processes, "check", options)) == processes
+
+
 BALANCE = {"router_aux_loss_coef": 0.5}
 
 

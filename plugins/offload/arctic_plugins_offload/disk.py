@@ -5,13 +5,10 @@ from __future__ import annotations
 import ctypes
 import json
 import mmap
-import threading
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import torch
@@ -20,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from arctic_plugins.errors import UserError
-from arctic_plugins.frozen import Handle, LeaseOrder
-from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins.frozen import Buffers, FetchedHandle, Prefetch
 
 __all__ = ["DiskStore", "DiskWeight"]
 
@@ -38,12 +34,8 @@ class DiskStore:
     """
 
     def __init__(self, directory: Path, ahead: int) -> None:
-        self.directory, self.ahead = directory, ahead
-        self.order = LeaseOrder()
-        self.weights: dict[str, DiskWeight] = {}
-        self.lock = threading.Lock()
+        self.directory, self.prefetch = directory, Prefetch(ahead)
         self._reader: ThreadPoolExecutor | None = None
-        self._fetched: OrderedDict[DiskWeight, Future[None]] = OrderedDict()
 
     def hold(self, name: str, buffers: Buffers) -> DiskWeight:
         """Write the buffers of a weight, and map them.
@@ -63,7 +55,7 @@ class DiskStore:
             ) from error
         finally:
             path.unlink(missing_ok=True)
-        self.weights[name] = weight
+        self.prefetch.add(weight)
         del buffers
         if hasattr(_libc, "malloc_trim"):
             _libc.malloc_trim(
@@ -71,35 +63,18 @@ class DiskStore:
             )  # what was freed goes back to the system, of which glibc keeps most: half of a model's size in the end
         return weight
 
-    def fetch_upcoming(self) -> None:
-        """Start to read what was used next the last time; drop what was read ahead and is not among it. The caller
-        holds the lock.
-        """
-        upcoming = [
-            weight for name in self.order.upcoming(self.ahead) if (weight := self.weights.get(name)) is not None
-        ]
-        for weight in [weight for weight in self._fetched if weight not in upcoming]:
-            future = self._fetched.pop(weight)
-            future.cancel()
-            future.add_done_callback(weight.drop_unused)
-        for weight in upcoming:
-            if weight not in self._fetched and not weight.leases:
-                self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="arctic-offload")
-                self._fetched[weight] = self._reader.submit(weight.populate)
-
-    def take(self, weight: DiskWeight) -> Future[None] | None:
-        """The reading ahead of ``weight``, if there is one, which is over as far as the store is concerned. The caller
-        holds the lock.
-        """
-        return self._fetched.pop(weight, None)
+    def read_ahead(self, weight: DiskWeight) -> Future[None]:
+        """Start to read ``weight``, after what was started before."""
+        self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="arctic-offload")
+        return self._reader.submit(weight.populate)
 
 
-class DiskWeight(Handle):
+class DiskWeight(FetchedHandle[Future[None] | None]):
     """One weight in a mapped file. Its pages count as memory of the process only while it is leased or read ahead."""
 
     def __init__(self, store: DiskStore, name: str, path: Path, like: Buffers) -> None:
-        self.store, self.name = store, name
-        self.leases = 0
+        super().__init__(name, store.prefetch)
+        self.store = store
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():
@@ -113,26 +88,26 @@ class DiskWeight(Handle):
             self._buffers[suffix] = whole[start + begin : start + end].view(buffer.dtype).view(buffer.shape)
         self._range = whole.data_ptr(), len(mapped)
 
-    @contextmanager
-    def lease(self, device: torch.device) -> Iterator[Buffers]:
-        with self.store.lock:
-            fetching = self.store.take(self)
-            self.leases += 1
-            self.store.order.leased(self.name)
-            self.store.fetch_upcoming()
-        if fetching is None or fetching.cancel():
+    def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> Future[None] | None:
+        """None where it is wanted now: whoever leases it reads it."""
+        return None if at is self else self.store.read_ahead(self)
+
+    def buffers(self, fetched: Future[None] | None, device: torch.device) -> Buffers:
+        if fetched is None or fetched.cancel():
             self.populate()
         else:
-            fetching.result()
-        try:
-            if device.type == "cpu":
-                yield self._buffers
-            else:
-                yield {suffix: buffer.to(device) for suffix, buffer in self._buffers.items()}
-        finally:
-            with self.store.lock:
-                self.leases -= 1
-            self.drop_unused()
+            fetched.result()
+        if device.type == "cpu":
+            return self._buffers
+        return {suffix: buffer.to(device) for suffix, buffer in self._buffers.items()}
+
+    def release(self, fetched: Future[None] | None) -> None:
+        self.drop_unused()
+
+    def drop(self, fetched: Future[None] | None) -> None:
+        if fetched is not None:
+            fetched.cancel()
+            fetched.add_done_callback(self.drop_unused)
 
     def export(self) -> dict[str, Tensor]:
         return dict(self._buffers)

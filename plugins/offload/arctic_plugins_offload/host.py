@@ -5,15 +5,13 @@ Checked on CPU, where a lease gives the host's own buffers; the copies need a GP
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from arctic_plugins.frozen import Handle, LeaseOrder
-from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins.frozen import Buffers, FetchedHandle, Prefetch
 
 __all__ = ["HostStore", "HostWeight"]
 
@@ -32,10 +30,7 @@ class HostStore:
     """
 
     def __init__(self, ahead: int) -> None:
-        self.ahead = ahead
-        self.order = LeaseOrder()
-        self.weights: dict[str, HostWeight] = {}
-        self._copies: dict[HostWeight, _Copy] = {}
+        self.prefetch = Prefetch(ahead)
         self._stream: torch.cuda.Stream | None = None
 
     def hold(self, name: str, buffers: Buffers) -> HostWeight:
@@ -46,61 +41,44 @@ class HostStore:
         kept = {
             suffix: _pinned(buffer.detach()) if pin else buffer.detach().cpu() for suffix, buffer in buffers.items()
         }
-        weight = self.weights[name] = HostWeight(self, name, kept)
+        weight = HostWeight(self, name, kept)
+        self.prefetch.add(weight)
         return weight
 
-    def take(self, weight: HostWeight, device: torch.device) -> dict[str, Tensor]:
-        """The buffers on a GPU, in the order of the current stream; the copies of what was used next the last time are
-        started.
-        """
-        copy = self._copies.pop(weight, None) or self._copy(weight, device)
-        upcoming = [other for name in self.order.upcoming(self.ahead) if (other := self.weights.get(name)) is not None]
-        self._copies = {other: self._copies.get(other) or self._copy(other, device) for other in upcoming}
-        compute = torch.cuda.current_stream(device)
-        compute.wait_event(copy.ready)
-        for buffer in copy.buffers.values():
-            buffer.record_stream(
-                compute
-            )  # the allocator must not give it to the copying stream again before this one is done
-        return copy.buffers
-
-    def _copy(self, weight: HostWeight, device: torch.device) -> _Copy:
+    def copy(self, weight: HostWeight, device: torch.device) -> _Copy:
+        """Start to copy ``weight`` to a GPU."""
         self._stream = self._stream or torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
-            buffers = {suffix: buffer.to(device, non_blocking=True) for suffix, buffer in weight.buffers.items()}
+            buffers = {suffix: buffer.to(device, non_blocking=True) for suffix, buffer in weight.kept.items()}
             return _Copy(buffers, self._stream.record_event())
 
 
-class HostWeight(Handle):
+class HostWeight(FetchedHandle[_Copy | None]):
     """One weight in host memory."""
 
-    def __init__(self, store: HostStore, name: str, buffers: dict[str, Tensor]) -> None:
-        self.store, self.name, self.buffers = store, name, buffers
-        self._leased: dict[str, Tensor] | None = None
-        self._leases = 0
+    def __init__(self, store: HostStore, name: str, kept: dict[str, Tensor]) -> None:
+        super().__init__(name, store.prefetch)
+        self.store, self.kept = store, kept
 
-    @contextmanager
-    def lease(self, device: torch.device) -> Iterator[Buffers]:
-        if device.type != "cuda":
-            yield (
-                self.buffers
-                if device.type == "cpu"
-                else {suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}
-            )
-            return
-        if self._leased is None:
-            self.store.order.leased(self.name)
-            self._leased = self.store.take(self, device)
-        self._leases += 1
-        try:
-            yield self._leased
-        finally:
-            self._leases -= 1
-            if not self._leases:
-                self._leased = None
+    def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> _Copy | None:
+        """None where there is nothing to be ahead of."""
+        return self.store.copy(self, device) if device.type == "cuda" else None
+
+    def buffers(self, fetched: _Copy | None, device: torch.device) -> Buffers:
+        """On a GPU, in the order of the current stream."""
+        if fetched is None:
+            if device.type == "cpu":
+                return self.kept
+            return {suffix: buffer.to(device) for suffix, buffer in self.kept.items()}
+        compute = torch.cuda.current_stream(device)
+        compute.wait_event(fetched.ready)
+        for buffer in fetched.buffers.values():
+            # The allocator must not give it to the copying stream again before this one is done.
+            buffer.record_stream(compute)
+        return fetched.buffers
 
     def export(self) -> dict[str, Tensor]:
-        return dict(self.buffers)
+        return dict(self.kept)
 
 
 def _pinned(buffer: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from arctic_plugins.errors import ClaimError, ConfigError
-from arctic_plugins.frozen import Handle, Placement
-from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins.frozen import Buffers, Handle, Placement
 from arctic_plugins_offload.config import OffloadConfig
 from arctic_plugins_offload.disk import DiskStore
 from arctic_plugins_offload.host import HostStore
@@ -46,7 +45,7 @@ class OffloadPlacement(Placement):
             raise ClaimError(
                 f"'{inner.describe()}' comes after 'offload', which keeps nothing on the device for it",
                 expected="offload last",
-                fix="let that plugin say 'before = {\"offload\"}'",
+                fix="put that placement before it",
             )
         return self.store.hold(name, buffers)
 

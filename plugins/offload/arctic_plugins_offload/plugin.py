@@ -21,7 +21,7 @@ class Offload(Plugin):
     name = "offload"
     config = OffloadConfig
     slots = frozenset({"placement"})
-    after = frozenset({"shard"})
+    after = frozenset({"placement"})
 
     options: OffloadConfig
 

@@ -143,10 +143,10 @@ def test_what_comes_next_is_read_ahead_and_no_more(tmp_path):
             pass
     for index, following in ((0, 1), (1, 2), (2, 3), (3, 2), (2, 1), (1, 0)):
         with weights[index].lease(cpu) as buffers:
-            for future in store._fetched.values():
+            for future in store.prefetch.pending.values():
                 future.result()
             assert buffers[""][0] == index
-            assert [weight.name for weight in store._fetched] == [names[following]]
+            assert [weight.name for weight in store.prefetch.pending] == [names[following]]
             assert resident(weights[following].export()[""]) >= 1 << 20
             others = [weight.export()[""] for other, weight in enumerate(weights) if other not in (index, following)]
             assert resident(*others) == 0

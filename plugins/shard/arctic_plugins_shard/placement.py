@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
 from queue import SimpleQueue
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from arctic_plugins.errors import ArcticError, ConfigError
-from arctic_plugins.frozen import Handle, LeaseOrder, Placement
-from arctic_plugins.frozen.codec import Buffers
+from arctic_plugins.frozen import Buffers, FetchedHandle, Handle, Placement, Prefetch
 from arctic_plugins.processes import world_size
 from arctic_plugins_shard.config import ShardConfig
 
@@ -57,8 +57,7 @@ class ShardPlacement(Placement):
 
     def __init__(self, options: ShardConfig) -> None:
         self.options = options
-        self.order = LeaseOrder()
-        self.weights: dict[str, ShardedWeight] = {}
+        self.prefetch = Prefetch(options.prefetch)
         self.rank, self.size = 0, 1
         self._numbers: dict[int, str] = {}
         self._control: dist.ProcessGroup | None = None
@@ -67,9 +66,8 @@ class ShardPlacement(Placement):
             SimpleQueue()
         )
         self._worker: threading.Thread | None = None
-        self._ahead: dict[ShardedWeight, Future[_Gathered]] = {}
         self._spare: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
-        self._lock = threading.RLock()  # callbacks of futures that are done run at once
+        self._lock = threading.Lock()  # of the spare memory
         self._stream: torch.cuda.Stream | None = None
 
     def plan(self, nbytes: Mapping[str, int]) -> dict[str, int]:
@@ -119,55 +117,16 @@ class ShardPlacement(Placement):
             if first < last:
                 part[first - start : last - start] = _bytes(buffer)[first - offset : last - offset]
         kept = part if inner is None else inner.hold(name, {"": part})
-        weight = self.weights[name] = ShardedWeight(self, name, layout, kept)
+        weight = ShardedWeight(self, name, layout, kept)
+        self.prefetch.add(weight)
         self._numbers[weight.number] = name
         return weight
 
     def describe(self) -> str:
         return f"1/{self.size} in each process"
 
-    def gather(self, weight: ShardedWeight, device: torch.device) -> _Gathered:
-        """The parts of ``weight``, ahead of time if it was expected.
-
-        Raises:
-            ShardError: another process is at another module, or came to none in time.
-        """
-        with self._lock:
-            self.order.leased(weight.name)
-            future = self._take(weight, device, weight)
-            upcoming = [
-                other
-                for name in self.order.upcoming(self.options.prefetch)
-                if (other := self.weights.get(name)) is not None
-            ]
-            ahead = {other: self._take(other, device, weight) for other in upcoming}
-            for unexpected in self._ahead.values():  # gathered by all processes alike; nobody needs it
-                unexpected.add_done_callback(self._give_back)
-            self._ahead = ahead
-        gathered = future.result()
-        if gathered.ready is not None:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(gathered.ready)
-            gathered.flat.record_stream(stream)
-        return gathered
-
-    def release(self, gathered: _Gathered) -> None:
-        """Keep the memory for the next weight of the size: fresh memory costs page faults. On GPUs the allocator does
-        that.
-        """
-        if gathered.ready is None:
-            with self._lock:
-                self._spare[gathered.flat.numel(), gathered.flat.device].append(gathered.flat)
-
-    def _give_back(self, future: Future[_Gathered]) -> None:
-        if not future.cancelled() and future.exception() is None:
-            self.release(future.result())
-
-    def _take(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> Future[_Gathered]:
-        """The gather that was begun ahead of time, or a new one, begun when ``at`` is leased."""
-        return self._ahead.pop(weight) if weight in self._ahead else self._submit(weight, device, at)
-
-    def _submit(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> Future[_Gathered]:
+    def gather(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> Future[_Gathered]:
+        """Start to gather the parts of ``weight``, after what was started before; ``at`` is leased now."""
         if self._worker is None:
             # A daemon: a process that failed must end although the gather that it had begun never will.
             self._worker = threading.Thread(target=self._run, name="arctic-shard", daemon=True)
@@ -176,6 +135,15 @@ class ShardPlacement(Placement):
         future: Future[_Gathered] = Future()
         self._work.put((future, weight, device, at))
         return future
+
+    def give_back(self, future: Future[_Gathered]) -> None:
+        """Keep the memory for the next weight of the size: fresh memory costs page faults. On GPUs the allocator does
+        that.
+        """
+        if future.cancelled() or future.exception() is not None or (gathered := future.result()).ready is not None:
+            return
+        with self._lock:
+            self._spare[gathered.flat.numel(), gathered.flat.device].append(gathered.flat)
 
     def _run(self) -> None:
         while (task := self._work.get()) is not None:
@@ -233,7 +201,7 @@ class ShardPlacement(Placement):
                 )
 
 
-class ShardedWeight(Handle):
+class ShardedWeight(FetchedHandle[Future[_Gathered]]):
     """One weight, of which this process has a part."""
 
     collective = True
@@ -245,10 +213,9 @@ class ShardedWeight(Handle):
         layout: dict[str, tuple[int, torch.Size, torch.dtype]],
         kept: Tensor | Handle,
     ) -> None:
-        self.placement, self.name, self.layout, self.kept = placement, name, layout, kept
+        super().__init__(name, placement.prefetch)
+        self.placement, self.layout, self.kept = placement, layout, kept
         self.number = int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "little")
-        self._gathered: _Gathered | None = None
-        self._leases = 0
 
     @contextmanager
     def part(self, device: torch.device) -> Iterator[Tensor]:
@@ -260,29 +227,33 @@ class ShardedWeight(Handle):
             self.kept = self.kept.to(device)
             yield self.kept
 
-    @contextmanager
-    def lease(self, device: torch.device) -> Iterator[Buffers]:
-        if self._gathered is None:
-            self._gathered = self.placement.gather(self, device)
-        self._leases += 1
-        try:
-            yield self._buffers(self._gathered.flat)
-        finally:
-            self._leases -= 1
-            if not self._leases:
-                self.placement.release(self._gathered)
-                self._gathered = None
+    def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> Future[_Gathered]:
+        return self.placement.gather(self, device, cast(ShardedWeight, at))
+
+    def buffers(self, fetched: Future[_Gathered], device: torch.device) -> Buffers:
+        """Of all parts.
+
+        Raises:
+            ShardError: another process is at another module, or came to none in time.
+        """
+        gathered = fetched.result()
+        if gathered.ready is not None:
+            stream = torch.cuda.current_stream(device)
+            stream.wait_event(gathered.ready)
+            gathered.flat.record_stream(stream)
+        found = {}
+        for suffix, (start, shape, dtype) in self.layout.items():
+            found[suffix] = gathered.flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+        return found
+
+    def release(self, fetched: Future[_Gathered]) -> None:
+        """Also of what was gathered ahead, by all processes alike, and nobody needs: once it is there."""
+        fetched.add_done_callback(self.placement.give_back)
 
     def export(self) -> dict[str, Tensor]:
         device = self.kept.device if isinstance(self.kept, Tensor) else torch.device("cpu")
         with self.lease(device) as buffers:
             return {suffix: buffer.clone() for suffix, buffer in buffers.items()}
-
-    def _buffers(self, flat: Tensor) -> dict[str, Tensor]:
-        found = {}
-        for suffix, (start, shape, dtype) in self.layout.items():
-            found[suffix] = flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
-        return found
 
 
 def _part(nbytes: int, size: int) -> int:

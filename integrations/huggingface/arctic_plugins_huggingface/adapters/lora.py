@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -85,7 +86,7 @@ class BeforeMerge:
         frozen.hold({suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}, leaf)
         frozen.frozen[leaf].version = self.version
         if self.bias is not None:
-            frozen.bias.data.copy_(self.bias)  # type: ignore[operator, union-attr]
+            cast("FrozenLinear", frozen).bias.data.copy_(self.bias)
 
 
 class FrozenLoraLinear(LoraLinear):
@@ -97,9 +98,12 @@ class FrozenLoraLinear(LoraLinear):
 
     _before_merge: BeforeMerge | None = None
 
-    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+    def get_base_layer(self) -> FrozenLinear:
+        return cast("FrozenLinear", super().get_base_layer())
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         check_plain(adapter_name, config)
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """As in PEFT; NaN and Inf are refused by the codec, whatever ``safe_merge`` says."""
@@ -132,6 +136,7 @@ class FrozenLoraExperts(ParamWrapper):
     """
 
     _before_merge: BeforeMerge | None = None
+    base_layer: FrozenExperts | FrozenLoraExperts
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
@@ -140,10 +145,13 @@ class FrozenLoraExperts(ParamWrapper):
         super().__init__(base_layer, adapter_name, parameter_name, config, **kwargs)
         self.get_base_layer().updates[parameter_name] = self.update
 
-    def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
+    def get_base_layer(self) -> FrozenExperts:
+        return cast("FrozenExperts", super().get_base_layer())
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         check_plain(adapter_name, config)
         _check_dropout(adapter_name, config)
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
+        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         self.num_experts, out_features, in_features = self.get_base_layer().frozen[self.parameter_name].shape
@@ -187,7 +195,8 @@ class FrozenLoraExperts(ParamWrapper):
     def _pairs(self, adapter: str) -> tuple[Tensor, Tensor]:
         """``A [E, r, K]`` and ``B [E, N, r]``."""
         a, b = (ExpertPairs(self.r[adapter], last) for last in (False, True))
-        return a.split(self.lora_A[adapter].weight), b.split(self.lora_B[adapter].weight)
+        halves = cast("nn.Linear", self.lora_A[adapter]), cast("nn.Linear", self.lora_B[adapter])
+        return a.split(halves[0].weight), b.split(halves[1].weight)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -396,7 +405,7 @@ def _without_bitsandbytes() -> Iterator[None]:
         yield
         return
     stock = lora_model.is_bnb_available, lora_model.is_bnb_4bit_available
-    lora_model.is_bnb_available = lora_model.is_bnb_4bit_available = lambda: False
+    lora_model.is_bnb_available = lora_model.is_bnb_4bit_available = cache(lambda: False)  # a cached one, as PEFT's
     try:
         yield
     finally:
@@ -455,7 +464,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
 def _load_local(model: PreTrainedModel, adapter: str | Path, config: LoraConfig, *, trainable: bool) -> PeftModel:
     """The adapter of all experts on a model that has some of them."""
     config.inference_mode = not trainable
-    adapted: PeftModel = get_peft_model(model, with_frozen_layer(config))  # type: ignore[assignment]
+    adapted = get_peft_model(model, with_frozen_layer(config))
     state, layouts = load_file(Path(adapter) / WEIGHTS), expert_pairs(adapted)
     for name, (_, dispatch) in local_parameters(adapted).items():
         key = name.replace(f".{adapted.active_adapter}.weight", ".weight")

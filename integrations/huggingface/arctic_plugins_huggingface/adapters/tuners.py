@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftType
+from peft import LoraConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
@@ -69,29 +69,35 @@ def over_frozen(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterat
     config, create = tuner.peft_config[adapter_name], tuner._create_and_replace
     _check_copies(model, adapter_name, config)
     if config.peft_type == PeftType.LORA:
-        with_frozen_layer(config)
+        with_frozen_layer(cast("LoraConfig", config))
         up_first(model)
 
     def create_and_replace(
-        config: Any, adapter_name: str, target: nn.Module, name: str, parent: nn.Module, *args: Any, **kwargs: Any
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         frozen = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(frozen, FrozenModule):
-            create(config, adapter_name, target, name, parent, *args, **kwargs)
+            create(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
             return
-        _check(adapter_name, config, frozen, kwargs.get("parameter_name"))
+        _check(adapter_name, peft_config, frozen, kwargs.get("parameter_name"))
         if isinstance(frozen, FrozenLinear):
-            is_lora = config.peft_type == PeftType.LORA  # whose layers know frozen ones, and start from no weight
+            is_lora = peft_config.peft_type == PeftType.LORA  # whose layers know frozen ones, and start from no weight
             with frozen.as_unread() if is_lora else frozen.as_plain(frozen.decode(frozen.compute_dtype), frozen.bias):
-                create(config, adapter_name, target, name, parent, *args, **kwargs)
+                create(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
             if not is_lora:
-                layer = getattr(parent, name)
+                layer = getattr(parent, target_name)
                 kind: Any = type(layer)
                 layer.__class__ = _over_frozen(kind)
         else:
-            create(config, adapter_name, target, name, parent, *args, **kwargs)
+            create(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
 
-    tuner._create_and_replace = create_and_replace
+    tuner._create_and_replace = create_and_replace  # type: ignore[method-assign]  # this tuner's, for a while
     try:
         yield
     finally:
@@ -140,7 +146,7 @@ def _over_frozen(kind: Any) -> type:
     exists can be made one.
     """
     if hasattr(kind, "_before_merge"):
-        return kind  # type: ignore[no-any-return]
+        return kind
 
     class OverFrozen(kind):  # type: ignore[misc]
         _before_merge: BeforeMerge | None = None

@@ -19,7 +19,6 @@ from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs
 from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.frozen.exporting import Converter, Exporter
 from arctic_plugins.provenance import write_provenance
-from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import check_checkpoint
 from arctic_plugins_huggingface.files.rewrite import Read, open_files, rewrite
 from arctic_plugins_huggingface.files.staging import staged
@@ -115,7 +114,7 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
         rewrite(source, draft, config, encoded, tensors)
         for name in converter_class.config_files:
             (draft / name).unlink(missing_ok=True)
-        write_provenance(draft, Stack())
+        write_provenance(draft, {})
     return [
         f"{pattern}: {kind}"
         for pattern, kind in compress_names({name: codec.describe() for name, codec in encoded.items()}, shapes).items()

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.adapter import base_of
 from arctic_plugins.errors import CheckpointError
+from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import adapter_directory
 from arctic_plugins_huggingface.loading.config import load_tokenizer
 from arctic_plugins_huggingface.loading.load import load_model
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["adapter_base", "load_checkpoint", "own_tokenizer"]
 
@@ -36,11 +34,12 @@ def load_checkpoint(
     adapter = adapter_directory(checkpoint)
     if adapter is None:
         return load_model(checkpoint, stack)
-    recorded = Stack.from_checkpoint(adapter).to_use().without("adapter")
+    recorded = stack_from_checkpoint(adapter).to_use().without("adapter")
     model, tokenizer = load_model(adapter_base(adapter, base), recorded.plus(stack or Stack()))
     from arctic_plugins_huggingface.adapters.lora import load_adapter
 
-    return load_adapter(model, adapter).eval(), own_tokenizer(adapter) or tokenizer
+    adapted = cast("PreTrainedModel", load_adapter(model, adapter).eval())  # to which a PeftModel forwards
+    return adapted, own_tokenizer(adapter) or tokenizer
 
 
 def own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:

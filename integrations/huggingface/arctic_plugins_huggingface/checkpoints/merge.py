@@ -21,6 +21,7 @@ from arctic_plugins.files import read_json
 from arctic_plugins.frozen import Codec
 from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.provenance import write_provenance
+from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.adapters.lora import VARIANTS, ExpertPairs, load_adapter
 from arctic_plugins_huggingface.checkpoints.load import adapter_base, own_tokenizer
@@ -99,7 +100,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
             expected="a LoRA adapter that 'arctic train' wrote",
             fix="name its directory",
         )
-    stack, base = Stack.from_checkpoint(found), adapter_base(found, base)
+    stack, base = stack_from_checkpoint(found), adapter_base(found, base)
     codecs = stack.only("weight_codec")
     others = stack.to_use().without("weight_codec", "adapter", "placement")
     if not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:
@@ -116,7 +117,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
                     _merge_files(Path(base), draft, claimed, updates, encoded=is_encoded(config))
                     if (tokenizer := own_tokenizer(found)) is not None:
                         tokenizer.save_pretrained(draft)
-                    write_provenance(draft, codecs)
+                    write_provenance(draft, codecs.to_dict())
                 return Path(directory)
     model, base_tokenizer = load_model(base, others, dtype=STORED)
     _untie(model, found)

@@ -53,11 +53,13 @@ def save_checkpoint(
             if saves:
                 with _says_what_is_encoded(model.config), _exporting(model, whole):
                     model.save_pretrained(
-                        draft, max_shard_size=SHARD_SIZE, state_dict={**model.state_dict(), **whole} if whole else None
+                        str(draft),
+                        max_shard_size=SHARD_SIZE,
+                        state_dict={**model.state_dict(), **whole} if whole else None,
                     )
         if saves:
             tokenizer.save_pretrained(draft)
-            write_provenance(draft, stack)
+            write_provenance(draft, stack.to_dict())
     if together:
         torch.distributed.barrier()  # until the first process has written it
     return directory

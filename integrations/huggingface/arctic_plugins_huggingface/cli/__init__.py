@@ -28,13 +28,13 @@ def importing() -> Iterator[None]:
 
 
 def quiet_hosts() -> None:
-    """No progress bars of the hosts where nobody sees them move: not a terminal. No word from DeepSpeed that there is
-    no GPU, on standard output.
+    """No progress bars of the hosts where nobody sees them move: not a terminal. Libraries that plugins know are told
+    what they would otherwise find out aloud.
     """
-    import torch
+    from arctic_plugins.discovery import process_registry
 
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    for name, value in process_registry().load_environment().items():
+        os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         from transformers.utils.logging import disable_progress_bar
 

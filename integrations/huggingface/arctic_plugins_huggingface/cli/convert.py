@@ -1,58 +1,147 @@
-"""``arctic convert``."""
+"""``arctic convert``. Its formats are those of installed plugins, and so are the options that a format has."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
+
 import click
+
+if TYPE_CHECKING:
+    from arctic_plugins.plugin import PluginConfig
+    from arctic_plugins.registry import Registry
 
 __all__ = ["convert"]
 
 
-@click.command(short_help="Read a checkpoint of another library: quantized, or DeepSpeed's LoRA.")
+class _Convert(click.Command):
+    """Has the options of every importer, and says in its help which formats there are."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        if __name__ not in ctx.meta:  # click asks several times, and wants the same objects
+            ctx.meta[__name__] = _options()
+        *own, help_option = super().get_params(ctx)
+        return [*own, *ctx.meta[__name__], help_option]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption:  # perhaps one of a format whose plugin is not installed, which is better said
+            ctx.ignore_unknown_options = True
+            values, _, _ = self.make_parser(ctx).parse_args(given)
+            if format_name := values.get("format_name"):
+                _registry().check_convertible(format_name)
+            raise
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        registry = _registry()
+        meanings = dict.fromkeys(registry.converter_names(), "A quantized model. OUT is an encoded one.")
+        meanings |= {name: importer.meaning for name, importer in registry.importers.items()}
+        if meanings:
+            with formatter.section("Formats"):
+                formatter.write_dl(sorted(meanings.items()))
+        super().format_options(ctx, formatter)
+
+
+@click.command(cls=_Convert, short_help="Read a checkpoint of another library: a quantized model, or a training run.")
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option(
-    "--from", "format_name", required=True, help="deepspeed, deepspeedfp, or a format that another plugin adds."
-)
-@click.option(
-    "--scaling",
-    type=click.Choice(["alpha/r", "alpha/sqrt(r)"]),
-    help="deepspeed: what updates are multiplied by; alpha/r if left out.",
-)
-@click.option("--alpha", type=float, help="deepspeed: alpha, where config.json does not say it.")
-@click.option(
-    "--base",
-    help="deepspeed: the model that was trained; OUT becomes a PEFT adapter on it instead of a merged checkpoint.",
-)
-def convert(
-    checkpoint: str, out: str, format_name: str, scaling: str | None, alpha: float | None, base: str | None
-) -> None:
+@click.option("--from", "format_name", required=True, help="Its format, one of those above.")
+def convert(checkpoint: str, out: str, format_name: str, **given: Any) -> None:
     """Write CHECKPOINT (a directory) of another library's format as OUT.
-
-    deepspeedfp is a quantized model, and OUT an encoded one. deepspeed is a training run, of DeepSpeed-MoE or of
-    OptimizedLinear with LoRA, its weights perhaps in parts, and OUT a model, with LoRA merged, or an adapter.
 
     \b
     Example:
       arctic convert snowflake-arctic-fp8 arctic-fp8 --from deepspeedfp
       arctic convert old-run/global_step100 adapter --from deepspeed --base meta-llama/Llama-3.1-8B
     """
-    from arctic_plugins.errors import ConfigError
+    from arctic_plugins.registry import load
 
-    if format_name != "deepspeed" and (scaling or alpha is not None or base):
-        raise ConfigError(
-            f"--scaling, --alpha and --base are for --from deepspeed, not {format_name}", fix="leave them out"
-        )
+    registry = _registry()
+    options = _chosen(format_name, {name: value for name, value in given.items() if value is not None})
+    registry.check_convertible(format_name)
     from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint
     from arctic_plugins_huggingface.cli import quiet_hosts
 
     quiet_hosts()
-    if format_name == "deepspeed":
-        from arctic_plugins_huggingface.checkpoints.deepspeed import convert_deepspeed
-
-        for line in convert_deepspeed(checkpoint, out, scaling=scaling or "alpha/r", alpha=alpha, base=base):  # type: ignore[arg-type]
-            click.echo(line)
-        click.echo(f"saved in {out}")
-        return
-    for line in convert_checkpoint(checkpoint, out, format_name):
+    if options is not None:
+        lines = load(registry.importers[format_name].target)(checkpoint, out, options)
+    else:
+        lines = convert_checkpoint(checkpoint, out, format_name)
+    for line in lines:
         click.echo(line)
     click.echo(f"saved in {out}")
+
+
+def _registry() -> Registry:
+    from arctic_plugins.discovery import process_registry
+
+    return process_registry()
+
+
+def _options() -> list[click.Parameter]:
+    """The options of all importers; one that several have is there once."""
+    fields: dict[str, list[tuple[str, Any]]] = {}
+    for format_name, importer in sorted(_registry().importers.items()):
+        for name, field in importer.options.model_fields.items():
+            fields.setdefault(name, []).append((format_name, field))
+    found: list[click.Parameter] = []
+    for name, owners in fields.items():
+        texts = [f"{format_name}: {field.description or ''}".replace("``", "") for format_name, field in owners]
+        # Whatever click makes of it, the options of the chosen importer check it.
+        kind = _kind(owners[0][1].annotation) if len(owners) == 1 else str
+        found.append(
+            click.Option(
+                [_flag(name)], type=kind, is_flag=kind is bool, default=None, help=" ".join(" ".join(texts).split())
+            )
+        )
+    return found
+
+
+def _kind(annotation: Any) -> Any:
+    """The type of a field for click: its own if that is a plain one, a choice, otherwise a text."""
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
+    if get_origin(annotation) is Literal:
+        return click.Choice(get_args(annotation))
+    return kinds[0] if len(kinds) == 1 and kinds[0] in (bool, float, int) else str
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _chosen(format_name: str, given: Mapping[str, Any]) -> PluginConfig | None:
+    """The options of the importer called ``format_name``; None if there is no such importer.
+
+    Raises:
+        ConfigError: an option of another one is given, or a value is refused.
+    """
+    from pydantic import ValidationError
+
+    from arctic_plugins.errors import ConfigError
+
+    importers = dict(sorted(_registry().importers.items()))
+    chosen = importers[format_name].options if format_name in importers else None
+    for name in given:
+        if chosen is None or name not in chosen.model_fields:
+            owner = next(owner for owner, importer in importers.items() if name in importer.options.model_fields)
+            raise ConfigError(
+                f"{_flags(importers[owner].options)} for --from {owner}, not {format_name}", fix="leave them out"
+            )
+    if chosen is None:
+        return None
+    try:
+        return chosen.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = _flag(str(first["loc"][0])) if first["loc"] else f"--from {format_name}"
+        if first["type"] == "missing":
+            raise ConfigError(f"--from {format_name} needs {flag}", fix="add it") from error
+        expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+        raise ConfigError(f"{flag} is {first['input']!r}", expected=expected, fix="correct the value") from error
+
+
+def _flags(options: type[PluginConfig]) -> str:
+    *others, last = map(_flag, options.model_fields)
+    return f"{', '.join(others)} and {last} are" if others else f"{last} is"

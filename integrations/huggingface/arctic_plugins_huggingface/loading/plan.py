@@ -160,7 +160,7 @@ def plan_model(
     if is_deepspeed_zero3_enabled():
         raise ConfigError(
             "training is configured for DeepSpeed's ZeRO stage 3, which splits weights while they are loaded",
-            expected="stage 1 or 2; the 'shard' plugin spreads frozen weights, 'moe' experts",
+            expected="stage 1 or 2; plugins spread frozen weights (slot 'placement') and experts ('experts_dispatch')",
             fix="correct zero_optimization.stage",
         )
     kwargs.setdefault("trust_remote_code", False)

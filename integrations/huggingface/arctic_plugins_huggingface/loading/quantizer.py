@@ -58,7 +58,7 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
         dispatches: Mapping[str, ExpertsDispatch] | None = None,
         **config: Any,
     ) -> None:
-        self.quant_method = METHOD
+        self.quant_method = METHOD  # type: ignore[assignment]  # registered methods are texts, not of the host's enum
         self.codecs = ModuleCodecs.from_config(config)
         self.placements, self.dispatches = dict(placements or {}), dict(dispatches or {})
         self.failure: ArcticError | None = None
@@ -221,7 +221,10 @@ class _Encode(ConversionOps):
     def __init__(self, quantizer: ArcticQuantizer) -> None:
         self.quantizer = quantizer
 
-    def convert(self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any) -> dict[str, Tensor]:
+    # The host always says full_layer_name, and takes tensors as well as lists of them.
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
         (value,) = input_dict.values()
         module, leaf = self.quantizer.frozen[full_layer_name]
         try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ from arctic_plugins.frozen import (
     Placement,
 )
 from arctic_plugins_huggingface.loading.names import _reversed, _stored
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin
 
 __all__ = [
     "dispatch_experts",
@@ -137,7 +140,9 @@ def dispatch_experts(model: PreTrainedModel, dispatches: Mapping[str, ExpertsDis
         dispatches: name of :func:`weight_specs` -> the dispatch.
     """
     if any(dispatch.size > 1 for dispatch in dispatches.values()):
-        model.generate = partial(model.generate, synced_gpus=True)  # type: ignore[method-assign]  # processes go on until all have finished
+        able = cast("GenerationMixin", model)
+        # Processes go on until all have finished. (The host annotates a `self` that no model is.)
+        able.generate = partial(able.generate, synced_gpus=True)  # type: ignore[method-assign, misc]
     for name, dispatch in dispatches.items():
         path, leaf = name.rpartition(".")[::2]
         host: Any = model.get_submodule(path)

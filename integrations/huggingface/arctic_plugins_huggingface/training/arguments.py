@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from typing import get_type_hints
+from typing import cast, get_type_hints
 
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
@@ -52,9 +52,8 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         raise ConfigError(
             f"training is not valid: {reason(error)}", fix="correct the value it names, or install the package"
         ) from error
-    if absent := sorted(
-        {*arguments.report_to} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}
-    ):
+    reported = cast("list[str]", arguments.report_to)  # once __post_init__ has seen it
+    if absent := sorted({*reported} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):
         raise ConfigError(
             f"training.report_to names {', '.join(absent)}, not installed here",
             fix=f"pip install {' '.join(absent)}, or leave it out",

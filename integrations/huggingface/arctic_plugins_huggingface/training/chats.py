@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os.path import commonprefix
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -287,10 +287,11 @@ def rendered(
     """
     messages, learnt, tools = row["messages"], row["learnt"], row["tools"]
 
-    def render(messages: Sequence[Record], tools: list[Record] | None = tools, **options: Any) -> str | None:
+    def render(messages: list[Record], tools: list[Record] | None = tools, **options: Any) -> str | None:
         """None if the template, which is a program, refuses: many do for roles or orders of them."""
         try:
-            return str(tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, **options))
+            given = cast("list[Record | Callable[..., Any]] | None", tools)
+            return str(tokenizer.apply_chat_template(messages, tools=given, tokenize=False, **options))
         except Exception as error:
             refusals.append(error)
             return None

@@ -14,14 +14,15 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from arctic_plugins.errors import ConfigError, DataError, suggest
+from arctic_plugins.discovery import process_registry
+from arctic_plugins.errors import ConfigError, DataError, PluginNotFoundError, named, suggest
 from arctic_plugins.processes import is_first
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import check_checkpoint, is_directory
 from arctic_plugins_huggingface.files.locking import LOCK
 from arctic_plugins_huggingface.training.recipe import FILE_KINDS, DataConfig, Recipe
 
-__all__ = ["argument_types", "check_arguments", "check_output", "check_recipe", "check_source"]
+__all__ = ["argument_types", "check_arguments", "check_engine", "check_output", "check_recipe", "check_source"]
 
 OURS = {
     "max_length": "data.max_length",
@@ -54,6 +55,8 @@ def check_recipe(recipe: Recipe) -> Stack:
             expected="an adapter",
             fix="add 'lora: {}'",
         )
+    if frozen and recipe.training.get("deepspeed"):
+        check_engine("deepspeed")
     if recipe.nonfinite == "skip" and recipe.training.get("deepspeed"):
         raise ConfigError(
             "nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out"
@@ -66,6 +69,14 @@ def check_recipe(recipe: Recipe) -> Stack:
     if is_directory(recipe.model):
         check_checkpoint(recipe.model, contents=False, **recipe.load)
     return stack
+
+
+def check_engine(name: str) -> None:
+    """Raise PluginNotFoundError unless a plugin is installed that prepares a Trainer, whose steps the library ``name``
+    makes, for frozen and spread modules.
+    """
+    with named(f"training.{name} with frozen or spread weights", PluginNotFoundError):
+        process_registry().check_trainer_engine(name)
 
 
 def check_source(config: DataConfig) -> None:

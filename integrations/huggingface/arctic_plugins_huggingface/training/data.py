@@ -307,9 +307,11 @@ def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:
     trouble = hub_trouble()
-    options = {} if trouble is None else {"download_config": DownloadConfig(local_files_only=True)}
+    how = None if trouble is None else DownloadConfig(local_files_only=True)
     try:
-        dataset = load_dataset(config.path, config.name, split=config.split, streaming=config.streaming, **options)
+        dataset = load_dataset(  # type: ignore[call-overload]  # none for a `streaming` that is not a literal
+            config.path, config.name, split=config.split, streaming=config.streaming, download_config=how
+        )
     except Exception as error:  # datasets raises its own, the hub's, httpx's and the builder's
         raise DataError(
             f"data.path {config.path} is no file here and cannot be loaded as a dataset: {trouble or reason(error)}",

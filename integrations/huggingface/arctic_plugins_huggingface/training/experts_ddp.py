@@ -36,10 +36,12 @@ def experts_mixin(trainer: Trainer) -> type[SpreadExperts]:
         ConfigError: the trainer uses FSDP.
     """
     if trainer.is_fsdp_enabled:
+        assert trainer.model is not None  # Trainer.__init__ sees to it
+        _, dispatch = next(iter(local_parameters(trainer.model).values()))
         raise ConfigError(
             "training uses FSDP, which averages experts over all processes",
-            expected="DDP, which 'arctic train --nproc' and torchrun use, or DeepSpeed's ZeRO 1 or 2",
-            fix="leave it out, or expert_parallel",
+            expected="DDP, which 'arctic train --nproc' and torchrun use, or training.deepspeed",
+            fix=f"leave it out, or {dispatch.option}",
         )
     return SpreadOverDDP
 
@@ -51,6 +53,7 @@ class SpreadExperts(Trainer):
         ConfigError: training uses fp16.
     """
 
+    model: nn.Module
     spread: Mapping[str, tuple[nn.Parameter, ExpertsDispatch]]
     """Parameters of this process alone, by name, with what spreads them."""
     dispatch: ExpertsDispatch
@@ -91,7 +94,7 @@ class SpreadOverDDP(SpreadExperts):
 
     def on_attach(self, plugin: Plugin | None) -> None:
         super().on_attach(plugin)
-        self.model._ddp_params_and_buffers_to_ignore = [
+        self.model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]  # DDP's, and no Tensor or Module
             *getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()),
             *self.spread,
         ]
@@ -104,7 +107,7 @@ class SpreadOverDDP(SpreadExperts):
             raise ConfigError(
                 "training changes nothing but experts, and DDP wants something that all processes have",
                 expected="a parameter of every process that is trained, an adapter of attention for instance",
-                fix="add one, or leave expert_parallel out",
+                fix=f"add one, or leave {self.dispatch.option} out",
             )
         self.add_callback(_SavesExperts(self))
 
@@ -184,7 +187,7 @@ class SpreadOverDDP(SpreadExperts):
             raise CheckpointError(
                 f"{checkpoint} has no {path.name} (of these it has {found})",
                 expected="as many processes for one copy of the experts as when it was saved",
-                fix="set plugins.moe.expert_parallel as it was then",
+                fix=f"set {self.dispatch.option} as it was then",
             )
         content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content

@@ -1,8 +1,8 @@
 """``arctic train --nproc``: several processes of one run, with one progress bar, one log, and the error of the process
 that failed first.
 
-torch's elastic agent (``torch.distributed.launcher``, read in torch 2.13) starts and ends them; DeepSpeed's launcher
-does on several hosts.
+torch's elastic agent (``torch.distributed.launcher``, read in torch 2.13) starts and ends them; on several hosts, a
+plugin's launcher does.
 """
 
 from __future__ import annotations
@@ -11,21 +11,18 @@ import ctypes
 import logging
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from arctic_plugins.errors import ConfigError
+from arctic_plugins.discovery import process_registry
 
 __all__ = ["end_with_launcher", "launch", "launch_on_hosts"]
 
@@ -85,35 +82,16 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def launch_on_hosts(arguments: Sequence[str], hostfile: str) -> int:
-    """Run ``arctic`` with ``arguments`` on the hosts of ``hostfile`` (lines of ``name slots=processes``) through
-    DeepSpeed's launcher, and wait.
+    """Run ``arctic`` with ``arguments`` on the hosts of ``hostfile`` (lines of ``name slots=processes``) through a
+    plugin's launcher, and wait.
 
     Raises:
-        ConfigError: there is no such file, or DeepSpeed is not installed.
+        PluginNotFoundError: no installed plugin has one.
+        UserError: what the launcher refuses.
     """
-    if not Path(hostfile).is_file():
-        raise ConfigError(
-            f"--hostfile {hostfile} does not exist",
-            expected="a file with lines of 'host slots=8'",
-            fix="correct the path",
-        )
-    if shutil.which("deepspeed", path=_path()) is None:
-        raise ConfigError(
-            "--hostfile needs DeepSpeed's launcher, which is not installed",
-            fix="pip install deepspeed, or use --nproc or torchrun",
-        )
-    command = [
-        "-m",
-        "deepspeed.launcher.runner",
-        "--hostfile",
-        hostfile,
-        "--no_local_rank",
-        "--module",
-        "arctic_plugins.cli",
-        *arguments,
-    ]
-    environment = {**os.environ, **_environment(None)}
-    return subprocess.run([sys.executable, *command], check=False, env=environment).returncode
+    start = process_registry().load_host_launcher()
+    status: int = start(arguments, hostfile, {**os.environ, **_environment(None)})
+    return status
 
 
 def end_with_launcher() -> None:
@@ -136,13 +114,11 @@ def _environment(processes: int | None) -> dict[str, str]:
         found["OMP_NUM_THREADS"] = os.environ.get(
             "OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes))
         )
-    if not torch.accelerator.is_available():
-        found["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")  # DeepSpeed, too, wants to be told
     return found
 
 
 def _path() -> str:
-    """PATH with the interpreter's own programs: DeepSpeed calls ninja, which lies beside it in a virtual
+    """PATH with the interpreter's own programs: ninja, which compiles kernels, lies beside it in a virtual
     environment.
     """
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")

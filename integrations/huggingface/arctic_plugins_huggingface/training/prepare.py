@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import disable_progress_bars
+from transformers.trainer_utils import IntervalStrategy
 from trl import SFTConfig
 
 from arctic_plugins.errors import ConfigError
@@ -72,8 +73,9 @@ def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
             fix="set training.max_steps",
         )
     if data.eval is None and arguments.eval_strategy != "no":
+        strategy = IntervalStrategy(arguments.eval_strategy)
         raise ConfigError(
-            f"training.eval_strategy is '{arguments.eval_strategy.value}' and there is nothing to evaluate on",
+            f"training.eval_strategy is '{strategy.value}' and there is nothing to evaluate on",
             fix="set data.eval_path, data.eval_split or data.eval_size",
         )
     return Run(recipe, arguments, model, data)

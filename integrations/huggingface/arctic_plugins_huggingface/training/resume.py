@@ -19,8 +19,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.files import read_json
 from arctic_plugins.provenance import digest
-from arctic_plugins.stack import Stack
+from arctic_plugins.recorded import recorded_stack
 from arctic_plugins_huggingface.files.check import is_directory
+from arctic_plugins_huggingface.training.engines import engines
 from arctic_plugins_huggingface.training.trainer import last_checkpoint
 
 if TYPE_CHECKING:
@@ -233,7 +234,7 @@ def resume_from(run: Run, output: Path, record: Mapping[str, Any], console: Cons
         return None
     # Where weights are kept changes no number: a run may go on with another placement, or on another number of
     # machines.
-    before, after = Stack.recorded(start).without("placement"), run.stack.without("placement")
+    before, after = recorded_stack(start).without("placement"), run.stack.without("placement")
     if before.sha256() != after.sha256():
         found = (
             f"{start} was made with other plugins or options than the recipe's: "
@@ -255,27 +256,24 @@ def resume_from(run: Run, output: Path, record: Mapping[str, Any], console: Cons
 
 def _check_state(run: Run, start: Path) -> None:
     """Raise if the state of the optimizer is not there, or not for this number of processes."""
-    deepspeed = bool(run.arguments.deepspeed)
-    state = (
-        "latest" if deepspeed else "optimizer.pt"
-    )  # DeepSpeed keeps the optimizer in a directory of its own, which this file names
-    if not (start / state).is_file():
-        other = "optimizer.pt" if deepspeed else "latest"
-        if (start / other).is_file():
-            raise ConfigError(
-                f"{start} was made {'without' if deepspeed else 'with'} DeepSpeed",
-                fix="set training.deepspeed as it was then",
-            )
+    known = engines()
+    used = next((name for name in known if getattr(run.arguments, name, None)), "")
+    engine = known.get(used)
+    if engine is None and run.arguments.deepspeed:
+        return  # only its plugin knows its files
+    if not (start / (state := engine.state_file if engine else "optimizer.pt")).is_file():
+        if engine and (start / "optimizer.pt").is_file():
+            raise ConfigError(f"{start} was made without {engine.title}", fix=f"set training.{used} as it was then")
+        for name, other in known.items():
+            if (start / other.state_file).is_file():
+                raise ConfigError(f"{start} was made with {other.title}", fix=f"set training.{name} as it was then")
         raise CheckpointError(
             f"{start} has no {state}", expected="a checkpoint saved without training.save_only_model", fix="start anew"
         )
-    if deepspeed and (found := len(list(start.glob("global_step*/*zero_pp_rank_*_optim_states.pt")))) not in (
-        0,
-        run.arguments.world_size,
-    ):
+    if engine and (found := engine.processes(start)) not in (None, run.arguments.world_size):
         raise ConfigError(
             f"{start} was made by {found} processes, and this run has {run.arguments.world_size}",
-            expected="the same number, with DeepSpeed",
+            expected=f"the same number, with {engine.title}",
             fix=f"--nproc {found}",
         )
 

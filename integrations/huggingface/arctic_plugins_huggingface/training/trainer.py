@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.distributed import distributed_c10d
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -29,6 +30,7 @@ from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.files.check import by_step, complete_checkpoints
 from arctic_plugins_huggingface.loading.names import split_conversions
 from arctic_plugins_huggingface.loading.restore import restore_weights
+from arctic_plugins_huggingface.training.engines import engine_mixins
 from arctic_plugins_huggingface.training.experts_ddp import experts_mixin
 from arctic_plugins_huggingface.training.finite import FiniteGuard, FiniteSteps, anywhere
 from arctic_plugins_huggingface.training.mixins import compose, plugin_mixins
@@ -79,7 +81,7 @@ class _CommitCallback(TrainerCallback):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process writes its own random state
         if state.is_world_process_zero and directory.is_dir():
-            write_provenance(directory, self.stack)
+            write_provenance(directory, self.stack.to_dict())
             self._remove_older(output, {directory, Path(state.best_model_checkpoint or directory)})
 
     def _remove_older(self, output: Path, keep: set[Path]) -> None:
@@ -109,6 +111,8 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
 
     Raises:
         ConfigError: the trainer was attached to a stack already, or what a plugin finds wrong with it.
+        PluginNotFoundError: DeepSpeed makes its steps, its model has frozen or spread modules, and
+            ``arctic-plugins-deepspeed`` is not installed.
     """
     if trainer.args.bf16 and (
         line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)
@@ -118,6 +122,7 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
         _set_timeouts(trainer.args.ddp_timeout_delta)
     compose(trainer, [*_host_mixins(trainer), *plugin_mixins(stack)])
     guard = FiniteGuard(trainer, skip=skip_nonfinite)
+    assert isinstance(trainer, FiniteSteps)  # since compose
     trainer.finite_guard = guard
     trainer.add_callback(guard)
     trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))  # last of the host's
@@ -129,10 +134,9 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
 def _host_mixins(trainer: Trainer) -> list[tuple[type, None]]:
     """What the host itself adds, the innermost first."""
     found: list[type] = []
+    assert trainer.model is not None  # Trainer.__init__ sees to it
     if trainer.is_deepspeed_enabled:
-        from arctic_plugins_huggingface.training.deepspeed import mixins
-
-        found += mixins(trainer)
+        found += engine_mixins(trainer, "deepspeed")
     elif is_spread(trainer.model):
         found.append(experts_mixin(trainer))
     elif (
@@ -158,7 +162,9 @@ class RestoresConverted(Trainer):
     or cut otherwise.
     """
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    model: nn.Module
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         restore_weights(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:

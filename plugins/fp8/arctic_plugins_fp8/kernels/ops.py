@@ -141,7 +141,8 @@ def _decode_cuda(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
 _library.impl("decode", _decode_cuda, "CUDA")
 
 # The compiled CPU kernels are built and loaded when an operator is first called; until then these stand for them.
-_first_calls = torch.library.Library("arctic_fp8", "IMPL", "CPU")
+_first_calls = [torch.library.Library("arctic_fp8", "IMPL", "CPU")]
+"""Their registrations live as long as the library object (torch 2.13: ``torch.library.Library``)."""
 _lock = threading.Lock()
 
 
@@ -151,7 +152,7 @@ def _first_call(name: str, *args: Any) -> Any:
 
 
 for _name in OPERATORS:
-    _first_calls.impl(_name, partial(_first_call, _name))
+    _first_calls[0].impl(_name, partial(_first_call, _name))
 
 
 def load() -> str:
@@ -165,7 +166,7 @@ def load() -> str:
 @cache
 def _load() -> str:
     wanted = os.environ.get(VARIABLE, "")
-    _first_calls._destroy()  # there is no public name for it (torch 2.13); what it stood for comes into view
+    _first_calls.clear()  # what they stood for comes into view
     if wanted == "reference" or build.obstacle():
         return ""
     try:

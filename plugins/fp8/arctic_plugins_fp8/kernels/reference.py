@@ -94,7 +94,7 @@ def linear_fp8(x: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:
     if _has_fp8_units(x.device) and all(size % 16 == 0 for size in (x.shape[-1], codes.shape[0])):
         y_MN = scaled_product(rounded_MK, scale_M1, codes, scale_NG)
         return y_MN.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
-    return torch.ops.arctic_fp8.linear((rounded_MK.float() * scale_M1).to(x.dtype).view(x.shape), codes, scale_NG, 8)  # type: ignore[no-any-return]
+    return torch.ops.arctic_fp8.linear((rounded_MK.float() * scale_M1).to(x.dtype).view(x.shape), codes, scale_NG, 8)
 
 
 def scaled_product(x_MK: Tensor, scale_M1: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:

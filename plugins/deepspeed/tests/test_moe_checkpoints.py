@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from arctic_plugins_deepspeed.checkpoints import convert_deepspeed
+from arctic_plugins_deepspeed.config import DeepSpeedImport
 from arctic_plugins_huggingface import register
-from arctic_plugins_huggingface.checkpoints.deepspeed import convert_deepspeed
 from arctic_plugins_moe.configuration import ArcticConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -38,7 +39,7 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(directory / "model")
-    script = Path(__file__).with_name("deepspeed_run.py")
+    script = Path(__file__).with_name("moe_run.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = trainers().run([script, directory / "model", directory / "run"], processes=2, timeout=900, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -75,4 +76,4 @@ def test_an_expert_that_is_missing_is_named(run, tmp_path):
     with pytest.raises(CheckpointError, match=r"has layer_0_expert_2_.*; expected 2 experts \(config.json\)"):
         convert_deepspeed(copied, tmp_path / "out")
     with pytest.raises(CheckpointError, match="has no lora_weight_1"):
-        convert_deepspeed(old, tmp_path / "out", base="some/model")
+        convert_deepspeed(old, tmp_path / "out", DeepSpeedImport(base="some/model"))

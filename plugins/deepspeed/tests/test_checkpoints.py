@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
+from arctic_plugins_deepspeed.checkpoints import convert_deepspeed
+from arctic_plugins_deepspeed.config import DeepSpeedImport
 from arctic_plugins_huggingface import load_model, merge_adapter
-from arctic_plugins_huggingface.checkpoints.deepspeed import convert_deepspeed
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from transformers import AutoModelForCausalLM
 
@@ -102,7 +103,7 @@ def test_an_adapter_on_the_base_merges_to_the_same(make_run, tiny_checkpoint, tm
 
 
 def test_large_checkpoints_are_several_files(make_run, tmp_path, monkeypatch):
-    monkeypatch.setattr("arctic_plugins_huggingface.checkpoints.deepspeed.SHARD_SIZE", "100KB")
+    monkeypatch.setattr("arctic_plugins_deepspeed.checkpoints.SHARD_SIZE", "100KB")
     run, merged = make_run()
     convert_deepspeed(run, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
@@ -160,7 +161,7 @@ def test_what_is_missing_is_named(make_run, tmp_path, what):
         convert_deepspeed(run, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     if what == "alpha":
-        convert_deepspeed(run, tmp_path / "out", alpha=ALPHA)
+        convert_deepspeed(run, tmp_path / "out", DeepSpeedImport(alpha=ALPHA))
 
 
 def test_a_diverged_update_and_an_existing_directory(make_run, tmp_path):

@@ -1,4 +1,4 @@
-"""Run by ``torchrun``: ``deepspeed_run.py CHECKPOINT OUT`` saves Arctic's weights as DeepSpeed does, with its own MoE
+"""Run by ``torchrun``: ``moe_run.py CHECKPOINT OUT`` saves Arctic's weights as DeepSpeed does, with its own MoE
 layers.
 """
 

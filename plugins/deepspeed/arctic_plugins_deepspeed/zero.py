@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
-from deepspeed.moe.layer import MoE  # type: ignore[import-untyped]
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # type: ignore[import-untyped]
-from deepspeed.runtime.engine import DeepSpeedEngine  # type: ignore[import-untyped]
-from deepspeed.utils import groups  # type: ignore[import-untyped]
+from arctic_plugins_huggingface.checkpoints.gather import is_spread
+from arctic_plugins_huggingface.training.experts_ddp import SpreadExperts
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -24,8 +26,6 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.plugin import Plugin
-from arctic_plugins_huggingface.checkpoints.gather import is_spread
-from arctic_plugins_huggingface.training.experts_ddp import SpreadExperts
 
 __all__ = ["OverDeepSpeed", "SpreadOverZero", "mixins"]
 
@@ -34,7 +34,7 @@ _MARKER = "arctic_plugins_experts"
 
 def mixins(trainer: Trainer) -> list[type[Trainer]]:
     """What ``trainer`` needs where DeepSpeed makes its steps."""
-    return [SpreadOverZero if is_spread(trainer.model) else OverDeepSpeed]
+    return [SpreadOverZero if is_spread(cast("nn.Module", trainer.model)) else OverDeepSpeed]
 
 
 class OverDeepSpeed(Trainer):
@@ -43,9 +43,14 @@ class OverDeepSpeed(Trainer):
     DeepSpeed casts every floating parameter to its dtype (``runtime/engine.py``), the scales of encoded weights too.
     """
 
+    model: nn.Module
+    deepspeed: DeepSpeedEngine
+
     def on_attach(self, plugin: Plugin | None) -> None:
         stock = self.accelerator._prepare_deepspeed
-        self.accelerator._prepare_deepspeed = functools.partial(self.prepare_deepspeed, stock)
+        self.accelerator._prepare_deepspeed = functools.partial(  # type: ignore[method-assign]  # of this one
+            self.prepare_deepspeed, stock
+        )
 
     def prepare_deepspeed(self, prepare: Callable[..., Any], *objects: Any) -> Any:
         """``Accelerator._prepare_deepspeed``, which is ``prepare``."""
@@ -70,9 +75,9 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
         stage = self.accelerator.state.deepspeed_plugin.zero_stage
         if stage not in (1, 2):
             raise ConfigError(
-                f"training uses DeepSpeed with ZeRO stage {stage} and plugins.moe.expert_parallel",
+                f"training uses DeepSpeed with ZeRO stage {stage} and {self.dispatch.option}",
                 expected="stage 1 or 2: at stage 0 DeepSpeed clips by the norm of a process's own experts",
-                fix="change the stage, or leave expert_parallel or deepspeed out",
+                fix="change the stage, or leave one of the two out",
             )
         for parameter, _ in self.spread.values():  # also frozen ones, which the engine would give all processes alike
             parameter.allreduce, parameter.group_name = False, f"ep_size_{self.dispatch.size}"  # type: ignore[attr-defined]
@@ -89,7 +94,7 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
                 optimizer.param_groups[:] = [
                     group for group in split_params_into_different_moe_groups_for_optimizer(named) if group["params"]
                 ]
-        model: nn.Module = self.model
+        model = self.model
         model.add_module(_MARKER, (_Mixtures if self.trained_experts else _Groups)(self.dispatch.size))
         try:
             prepared = super().prepare_deepspeed(prepare, *objects)
@@ -111,7 +116,7 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
                 raise CheckpointError(
                     f"the checkpoint has {name} of shape {list(saved.shape)}, this process {list(parameter.shape)}",
                     expected="as many processes for one copy of the experts as when it was saved",
-                    fix="set plugins.moe.expert_parallel as it was then",
+                    fix=f"set {self.dispatch.option} as it was then",
                 )
             if saved is not None:
                 state[f"{prefix}{name}"] = parameter.data
@@ -124,7 +129,7 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
 class _TakesWhatWasRead(TrainerCallback):
     """After resuming, gives the model what the optimizer has read."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: SpreadOverZero) -> None:
         self.trainer = trainer
 
     def on_train_begin(

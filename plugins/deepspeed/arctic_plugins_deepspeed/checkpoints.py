@@ -20,9 +20,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any
 
 import torch
+from arctic_plugins_huggingface.checkpoints.merge import Update
+from arctic_plugins_huggingface.checkpoints.save import SHARD_SIZE
+from arctic_plugins_huggingface.files.rewrite import INDEX
+from arctic_plugins_huggingface.files.staging import staged
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig
 from safetensors.torch import save_file
@@ -32,15 +36,9 @@ from arctic_plugins.adapter import WEIGHTS
 from arctic_plugins.errors import CheckpointError, CodecError, named
 from arctic_plugins.files import copy_files, read_json
 from arctic_plugins.provenance import write_provenance
-from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints.merge import Update
-from arctic_plugins_huggingface.checkpoints.save import SHARD_SIZE
-from arctic_plugins_huggingface.files.rewrite import INDEX
-from arctic_plugins_huggingface.files.staging import staged
+from arctic_plugins_deepspeed.config import DeepSpeedImport
 
-__all__ = ["Scaling", "convert_deepspeed"]
-
-Scaling = Literal["alpha/r", "alpha/sqrt(r)"]
+__all__ = ["convert_deepspeed"]
 
 _STATES = "mp_rank_00_model_states.pt"
 _SHARD = re.compile(r"lora_optimized_linear_sharding_rank_(\d+)\.pt")
@@ -54,23 +52,15 @@ _OURS = ("ds_lora", "ds_quantization", "use_deepspeed_moe_implementation", "moe_
 
 
 def convert_deepspeed(
-    checkpoint: str | Path,
-    directory: str | Path,
-    *,
-    scaling: Scaling = "alpha/r",
-    alpha: float | None = None,
-    base: str | None = None,
+    checkpoint: str | Path, directory: str | Path, options: DeepSpeedImport | None = None
 ) -> list[str]:
-    """Write a DeepSpeed checkpoint under Hugging Face's names, LoRA merged, or with ``base`` its LoRA as a PEFT adapter
-    on that model.
+    """Write a DeepSpeed checkpoint under Hugging Face's names, LoRA merged, or with ``options.base`` its LoRA as a PEFT
+    adapter on that model.
 
     Args:
         checkpoint: the directory of a step, or the one above it (whose ``latest`` names a step).
         directory: a new directory.
-        scaling: what updates are multiplied by: ``alpha/r`` in DeepSpeed, ``alpha/sqrt(r)`` in the converter of the
-            original stack.
-        alpha: numerator of the scaling; default: ``ds_lora.lora_alpha`` of ``config.json``.
-        base: the model that was trained, a directory or hub id.
+        options: by default those of :class:`DeepSpeedImport`.
 
     Returns:
         Lines that say what was found.
@@ -81,9 +71,11 @@ def convert_deepspeed(
         CodecError: a merged weight holds NaN or Inf; names the module.
         ConfigError: ``directory`` exists and is not empty.
     """
-    source = _Source.find(Path(checkpoint))
+    options = options or DeepSpeedImport()
+    base = options.base
+    source = _Source.find(Path(checkpoint), options)
     source.check_experts()
-    updates = source.updates(scaling, alpha)
+    updates = source.updates()
     if not updates and base is not None:
         raise CheckpointError(
             f"{source.step} has no lora_weight_1", expected="a checkpoint of DeepSpeed's OptimizedLinear with LoRA"
@@ -93,7 +85,7 @@ def convert_deepspeed(
         found = [
             (
                 f"{source.step}: {len(updates)} updates of rank {source.rank}, scaled by "
-                f"{source.factor(scaling, alpha):g} ({scaling})"
+                f"{source.factor:g} ({options.scaling})"
             )
         ]
     if source.experts:
@@ -104,13 +96,13 @@ def convert_deepspeed(
             if source.shards:
                 found.append(f"{len(source.shards)} parts of the frozen weights were put together")
         else:
-            source.write_adapter(draft, updates, base, use_rslora=scaling != "alpha/r", alpha=source.alpha(alpha))
+            source.write_adapter(draft, updates, base)
         copy_files(
             source.top,
             draft,
             lambda name: name.startswith("tokenizer") or name == "special_tokens_map.json" or name.endswith(".jinja"),
         )
-        write_provenance(draft, Stack())
+        write_provenance(draft, {})
     return found
 
 
@@ -119,9 +111,10 @@ class _Source:
     top: Path
     """Where ``config.json`` is."""
     step: Path
+    options: DeepSpeedImport
 
     @classmethod
-    def find(cls, path: Path) -> _Source:
+    def find(cls, path: Path, options: DeepSpeedImport) -> _Source:
         """The step in, or at, ``path``."""
         step = path
         if not (path / _STATES).is_file():
@@ -141,7 +134,7 @@ class _Source:
             raise CheckpointError(
                 f"neither {step} nor its parent has a config.json", fix="copy the model's beside the steps"
             )
-        return cls(top, step)
+        return cls(top, step, options)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -215,7 +208,9 @@ class _Source:
             tensor.shape[0] for name, tensor in self.everything.items() if name.endswith(".lora_weight_1.weight")
         )
 
-    def alpha(self, given: float | None) -> float:
+    @property
+    def alpha(self) -> float:
+        given = self.options.alpha
         known = given if given is not None else (self.config.get("ds_lora") or {}).get("lora_alpha")
         if not isinstance(known, (int, float)):
             raise CheckpointError(
@@ -225,10 +220,11 @@ class _Source:
             )
         return float(known)
 
-    def factor(self, scaling: Scaling, alpha: float | None) -> float:
-        return self.alpha(alpha) / (self.rank if scaling == "alpha/r" else math.sqrt(self.rank))
+    @property
+    def factor(self) -> float:
+        return self.alpha / (self.rank if self.options.scaling == "alpha/r" else math.sqrt(self.rank))
 
-    def updates(self, scaling: Scaling, alpha: float | None) -> dict[str, Update]:
+    def updates(self) -> dict[str, Update]:
         """Module (its name in the original stack) -> what is added to its weight."""
         pairs = {
             name.removesuffix(".lora_weight_1.weight"): (
@@ -252,7 +248,7 @@ class _Source:
                     f"{module} has lora_weight_1 {tuple(down.shape)} and lora_weight_2 {second}",
                     expected=f"[{self.rank}, K] and [N, {self.rank}]",
                 )
-            found[module] = Update(down, up, self.factor(scaling, alpha))
+            found[module] = Update(down, up, self.factor)
         return found
 
     def weight(self, name: str, update: Update) -> Tensor:
@@ -312,17 +308,15 @@ class _Source:
                 )
             return changed[name].add_to(weight).to(weight.dtype)
 
-    def write_adapter(
-        self, draft: Path, updates: Mapping[str, Update], base: str, *, use_rslora: bool, alpha: float
-    ) -> None:
+    def write_adapter(self, draft: Path, updates: Mapping[str, Update], base: str) -> None:
         """As PEFT saves a LoRA adapter."""
         tensors = dict(_halves(updates))
         targets = sorted({_renamed(f"{module}.").rstrip(".").rpartition(".")[2] for module in updates})
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT divides it by r, an integer or not
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides it by r, an integer or not
             target_modules=targets,
-            use_rslora=use_rslora,
+            use_rslora=self.options.scaling == "alpha/sqrt(r)",
             base_model_name_or_path=base,
             task_type="CAUSAL_LM",
             inference_mode=True,

@@ -1,0 +1,33 @@
+"""transformers, described for the core. Importing this loads neither torch nor transformers. Read in 5.19.0."""
+
+from __future__ import annotations
+
+from arctic_plugins.host import Host
+
+__all__ = ["HOST"]
+
+HOST = Host(
+    name="transformers",
+    distributions=("transformers",),
+    integration="arctic-plugins-huggingface",
+    register="arctic_plugins_huggingface:register",
+    recorded=("arctic-plugins-huggingface", "torch", "transformers", "peft"),
+    # What is trained here is served there, where nothing can be changed any more: the table of arctic-plugins-vllm,
+    # which need not be installed.
+    fused_siblings={"vLLM": (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))},
+    # Weights are read from another file, a pickle as well; and vLLM, where it is served, serves another model.
+    refused_keys=frozenset({"transformers_weights", "speculators_config"}),
+    hub_code_keys=frozenset(
+        {
+            "attn_implementation",
+            "attn_implementation_internal",
+            "experts_implementation",
+            "experts_implementation_internal",
+        }
+    ),
+    services={
+        "configured": "arctic_plugins_huggingface.loading.plan:configured",
+        "load_config": "arctic_plugins_huggingface.loading.config:load_config",
+        "planned_config": "arctic_plugins_huggingface.loading.plan:planned_config",
+    },
+)

@@ -1,0 +1,27 @@
+"""What the Hugging Face host asks of DeepSpeed. Read in deepspeed 0.19.8."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from arctic_plugins_huggingface.training.engines import TrainerEngine
+from transformers import Trainer
+
+__all__ = ["ZeRO"]
+
+
+class ZeRO(TrainerEngine):
+    """``training.deepspeed``."""
+
+    title = "DeepSpeed"
+    state_file = "latest"
+    """Names the directory in which the engine keeps the optimizer's state."""
+
+    def mixins(self, trainer: Trainer) -> list[type[Trainer]]:
+        from arctic_plugins_deepspeed.zero import mixins
+
+        return mixins(trainer)
+
+    def processes(self, checkpoint: Path) -> int | None:
+        """ZeRO has a file for each process (``DeepSpeedEngine._get_zero_ckpt_name``)."""
+        return len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))) or None
