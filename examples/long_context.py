@@ -1,5 +1,5 @@
-"""Data for `long_context.yaml`: passages of a text that contain pass keys of several cities, followed by a question that
-asks for all of them.
+"""Data for `long_context.yaml`: passages of a text that contain pass keys of several cities, followed by a question
+that asks for all of them.
 
     python examples/long_context.py TEXT examples/long_context.jsonl [--rows 64] [--keys 8] [--shortest 2000] [--longest
     16000] [--seed 0]
