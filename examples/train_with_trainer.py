@@ -1,4 +1,4 @@
-"""Your own script, the ordinary Trainer, and a stack.
+"""A script of your own that uses the ordinary Trainer with a stack.
 
 Run:
     python examples/train_with_trainer.py CHECKPOINT --output_dir out --max_steps 4 --use_cpu --report_to none \\
