@@ -1,17 +1,27 @@
 """arctic-plugins: interchangeable parts that extend the Hugging Face Trainer and vLLM. Importing this loads no torch
 and no host.
+
+What is public is in ``__all__`` of this package, of :mod:`arctic_plugins.frozen` and :mod:`arctic_plugins.testing`, and
+in the modules that ``docs/api.md`` lists.
 """
 
-from arctic_plugins.claims import Claim, LinearSpec
+from arctic_plugins.cache import cache_directory
+from arctic_plugins.claims import Claim, LinearSpec, check_patterns, matches
+from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import ArcticError, UserError
 from arctic_plugins.host import Host
-from arctic_plugins.plugin import SLOTS, Finding, Plugin, PluginConfig, Slot, hookimpl
+from arctic_plugins.plugin import SLOTS, THIS_MACHINE, Finding, Plugin, PluginConfig, Slot, hookimpl
+from arctic_plugins.processes import world_size
+from arctic_plugins.provenance import write_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
-from arctic_plugins.registry import ModelClasses, Registry
+from arctic_plugins.registry import ROPE_MARK, ModelClasses, Registry
+from arctic_plugins.resolver import host_version
 from arctic_plugins.stack import Stack
 
 __all__ = [
+    "ROPE_MARK",
     "SLOTS",
+    "THIS_MACHINE",
     "ArcticError",
     "Claim",
     "Finding",
@@ -24,6 +34,13 @@ __all__ = [
     "Slot",
     "Stack",
     "UserError",
+    "cache_directory",
+    "check_patterns",
     "hookimpl",
+    "host_version",
+    "matches",
+    "process_registry",
     "stack_from_checkpoint",
+    "world_size",
+    "write_provenance",
 ]

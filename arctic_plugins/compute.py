@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ __all__ = [
     "dtype_name",
     "is_native",
     "measure_products",
+    "processor",
     "reason_for",
     "warning_for",
 ]
@@ -129,3 +131,17 @@ def default_device() -> str:
 
 def _described(device: str) -> str:
     return "this processor" if device == "cpu" else f"this device ({device})"
+
+
+def processor() -> tuple[str, set[str]]:
+    """The name of the first processor, and the flags that Linux gives it; none elsewhere."""
+    model, flags = platform.processor() or platform.machine(), set()
+    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
+        fields = dict(
+            line.partition(":")[::2]
+            for line in cpuinfo.read_text(errors="replace").split("\n\n")[0].splitlines()
+            if ":" in line
+        )
+        named = {key.strip(): value.strip() for key, value in fields.items()}
+        model, flags = named.get("model name", model), set(named.get("flags", named.get("Features", "")).split())
+    return model, flags

@@ -21,7 +21,7 @@ from functools import partial
 from importlib.metadata import Distribution, distributions, entry_points
 from pathlib import Path
 
-from arctic_plugins.compute import compute_dtype, dtype_name, measure_products
+from arctic_plugins.compute import compute_dtype, dtype_name, measure_products, processor
 from arctic_plugins.discovery import identity, installed_plugins, load_plugin, new_plugin_manager
 from arctic_plugins.ending import leave
 from arctic_plugins.errors import ArcticError, HostVersionError
@@ -108,20 +108,6 @@ def _machine() -> Iterator[Finding]:
         f"{model}, {os.cpu_count()} cores, "
         f"{' '.join(flag for flag in wanted if flag in flags) or 'no vector flags known here'}",
     )
-
-
-def processor() -> tuple[str, set[str]]:
-    """The name of the first processor, and the flags that Linux gives it; none elsewhere."""
-    model, flags = platform.processor() or platform.machine(), set()
-    if (cpuinfo := Path("/proc/cpuinfo")).is_file():
-        fields = dict(
-            line.partition(":")[::2]
-            for line in cpuinfo.read_text(errors="replace").split("\n\n")[0].splitlines()
-            if ":" in line
-        )
-        named = {key.strip(): value.strip() for key, value in fields.items()}
-        model, flags = named.get("model name", model), set(named.get("flags", named.get("Features", "")).split())
-    return model, flags
 
 
 def _compilers() -> Iterator[Finding]:

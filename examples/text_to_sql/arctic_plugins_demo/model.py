@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING
 
 from arctic_plugins_huggingface import save_checkpoint
 
-from arctic_plugins.cache import cache_directory
+from arctic_plugins import Stack, cache_directory
 from arctic_plugins.errors import DataError
 from arctic_plugins.provenance import FILE_NAME
-from arctic_plugins.stack import Stack
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter
-from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
-from arctic_plugins_huggingface.files.staging import check_new
+from arctic_plugins_huggingface.checkpoints import load_checkpoint
+from arctic_plugins_huggingface.files import check_new
 from arctic_plugins_huggingface.generate import answer, chat_prompt
-from arctic_plugins_huggingface.training.progress import peak_memory, progress_bar
-from arctic_plugins_huggingface.training.recipe import Recipe
-from arctic_plugins_huggingface.training.run import train
+from arctic_plugins_huggingface.training import Recipe, peak_memory, progress_bar, train
 from rich.console import Console
 from rich.table import Table
 
-from arctic_plugins.diagnosis import processor
+from arctic_plugins import Stack
+from arctic_plugins.compute import processor
 from arctic_plugins.frozen import FrozenModule
-from arctic_plugins.stack import Stack
 from arctic_plugins_demo.budget import StepBudget
 from arctic_plugins_demo.execution import accuracy, is_correct
 from arctic_plugins_demo.model import smollm2
@@ -221,7 +219,7 @@ def one_of_each_kind(examples: Sequence[Example], count: int) -> list[Example]:
 
 def vllm_is_installed() -> bool:
     """Whether both vLLM and our integration of it are here."""
-    from arctic_plugins.resolver import host_version
+    from arctic_plugins import host_version
 
     try:
         distribution("arctic-plugins-vllm")

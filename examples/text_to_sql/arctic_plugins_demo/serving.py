@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 from arctic_plugins_huggingface.generate import chat
-from arctic_plugins_huggingface.training.progress import progress_bar
+from arctic_plugins_huggingface.training import progress_bar
 from rich.console import Console
 
 from arctic_plugins.errors import ArcticError

@@ -4,8 +4,9 @@ transformers.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from arctic_plugins._lazy import lazily
 
 if TYPE_CHECKING:
     from arctic_plugins_huggingface.checkpoints.merge import merge_adapter
@@ -28,21 +29,14 @@ __all__ = [
     "save_checkpoint",
 ]
 
-_HOME = {
-    "ArcticTrainingArguments": "training.trainer",
-    "attach": "training.trainer",
-    "freeze": "loading.load",
-    "last_checkpoint": "training.trainer",
-    "load_model": "loading.load",
-    "ModelPlan": "loading.plan",
-    "merge_adapter": "checkpoints.merge",
-    "plan_model": "loading.plan",
-    "register": "loading.quantizer",
-    "save_checkpoint": "checkpoints.save",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+__getattr__ = lazily(
+    __name__,
+    {
+        "checkpoints.merge": ("merge_adapter",),
+        "checkpoints.save": ("save_checkpoint",),
+        "loading.load": ("freeze", "load_model"),
+        "loading.plan": ("ModelPlan", "plan_model"),
+        "loading.quantizer": ("register",),
+        "training.trainer": ("ArcticTrainingArguments", "attach", "last_checkpoint"),
+    },
+)

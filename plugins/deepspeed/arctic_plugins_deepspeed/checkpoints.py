@@ -23,19 +23,17 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from arctic_plugins_huggingface.checkpoints.merge import Update
-from arctic_plugins_huggingface.checkpoints.save import SHARD_SIZE
-from arctic_plugins_huggingface.files.rewrite import INDEX
-from arctic_plugins_huggingface.files.staging import staged
+from arctic_plugins_huggingface.checkpoints import SHARD_SIZE, Update
+from arctic_plugins_huggingface.files import INDEX, staged
 from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor
 
+from arctic_plugins import write_provenance
 from arctic_plugins.adapter import WEIGHTS
 from arctic_plugins.errors import CheckpointError, CodecError, named
 from arctic_plugins.files import copy_files, read_json
-from arctic_plugins.provenance import write_provenance
 from arctic_plugins_deepspeed.config import DeepSpeedImport
 
 __all__ = ["convert_deepspeed"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from arctic_plugins.plugin import PluginConfig
+from arctic_plugins import PluginConfig
 
 __all__ = ["DeepSpeedImport"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from arctic_plugins_huggingface.training.engines import TrainerEngine
+from arctic_plugins_huggingface.training import TrainerEngine
 from transformers import Trainer
 
 __all__ = ["ZeRO"]

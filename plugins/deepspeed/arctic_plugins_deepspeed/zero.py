@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, cast
 
-from arctic_plugins_huggingface.checkpoints.gather import is_spread
-from arctic_plugins_huggingface.training.experts_ddp import SpreadExperts
+from arctic_plugins_huggingface.checkpoints import is_spread
+from arctic_plugins_huggingface.training import SpreadExperts
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from arctic_plugins import Plugin
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.patches import patch
-from arctic_plugins.plugin import Plugin
 
 __all__ = ["OverDeepSpeed", "SpreadOverZero", "mixins"]
 

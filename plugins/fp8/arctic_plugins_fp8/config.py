@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from arctic_plugins.plugin import PluginConfig
+from arctic_plugins import PluginConfig
 from arctic_plugins_fp8.formats import FORMATS
 
 __all__ = ["FP8Config", "FP8Format"]

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from arctic_plugins.errors import CheckpointError, CodecError
-from arctic_plugins.frozen import Buffers, Codec
-from arctic_plugins.frozen.exporting import Converter, Exporter
+from arctic_plugins.frozen import Buffers, Codec, Converter, Exporter
 from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_fp8.formats import FORMATS
 from arctic_plugins_fp8.kernels.reference import pack, quantize, unpack

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from arctic_plugins.errors import CodecError
-from arctic_plugins.frozen import Buffers, Codec
-from arctic_plugins.frozen.exporting import Exporter
+from arctic_plugins.frozen import Buffers, Codec, Exporter
 from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_fp8.formats import FORMATS
 

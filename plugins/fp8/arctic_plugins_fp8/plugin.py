@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from arctic_plugins import Claim, Finding, LinearSpec, Plugin, Registry, hookimpl
-from arctic_plugins.claims import check_patterns, matches
+from arctic_plugins import Claim, Finding, LinearSpec, Plugin, Registry, check_patterns, hookimpl, matches
 from arctic_plugins.errors import ClaimError
 from arctic_plugins_fp8.config import FP8Config, FP8Format
 

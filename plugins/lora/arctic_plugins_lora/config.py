@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from arctic_plugins.plugin import PluginConfig
+from arctic_plugins import PluginConfig
 
 __all__ = ["LoraOptions"]
 

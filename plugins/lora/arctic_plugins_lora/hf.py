@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from arctic_plugins_huggingface.adapters.lora import expert_parameters, only_modules, with_frozen_layer
+from arctic_plugins_huggingface.adapters import expert_parameters, only_modules, with_frozen_layer
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from arctic_plugins.errors import ConfigError

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from arctic_plugins import world_size
 from arctic_plugins.errors import ClaimError, ConfigError
 from arctic_plugins.frozen import DispatchedTokens, ExpertsDispatch, LocalTokens
 from arctic_plugins.patches import private
-from arctic_plugins.processes import world_size
 from arctic_plugins_moe.config import MoEConfig
 from arctic_plugins_moe.experts import IMPLEMENTATION
 from arctic_plugins_moe.router import Capacity

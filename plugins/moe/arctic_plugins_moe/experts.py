@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arctic_plugins.frozen import Mixture, piece_sizes, start_experts
-from arctic_plugins.frozen.experts import in_blocks
+from arctic_plugins.frozen import Mixture, in_blocks, piece_sizes, start_experts
 
 __all__ = ["IMPLEMENTATION", "grouped_linear", "mix_plain", "start_plain"]
 

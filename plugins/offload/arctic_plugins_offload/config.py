@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, field_serializer, model_validator
 
-from arctic_plugins.plugin import THIS_MACHINE, PluginConfig
+from arctic_plugins import THIS_MACHINE, PluginConfig
 
 __all__ = ["OffloadConfig"]
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from arctic_plugins import Claim, LinearSpec, Plugin, hookimpl
-from arctic_plugins.cache import cache_directory
-from arctic_plugins.claims import check_patterns
+from arctic_plugins import Claim, LinearSpec, Plugin, cache_directory, check_patterns, hookimpl
 from arctic_plugins_offload.config import OffloadConfig
 
 __all__ = ["Offload"]

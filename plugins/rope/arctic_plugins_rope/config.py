@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from arctic_plugins.plugin import PluginConfig
+from arctic_plugins import PluginConfig
 
 __all__ = ["RoPEConfig"]
 

@@ -27,7 +27,7 @@ class RoPE(Plugin):
 
     @hookimpl
     def hf_configure_model(self, config: Any) -> None:
-        from arctic_plugins.discovery import process_registry
+        from arctic_plugins import process_registry
         from arctic_plugins_rope.scaling import configure
 
         configure(self.options, config, process_registry().rope_types())

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from arctic_plugins import ROPE_MARK
 from arctic_plugins.errors import ConfigError, suggest
-from arctic_plugins.registry import ROPE_MARK
 from arctic_plugins_rope.config import RoPEConfig
 
 __all__ = ["EXTENDED", "TYPES", "configure", "ntk"]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from arctic_plugins.plugin import THIS_MACHINE, PluginConfig
+from arctic_plugins import THIS_MACHINE, PluginConfig
 
 __all__ = ["ShardConfig"]
 

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from arctic_plugins import world_size
 from arctic_plugins.errors import ArcticError, ConfigError
 from arctic_plugins.frozen import Buffers, FetchedHandle, Handle, Placement, Prefetch
-from arctic_plugins.processes import world_size
 from arctic_plugins_shard.config import ShardConfig
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from arctic_plugins import Claim, LinearSpec, Plugin, hookimpl
-from arctic_plugins.claims import check_patterns
+from arctic_plugins import Claim, LinearSpec, Plugin, check_patterns, hookimpl, world_size
 from arctic_plugins.errors import ConfigError
-from arctic_plugins.processes import world_size
 from arctic_plugins_shard.config import ShardConfig
 
 __all__ = ["Shard"]

@@ -2,8 +2,7 @@
 
 from typing import Annotated
 
-from arctic_plugins import Claim, Finding, Plugin, PluginConfig, UserError, hookimpl
-from arctic_plugins.plugin import THIS_MACHINE
+from arctic_plugins import THIS_MACHINE, Claim, Finding, Plugin, PluginConfig, UserError, hookimpl
 
 
 class Int8Config(PluginConfig):

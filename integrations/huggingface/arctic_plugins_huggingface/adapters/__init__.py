@@ -1,1 +1,40 @@
 """PEFT adapters over frozen weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from arctic_plugins._lazy import lazily
+
+if TYPE_CHECKING:
+    from arctic_plugins_huggingface.adapters.lora import (
+        FrozenLoraExperts,
+        FrozenLoraLinear,
+        expert_parameters,
+        load_adapter,
+        only_modules,
+        with_frozen_layer,
+    )
+
+__all__ = [
+    "FrozenLoraExperts",
+    "FrozenLoraLinear",
+    "expert_parameters",
+    "load_adapter",
+    "only_modules",
+    "with_frozen_layer",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "lora": (
+            "FrozenLoraExperts",
+            "FrozenLoraLinear",
+            "expert_parameters",
+            "load_adapter",
+            "only_modules",
+            "with_frozen_layer",
+        )
+    },
+)

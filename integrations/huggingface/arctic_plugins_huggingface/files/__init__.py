@@ -1,1 +1,19 @@
-"""What is on disk: checking checkpoints and adapters, rewriting them, and writing whole or not at all."""
+"""What is on disk: checking checkpoints and adapters, rewriting them, and writing a directory whole or not at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from arctic_plugins._lazy import lazily
+
+if TYPE_CHECKING:
+    from arctic_plugins_huggingface.files.check import check_checkpoint
+    from arctic_plugins_huggingface.files.rewrite import INDEX
+    from arctic_plugins_huggingface.files.staging import check_new, staged, writing
+
+__all__ = ["INDEX", "check_checkpoint", "check_new", "staged", "writing"]
+
+__getattr__ = lazily(
+    __name__,
+    {"check": ("check_checkpoint",), "rewrite": ("INDEX",), "staging": ("check_new", "staged", "writing")},
+)

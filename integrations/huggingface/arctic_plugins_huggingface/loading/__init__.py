@@ -1,1 +1,40 @@
 """From a checkpoint and a stack to a model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from arctic_plugins._lazy import lazily
+
+if TYPE_CHECKING:
+    from arctic_plugins_huggingface.loading.config import STORED, load_config, load_tokenizer
+    from arctic_plugins_huggingface.loading.load import encoding_report, freeze, load_model
+    from arctic_plugins_huggingface.loading.plan import ModelPlan, WeightPlan, plan_model
+    from arctic_plugins_huggingface.loading.quantizer import register
+    from arctic_plugins_huggingface.loading.weights import frozen_weights, weight_specs
+
+__all__ = [
+    "STORED",
+    "ModelPlan",
+    "WeightPlan",
+    "encoding_report",
+    "freeze",
+    "frozen_weights",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "plan_model",
+    "register",
+    "weight_specs",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "config": ("STORED", "load_config", "load_tokenizer"),
+        "load": ("encoding_report", "freeze", "load_model"),
+        "plan": ("ModelPlan", "WeightPlan", "plan_model"),
+        "quantizer": ("register",),
+        "weights": ("frozen_weights", "weight_specs"),
+    },
+)

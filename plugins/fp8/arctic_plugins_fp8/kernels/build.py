@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from arctic_plugins.cache import cache_directory
+from arctic_plugins import cache_directory
 
 __all__ = ["BuildError", "library", "obstacle"]
 

@@ -8,7 +8,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from arctic_plugins.frozen.scratch import take_scratch
+from arctic_plugins.frozen import take_scratch
 from arctic_plugins_fp8.formats import FORMATS
 
 __all__ = [
