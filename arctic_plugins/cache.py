@@ -4,7 +4,6 @@ model, offloaded weights.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import stat
@@ -12,6 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+
+import platformdirs
 
 from arctic_plugins.errors import UserError
 
@@ -49,9 +50,9 @@ def cache_directory(name: str) -> Path:
 
 
 def _places() -> Iterator[Path]:
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    with contextlib.suppress(RuntimeError):  # neither HOME nor an entry for the user
-        yield (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "arctic_plugins"
+    own = platformdirs.user_cache_path("arctic_plugins", appauthor=False)
+    if own.is_absolute():  # it begins with "~" for a user without a home
+        yield own
     yield Path(tempfile.gettempdir()) / f"arctic_plugins-{_user()}"
 
 
