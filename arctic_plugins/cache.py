@@ -4,6 +4,7 @@ model, offloaded weights.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -50,9 +51,10 @@ def cache_directory(name: str) -> Path:
 
 
 def _places() -> Iterator[Path]:
-    own = platformdirs.user_cache_path("arctic_plugins", appauthor=False)
-    if own.is_absolute():  # it begins with "~" for a user without a home
-        yield own
+    with contextlib.suppress(RuntimeError):  # neither HOME nor an entry for the user
+        own = platformdirs.user_cache_path("arctic_plugins", appauthor=False)
+        if own.is_absolute():  # earlier versions give "~/.cache" then
+            yield own
     yield Path(tempfile.gettempdir()) / f"arctic_plugins-{_user()}"
 
 
