@@ -42,12 +42,12 @@ class Slot:
     training_only: bool = False
     """Whether a model that is only used does without."""
     hooks: frozenset[str] = frozenset()
-    """The hooks with which it is filled, if not by claims, ``trainer_mixins`` among them: they are not called where the
-    slot is left out.
+    """The hooks that fill it, if claims do not. They are not called where the slot is left out, and a plugin's mixins go
+    with ``hf_attach_trainer``.
     """
 
 
-_TRAINING_HOOKS = frozenset({"hf_transform_model", "hf_attach_trainer", "trainer_mixins"})
+_TRAINING_HOOKS = frozenset({"hf_transform_model", "hf_attach_trainer"})
 
 SLOTS: Mapping[str, Slot] = {
     "weight_codec": Slot("module", exclusive=True),

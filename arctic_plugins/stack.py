@@ -217,7 +217,7 @@ class Stack:
         return [
             (target, plugin)
             for plugin in self.plugins
-            if not any("trainer_mixins" in SLOTS[slot].hooks for slot in self._hidden[plugin.name])
+            if not any("hf_attach_trainer" in SLOTS[slot].hooks for slot in self._hidden[plugin.name])
             for target in plugin.trainer_mixins
         ]
 
