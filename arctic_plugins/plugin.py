@@ -42,8 +42,9 @@ class Slot:
     training_only: bool = False
     """Whether a model that is only used does without."""
     hooks: frozenset[str] = frozenset()
-    """The hooks that fill it, if claims do not. They are not called where the slot is left out; a plugin's mixins go with
-    ``hf_attach_trainer``.
+    """The hooks that fill it, if claims do not.
+
+    They are not called where the slot is left out. A plugin's mixins go with ``hf_attach_trainer``.
     """
 
 
