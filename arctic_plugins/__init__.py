@@ -1,8 +1,7 @@
-"""arctic-plugins: interchangeable parts that extend the Hugging Face Trainer and vLLM. Importing this loads no torch
-and no host.
+"""Interchangeable plugins that extend the Hugging Face Trainer and vLLM.
 
-What is public is in ``__all__`` of this package, of :mod:`arctic_plugins.frozen` and :mod:`arctic_plugins.testing`, and
-in the modules that ``docs/api.md`` lists.
+Importing this package loads neither torch nor a host. The public names are in ``__all__`` of this package, of
+:mod:`arctic_plugins.frozen` and of :mod:`arctic_plugins.testing`, and in the modules that ``docs/api.md`` lists.
 """
 
 from arctic_plugins.cache import cache_directory

@@ -1,4 +1,4 @@
-"""Public names of a package whose modules import torch or a host: each is imported when it is first used (PEP 562)."""
+"""Public names of packages whose modules import torch or a host: each name is imported on first use (PEP 562)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["lazily"]
 
 
 def lazily(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``package``.
+    """Return the ``__getattr__`` of ``package``.
 
     Args:
         package: its ``__name__``.

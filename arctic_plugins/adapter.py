@@ -1,5 +1,6 @@
-"""``adapter_config.json`` of a LoRA adapter, PEFT's format, read as a file that a stranger may have written. Fields as
-in peft 0.21.2.
+"""``adapter_config.json`` of a LoRA adapter in PEFT's format, read as an untrusted file.
+
+The fields are those of peft 0.21.2.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ WEIGHTS = "adapter_model.safetensors"
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 
 Name = Annotated[str, StringConstraints(pattern=r"^[\w.]+$", max_length=1000)]
-"""A module or parameter, or the end of one's name. PEFT takes regular expressions too, which can be made to run for
-ever: none is evaluated.
+"""The name of a module or parameter, or the end of such a name. PEFT also accepts regular expressions, which can be
+crafted to run forever. This project never evaluates one.
 """
 Names = Annotated[list[Name], Field(max_length=100_000)]
 Rank = Annotated[int, Field(ge=1, le=65_536)]
@@ -40,7 +41,7 @@ def _short(path: str) -> str:
 
 def _plain_start(value: bool | str | None) -> bool | str | None:
     if isinstance(value, str) and value.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
-        raise ValueError("a start that leaves the base model as it is: true, 'gaussian', 'orthogonal', 'eva'")
+        raise ValueError("an initialization that leaves the base model as it is: true, 'gaussian', 'orthogonal', 'eva'")
     return value
 
 
@@ -50,21 +51,22 @@ Base = Annotated[
 
 
 class AdapterConfig(BaseModel):
-    """What an adapter says of itself: the fields that are used here, or that make PEFT do more than multiply
-    matrices.
+    """The configuration of an adapter.
+
+    It contains the fields that are used here, and those that make PEFT do more than multiply matrices.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     base_model_name_or_path: Base | None = None
-    """Directory or hub id of the model that it was trained on; see :func:`base_of`."""
+    """Directory or Hub id of the model that the adapter was trained on; see :func:`base_of`."""
     r: Rank = 8
     lora_alpha: Alpha = 8
     target_modules: Annotated[
         Names | None, BeforeValidator(lambda value: None if isinstance(value, str) else value)
     ] = None
-    """None where the file has an expression (of which :func:`adapted_modules` is the result) or nothing (PEFT chooses
-    for the model).
+    """None if the file contains a regular expression (:func:`adapted_modules` returns what it matched) or no value
+    (then PEFT chooses the modules for the model).
     """
     target_parameters: Names | None = None
     exclude_modules: Annotated[
@@ -82,19 +84,20 @@ class AdapterConfig(BaseModel):
     use_qalora: bool = False
     lora_bias: bool = False
     init_lora_weights: Annotated[bool | str | None, AfterValidator(_plain_start)] = True
-    """How it was drawn. Other ways (PiSSA, OLoRA, CorDA, LoftQ) take from the base what they give the adapter, which
-    belongs on the rest: that is not the model that :attr:`base_model_name_or_path` names."""
+    """How the adapter was initialized. The refused methods (PiSSA, OLoRA, CorDA, LoftQ) move a part of the base weights
+    into the adapter. The adapter then belongs on the remaining weights, which are not those of the model that
+    :attr:`base_model_name_or_path` names."""
     layer_replication: None = None
-    """Makes a model of any size out of a small file."""
+    """Refused: it makes a model of any size out of a small file."""
     megatron_config: None = None
-    """Makes PEFT import the module that ``megatron_core`` names."""
+    """Refused: it makes PEFT import the module that ``megatron_core`` names."""
 
 
 def read_adapter(directory: str | Path) -> AdapterConfig:
     """Read and check the ``adapter_config.json`` in ``directory``.
 
     Raises:
-        CheckpointError: absent, malformed, or a field has a value that is not taken from a file; names it.
+        CheckpointError: the file is absent or malformed, or a field has a value that is refused; the message names it.
     """
     path = Path(directory) / ADAPTER
     content: dict[str, Any] = read_json(path)
@@ -105,17 +108,17 @@ def read_adapter(directory: str | Path) -> AdapterConfig:
         fix = "save the adapter again"
         if error.errors()[0]["loc"][0] == "init_lora_weights":
             fix += (
-                ", with PEFT's path_initial_model_for_weight_conversion: it was started from the weights of its "
-                "base, and belongs on what was left"
+                ", with PEFT's path_initial_model_for_weight_conversion: its initialization changed the base weights, "
+                "so it does not fit the original base model"
             )
         raise CheckpointError(problem.found.replace(":.", ": ", 1), expected=problem.expected, fix=fix) from error
 
 
 def adapted_modules(directory: str | Path) -> list[str]:
-    """The names, in the base model, of the modules for which the adapter in ``directory`` has matrices.
+    """Return the names, in the base model, of the modules for which the adapter in ``directory`` has matrices.
 
     Raises:
-        OSError, SafetensorError: its weights cannot be read.
+        OSError, SafetensorError: the adapter's weights cannot be read.
     """
     with safe_open(Path(directory) / WEIGHTS, "np") as file:
         found = (_MATRIX.fullmatch(key) for key in file.keys())  # noqa: SIM118 - safe_open is not a mapping
@@ -123,14 +126,15 @@ def adapted_modules(directory: str | Path) -> list[str]:
 
 
 def base_of(directory: str | Path) -> str:
-    """The base model that the adapter in ``directory`` names.
+    """Return the base model that the adapter in ``directory`` names.
 
     Raises:
-        CheckpointError: see :func:`read_adapter`, or it names none.
+        CheckpointError: see :func:`read_adapter`; or the adapter names no base model.
     """
     base = read_adapter(directory).base_model_name_or_path
     if not base:
         raise CheckpointError(
-            f"{Path(directory) / ADAPTER} names no base model", fix="give --base, or set its base_model_name_or_path"
+            f"{Path(directory) / ADAPTER} names no base model",
+            fix="pass --base, or set base_model_name_or_path in the file",
         )
     return base

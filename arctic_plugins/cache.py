@@ -1,4 +1,6 @@
-"""Where this user's process keeps what it can make again, and trusts when it finds it: compiled kernels, the demo's
+"""The user's cache directory.
+
+It contains files that can be created again, and that are trusted when they are found: compiled kernels, the demo's
 model, offloaded weights.
 """
 
@@ -23,13 +25,13 @@ logger = logging.getLogger(__name__)
 
 
 def cache_directory(name: str) -> Path:
-    """``arctic_plugins/NAME`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, made if it is not there, for this user alone.
+    """Return ``arctic_plugins/NAME`` in ``$XDG_CACHE_HOME`` or ``~/.cache``, created if absent, for this user alone.
 
-    Where there is no home, as in some containers, where it cannot be written, or where others could put something into
-    it: a directory of this user in the system's temporary one.
+    If there is no home directory (as in some containers), if it is not writable, or if other users could write to it,
+    return a directory of this user within the system's temporary directory.
 
     Raises:
-        UserError: there is none that only this user can write to.
+        UserError: there is no directory that only this user can write to.
     """
     found = []
     for place in _places():
@@ -38,20 +40,20 @@ def cache_directory(name: str) -> Path:
                 path.mkdir(mode=0o700, parents=True, exist_ok=True)
                 _check_own(path)
             if not os.access(place / name, os.W_OK | os.X_OK):
-                raise OSError(f"{place / name} cannot be written")
+                raise OSError(f"{place / name} is not writable")
         except OSError as error:
             found.append(str(error))
             _tell(str(error))
             continue
         return place / name
     raise UserError(
-        f"there is no place for a cache: {'; '.join(found)}",
+        f"no directory can be used as a cache: {'; '.join(found)}",
         fix="set XDG_CACHE_HOME to a directory that only you can write to",
     )
 
 
 def _places() -> Iterator[Path]:
-    with contextlib.suppress(RuntimeError):  # neither HOME nor an entry for the user
+    with contextlib.suppress(RuntimeError):  # neither HOME nor a passwd entry for the user
         own = platformdirs.user_cache_path("arctic_plugins", appauthor=False)
         if own.is_absolute():  # earlier versions give "~/.cache" then
             yield own
@@ -59,8 +61,9 @@ def _places() -> Iterator[Path]:
 
 
 def _check_own(path: Path) -> None:
-    """Raise OSError unless ``path`` is a directory of this user, which nobody else can write to; a link to one must be
-    this user's, too.
+    """Raise OSError unless ``path`` is a directory that belongs to this user and that nobody else can write to.
+
+    If ``path`` is a link, the link must belong to this user as well.
     """
     link, found = path.lstat(), path.stat()
     if not stat.S_ISDIR(found.st_mode):
@@ -68,7 +71,7 @@ def _check_own(path: Path) -> None:
     if {link.st_uid, found.st_uid} != {_user()}:
         raise OSError(f"{path} belongs to another user")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise OSError(f"{path} can be written by others (chmod go-w {path})")
+        raise OSError(f"{path} is writable by other users (chmod go-w {path})")
 
 
 def _user() -> int:

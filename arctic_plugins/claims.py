@@ -1,4 +1,4 @@
-"""Claims: which plugin wants which module. Gathered from every plugin and checked before anything is touched."""
+"""Claims: which plugin wants which modules. All of them are gathered and checked before anything is modified."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["Claim", "LinearSpec", "SettledClaims", "arbitrate", "check_patterns"
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear module as hosts describe it before weights exist: ``y_MN = x_MK @ weight_NK.T + bias_N``.
+    """A linear module as a host describes it before its weights exist: ``y_MN = x_MK @ weight_NK.T + bias_N``.
 
-    The fused weights of a mixture's experts count as modules too, under the parameter's name
+    The fused weights of a mixture's experts count as modules as well, under the name of the parameter
     (``model.layers.0.mlp.experts.down_proj``).
     """
 
@@ -31,7 +31,7 @@ class LinearSpec:
     tied: bool = False
     """Whether the weight is shared with another module (an ``lm_head`` tied to the embedding)."""
     experts: int | None = None
-    """How many matrices the weight of a mixture holds, one for each expert."""
+    """Number of matrices in the fused weight of a mixture, one for each expert; None for any other module."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,9 +42,9 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class Claim:
-    """One plugin's wish: ``value`` (a codec, a placement, ...) in ``slot`` of every module that ``module`` matches.
+    """A plugin's request for ``value`` (a codec, a placement, ...) in ``slot`` of every module that matches ``module``.
 
-    ``module`` is a dotted name in which ``*`` stands for any characters within one component and ``**`` for any
+    ``module`` is a dotted name. In it, ``*`` stands for any characters within one component and ``**`` for any
     characters.
     """
 
@@ -55,24 +55,23 @@ class Claim:
 
 @dataclass(frozen=True)
 class SettledClaims:
-    """What :func:`arbitrate` found: slot -> module name -> the claimed values, in the order of the stack."""
+    """The result of :func:`arbitrate`: slot -> module name -> the claimed values, in the order of the stack."""
 
     by_slot: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
 
     def exclusive(self, slot: str) -> dict[str, Any]:
-        """Module name -> the one value in an exclusive slot."""
+        """Return module name -> the only value in an exclusive slot."""
         return {name: values[0] for name, values in self.by_slot.get(slot, {}).items()}
 
 
 @lru_cache(16384)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    """``pattern`` as a regular expression that never goes back on what it matched, as that of ``fnmatch.translate``
-    (Python 3.13).
+    """Compile ``pattern`` to a regular expression that never backtracks into what it has matched.
 
-    What stands between two ``**`` is found where it first occurs, and what stands between two ``*`` too: as neither
-    passes over a dot that the other could take, a later place leaves no more to the rest. What stands behind the last
-    ``**`` ends where the name ends, and is tried at every place: time grows with the square of the name's length at
-    most, whatever the pattern.
+    ``fnmatch.translate`` (Python 3.13) works in the same way. The text between two ``**`` is matched where it first
+    occurs, and so is the text between two ``*``: as ``*`` does not match a dot, a later occurrence leaves no more for
+    the rest of the pattern. The text after the last ``**`` ends where the name ends, and is tried at every position.
+    The time therefore grows at most with the square of the name's length, whatever the pattern.
     """
     *blocks, last = [block.split("*") for block in re.split(r"\*{2,}", pattern)]
 
@@ -88,14 +87,12 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Whether the dotted ``name`` matches ``pattern`` (``*`` within one component, ``**`` across components)."""
+    """Return whether the dotted ``name`` matches ``pattern`` (``*`` within one component, ``**`` across components)."""
     return _compiled(pattern).fullmatch(name) is not None
 
 
 def check_patterns(option: str, patterns: Iterable[str], modules: Mapping[str, LinearSpec]) -> None:
-    """Raise ClaimError, naming the ``option`` of a plugin, unless every one of its ``patterns`` matches a linear
-    module.
-    """
+    """Raise ClaimError unless each of the ``patterns`` matches a linear module; the message names the ``option``."""
     for pattern in patterns:
         if not any(matches(pattern, name) for name in modules):
             raise ClaimError(
@@ -104,22 +101,22 @@ def check_patterns(option: str, patterns: Iterable[str], modules: Mapping[str, L
 
 
 def some(names: Iterable[str]) -> str:
-    """The first three of ``names``, to know a model by."""
+    """Return the first three of ``names``, enough to recognize a model."""
     first = list(islice(names, 4))
     return ", ".join([*first[:3], *(["..."] if len(first) > 3 else [])]) or "none"
 
 
 def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearSpec]) -> SettledClaims:
-    """Expand patterns into names and settle who gets what.
+    """Expand patterns into names and settle which plugin gets which module.
 
     Args:
         claims: (plugin name, claim) in the order of the stack.
         modules: dotted name -> shape of every linear module of the model.
 
     Raises:
-        ClaimError: an unknown slot, a pattern that matches no module, an exclusive slot claimed twice (names module and
-            both plugins), or modules that a host fuses with different codecs, or experts of which only one weight is
-            claimed.
+        ClaimError: an unknown slot; a pattern that matches no module; an exclusive slot that is claimed twice (the
+            message names the module and both plugins); different codecs for modules that a host fuses; or a claim on
+            only one of the two weights of a mixture's experts.
     """
     taken: dict[str, dict[str, list[tuple[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for plugin, claim in claims:
@@ -138,8 +135,8 @@ def arbitrate(claims: Iterable[tuple[str, Claim]], modules: Mapping[str, LinearS
             if SLOTS[claim.slot].exclusive and owners and owners[0] != (plugin, claim.value):
                 raise ClaimError(
                     f"plugins '{owners[0][0]}' and '{plugin}' both claim {name} as {claim.slot}",
-                    expected="one of them",
-                    fix=f"narrow 'include' or 'exclude' of one, or remove '{owners[0][0]}' or '{plugin}'",
+                    expected="one plugin",
+                    fix=f"change 'include' or 'exclude' of one of them, or remove '{owners[0][0]}' or '{plugin}'",
                 )
             if (plugin, claim.value) not in owners:
                 owners.append((plugin, claim.value))
@@ -175,17 +172,17 @@ def _check_fused(codecs: Mapping[str, tuple[Any, ...]], modules: Mapping[str, Li
             if len({other in codecs for other in together}) > 1:
                 raise ClaimError(
                     f"only one of {' and '.join(together)} is encoded",
-                    expected="both weights of the experts, or none",
-                    fix="exclude them together",
+                    expected="both weights of the experts to be encoded, or neither",
+                    fix="include or exclude them together",
                 )
 
 
 def compress_names(owners: Mapping[str, str], modules: Iterable[str]) -> dict[str, str]:
-    """Write ``owners`` (module name -> owner) with ``*`` for layer numbers, wherever that says the same about all
-    ``modules``.
+    """Shorten ``owners`` (module name -> owner) by writing ``*`` for layer numbers.
 
-    ``model.layers.0.mlp.up_proj`` ... ``model.layers.29.mlp.up_proj`` become ``model.layers.*.mlp.up_proj``; where the
-    layers differ, the names stay as they are. No two patterns of the result match one module.
+    This is done where the result means the same for all ``modules``: ``model.layers.0.mlp.up_proj`` ...
+    ``model.layers.29.mlp.up_proj`` become ``model.layers.*.mlp.up_proj``. Where the layers differ, their names stay as
+    they are. No two patterns of the result match the same module.
     """
     groups: dict[str, list[str]] = defaultdict(list)
     for name in modules:

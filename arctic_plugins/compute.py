@@ -1,8 +1,7 @@
-"""The dtype to compute in where the user says nothing: the checkpoint's if the device multiplies it natively, otherwise
-float32.
+"""The compute dtype if the user sets none: the checkpoint's dtype if the device multiplies it natively, else float32.
 
-Loading, training, generating, plans, the doctor and serving all ask here. What lands on disk never depends on the
-answer.
+Loading, training, generating, plans, the doctor and serving all use this module. The files that are written do not
+depend on it.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ __all__ = [
 
 
 def is_native(dtype: torch.dtype, device: str | None = None) -> bool:
-    """Whether ``device`` multiplies matrices of ``dtype`` with instructions made for it.
+    """Return whether ``device`` multiplies matrices of ``dtype`` with instructions made for it.
 
-    torch multiplies bfloat16 and float16 on other processors too, by a loop that takes ten to several hundred times as
-    long as float32.
+    torch multiplies bfloat16 and float16 on other processors as well, but with a loop that takes ten to several hundred
+    times as long as float32.
 
     Args:
         dtype: of both factors.
-        device: a torch device type; default: the accelerator if there is one, else ``"cpu"``.
+        device: a torch device type; by default the accelerator if there is one, else ``"cpu"``.
     """
     import torch
 
@@ -46,7 +45,7 @@ def is_native(dtype: torch.dtype, device: str | None = None) -> bool:
         return dtype == torch.float16 or torch.cuda.is_bf16_supported(including_emulation=False)
     if device != "cpu":
         return True
-    # oneDNN's own word, which honours ONEDNN_MAX_CPU_ISA; on x86-64 it also says yes where AVX-512 emulates the dtype.
+    # oneDNN's own answer, which honors ONEDNN_MAX_CPU_ISA; on x86-64 it is also true if AVX-512 emulates the dtype.
     library = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available():
         return False
@@ -58,49 +57,53 @@ def is_native(dtype: torch.dtype, device: str | None = None) -> bool:
 
 
 def compute_dtype(stored: torch.dtype, device: str | None = None) -> torch.dtype:
-    """What ``dtype: auto`` means for a checkpoint in ``stored``; see :func:`is_native`."""
+    """Return the dtype that ``auto`` selects for a checkpoint in ``stored``; see :func:`is_native`."""
     import torch
 
     return stored if is_native(stored, device) else torch.float32
 
 
 def reason_for(stored: torch.dtype, chosen: torch.dtype, device: str | None = None) -> str:
-    """A line about a ``chosen`` dtype that is not the checkpoint's; "" where it is."""
+    """Return a line that explains a ``chosen`` dtype other than the checkpoint's; "" if they are the same."""
     if stored == chosen:
         return ""
     name, where = dtype_name(stored), _described(device or default_device())
-    why = f"which {where} does not multiply natively" if not is_native(stored, device) else "as was asked for"
+    why = (
+        f"which {where} does not multiply natively"
+        if not is_native(stored, device)
+        else "but another dtype was requested"
+    )
     return f"computing in {dtype_name(chosen)}: the checkpoint is in {name}, {why}"
 
 
 def warning_for(chosen: torch.dtype, what: str, fix: str, device: str | None = None) -> str:
-    """A line about a dtype that the user chose and the device does not multiply natively; "" where it does.
+    """Return a warning about a dtype that the user chose and the device does not multiply natively; "" if it does.
 
     Args:
         chosen: the dtype.
-        what: where it was chosen, such as ``load.dtype``.
-        fix: what to write there instead.
+        what: where it was chosen, for example ``load.dtype``.
+        fix: what to set instead.
         device: see :func:`is_native`.
     """
     if is_native(chosen, device):
         return ""
     where = _described(device or default_device())
     return (
-        f"{what} asks for {dtype_name(chosen)}, which {where} does not multiply natively: ten to several hundred "
+        f"{what} asks for {dtype_name(chosen)}, which {where} does not multiply natively: it is ten to several hundred "
         f"times slower than float32; {fix}"
     )
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``bfloat16``."""
+    """Return the name of a dtype, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")
 
 
 def measure_products(size: int = 256, runs: int = 3) -> dict[str, float]:
-    """Seconds of one product of two ``size`` x ``size`` matrices on one thread of the CPU by dtype, as ``grad @
-    weight``; the best of ``runs``.
+    """Measure ``grad @ weight`` for each dtype on one thread of the CPU: the seconds of the best of ``runs``.
 
-    One thread, because several wait for each other where another process keeps a core busy.
+    Both are ``size`` x ``size`` matrices. There is only one thread because several would wait for each other if another
+    process kept a core busy.
     """
     import torch
 
@@ -122,7 +125,7 @@ def measure_products(size: int = 256, runs: int = 3) -> dict[str, float]:
 
 
 def default_device() -> str:
-    """The accelerator's device type if there is one, else ``"cpu"``."""
+    """Return the accelerator's device type if there is one, else ``"cpu"``."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -134,7 +137,7 @@ def _described(device: str) -> str:
 
 
 def processor() -> tuple[str, set[str]]:
-    """The name of the first processor, and the flags that Linux gives it; none elsewhere."""
+    """Return the name of the first processor and the flags that Linux reports for it; no flags on other systems."""
     model, flags = platform.processor() or platform.machine(), set()
     if (cpuinfo := Path("/proc/cpuinfo")).is_file():
         fields = dict(

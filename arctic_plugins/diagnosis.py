@@ -1,6 +1,6 @@
-"""What ``arctic doctor`` looks at: this machine, what is installed, and whether it works where it will run.
+"""The checks of ``arctic doctor``: the machine, what is installed, and whether it works where it will run.
 
-Nothing of a plugin is imported here: each is loaded in a process of its own, which may raise, exit, crash or hang.
+No plugin is imported in this process: each is loaded in a process of its own, which may raise, exit, crash or hang.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from arctic_plugins.stack import Stack, read_yaml
 __all__ = ["diagnose"]
 
 _GROUPS = ("arctic_plugins.commands", GROUP)
-"""Entry-point groups in which a name stands once."""
+"""Entry-point groups in which each name must be unique."""
 _TIMEOUT = 180.0
-"""Seconds for a child process: the first import of torch or a host on a cold disk takes most of a minute."""
+"""Seconds for a child process: on a cold disk, the first import of torch or a host takes most of a minute."""
 
 
 def diagnose(recipe: str | Path | None = None) -> list[Finding]:
-    """Look at everything; ``recipe`` says which plugins are enabled, and its stack is resolved."""
+    """Run every check; with a ``recipe``, also resolve its stack and report which plugins it enables."""
     known = [host for _, host in sorted(hosts().items(), reverse=True)]
     slow: list[Callable[[], list[Finding]]] = [  # the longest first
         *(partial(_in_child, _where(host), "host", host.name) for host in known),
@@ -76,7 +76,7 @@ def _recipe(recipe: str | Path | None) -> tuple[set[str] | None, list[Finding]]:
                 "error",
                 f"plugin {name}",
                 "enabled, but not installed",
-                f"pip install arctic-plugins-{name}, or remove it",
+                f"pip install arctic-plugins-{name}, or remove it from the recipe",
             )
             for name in missing
         ),
@@ -90,7 +90,10 @@ def _plugins(slow: list[Callable[[], list[Finding]]], findings: list[Finding]) -
             owners = " and ".join(sorted(f"{provider.distribution} {provider.version}" for provider in providers))
             findings.append(
                 Finding(
-                    "error", f"plugin {name}", f"provided by {owners}; expected one of them", "uninstall one of the two"
+                    "error",
+                    f"plugin {name}",
+                    f"provided by {owners}; expected only one of them",
+                    "uninstall one of the two",
                 )
             )
             continue
@@ -106,7 +109,7 @@ def _machine() -> Iterator[Finding]:
         "ok",
         "cpu",
         f"{model}, {os.cpu_count()} cores, "
-        f"{' '.join(flag for flag in wanted if flag in flags) or 'no vector flags known here'}",
+        f"{' '.join(flag for flag in wanted if flag in flags) or 'no known vector flags'}",
     )
 
 
@@ -114,13 +117,13 @@ def _compilers() -> Iterator[Finding]:
     compiler = next((path for name in ("g++", "c++", "clang++") if (path := shutil.which(name))), None)
     if compiler is None:
         yield Finding(
-            "warning", "c++ compiler", "none found; torch.compile needs one, and so do hosts that use it", "install g++"
+            "warning", "c++ compiler", "none found; torch.compile and hosts that use it need one", "install g++"
         )
     else:
         done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False, timeout=30)
         yield Finding("ok", "c++ compiler", (done.stdout or done.stderr).partition("\n")[0] or compiler)
     nvcc = shutil.which("nvcc")
-    yield Finding("ok", "cuda compiler", nvcc or "no nvcc, and nothing of this project needs it")
+    yield Finding("ok", "cuda compiler", nvcc or "no nvcc; nothing in this project needs it")
 
 
 def _distributions() -> Iterator[Finding]:
@@ -134,7 +137,7 @@ def _distributions() -> Iterator[Finding]:
                 "warning",
                 "metadata",
                 f"{name} has no name or version",
-                "remove the directory, or install its distribution again",
+                "remove the directory, or reinstall its distribution",
             )
             continue
         name, version = identity(found)
@@ -148,12 +151,15 @@ def _distributions() -> Iterator[Finding]:
                 "error",
                 "metadata",
                 f"{name} is installed {count} times; expected once",
-                f"pip uninstall {name}, {count} times, then install it",
+                f"run 'pip uninstall {name}' {count} times, then install it again",
             )
     if len(set(ours.values())) > 1:
         listed = ", ".join(f"{name} {version}" for name, version in sorted(ours.items()))
         yield Finding(
-            "error", "versions", f"{listed}; expected one version, they are released together", "upgrade all of them"
+            "error",
+            "versions",
+            f"{listed}; expected the same version, since they are released together",
+            "upgrade all of them",
         )
     elif ours:
         yield Finding("ok", "versions", f"{', '.join(sorted(ours))}: {next(iter(ours.values()))}")
@@ -164,13 +170,13 @@ def _distributions() -> Iterator[Finding]:
         for name, several in owners.items():
             if len(set(several)) > 1:
                 text = f"'{name}' in {group} is provided by {' and '.join(sorted(set(several)))}"
-                yield Finding("error", "duplicate names", f"{text}; expected one of them", "uninstall one")
+                yield Finding("error", "duplicate names", f"{text}; expected only one of them", "uninstall the others")
 
 
 def _has_metadata(found: Distribution) -> bool:
     try:
         return bool(found.metadata["Name"] and found.version)
-    except Exception:  # importlib.metadata raises whatever the parser does
+    except Exception:  # importlib.metadata raises whatever its parser raises
         return False
 
 
@@ -181,7 +187,7 @@ def _hosts() -> Iterator[Finding]:
         declared, found = host_range(host), host_version(host)
         if declared is None:
             yield Finding(
-                "ok", host, f"{' '.join(found) if found else 'not installed'}; no integration of it is installed"
+                "ok", host, f"{' '.join(found) if found else 'not installed'}; no integration for it is installed"
             )
         elif found is None:
             yield Finding(
@@ -199,26 +205,27 @@ def _hosts() -> Iterator[Finding]:
 
 
 def _where(host: Host) -> str:
-    """Where the host is registered with, for people."""
+    """Return the place where the host is registered, as shown to users."""
     return f"{host.name} worker" if host.probe else f"{host.name} registration"
 
 
 def _in_child(subject: str, *arguments: str) -> list[Finding]:
-    """Run one of the checks below in a fresh interpreter, as a host's workers are; what it prints cannot be taken for
-    its findings.
+    """Run one of the checks below in a fresh interpreter, as a host's workers are.
+
+    The findings come back in a file, so that what the check prints cannot be mistaken for them.
     """
     with tempfile.TemporaryDirectory() as directory:
         answer = Path(directory) / "findings.json"
         command = [sys.executable, "-m", "arctic_plugins.diagnosis", str(answer), *arguments]
         try:
             done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=_TIMEOUT)
-        except OSError as error:  # no memory or no right for another process
+        except OSError as error:  # no memory for another process, or no permission to start one
             return [
                 Finding(
                     "error",
                     subject,
-                    f"no process for it can be started: {error}",
-                    "look at the limits of this user (ulimit -a)",
+                    f"cannot start a process for this check: {error}",
+                    "check the limits of this user (ulimit -a)",
                 )
             ]
         except subprocess.TimeoutExpired:
@@ -227,7 +234,7 @@ def _in_child(subject: str, *arguments: str) -> list[Finding]:
                     "error",
                     subject,
                     f"did not load within {_TIMEOUT:.0f} s",
-                    "repair or uninstall what hangs on import",
+                    "repair or uninstall the package that hangs on import",
                 )
             ]
         if not answer.is_file():
@@ -244,7 +251,7 @@ def _in_child(subject: str, *arguments: str) -> list[Finding]:
         return [Finding(**found) for found in json.loads(answer.read_text(encoding="utf-8"))]
 
 
-# What follows runs in child processes only.
+# Everything below runs in child processes only.
 
 
 def _check_plugin(name: str) -> Iterator[Finding]:
@@ -270,7 +277,7 @@ def _check_recipe(path: str) -> Iterator[Finding]:
     yield Finding(
         "ok",
         "recipe",
-        f"its stack resolves, in this order: {', '.join(plugin.name for plugin in stack) or 'no plugin'}",
+        f"the stack resolves, in this order: {', '.join(plugin.name for plugin in stack) or 'no plugins'}",
     )
 
 
@@ -288,12 +295,10 @@ def _check_torch() -> Iterator[Finding]:
     native = (
         "multiplied natively"
         if computed == "bfloat16"
-        else f"not multiplied natively: checkpoints in it compute in {computed}"
+        else f"not multiplied natively: checkpoints in bfloat16 are computed in {computed}"
     )
     measured = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in measure_products().items())
-    yield Finding(
-        "ok", "compute dtype", f"bfloat16 is {native}; 256 x 256 products on one thread of the CPU: {measured}"
-    )
+    yield Finding("ok", "compute dtype", f"bfloat16 is {native}; 256 x 256 products on one CPU thread: {measured}")
 
 
 def _check_commands() -> Iterator[Finding]:
@@ -302,15 +307,15 @@ def _check_commands() -> Iterator[Finding]:
         try:
             point.load()
             names.append(point.name)
-        except (Exception, SystemExit) as error:  # an import can fail with anything, and it is all reported
+        except (Exception, SystemExit) as error:  # an import can raise anything, and all of it is reported
             owner = identity(point.dist)[0] if point.dist else "unknown"
             text = f"'{point.name}' of {owner} cannot be imported: {type(error).__name__}: {error}"
-            yield Finding("error", "command", text, f"install {owner} again, or uninstall it")
+            yield Finding("error", "command", text, f"reinstall {owner}, or uninstall it")
     yield Finding("ok", "commands", ", ".join(sorted(names)))
 
 
 def _check_host(name: str) -> Iterator[Finding]:
-    """Register with a host what is installed, by its probe if it has one; and what was patched for it."""
+    """Register what is installed with a host, through its probe if it has one, and list the patches that were made."""
     host = hosts()[name]
     if host.probe is not None:
         yield from load(host.probe)()
@@ -329,13 +334,13 @@ _CHECKS: dict[str, Callable[..., Iterable[Finding]]] = {
 
 
 def _main(answer: str, check: str, *arguments: str) -> None:
-    gc.disable()  # it takes a fifth of the time of long imports, and finds nothing
+    gc.disable()  # it takes a fifth of the time of long imports, and frees nothing
     findings: list[Finding] = []
     try:
         findings.extend(_CHECKS[check](*arguments))
     except ArcticError as error:
         findings.append(Finding("error", " ".join([check, *arguments]), str(error)))
-    except (Exception, SystemExit) as error:  # whatever it is, it is the finding
+    except (Exception, SystemExit) as error:  # whatever was raised is the finding
         findings.append(
             Finding(
                 "error", " ".join([check, *arguments]), f"{type(error).__name__}: {error}", "repair or uninstall it"

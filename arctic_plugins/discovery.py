@@ -1,6 +1,6 @@
-"""Finding plugins: entry points are listed without importing anything; a plugin is imported when it is enabled.
+"""Discovery of plugins: entry points are listed without importing anything; a plugin is imported when it is enabled.
 
-Fail loud for what is enabled, never for what is not.
+A broken plugin is an error if it is enabled, and never otherwise.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from arctic_plugins.registry import Registry
 __all__ = ["InstalledPlugin", "identity", "installed_plugins", "load_plugin", "process_registry"]
 
 _PLUGGYS = ("tryfirst", "trylast", "wrapper", "hookwrapper", "optionalhook")
-"""Options of pluggy's ``hookimpl`` (1.6) that a stack has other words for: hooks are called one plugin after another,
-each by itself.
+"""Options of pluggy's ``hookimpl`` (1.6) that are refused. A stack calls the hook of one plugin after another, and has
+its own options for their order.
 """
 
 
 @dataclass(frozen=True)
 class InstalledPlugin:
-    """One entry point of the group ``arctic_plugins``; nothing of it has been imported."""
+    """An entry point in the group ``arctic_plugins``; nothing of it has been imported."""
 
     name: str
     distribution: str
@@ -37,22 +37,22 @@ class InstalledPlugin:
     entry_point: EntryPoint
 
     def load(self) -> type[Plugin]:
-        """Import the plugin class and check that it honours the contract.
+        """Import the plugin class and check that it fulfills the contract.
 
         Raises:
-            PluginLoadError: the import fails or the object is not a valid plugin; names the plugin, its distribution
-                and the cause.
+            PluginLoadError: the import fails, or the object is not a valid plugin; the message names the plugin, its
+                distribution and the cause.
         """
         try:
             loaded = self.entry_point.load()
-        except (Exception, SystemExit) as error:  # an import can fail with anything, and it is all reported
+        except (Exception, SystemExit) as error:  # an import can raise anything, and all of it is reported
             raise self._broken(f"cannot be imported: {type(error).__name__}: {error}") from error
         if not (inspect.isclass(loaded) and issubclass(loaded, Plugin)):
             raise self._broken(
                 f"is not a plugin: '{self.entry_point.value}' is {loaded!r}, not a subclass of arctic_plugins.Plugin"
             )
         if getattr(loaded, "name", None) != self.name:
-            raise self._broken(f"calls itself '{getattr(loaded, 'name', None)}', which is not its entry point's name")
+            raise self._broken(f"has the name '{getattr(loaded, 'name', None)}', which is not its entry point's name")
         if not (inspect.isclass(loaded.config) and issubclass(loaded.config, PluginConfig)):
             raise self._broken(f"has config {loaded.config!r}, which is not a subclass of arctic_plugins.PluginConfig")
         if unknown := loaded.slots - SLOTS.keys():
@@ -61,8 +61,8 @@ class InstalledPlugin:
             given = getattr(getattr(loaded, name, None), f"{PROJECT}_impl", None) or {}
             if refused := [option for option in _PLUGGYS if given.get(option)]:
                 raise self._broken(
-                    f"marks {name} with {refused[0]}, which is not honoured; 'before' and 'after' of the class say "
-                    "its place"
+                    f"marks {name} with {refused[0]}, which is not supported; set 'before' and 'after' of the class "
+                    "instead"
                 )
         try:
             manager = new_plugin_manager()
@@ -80,7 +80,7 @@ class InstalledPlugin:
 
 
 def installed_plugins() -> dict[str, list[InstalledPlugin]]:
-    """Name -> the installed distributions that provide it (more than one is an error once the name is enabled)."""
+    """Return name -> the installed distributions that provide it; several are an error once the name is enabled."""
     found: dict[str, list[InstalledPlugin]] = {}
     for entry_point in sorted(entry_points(group=PROJECT), key=lambda point: point.name):
         plugin = InstalledPlugin(entry_point.name, *identity(entry_point.dist), entry_point)
@@ -93,7 +93,7 @@ def load_plugin(name: str) -> type[Plugin]:
     """Import the plugin called ``name``.
 
     Raises:
-        PluginNotFoundError: no distribution provides it; suggests the nearest name.
+        PluginNotFoundError: no distribution provides it; the message suggests the closest name.
         PluginError: two distributions provide it.
         PluginLoadError: see :meth:`InstalledPlugin.load`.
     """
@@ -102,7 +102,7 @@ def load_plugin(name: str) -> type[Plugin]:
         case []:
             raise PluginNotFoundError(
                 f"plugin '{name}' is not installed",
-                fix=f"{suggest(name, installed)}; 'arctic plugins' lists what is installed",
+                fix=f"{suggest(name, installed)}; 'arctic plugins' lists the installed plugins",
             )
         case [only]:
             return only.load()
@@ -114,11 +114,11 @@ def load_plugin(name: str) -> type[Plugin]:
 
 
 def identity(distribution: Distribution | None) -> tuple[str, str]:
-    """Name and version of an installed distribution, with stand-ins where its metadata is broken."""
+    """Return the name and version of an installed distribution, with stand-ins if its metadata is broken."""
     try:
         assert distribution is not None
         return distribution.metadata["Name"] or "unknown", distribution.version or "?"
-    except Exception:  # importlib.metadata raises whatever the parser does
+    except Exception:  # importlib.metadata raises whatever its parser raises
         return Path(str(getattr(distribution, "_path", "unknown"))).name, "?"
 
 
@@ -133,18 +133,19 @@ class _PluginManager(pluggy.PluginManager):
 
 
 def new_plugin_manager(only: Collection[str] = ()) -> pluggy.PluginManager:
-    """A pluggy manager that knows the contract and no plugin; with ``only``, it takes plugin *classes*, of which it
-    sees these class methods.
+    """Return a pluggy manager that knows the contract but no plugin.
+
+    With ``only``, it takes plugin *classes*, of which it sees the class methods with these names.
     """
     return _PluginManager(only)
 
 
 @functools.cache
 def process_registry() -> Registry:
-    """The registry of this process, filled from every installed plugin.
+    """Return the registry of this process, filled by every installed plugin.
 
-    A plugin that cannot be loaded is recorded in :attr:`Registry.failures` and raised when something it may own is
-    needed. ``process_registry.cache_clear()`` forgets it.
+    If a plugin cannot be loaded, its error is recorded in :attr:`Registry.failures` and raised when something that it
+    may own is needed. ``process_registry.cache_clear()`` discards the registry.
     """
     registry, manager = Registry(), new_plugin_manager(only=("register",))
     for name in installed_plugins():

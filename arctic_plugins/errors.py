@@ -1,4 +1,4 @@
-"""Every error that a user can cause says, in one line, what was found, what was expected and how to fix it."""
+"""Errors whose one-line messages state what was found, what was expected and how to fix it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ __all__ = [
 
 
 class ArcticError(Exception):
-    """Base of all errors raised on purpose.
+    """Base class of all errors that this project raises on purpose.
 
     Args:
-        found: what is wrong, naming the file, key, plugin or module.
-        expected: what would have been right; may be empty when ``found`` says it.
+        found: what is wrong; names the file, key, plugin or module.
+        expected: what would have been right; may be empty if ``found`` makes it clear.
         fix: what the user can do.
     """
 
@@ -45,16 +45,16 @@ class ArcticError(Exception):
         super().__init__("; ".join(_one_line(part) for part in parts if part))
 
     def at(self, name: str) -> Self:
-        """The same error, with what it is about before it."""
+        """Return the same error with ``name``, the thing it concerns, in front of its message."""
         return type(self)(f"{name}: {self.found}", expected=self.expected, fix=self.fix)
 
 
 LONGEST = 1000
-"""Characters of a part of a message: what a file holds may be any number of them."""
+"""Maximum number of characters in one part of a message: text that comes from a file may be of any length."""
 
 
 def _one_line(text: str) -> str:
-    """``text`` in one line that no terminal takes for a command, cut where it is very long."""
+    """Return ``text`` in one line without terminal control characters, shortened if it is very long."""
     line = " ".join(text.split())
     if len(line) > LONGEST:
         line = f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 2 :]}"
@@ -66,7 +66,7 @@ def _one_line(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, with its type where the message alone would not be understood."""
+    """Return the first line of an exception's message, with its type if the message alone would not be clear."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     if isinstance(error, (OSError, ValueError, RuntimeError)) and text:
         return text
@@ -75,7 +75,7 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def named(name: str, *kinds: type[ArcticError]) -> Iterator[None]:
-    """Put ``name`` before the text of errors of these ``kinds``."""
+    """Put ``name`` in front of the messages of errors of these ``kinds``."""
     try:
         yield
     except kinds as error:
@@ -83,65 +83,65 @@ def named(name: str, *kinds: type[ArcticError]) -> Iterator[None]:
 
 
 class UserError(ArcticError):
-    """The input is at fault, not the program: the command line exits with status 2."""
+    """An error in the user's input, not in the program: the command line exits with status 2."""
 
     exit_status = 2
 
 
 class ConfigError(UserError):
-    """A recipe, a plugin's options or a command's arguments hold a bad key or value."""
+    """A bad key or value in a recipe, in a plugin's options or in a command's arguments."""
 
 
 class DataError(UserError):
-    """A data file is absent, malformed or lacks what its format needs."""
+    """A data file that is absent, malformed or lacks what its format requires."""
 
 
 class CheckpointError(UserError):
-    """A checkpoint is absent, incomplete, damaged or of a newer format."""
+    """A checkpoint that is absent, incomplete, damaged or in a newer format."""
 
 
 class PluginError(UserError):
-    """A plugin breaks the contract; the message names the plugin, its distribution or the hook."""
+    """A plugin that breaks the contract; the message names the plugin, its distribution or the hook."""
 
 
 class PluginNotFoundError(PluginError):
-    """No installed distribution provides the plugin that was asked for."""
+    """A requested plugin that no installed distribution provides."""
 
 
 class PluginLoadError(PluginError):
-    """An enabled plugin is installed but cannot be imported or is not a valid plugin."""
+    """An enabled plugin that is installed but cannot be imported or is not a valid plugin."""
 
 
 class ResolveError(UserError):
-    """The enabled plugins do not make a stack: unmet requirement, conflict, cycle, or a slot filled twice."""
+    """Enabled plugins that do not form a stack: an unmet requirement, a conflict, a cycle, or a slot filled twice."""
 
 
 class ClaimError(UserError):
-    """Two plugins claim one module in an exclusive slot, or a claim cannot be met."""
+    """A module that two plugins claim in an exclusive slot, or a claim that cannot be met."""
 
 
 class HostVersionError(UserError):
-    """An installed host library is outside the range that a plugin declares."""
+    """An installed host library outside the range that a plugin or an integration declares."""
 
 
 class CodecError(ArcticError):
-    """A weight cannot be encoded, or encoded buffers do not have the layout that their codec gives."""
+    """A weight that cannot be encoded, or encoded buffers that do not have their codec's layout."""
 
     exit_status = 2
 
 
-class Diverged(ArcticError):  # noqa: N818 - what happened, not what was wrong
-    """A loss or gradient is NaN or infinite: training on would spoil the weights."""
+class Diverged(ArcticError):  # noqa: N818 - names what happened, not what was wrong
+    """A loss or gradient that is NaN or infinite: further training would spoil the weights."""
 
 
 class Interrupted(ArcticError):  # noqa: N818 - nothing went wrong
-    """The user stopped a run, which saved what it had done."""
+    """A run that the user stopped, and that saved what it had done."""
 
     exit_status = 130
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """Return ``did you mean 'x'?`` for a close match among ``known``, otherwise the list of what is available."""
+    """Return ``did you mean 'x'?`` for a close match among ``known``, otherwise a list of what is available."""
     names = sorted(known)
     if close := get_close_matches(name, names, n=1):
         return f"did you mean '{close[0]}'?"

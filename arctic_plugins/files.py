@@ -1,5 +1,7 @@
-"""Files of a checkpoint, which may be a stranger's: what one names is opened only within it, and what one says is
-bounded by what is there.
+"""Files of a checkpoint, which may come from an untrusted source.
+
+A file that the checkpoint names is opened only if it is inside the checkpoint. A number that it specifies is checked
+against the files that are there.
 """
 
 from __future__ import annotations
@@ -19,37 +21,38 @@ from arctic_plugins.host import GROUP, hosts
 __all__ = ["check_directory", "check_elements", "check_keys", "check_sizes", "copy_files", "file_within", "read_json"]
 
 LONGEST_JSON = 256 << 20
-"""Bytes; a tokenizer of 256,000 entries takes 33 MB."""
+"""Maximum size of a JSON file in bytes. A tokenizer with 256,000 entries takes 33 MB."""
 LONGEST_HEADER = 100 << 20
-"""Bytes of a safetensors file's header, as in the library."""
+"""Maximum size of a safetensors file's header in bytes, as in the library."""
 LONGEST_NAME = 255
-"""Bytes of a file's name, as file systems have it."""
+"""Maximum length of a file's name in bytes, as in common file systems."""
 LAYERS = re.compile(r"(^|_)(n_)?(layers?|depths?)$")
-"""Keys of a ``config.json`` that say how many layers are built: ``num_hidden_layers``, ``n_layer``, ``decoder_layers``
-and so on.
+"""Keys of a ``config.json`` that specify how many layers are built: ``num_hidden_layers``, ``n_layer``,
+``decoder_layers`` and so on.
 """
 EXPERTS = re.compile(r"(^|_)experts$")
 FEW = 1000
-"""Layers or experts that cost next to nothing, whatever files hold: some models use a layer's weights several times."""
+"""Number of layers or experts that is always accepted: they cost little, and some models reuse a layer's weights."""
 FEW_ELEMENTS = 1 << 26
-"""Of a model's tensors, whatever files hold: tables of positions and the like are not saved."""
+"""Number of elements that is always accepted: position tables and similar tensors are not saved."""
 ELEMENTS_PER_BYTE = 8
-"""No format is denser than a bit for each weight."""
+"""Maximum: no format stores a weight in less than one bit."""
 
 
 def file_within(directory: str | Path, name: Any, where: str | Path) -> Path:
-    """The file of ``directory`` that ``where`` names: it may be absent, or a link to another file, as in the hub's
-    cache.
+    """Return the path of the file in ``directory`` that ``where`` names.
+
+    The file may be absent, or a link to another file, as in the Hub's cache.
 
     Raises:
-        CheckpointError: ``name`` is not a relative path that stays in ``directory``, or there is something else than a
-            file: a device would be read for ever.
+        CheckpointError: ``name`` is not a relative path that stays in ``directory``, or it is not a regular file
+            (reading a device would never end).
     """
     if not isinstance(name, str) or not _is_relative(name):
         raise CheckpointError(
             f"{where} names {name!r}",
-            expected="a file of its own directory",
-            fix="do not use this checkpoint, or make it again",
+            expected="a file in its own directory",
+            fix="do not use this checkpoint, or create it again",
         )
     path = Path(directory) / name
     check_regular(path)
@@ -57,22 +60,23 @@ def file_within(directory: str | Path, name: Any, where: str | Path) -> Path:
 
 
 def _is_relative(name: str) -> bool:
-    """Whether ``name`` is one of a file in or below the directory, on any file system."""
+    """Return whether ``name`` is the relative path of a file in or below a directory, on any file system."""
     path = PurePosixPath(name)
     try:
         fits = all(len(os.fsencode(part)) <= LONGEST_NAME for part in path.parts) and len(name) < 4096
-    except UnicodeEncodeError:  # half of a pair of UTF-16
+    except UnicodeEncodeError:  # an unpaired UTF-16 surrogate
         return False
     return bool(name) and fits and "\0" not in name and not path.is_absolute() and ".." not in path.parts
 
 
 def copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> None:
-    """Copy the files of the directory ``source`` whose names are ``wanted`` to the directory ``target``, with what is
-    behind links.
+    """Copy the files in the directory ``source`` whose names are ``wanted`` to the directory ``target``.
+
+    Links are replaced by the files that they lead to.
 
     Raises:
-        CheckpointError: a link leads out of ``source``, as one in an unpacked archive may do, to a file that was never
-            to be published.
+        CheckpointError: a link leads out of ``source``. In an unpacked archive, it may lead to a file that was never
+            meant to be published.
     """
     for path in sorted(source.iterdir()):
         if path.is_file() and wanted(path.name):
@@ -81,13 +85,13 @@ def copy_files(source: Path, target: Path, wanted: Callable[[str], bool]) -> Non
                 raise CheckpointError(
                     found,
                     expected="a file of the checkpoint",
-                    fix="put a copy in its place, if it belongs there, or remove it",
+                    fix="replace it with a copy if it belongs there, otherwise remove it",
                 )
             shutil.copyfile(path, target / path.name)
 
 
 def _is_own(path: Path) -> bool:
-    """Whether the file lies in its directory, or in the hub's cache, where snapshots link to it."""
+    """Return whether the file is in its own directory, or in the Hub's cache, where snapshots link to files."""
     found, directory = path.resolve(), path.parent.resolve()
     if found.is_relative_to(directory):
         return True
@@ -96,10 +100,10 @@ def _is_own(path: Path) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """Raise CheckpointError if ``path`` is there and no file."""
+    """Raise CheckpointError if ``path`` exists and is not a regular file."""
     try:
         mode = path.stat().st_mode
-    except OSError:  # absent, or unreadable, as opening it will say
+    except OSError:  # absent or unreadable: opening it raises the error
         return
     if not stat.S_ISREG(mode):
         raise CheckpointError(
@@ -110,8 +114,9 @@ def check_regular(path: Path) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raise CheckpointError if a checkpoint's directory holds a device or a pipe: a host that looks for a file of its
-    name would read it for ever.
+    """Raise CheckpointError if a checkpoint's directory contains a device or a pipe.
+
+    A host that looks for a file of that name would read it forever.
     """
     for path in sorted(directory.glob("*")) + sorted(directory.glob("additional_chat_templates/*")):
         if not path.is_dir():
@@ -119,10 +124,11 @@ def check_directory(directory: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's JSON file whose top level is an object.
+    """Read a JSON file of a checkpoint. Its top level must be an object.
 
     Raises:
-        CheckpointError: absent, unreadable, malformed (with line and column), not a regular file, or not an object.
+        CheckpointError: the file is absent, unreadable, too large, malformed (with line and column), not a regular
+            file, or not an object.
     """
     check_regular(path)
     try:
@@ -132,10 +138,10 @@ def read_json(path: Path) -> dict[str, Any]:
             )
         text = path.read_text(encoding="utf-8")
         content = json.loads(text)
-        if "\\ud" in text.lower():  # half of a pair of UTF-16 cannot be written again, nor be a file's name
+        if "\\ud" in text.lower():  # an unpaired UTF-16 surrogate cannot be written again, nor be part of a file's name
             json.dumps(content, ensure_ascii=False).encode()
     except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist", fix="the checkpoint is incomplete: make it again") from None
+        raise CheckpointError(f"{path} does not exist", fix="the checkpoint is incomplete: create it again") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
@@ -144,7 +150,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"{path} holds {type(content).__name__}",
+            f"{path} has the top-level type {type(content).__name__}",
             expected="an object",
             fix="copy it again, or save the checkpoint again",
         )
@@ -152,19 +158,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_keys(config: Mapping[str, Any], where: str | Path) -> None:
-    """Check that a ``config.json`` names nothing else to load: neither kernels of a hub, nor other files, nor another
-    model. The hosts that are installed say which of its keys would.
+    """Check that a ``config.json`` names nothing else to load: no code on a hub, no other files and no other model.
+
+    The installed hosts define which keys would do so.
 
     Raises:
-        CheckpointError: names the key.
-        PluginError: no installed distribution describes a host, so that nobody can say.
+        CheckpointError: the message names the key.
+        PluginError: no installed distribution describes a host, so that the keys are unknown.
     """
     known = hosts().values()
     if not known:
         raise PluginError(
             f"{where} cannot be checked: no installed distribution describes a host",
             expected=f"an integration with an entry point in {GROUP}",
-            fix="install the integration again",
+            fix="reinstall the integration",
         )
     elsewhere = frozenset[str]().union(*(host.refused_keys for host in known))
     code = frozenset[str]().union(*(host.hub_code_keys for host in known))
@@ -172,22 +179,23 @@ def check_keys(config: Mapping[str, Any], where: str | Path) -> None:
         if (key in elsewhere and value is not None) or (str(key).strip("_") in code and "/" in str(value)):
             found = f"{where} has {key} {value!r}"
             raise CheckpointError(
-                found, expected="a model in this directory alone", fix=f"remove '{key}', if you trust the rest"
+                found, expected="a model in this directory alone", fix=f"remove '{key}' if you trust the rest"
             )
 
 
 def check_sizes(config: Mapping[str, Any], weights: Iterable[Path], where: str | Path) -> None:
-    """Check that ``config`` speaks of no more layers than its files have tensors, and of no more experts than they have
-    bytes: hosts build what it says, one after the other.
+    """Check that ``config`` specifies no more layers than its files have tensors, and no more experts than bytes.
+
+    Hosts build as many as it specifies, one after another.
 
     Args:
         config: content of a ``config.json``, nested configs included.
-        weights: its safetensors files, whose headers are read where there are more than :data:`FEW` layers or experts;
-            none, if they are not here.
+        weights: its safetensors files; empty if they are not here. Their headers are read if there are more than
+            :data:`FEW` layers or experts.
         where: the file, for messages.
 
     Raises:
-        CheckpointError: names the key.
+        CheckpointError: the message names the key.
     """
     many = [
         (key, value)
@@ -202,31 +210,33 @@ def check_sizes(config: Mapping[str, Any], weights: Iterable[Path], where: str |
             found = f"{where} has {key} {value}"
             raise CheckpointError(
                 found,
-                expected=f"no more than its files hold ({tensors} tensors)",
-                fix="config.json is of another model",
+                expected=f"at most what its files contain ({tensors} tensors)",
+                fix="config.json belongs to another model",
             )
 
 
 def check_elements(elements: int, weights: Iterable[Path], where: str | Path) -> None:
-    """Check that a model has no more ``elements`` than its files can hold: hosts take memory for what a file lacks
-    before they say so.
+    """Check that a model has no more ``elements`` than its files can contain.
+
+    Hosts allocate memory for what is missing from a file before they report it.
 
     Raises:
         CheckpointError: the files have too few bytes.
     """
     size = sum(path.stat().st_size for path in weights)
     if elements > max(FEW_ELEMENTS, ELEMENTS_PER_BYTE * size):
-        found = f"{where} describes a model of {elements} elements, and its files have {size} bytes"
+        found = f"{where} describes a model of {elements} elements, but its files have {size} bytes"
         raise CheckpointError(
             found,
-            expected="a config.json that fits them",
-            fix="the checkpoint is incomplete, or config.json is of another model",
+            expected="a config.json that matches them",
+            fix="the checkpoint is incomplete, or config.json belongs to another model",
         )
 
 
 def _tensor_counts(paths: Iterable[Path]) -> tuple[int, int]:
-    """How many tensors safetensors files hold, by their headers (format: a length of 8 bytes, then JSON), and how many
-    bytes; 0 for others.
+    """Return the number of tensors in safetensors files and the number of bytes; 0 for other files.
+
+    Only headers are read (format: a length of 8 bytes, then JSON).
     """
     tensors = size = 0
     for path in paths:
@@ -235,7 +245,7 @@ def _tensor_counts(paths: Iterable[Path]) -> tuple[int, int]:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(length)) if length <= LONGEST_HEADER else {}
-        except (OSError, ValueError, RecursionError):  # whoever reads the weights says what is wrong with the file
+        except (OSError, ValueError, RecursionError):  # the code that reads the weights reports what is wrong
             continue
         tensors += len(header) if isinstance(header, dict) else 0
         size += path.stat().st_size

@@ -1,14 +1,14 @@
 """The one place where attributes of other libraries are replaced: every patch is declared, listed and can be undone.
 
-Use it where a library has no public way. A patch says what it replaces, why, and in which version it was read::
+Use it where a library has no public interface. A patch names what it replaces, why, and the version it was read in::
 
     @patch(rotary_embedding, "get_rope", why="vLLM has no registry of RoPE types", read_in="vllm 0.32.0")
     def get_rope(original, head_size, *args, **kwargs):
         ...
         return original(head_size, *args, **kwargs)
 
-Call it when a host is registered or a trainer attached, never when a module is imported. Importing this loads nothing
-heavy.
+Apply patches when a host is registered or a trainer is attached, never when a module is imported. Importing this module
+loads nothing heavy.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Patch:
-    """What was done to an attribute of another library."""
+    """A change to an attribute of another library."""
 
     owner: str
-    """The dotted name of the module or class; for an object, that of its class."""
+    """The dotted name of the module or class; for an object, the name of its class."""
     name: str
     why: str
     read_in: str
-    """The library and the version in which the attribute was read, ``vllm 0.32.0`` for instance."""
+    """The library and the version in which the attribute was read, for example ``vllm 0.32.0``."""
     by: str
-    """The module that did it."""
+    """The module that made the change."""
     kind: Literal["replaced", "used"] = "replaced"
-    """``used``: a private attribute that is called and stays as it is."""
+    """``used``: a private attribute that is used but not changed."""
 
     def __str__(self) -> str:
         return f"{self.owner}.{self.name} is {self.kind} by {self.by}: {self.why} (read in {self.read_in})"
 
 
 class _Made:
-    """A patch that is in force. Of an object it keeps nothing alive: what it replaced goes when the object goes."""
+    """A patch in force. For an object, it keeps nothing alive: what it replaced disappears with the object."""
 
     def __init__(self, about: Patch, owner: object, installed: Any, original: Any, function: Any = None) -> None:
         lasting = isinstance(owner, ModuleType | type)
@@ -84,23 +84,23 @@ _values: list[tuple[object, Patch]] = []
 
 
 def patch(owner: object, name: str, *, why: str, read_in: str, chained: bool = False) -> Callable[[Function], Function]:
-    """Decorate the function that is called in place of ``owner.name``: it gets the original first, then the arguments.
+    """Decorate a function that is to be called in place of ``owner.name``, with the original as its first argument.
 
-    Of a class, the function gets the object next, as methods do; class and static methods stay what they are. Of an
-    object, the original is bound to it. ``inspect.signature`` gives the original's signature. The decorated function
-    itself stays as it is, so that it can be tested. Applied again, the same function changes nothing.
+    If the owner is a class, the object comes next, as in methods; class methods and static methods stay what they are.
+    If it is an object, the original is bound to it. ``inspect.signature`` returns the original's signature. The
+    decorated function itself is unchanged, so that it can be tested. Applying the same function again has no effect.
 
     Args:
-        owner: a module, a class, or an object, whose patch goes when it goes. A deep copy of the object is patched
-            alike, and not listed.
+        owner: a module, a class or an object. The patch of an object disappears with it. A deep copy of the object has
+            the same patch, but it is not listed.
         name: of the function or method.
-        why: what it is for, and why there is no public way.
+        why: what it is for, and why there is no public interface for it.
         read_in: library and version.
-        chained: whether it may come on top of another patch of the same attribute, which it then calls.
+        chained: whether it may be applied on top of another patch of the same attribute, which it then calls.
 
     Raises:
-        PluginError: there is no such function; another patch has it and this one is not ``chained``; or somebody else
-            has replaced it after we did. The message names who.
+        PluginError: there is no such function; it is already patched and this patch is not ``chained``; or other code
+            has replaced it since this project patched it. The message names the other patch or code.
     """
 
     def decorate(function: Function) -> Function:
@@ -127,11 +127,11 @@ def patch(owner: object, name: str, *, why: str, read_in: str, chained: bool = F
 
 
 def replaced(owner: object, name: str, value: Any, *, why: str, read_in: str) -> AbstractContextManager[None]:
-    """A context in which the attribute ``name`` of ``owner`` is ``value``.
+    """Return a context in which the attribute ``name`` of ``owner`` is ``value``.
 
     Raises:
-        PluginError: there is no such attribute, or it is replaced already; when the context ends, somebody else has
-            replaced it.
+        PluginError: there is no such attribute, or it is already replaced; or other code has replaced it by the time
+            the context ends.
     """
     about = Patch(_called(owner), name, why, read_in, sys._getframe(1).f_globals["__name__"])
     return _replaced(owner, value, about)
@@ -159,10 +159,10 @@ def _replaced(owner: object, value: Any, about: Patch) -> Iterator[None]:
 
 
 def private(owner: object, name: str, *, why: str, read_in: str) -> Any:
-    """The private attribute ``name`` of ``owner``, whose use is listed among the patches.
+    """Return the private attribute ``name`` of ``owner``, and list its use among the patches.
 
     Raises:
-        PluginError: there is none in the version that is installed.
+        PluginError: the installed version has no such attribute.
     """
     about = Patch(_called(owner), name, why, read_in, sys._getframe(1).f_globals["__name__"], "used")
     if not hasattr(owner, name):
@@ -172,23 +172,23 @@ def private(owner: object, name: str, *, why: str, read_in: str) -> Any:
 
 
 def patches() -> list[Patch]:
-    """What is in force in this process, in the order in which it was done; then the private attributes in use."""
+    """Return the patches in force in this process, in the order they were made, then the private attributes in use."""
     _forget_the_dead()
     return [*(made.about for made in _made), *(about for _, about in _values), *_uses.values()]
 
 
 def undo_patches() -> None:
-    """Take back every patch, the last first.
+    """Undo every patch, the last one first.
 
     Raises:
-        PluginError: somebody else has replaced one since; it and the patches before it stay.
+        PluginError: other code has replaced a patched attribute since. That patch and those before it stay.
     """
     _undo([])
 
 
 @contextmanager
 def temporary_patches() -> Iterator[None]:
-    """For tests: patches that are made in this context are undone at its end."""
+    """Undo the patches that are made in this context when it ends; for tests."""
     before, used = list(_made), dict(_uses)
     try:
         yield
@@ -209,14 +209,14 @@ _ABSENT = object()
 
 
 def _read(owner: object, name: str) -> Any:
-    """The attribute; of a class as it is stored there, a function and no method."""
+    """Return the attribute; of a class, as it is stored there: a function, not a method."""
     if isinstance(owner, ModuleType | type):
         return inspect.getattr_static(owner, name, _ABSENT)
     return getattr(owner, name, _ABSENT)
 
 
 def _is_own(owner: object, name: str) -> bool:
-    """Whether the attribute is put back by assigning it; otherwise what is assigned hides that of a class."""
+    """Return whether assigning the attribute puts it back; if not, an assigned value hides the attribute of a class."""
     stored = getattr(owner, "__dict__", (name,))
     return name in stored or inspect.isdatadescriptor(inspect.getattr_static(type(owner), name, None))
 
@@ -240,7 +240,7 @@ def _calling(function: Callable[..., Any], original: Any) -> Any:
 
 
 def _calling_for_one(function: Callable[..., Any], original: Any) -> Any:
-    """A partial: in a deep copy of the object, a copied model for instance, it calls what belongs to the copy."""
+    """Return a partial: in a deep copy of the object (such as a copied model), it calls what belongs to the copy."""
     return functools.update_wrapper(functools.partial(function, original), original)
 
 
@@ -251,7 +251,10 @@ def _module_of(function: Any) -> str:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two functions are one, or were made by the same ``def`` around the same objects; ``one`` may be gone."""
+    """Return whether two functions are the same, or come from the same ``def`` around the same objects.
+
+    ``one`` may no longer exist.
+    """
     if one is None or one == other:
         return one is not None
     if getattr(one, "__code__", one) is not getattr(other, "__code__", None) or isinstance(one, MethodType):
@@ -294,8 +297,8 @@ def _missing(about: Patch, what: str = "") -> PluginError:
 def _twice(first: Patch, second: Patch) -> PluginError:
     return PluginError(
         f"{first.owner}.{first.name} is patched by {first.by} ({first.why}) and by {second.by} ({second.why})",
-        expected="one of them, or a second one that says that it is chained",
-        fix="leave one of the two plugins out, and report it to their authors",
+        expected="only one of them, or a second one that is declared as chained",
+        fix="remove one of the two plugins, and report the conflict to their authors",
     )
 
 
@@ -304,6 +307,6 @@ def _overridden(about: Patch, owner: object) -> PluginError:
     who = f"{found.__module__}.{found.__qualname__}" if hasattr(found, "__qualname__") else repr(found)
     return PluginError(
         f"{about.owner}.{about.name} was replaced by {who} after {about.by} had patched it ({about.why})",
-        expected="nobody else who does",
-        fix="do without one of the two, or let the other one patch first",
+        expected="no other code to replace it",
+        fix="do without one of the two, or make the other one patch first",
     )

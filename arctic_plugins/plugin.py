@@ -31,20 +31,20 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @dataclass(frozen=True)
 class Slot:
-    """A role in a model that plugins fill. A part of a stack can leave the slots of a plugin out one by one."""
+    """A role in a model that plugins fill. A part of a stack may leave out some slots of a plugin and keep others."""
 
     scope: Literal["module", "model"]
-    """``module``: filled for modules one by one, by a :class:`~arctic_plugins.claims.Claim` or by what an adapter
-    targets; ``model``: once.
+    """``module``: filled for each module separately, by a :class:`~arctic_plugins.claims.Claim` or by what an adapter
+    targets; ``model``: filled once.
     """
     exclusive: bool
-    """Whether a module, or the model, takes only one plugin in it."""
+    """Whether only one plugin can fill it for a module, or for the model."""
     training_only: bool = False
-    """Whether a model that is only used does without."""
+    """Whether a model that is not trained works without it."""
     hooks: frozenset[str] = frozenset()
     """The hooks that fill it, if claims do not.
 
-    They are not called where the slot is left out. A plugin's mixins go with ``hf_attach_trainer``.
+    They are not called if the slot is left out. A plugin's mixins go with ``hf_attach_trainer``.
     """
 
 
@@ -59,26 +59,27 @@ SLOTS: Mapping[str, Slot] = {
     "loss": Slot("model", exclusive=True, training_only=True, hooks=_TRAINING_HOOKS),
     "attention": Slot("model", exclusive=True, training_only=True, hooks=_TRAINING_HOOKS),
 }
-"""All slots, by name: :attr:`Plugin.slots` and claims name these. Two plugins that fill the same exclusive one of the
-model never make a stack. docs/how-it-works.md says what fills each.
+"""All slots by name. :attr:`Plugin.slots` and claims use these names. Two plugins that fill the same exclusive slot of
+the model cannot be in one stack. docs/how-it-works.md describes what fills each slot.
 """
 
 THIS_MACHINE = "this machine"
 """Marks an option that names a path, a device, a host or a number of processes: ``path: Annotated[str | None,
-THIS_MACHINE] = None``. The user's recipe sets it; from a checkpoint, which may be a stranger's, it is never taken."""
+THIS_MACHINE] = None``. Only the user's recipe sets it. It is never taken from a checkpoint, whose source may be
+untrusted."""
 
 
 class PluginConfig(BaseModel):
-    """Base of a plugin's options: immutable, and an unknown key is an error rather than ignored.
+    """Base class of a plugin's options: immutable, and an unknown key is an error.
 
-    The text under a field is what ``arctic plugins NAME`` says of it. Fields marked with :data:`THIS_MACHINE` need a
-    default.
+    ``arctic plugins NAME`` shows the text under a field as its description. Fields marked with :data:`THIS_MACHINE`
+    need a default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def anywhere(self) -> dict[str, Any]:
-        """What was set, less what is marked with :data:`THIS_MACHINE`."""
+        """Return the options that were set, except those marked with :data:`THIS_MACHINE`."""
         local = {name for name, field in type(self).model_fields.items() if THIS_MACHINE in field.metadata}
         return self.model_dump(exclude_unset=True, exclude=local)
 
@@ -87,17 +88,17 @@ class Plugin:
     """Base class of every plugin. Keep the module that defines one light: import torch and hosts inside functions.
 
     Subclasses set the class attributes and implement hooks of :mod:`arctic_plugins.hookspecs` as methods marked with
-    :data:`hookimpl`. ``requires``, ``conflicts``, ``after`` and ``before`` hold names of plugins or of slots: with a
-    slot, a plugin speaks of whatever fills it and need not know who does.
+    :data:`hookimpl`. ``requires``, ``conflicts``, ``after`` and ``before`` contain names of plugins or of slots. The
+    name of a slot means any plugin that fills it, so that a plugin need not know which one that is.
     """
 
     name: ClassVar[str]
-    """The key in a recipe's ``plugins`` and the entry point's name."""
+    """The key under ``plugins`` in a recipe, and the name of the entry point."""
     config: ClassVar[type[PluginConfig]] = PluginConfig
     slots: ClassVar[frozenset[str]] = frozenset()
     hosts: ClassVar[Mapping[str, str]] = {}
-    """Name of a host (:attr:`arctic_plugins.host.Host.name`) -> PEP 440 range, where it is narrower than that of this
-    project's integration, e.g. ``{"transformers": ">=5.18"}``.
+    """Name of a host (:attr:`arctic_plugins.host.Host.name`) -> PEP 440 range, if it is narrower than that of this
+    project's integration, for example ``{"transformers": ">=5.18"}``.
     """
     requires: ClassVar[frozenset[str]] = frozenset()
     conflicts: ClassVar[frozenset[str]] = frozenset()
@@ -112,7 +113,7 @@ class Plugin:
         """Validate ``options`` and build the plugin.
 
         Raises:
-            ConfigError: an unknown key (with the nearest known one), a wrong type or value.
+            ConfigError: an unknown key (the message suggests the closest known one), or a wrong type or value.
         """
         if options is not None and not isinstance(options, Mapping):
             raise ConfigError(
@@ -127,7 +128,7 @@ class Plugin:
 
     @property
     def trainer_mixins(self) -> tuple[str, ...]:
-        """``"module:attribute"`` of classes that ``attach`` puts in front of the class of a Hugging Face Trainer.
+        """Classes, as ``"module:attribute"``, that ``attach`` puts in front of the class of a Hugging Face Trainer.
 
         Each overrides methods of ``transformers.Trainer`` and calls ``super()``. It may have a method
         ``on_attach(self, plugin)``, which is called once with this plugin when the trainer has its new class.
@@ -136,22 +137,24 @@ class Plugin:
 
     @property
     def row_processes(self) -> int:
-        """How many processes work on one row of the data together. A plugin that lets them says so: a run takes as many
-        times more steps.
+        """Number of processes that work on one row of the data together.
+
+        A plugin that splits rows overrides it: a run then takes that many times more steps.
         """
         return 1
 
     def check_processes(self, option: str) -> None:
-        """For a ``validate`` hook: raise ConfigError unless the processes that were started can be put in groups of as
-        many as ``option`` says.
+        """Raise ConfigError unless the processes can be divided into groups of the size that ``option`` specifies.
+
+        Call it in a ``validate`` hook.
         """
         size, group = world_size(), getattr(self.options, option)
         if size % group:
             raise ConfigError(
                 f"plugins.{self.name}.{option} is {group} with {size} process{'es' if size > 1 else ''}",
                 expected="a divisor of the number of processes",
-                fix=f"'arctic train RECIPE --nproc {group}', torchrun or accelerate launch start several; or correct "
-                "it",
+                fix=f"start several with 'arctic train RECIPE --nproc {group}', torchrun or accelerate launch, or "
+                "correct the value",
             )
 
     def __repr__(self) -> str:
@@ -160,11 +163,11 @@ class Plugin:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that ``arctic doctor`` looked at."""
+    """The result of one check of ``arctic doctor``."""
 
     status: Literal["ok", "warning", "error"]
     """``error``: something enabled or installed does not work. ``warning``: something may be slower or is not
-    available. ``ok``: as it should be.
+    available. ``ok``: everything is as it should be.
     """
     subject: str
     text: str
@@ -173,7 +176,7 @@ class Finding:
 
 
 def config_error(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:
-    """Turn pydantic's report into one line about its first problem; ``where`` is the key that holds the options."""
+    """Turn pydantic's report into one line about its first problem; ``where`` is the key that contains the options."""
     first = error.errors()[0]
     key = ".".join([where, *(str(part) for part in first["loc"])])
     if first["type"] == "extra_forbidden":

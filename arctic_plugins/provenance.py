@@ -1,8 +1,6 @@
-"""``arctic_plugins.json``: written last into every checkpoint, so that its presence says that the checkpoint is
-complete.
-
-It holds the stack, who provides its plugins, the versions that wrote it, and the size and digest of every other file: a
-file that was cut or changed since is found before it becomes a wrong model.
+"""``arctic_plugins.json``, written last into every checkpoint, so that its presence shows that the rest is complete.
+It contains the stack, the distributions that provided its plugins, the versions that wrote it, and the size and digest
+of every other file. A file that was truncated or changed since is detected before it can result in a wrong model.
 """
 
 from __future__ import annotations
@@ -38,16 +36,16 @@ __all__ = [
 
 FILE_NAME = "arctic_plugins.json"
 FORMAT = 1
-"""Version of this file and of the checkpoint's encoded weights; a reader refuses what is newer."""
+"""Version of this file and of the checkpoint's encoded weights. A newer one is refused."""
 
 _FREE = (FILE_NAME, "README.md")
-"""Files that are nobody's weights, settings or tokenizer: anyone may change them."""
+"""Files that contain neither weights nor settings nor a tokenizer: anyone may change them."""
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What ``arctic_plugins.json`` says."""
+    """The content of ``arctic_plugins.json``."""
 
     stack: dict[str, dict[str, Any]]
     sha256: str
@@ -60,14 +58,14 @@ class Provenance:
 
 
 def stack_sha256(stack: Mapping[str, Mapping[str, Any]]) -> str:
-    """Hex digest of a stack in its canonical form, :meth:`arctic_plugins.stack.Stack.to_dict`."""
+    """Return the hex digest of a stack in its canonical form, :meth:`arctic_plugins.stack.Stack.to_dict`."""
     return hashlib.sha256(json.dumps(stack, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def write_provenance(directory: str | Path, stack: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write what made the checkpoint and what it consists of. Call it when everything else is on disk.
+    """Write what made the checkpoint and which files it consists of. Call it when everything else is on disk.
 
-    The file appears whole or not at all (written beside its place, flushed to disk, then renamed).
+    The file appears whole or not at all: it is written under another name, flushed to disk, then renamed.
 
     Args:
         directory: the checkpoint.
@@ -101,14 +99,15 @@ def read_provenance(directory: str | Path) -> Provenance:
     """Read a checkpoint's ``arctic_plugins.json``.
 
     Raises:
-        CheckpointError: absent (not a checkpoint of ours, or its save was cut off), malformed, or of a newer format.
+        CheckpointError: the file is absent (this project did not write the checkpoint, or was interrupted while saving
+            it), malformed, or in a newer format.
     """
     path = Path(directory) / FILE_NAME
     if not path.is_file():
         raise CheckpointError(
             f"{directory} has no {FILE_NAME}",
             expected="a checkpoint that arctic-plugins finished writing",
-            fix="name another directory",
+            fix="use another directory",
         )
     content = read_json(path)
     if type(content.get("format")) is not int or content["format"] < 1:
@@ -134,8 +133,8 @@ def read_provenance(directory: str | Path) -> Provenance:
         raise CheckpointError(f"{path} has files without 'bytes' and 'xxh3_128'", fix="save the checkpoint again")
     if not all(isinstance(options, dict) for options in content["stack"].values()):
         raise CheckpointError(
-            f"{path} has a stack with plugins without options",
-            expected="an object each",
+            f"{path} has a stack in which a plugin has no options",
+            expected="an object for each plugin",
             fix="save the checkpoint again",
         )
     return Provenance(
@@ -145,11 +144,12 @@ def read_provenance(directory: str | Path) -> Provenance:
 
 
 def check_files(directory: str | Path) -> None:
-    """Check that every file that the checkpoint's ``arctic_plugins.json`` lists is there and unchanged, reading each
-    once.
+    """Check that every file listed in the checkpoint's ``arctic_plugins.json`` exists and is unchanged.
+
+    Each file is read once.
 
     Raises:
-        CheckpointError: names the file and what became of it.
+        CheckpointError: the message names the file and how it differs.
     """
     for name, record in read_provenance(directory).files.items():
         path = file_within(directory, name, Path(directory) / FILE_NAME)
@@ -171,10 +171,10 @@ def check_files(directory: str | Path) -> None:
 
 
 def check_plugins(provenance: Provenance) -> None:
-    """Raise PluginNotFoundError, naming the distributions to install, if a plugin that made the checkpoint is not
-    installed.
+    """Raise PluginNotFoundError if a plugin that made the checkpoint is not installed.
 
-    No command installs what a file names: whoever wrote the file could have published it.
+    The message names the distributions to install. No command installs what a file names: whoever wrote the file could
+    have published it.
     """
     missing = sorted(provenance.stack.keys() - installed_plugins().keys())
     if missing:
@@ -187,8 +187,8 @@ def check_plugins(provenance: Provenance) -> None:
         fixes = [f"pip install {' '.join(ours)}"] if ours else []
         if others:
             fixes.append(
-                f"the checkpoint says that {', '.join(others)} provides it, which runs as code: install it if you "
-                "know it and trust it"
+                f"according to the checkpoint, it is provided by {', '.join(others)}, which runs as code: install it "
+                "only if you know it and trust it"
             )
         plural = "s" if len(missing) > 1 else ""
         raise PluginNotFoundError(
@@ -199,7 +199,7 @@ def check_plugins(provenance: Provenance) -> None:
 
 def _or_accept(name: str, fix: str) -> str:
     if name.endswith((".json", ".jinja", ".txt")):
-        return f"{fix}; if the change is yours, delete the entry '{name}' under 'files' in {FILE_NAME}"
+        return f"{fix}; if you made the change, delete the entry '{name}' under 'files' in {FILE_NAME}"
     return fix
 
 
@@ -211,11 +211,14 @@ def _files(directory: Path) -> Iterator[tuple[str, Path]]:
 
 
 def digest(path: Path, size: int) -> str:
-    """XXH3, 128 bits, of the first ``size`` bytes: as fast as memory, and meant for damage, not for attackers."""
+    """Return the 128-bit XXH3 digest of the first ``size`` bytes.
+
+    It is as fast as memory, and detects damage, not attacks.
+    """
     found = xxhash.xxh3_128()
-    chunk = memoryview(bytearray(_CHUNK))  # one buffer that stays in the cache: a new one per read takes twice the time
+    chunk = memoryview(bytearray(_CHUNK))  # one buffer that stays in the cache: a new one per read takes twice as long
     with path.open("rb", buffering=0) as file:
-        while size > 0 and (read := file.readinto(chunk)):  # some files of the system have no end
+        while size > 0 and (read := file.readinto(chunk)):  # some special files never end
             found.update(chunk[: min(read, size)])
             size -= read
     return found.hexdigest()

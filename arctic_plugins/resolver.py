@@ -1,5 +1,6 @@
-"""From a set of plugins to an ordered, conflict-free stack. Pure: reads class attributes, installed versions and what
-integrations say of their hosts.
+"""Resolution of a set of plugins into an ordered stack without conflicts.
+
+It is pure: it only reads class attributes, installed versions and what integrations declare about their hosts.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ __all__ = ["check_hosts", "host_range", "host_version", "resolve"]
 def resolve(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
     """Check ``plugins`` against each other and order them.
 
-    The order honours every ``after`` and ``before``; plugins between which nothing is said stand in alphabetical order,
-    so that the same set always gives the same stack, however it was written down.
+    The order respects every ``after`` and ``before``. Plugins without such a relation are in alphabetical order, so
+    that the same set always results in the same stack, however it was written.
 
     Raises:
-        ResolveError: an unmet ``requires``, two plugins that conflict or fill one exclusive slot of the model, or a
-            cycle; names the plugins.
+        ResolveError: an unmet ``requires``, two plugins that conflict or fill the same exclusive slot of the model, or
+            a cycle; the message names the plugins.
     """
     by_name = {plugin.name: plugin for plugin in sorted(plugins, key=lambda plugin: plugin.name)}
     everyone = list(by_name.values())
@@ -47,8 +48,8 @@ def resolve(plugins: Iterable[Plugin]) -> tuple[Plugin, ...]:
             slot for slot in first.slots & second.slots if SLOTS[slot].scope == "model" and SLOTS[slot].exclusive
         }:
             raise ResolveError(
-                f"plugins '{first.name}' and '{second.name}' both fill the slot '{min(shared)}', of which a model "
-                "has one",
+                f"plugins '{first.name}' and '{second.name}' both fill the slot '{min(shared)}', but a model has only "
+                "one such slot",
                 fix="remove one of the two",
             )
     return _ordered(everyone)
@@ -68,7 +69,7 @@ def _ordered(everyone: Sequence[Plugin]) -> tuple[Plugin, ...]:
     except CycleError as error:
         raise ResolveError(
             f"the order of the plugins is a cycle: {' before '.join(error.args[1])}",
-            fix="one 'after' or 'before' of these plugins must go",
+            fix="remove one 'after' or 'before' of these plugins",
         ) from None
     by_name = {plugin.name: plugin for plugin in everyone}
     order: list[Plugin] = []
@@ -82,7 +83,7 @@ def _ordered(everyone: Sequence[Plugin]) -> tuple[Plugin, ...]:
 
 
 def _matching(key: str, plugins: Iterable[Plugin], *, other_than: Plugin) -> Iterator[Plugin]:
-    """The plugins that ``key`` speaks of: the one of that name, and those that fill the slot of that name."""
+    """Return the plugins that ``key`` refers to: the one of that name, and those that fill the slot of that name."""
     return (plugin for plugin in plugins if plugin is not other_than and (plugin.name == key or key in plugin.slots))
 
 
@@ -91,7 +92,7 @@ def _described(key: str) -> str:
 
 
 def host_version(host: str) -> tuple[str, str] | None:
-    """The distribution that provides ``host`` here and its version, or None when it is not installed."""
+    """Return the installed distribution that provides ``host`` and its version, or None if there is none."""
     for distribution in _distributions(host):
         try:
             return distribution, version(distribution)
@@ -101,8 +102,9 @@ def host_version(host: str) -> tuple[str, str] | None:
 
 
 def host_range(host: str) -> tuple[str, SpecifierSet] | None:
-    """The integration of ``host`` that is installed and the versions it declares in its metadata, the one place where
-    they stand; or None.
+    """Return the installed integration of ``host`` and the range that its metadata declares, or None.
+
+    The range is declared nowhere else.
     """
     if (known := hosts().get(host)) is None:
         return None
@@ -119,12 +121,11 @@ def _distributions(host: str) -> tuple[str, ...]:
 
 
 def check_hosts(plugins: Iterable[Plugin | type[Plugin]], host: str) -> None:
-    """Check that ``host`` is installed, in the range that our integration of it declares and in those to which plugins
-    narrow it.
+    """Check that ``host`` is installed, in the range that its integration declares and to which plugins narrow it.
 
     Raises:
-        HostVersionError: names who declares the range, the version found and the range.
-        PluginError: what the integration says of the host cannot be read.
+        HostVersionError: the message names who declares the range, the version found and the range.
+        PluginError: the integration's description of the host cannot be read.
     """
     if host in host_failures():
         raise host_failures()[host]
@@ -144,5 +145,5 @@ def check_hosts(plugins: Iterable[Plugin | type[Plugin]], host: str) -> None:
             raise HostVersionError(
                 f"{who} does not work with {distribution} {installed}",
                 expected=f"{distribution}{wanted}",
-                fix=f"pip install '{distribution}{wanted}', or use a release of it for {installed}",
+                fix=f"pip install '{distribution}{wanted}', or a release of the plugin or integration for {installed}",
             )

@@ -1,4 +1,4 @@
-"""A stack: the enabled plugins, resolved and ordered, and typed calls over their hooks."""
+"""A stack: the enabled plugins, resolved and ordered, with typed calls of their hooks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Setting:
-    """One option of one plugin and who set it: ``"recipe"`` or ``"default"``."""
+    """One option of one plugin, and its source: ``"recipe"`` or ``"default"``."""
 
     plugin: str
     key: str
@@ -35,15 +35,15 @@ class Setting:
 
 
 class Stack:
-    """An immutable, ordered set of plugins. Build one with :meth:`from_dict`, :meth:`from_file` or
-    :func:`arctic_plugins.stack_from_checkpoint`.
+    """An immutable, ordered set of plugins.
 
-    Iterating gives the plugins in the order in which their hooks are called. A part of a stack, from :meth:`only` or
-    :meth:`without`, may hold a plugin of which it does not use every slot.
+    Build one with :meth:`from_dict`, :meth:`from_file` or :func:`arctic_plugins.stack_from_checkpoint`. Iterating over
+    it gives the plugins in the order in which their hooks are called. A part of a stack, from :meth:`only` or
+    :meth:`without`, may contain a plugin without using every slot of it.
 
     Args:
         plugins: in any order.
-        hidden: name of a plugin -> slots that it fills, and that count for nothing here.
+        hidden: name of a plugin -> slots that it fills and that are ignored here.
     """
 
     def __init__(self, plugins: tuple[Plugin, ...] = (), hidden: Mapping[str, frozenset[str]] | None = None) -> None:
@@ -59,7 +59,7 @@ class Stack:
         except pluggy.PluginValidationError as error:
             raise PluginError(
                 f"plugin '{getattr(error.plugin, 'name', error.plugin)}': {error}",
-                fix="its hooks are not those of this version",
+                fix="its hooks are not those of this version of arctic-plugins",
             ) from error
 
     @classmethod
@@ -67,19 +67,19 @@ class Stack:
         """Load, configure and resolve ``plugins`` (name -> options, as under ``plugins:`` in a recipe).
 
         Raises:
-            PluginNotFoundError, PluginLoadError, ConfigError, ResolveError: each one line that says what to do.
+            PluginNotFoundError, PluginLoadError, ConfigError, ResolveError: each message says in one line what to do.
         """
         if plugins is not None and not isinstance(plugins, Mapping):
             raise ConfigError(
                 f"plugins is {plugins!r}",
-                expected="a mapping of plugin name to options",
+                expected="a mapping of plugin names to options",
                 fix="write 'plugins: {fp8: {bits: 8}}'",
             )
         return cls(tuple(load_plugin(name).from_options(options) for name, options in (plugins or {}).items()))
 
     @classmethod
     def from_file(cls, path: str | Path) -> Stack:
-        """Read the key ``plugins`` of a YAML or JSON file, a recipe for instance."""
+        """Read the key ``plugins`` of a YAML or JSON file, for example a recipe."""
         return cls.from_dict(read_yaml(path).get("plugins"))
 
     def __iter__(self) -> Iterator[Plugin]:
@@ -95,18 +95,18 @@ class Stack:
         return f"Stack({', '.join(plugin.name for plugin in self.plugins)})"
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
-        """The canonical form: every option spelled out, plugins in alphabetical order, JSON types only."""
+        """Return the canonical form: every option spelled out, plugins in alphabetical order, JSON types only."""
         return {
             plugin.name: plugin.options.model_dump(mode="json")
             for plugin in sorted(self.plugins, key=lambda plugin: plugin.name)
         }
 
     def sha256(self) -> str:
-        """Hex digest of the canonical form; equal for stacks that do the same."""
+        """Return the hex digest of the canonical form. It is equal for stacks that do the same."""
         return stack_sha256(self.to_dict())
 
     def settings(self) -> list[Setting]:
-        """Every option of every plugin, with who set it."""
+        """Return every option of every plugin, with its source."""
         return [
             Setting(plugin.name, key, value, "recipe" if key in plugin.options.model_fields_set else "default")
             for plugin in self.plugins
@@ -114,58 +114,61 @@ class Stack:
         ]
 
     def only(self, slot: str) -> Stack:
-        """The part of this stack that fills ``slot``."""
+        """Return the part of this stack that fills ``slot``."""
         filling = tuple(plugin for plugin in self.plugins if slot in self.slots(plugin))
         return Stack(filling, {plugin.name: plugin.slots - {slot} for plugin in filling})
 
     def without(self, *slots: str) -> Stack:
-        """This stack less what fills ``slots``. Of a plugin that fills another slot as well, that one stays."""
+        """Return this stack without what fills ``slots``. A plugin that also fills other slots stays for those."""
         hidden = self._all(*slots)
         return Stack(
             tuple(plugin for plugin in self.plugins if not plugin.slots or plugin.slots - hidden[plugin.name]), hidden
         )
 
     def to_use(self) -> Stack:
-        """This stack less what only training needs (:attr:`~arctic_plugins.plugin.Slot.training_only`)."""
+        """Return this stack without what only training needs (:attr:`~arctic_plugins.plugin.Slot.training_only`)."""
         return self.without(*(name for name, slot in SLOTS.items() if slot.training_only))
 
     def anywhere(self) -> Stack:
-        """This stack less what is about the machine: without placements, and with the defaults of options marked with
-        :data:`~arctic_plugins.plugin.THIS_MACHINE`.
+        """Return this stack without anything that concerns the machine.
+
+        It has no placements, and options marked with :data:`~arctic_plugins.plugin.THIS_MACHINE` have their defaults.
         """
         kept = self.without("placement")
         return Stack(tuple(plugin.from_options(plugin.options.anywhere()) for plugin in kept), kept._hidden)
 
     def plus(self, other: Stack) -> Stack:
-        """Both stacks as one.
+        """Return both stacks as one.
 
         Raises:
             ConfigError: a plugin is in both.
         """
         if shared := sorted({plugin.name for plugin in self} & {plugin.name for plugin in other}):
             raise ConfigError(
-                f"plugin '{shared[0]}' is enabled twice: by the checkpoint and beside it",
-                fix="leave it out beside the checkpoint",
+                f"plugin '{shared[0]}' is enabled twice: by the checkpoint and in addition to it",
+                fix="enable only what the checkpoint does not",
             )
         return Stack((*self, *other), {**self._hidden, **other._hidden})
 
     def slots(self, plugin: Plugin) -> frozenset[str]:
-        """The slots of ``plugin`` that this stack uses."""
+        """Return the slots of ``plugin`` that this stack uses."""
         return plugin.slots - self._hidden[plugin.name]
 
     def _all(self, *slots: str) -> dict[str, frozenset[str]]:
         return {plugin.name: self._hidden[plugin.name] | plugin.slots & frozenset(slots) for plugin in self.plugins}
 
-    # Typed calls over the hooks, in lifecycle order: nothing else in the project calls a hook.
+    # Typed calls of the hooks, in lifecycle order. Nothing else in the project calls one of these hooks.
 
     def check_host(self, host: str) -> None:
-        """Raise :class:`~arctic_plugins.errors.HostVersionError` unless ``host`` is installed in every plugin's
-        range.
+        """Check that ``host`` is installed in the range of every plugin.
+
+        Raises:
+            HostVersionError: it is not; see :func:`arctic_plugins.resolver.check_hosts`.
         """
         check_hosts(self.plugins, host)
 
     def validate(self, model_config: Any, hardware: str) -> list[str]:
-        """Call ``validate`` and return the warnings, each behind its plugin's name."""
+        """Call ``validate`` and return the warnings, each after its plugin's name."""
         results = self._each("validate", stack=self, model_config=model_config, hardware=hardware)
         return [f"{plugin.name}: {warning}" for plugin, warnings in results for warning in warnings]
 
@@ -173,17 +176,17 @@ class Stack:
         """Gather every plugin's claims and settle them; see :func:`arctic_plugins.claims.arbitrate`.
 
         Raises:
-            ClaimError: see there, or a plugin that encodes or places weights claims nothing: whoever enabled it counts
-                on it.
+            ClaimError: see there; or a plugin that encodes or places weights claims nothing, although whoever enabled
+                it relies on it.
         """
         results = self._each("claim", model_config=model_config, modules=modules)
         made = [(plugin, claim) for plugin, claims in results for claim in claims]
         for plugin in self.plugins:
             if {"weight_codec", "placement"} & plugin.slots and not any(owner is plugin for owner, _ in made):
                 raise ClaimError(
-                    f"plugin '{plugin.name}' takes nothing of this model, whose linear modules are {some(modules)}",
-                    expected="at least one weight; layers of other classes, as GPT-2's Conv1D, cannot be claimed",
-                    fix=f"leave '{plugin.name}' out, or correct its options",
+                    f"plugin '{plugin.name}' claims nothing in this model, whose linear modules are {some(modules)}",
+                    expected="at least one weight; layers of other classes, such as GPT-2's Conv1D, cannot be claimed",
+                    fix=f"remove '{plugin.name}', or correct its options",
                 )
         claims = arbitrate(
             [(plugin.name, claim) for plugin, claim in made if claim.slot not in self._hidden[plugin.name]], modules
@@ -198,7 +201,7 @@ class Stack:
             pass
 
     def hf_transform_model(self, model: Any) -> Any:
-        """Let every plugin transform ``model`` in turn; each gets what the one before it returned."""
+        """Call every plugin on ``model`` in turn; each receives what the one before it returned."""
         for plugin in self.plugins:
             for _, changed in self._each("hf_transform_model", only=plugin, model=model):
                 model = changed
@@ -213,7 +216,7 @@ class Stack:
             pass
 
     def trainer_mixins(self) -> list[tuple[str, Plugin]]:
-        """:attr:`~arctic_plugins.plugin.Plugin.trainer_mixins` of every plugin, each with its plugin, in order."""
+        """Return each plugin's :attr:`~arctic_plugins.plugin.Plugin.trainer_mixins`, each with its plugin, in order."""
         return [
             (target, plugin)
             for plugin in self.plugins
@@ -225,7 +228,7 @@ class Stack:
         """Merge every plugin's engine arguments.
 
         Raises:
-            PluginError: two plugins give one key different values; names both.
+            PluginError: two plugins set the same key to different values; the message names both.
         """
         merged: dict[str, Any] = {}
         owner: dict[str, str] = {}
@@ -241,8 +244,10 @@ class Stack:
         return merged
 
     def _each(self, hook: str, *, only: Plugin | None = None, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
-        """Call ``hook`` of one plugin after another, in order, and yield (plugin, result) for every result that is not
-        None.
+        """Call ``hook`` of every plugin, one after another, in order.
+
+        Yields:
+            (plugin, result) for every result that is not None.
         """
         for plugin in self.plugins if only is None else (only,):
             if any(hook in SLOTS[slot].hooks for slot in self._hidden[plugin.name]):
@@ -261,18 +266,18 @@ class Stack:
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that refuses a mapping with one key twice, of which YAML would take the last."""
+    """A SafeLoader that refuses a duplicated key in a mapping, for which YAML would use the last value."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(
-                    None, None, "a list or mapping stands for a key", key.start_mark
+                    None, None, "a list or mapping is used as a key", key.start_mark
                 )
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key.value}' stands there twice", key.start_mark
+                    None, None, f"the key '{key.value}' is duplicated", key.start_mark
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -282,7 +287,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML (or JSON) file whose top level is a mapping.
 
     Raises:
-        ConfigError: absent, unreadable, malformed (with line and column), or not a mapping.
+        ConfigError: the file is absent, unreadable, malformed (with line and column), or not a mapping.
     """
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
@@ -290,15 +295,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist", expected="a YAML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # PyYAML lets ValueErrors of impossible dates through
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # PyYAML raises ValueErrors for impossible dates
         raise ConfigError(f"{path} is not valid YAML: {error}", fix="correct the line it names") from error
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds {type(data).__name__}", expected="a mapping at the top level")
+        raise ConfigError(f"{path} has the top-level type {type(data).__name__}", expected="a mapping")
     return data
 
 
 def parse_plugins(text: str) -> dict[str, Any]:
-    """``"fp8,lora"`` or ``'{"fp8": {"bits": 8}}'``, as a command line gives it, to a mapping of plugin name to options.
+    """Return a command line's ``"fp8,lora"`` or ``'{"fp8": {"bits": 8}}'`` as a mapping of plugin names to options.
 
     Raises:
         ConfigError: JSON that is malformed or not an object.
@@ -309,5 +314,5 @@ def parse_plugins(text: str) -> dict[str, Any]:
         return dict(json.loads(text))
     except ValueError as error:
         raise ConfigError(
-            f"plugins {text!r} is not valid JSON: {error}", expected='for instance \'{"fp8": {"bits": 8}}\''
+            f"plugins {text!r} is not valid JSON: {error}", expected='an object such as \'{"fp8": {"bits": 8}}\''
         ) from error

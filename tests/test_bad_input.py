@@ -207,7 +207,7 @@ CASES = {
     "config.json is a list": (
         write("plain/config.json", "[]"),
         ("generate", "plain", "hi"),
-        "config.json holds list; expected an object",
+        "config.json has the top-level type list; expected an object",
     ),
     "config.json without model_type": (
         config(model_type=None),
@@ -238,7 +238,7 @@ CASES = {
     "a codec nobody provides": (
         config(quantization_config__codecs__fp8__type="fp3"),
         ENCODED,
-        "codec type 'fp3' is provided by no installed plugin; install the plugin",
+        "no installed plugin provides the checkpoint's codec type 'fp3'; install the plugin",
     ),
     "a missing scale": (
         lambda here: retensor(here / "encoded", lambda t: t.pop(f"{KEY}_scale")),
@@ -287,8 +287,8 @@ CASES = {
         lambda here: rewrite(here / f"encoded/{FILE_NAME}", stack={"nf3": {}}, plugins={"nf3": "someones-nf3==2.1"}),
         ENCODED,
         (
-            "made with the plugin nf3, not installed here; the checkpoint says that 'someones-nf3==2.1' provides it, "
-            "which runs as code"
+            "made with the plugin nf3, not installed here; according to the checkpoint, it is provided by "
+            "'someones-nf3==2.1', which runs as code"
         ),
     ),
     "an adapter whose save was cut off": (
@@ -323,9 +323,13 @@ CASES = {
     # recipes and data
     "no recipe": (None, ("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
     "a recipe that is no YAML": (write("recipe.yaml", "model: [\n"), TRAIN, "recipe.yaml is not valid YAML: .*line"),
-    "a recipe that is a list": (write("recipe.yaml", "- a\n"), TRAIN, "recipe.yaml holds list; expected a mapping"),
+    "a recipe that is a list": (
+        write("recipe.yaml", "- a\n"),
+        TRAIN,
+        "recipe.yaml has the top-level type list; expected a mapping",
+    ),
     "a recipe of bytes": (lambda here: (here / "recipe.yaml").write_bytes(b"\xff\x00"), TRAIN, "cannot be read"),
-    "a key twice": (write("recipe.yaml", "model: a\nmodel: b\n"), TRAIN, "the key 'model' stands there twice .*line 2"),
+    "a key twice": (write("recipe.yaml", "model: a\nmodel: b\n"), TRAIN, "the key 'model' is duplicated .*line 2"),
     "an unknown key": (recipe(modle="x"), TRAIN, "modle is not an option; did you mean 'model'"),
     "a section of another kind": (
         recipe(plugins=["fp8"]),

@@ -155,5 +155,5 @@ def test_an_adapter_over_a_codec_that_places_keeps_it(tiny_checkpoint, tmp_path)
     assert not spool.exists(), "no placement is taken from a checkpoint"
     assert any(isinstance(module, FrozenLinear) for module in again.modules())
     assert torch.equal(logits(again), expected)
-    with pytest.raises(ConfigError, match="plugin 'int8' is enabled twice: by the checkpoint and beside it"):
+    with pytest.raises(ConfigError, match="plugin 'int8' is enabled twice: by the checkpoint and in addition to it"):
         load_checkpoint(tmp_path / "adapter", Stack.from_dict({"int8": {}}))

@@ -203,6 +203,6 @@ def test_a_plugin_that_made_a_checkpoint_of_the_hub_is_named(hub, run, tiny_chec
     done = run("generate", "someone/encoded", "hi")
     assert done.returncode == 2
     assert (
-        "made with the plugin nf3, not installed here; the checkpoint says that 'someones-nf3==2.1' provides it"
-        in done.stderr
+        "made with the plugin nf3, not installed here; according to the checkpoint, it is provided by "
+        "'someones-nf3==2.1'" in done.stderr
     )

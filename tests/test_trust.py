@@ -159,8 +159,8 @@ def test_no_message_leads_to_a_distribution_of_a_file(here):
     with pytest.raises(PluginNotFoundError) as told:
         check_checkpoint(here / "encoded")
     assert (
-        "'evil --index-url https://evil' provides it, which runs as code: install it if you know it and trust it"
-        in str(told.value)
+        "it is provided by 'evil --index-url https://evil', which runs as code: install it only if you know it and "
+        "trust it" in str(told.value)
     )
     assert "pip install" not in str(told.value)
 
@@ -248,12 +248,12 @@ def test_no_pattern_takes_long(pattern):
 def test_patterns_have_bounds():
     codecs = {"quant_method": "arctic", "format": 1, "codecs": {"fp8": {"type": "fp8"}}}
     with pytest.raises(
-        CheckpointError, match=r"1 patterns of up to 1001 characters, 1001 together; expected at most 10000 of 1000"
+        CheckpointError, match=r"1 patterns of up to 1001 characters, 1001 in total; expected at most 10000 of 1000"
     ):
         ModuleCodecs.from_config({**codecs, "modules": {"*" * 1001: "fp8"}})
     with pytest.raises(CheckpointError, match="10001 patterns"):
         ModuleCodecs.from_config({**codecs, "modules": {f"*{index}": "fp8" for index in range(10_001)}})
-    with pytest.raises(CheckpointError, match="200400 together"):
+    with pytest.raises(CheckpointError, match="200400 in total"):
         ModuleCodecs.from_config({**codecs, "modules": {f"*{index:0>667}": "fp8" for index in range(300)}})
     many = ModuleCodecs.from_config({**codecs, "modules": {f"model.{index}": "fp8" for index in range(20_000)}})
     assert many.codec_of("model.19999") is not None
@@ -298,13 +298,13 @@ def test_patterns_mean_what_they_meant(pattern, name):
 @pytest.mark.parametrize("name", ["/etc/passwd", "../plain/config.json", "a/../../plain/config.json", "", "a\x00b"])
 def test_a_checkpoint_names_files_of_its_own(here, name):
     change(here / "encoded", FILE_NAME, files={name: {"bytes": 1, "xxh3_128": "0"}})
-    with pytest.raises(CheckpointError, match=r"arctic_plugins\.json names .*; expected a file of its own directory"):
+    with pytest.raises(CheckpointError, match=r"arctic_plugins\.json names .*; expected a file in its own directory"):
         check_files(here / "encoded")
     (here / "plain" / "model.safetensors").rename(here / "plain" / "part.safetensors")
     (here / "plain" / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": {"model.norm.weight": name}})
     )
-    with pytest.raises(CheckpointError, match=r"index\.json names .*; expected a file of its own directory"):
+    with pytest.raises(CheckpointError, match=r"index\.json names .*; expected a file in its own directory"):
         check_checkpoint(here / "plain")
 
 
@@ -363,7 +363,7 @@ def test_a_config_speaks_of_what_the_files_hold(here, key, value):
         lambda path: server_options(str(path)),
         lambda path: export_checkpoint(path, here / "out", "deepspeedfp"),
     ):
-        with soon(), pytest.raises(CheckpointError, match=f"has {key} .*; expected no more than its files hold"):
+        with soon(), pytest.raises(CheckpointError, match=f"has {key} .*; expected at most what its files contain"):
             use(here / "encoded")
 
 
@@ -375,7 +375,7 @@ def test_no_memory_is_taken_for_what_files_lack(here, keys):
     change_plain(here, **keys)
     with (
         soon(60),
-        pytest.raises(CheckpointError, match="describes a model of .* elements, and its files have .* bytes"),
+        pytest.raises(CheckpointError, match="describes a model of .* elements, but its files have .* bytes"),
     ):
         load_model(here / "plain")
 
@@ -395,7 +395,7 @@ def test_a_config_of_the_hub_has_bounds(here, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["\ud800", "a" * 300, "a/" * 3000])
 def test_odd_names_are_told_in_a_line(here, name):
     change(here / "encoded", FILE_NAME, files={name: {"bytes": 1, "xxh3_128": "0"}})
-    with pytest.raises(CheckpointError, match=r"expected a file of its own directory|is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"expected a file in its own directory|is not valid JSON"):
         check_files(here / "encoded")
     change(here / "adapter", ADAPTER, base_model_name_or_path=name)
     for use in (
@@ -476,7 +476,8 @@ def test_how_an_adapter_was_drawn_is_not_done_again(here):
         with (
             soon(),
             pytest.raises(
-                CheckpointError, match=r"init_lora_weights is 'pissa_niter_1000000000'; .*belongs on what was left"
+                CheckpointError,
+                match=r"init_lora_weights is 'pissa_niter_1000000000'; .*does not fit the original base model",
             ),
         ):
             use(here / "adapter")
@@ -497,7 +498,7 @@ def test_only_a_hub_id_is_one(name):
 def test_a_stack_has_bounds(here):
     stack = {"fp8": {"exclude": [f"*{index}" for index in range(20_000)]}}
     change(here / "adapter", FILE_NAME, stack=stack)
-    with soon(), pytest.raises(CheckpointError, match="the stack of .* takes .* characters; expected at most 100000"):
+    with soon(), pytest.raises(CheckpointError, match="the stack of .* has .* characters; expected at most 100000"):
         load_checkpoint(here / "adapter")
 
 
@@ -558,7 +559,7 @@ def change_plain(here, **values):
 )
 def test_a_recipe_that_is_odd_yaml_is_told_in_a_line(tmp_path, text):
     (tmp_path / "recipe.yaml").write_text(text)
-    with pytest.raises(ConfigError, match=r"recipe\.yaml (is not valid YAML|holds list)"):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml (is not valid YAML|has the top-level type list)"):
         read_yaml(tmp_path / "recipe.yaml")
 
 
@@ -608,7 +609,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(home, how, caplog, monkeyp
     assert fallback == home / "tmp" / f"arctic_plugins-{os.geteuid()}" / "kernels"
     assert "not used as a cache" in caplog.text
     fallback.parent.chmod(0o777)
-    with pytest.raises(UserError, match="there is no place for a cache: .*set XDG_CACHE_HOME"):
+    with pytest.raises(UserError, match="no directory can be used as a cache: .*set XDG_CACHE_HOME"):
         cache_directory("kernels")
 
 

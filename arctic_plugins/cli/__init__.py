@@ -1,6 +1,4 @@
-"""The ``arctic`` command. Its subcommands are entry points of the group ``arctic_plugins.commands``, loaded when they
-are needed.
-"""
+"""The ``arctic`` command. Its subcommands are entry points in ``arctic_plugins.commands``, loaded when needed."""
 
 from __future__ import annotations
 
@@ -26,7 +24,7 @@ def _commands() -> dict[str, EntryPoint]:
 
 
 class _Commands(click.Group):
-    """Lists entry points and imports one when its help or itself is asked for; one that is broken harms no other."""
+    """A group of entry points, each imported only to run it or show its help; a broken one affects no other."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_commands())
@@ -37,7 +35,7 @@ class _Commands(click.Group):
             return None
         try:
             command = point.load()
-        except Exception as error:  # an import can fail with anything, and it is all reported
+        except Exception as error:  # an import can raise anything, and all of it is reported
             owner = point.dist.name if point.dist else "an unknown distribution"
             return _broken(
                 cmd_name, f"command '{cmd_name}' of {owner} cannot be imported: {type(error).__name__}: {error}"
@@ -51,7 +49,8 @@ class _Commands(click.Group):
         if args and not args[0].startswith("-") and args[0] not in _commands():
             if args[0] in metadata("arctic-plugins").get_all("Provides-Extra", []):
                 raise click.UsageError(
-                    f"'{args[0]}' is not a command here, but an extra: pip install 'arctic-plugins[{args[0]}]'"
+                    f"'{args[0]}' is not a command but an extra that is not installed: pip install "
+                    f"'arctic-plugins[{args[0]}]'"
                 )
             raise click.UsageError(f"'{args[0]}' is not a command; {suggest(args[0], _commands())}")
         return super().resolve_command(ctx, args)
@@ -60,7 +59,7 @@ class _Commands(click.Group):
 def _broken(name: str, reason: str) -> click.Command:
     @click.command(name, short_help=f"(broken) {reason}", context_settings={"ignore_unknown_options": True})
     @click.argument("anything", nargs=-1)
-    def command(anything: tuple[str, ...]) -> None:  # noqa: ARG001 - any arguments lead to the same answer
+    def command(anything: tuple[str, ...]) -> None:  # noqa: ARG001 - any arguments lead to the same error
         raise ArcticError(reason, fix="repair or uninstall its distribution")
 
     return command
@@ -72,7 +71,7 @@ def _broken(name: str, reason: str) -> click.Command:
     "--traceback",
     is_flag=True,
     expose_value=False,
-    help="Show the whole traceback of an error (taken anywhere on the line).",
+    help="Show the full traceback of an error (accepted anywhere on the command line).",
 )
 @click.pass_context
 def arctic(context: click.Context) -> None:
@@ -89,15 +88,15 @@ def arctic(context: click.Context) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line. Exit status: 0 fine, 2 the user's input, 1 anything else, 130 interrupted; errors are one
-    line on stderr.
+    """Run the command line.
 
-    The arguments are by default those of the process, which then ends without finalizing the interpreter: with torch
-    imported that takes a second.
+    The exit status is 0 for success, 2 for an error in the user's input, 1 for any other error and 130 for an
+    interruption. Errors are one line on stderr. The arguments are by default those of the process, which then ends
+    without finalizing the interpreter: with torch imported, that takes a second.
     """
     arguments = sys.argv[1:] if args is None else args
     show_traceback = "--traceback" in arguments
-    arguments = [argument for argument in arguments if argument != "--traceback"]  # wherever it stands
+    arguments = [argument for argument in arguments if argument != "--traceback"]  # at any position
     try:
         status = arctic.main(
             arguments, prog_name="arctic", standalone_mode=False
@@ -112,7 +111,7 @@ def main(args: list[str] | None = None) -> None:
         status = _fail("interrupted", 130, show_traceback)
     except ArcticError as error:
         status = _fail(str(error), error.exit_status, show_traceback)
-    except BrokenPipeError:  # the reader of our output, `head` for instance, has gone
+    except BrokenPipeError:  # the reader of the output, for example `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
     except Exception as error:  # the last resort: one line, and how to see more

@@ -1,4 +1,4 @@
-"""``arctic doctor``: whether what is installed works here, and what to do where it does not."""
+"""``arctic doctor``: whether the installation works on this machine, and how to repair what does not."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ __all__ = ["doctor"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def doctor(context: click.Context, recipe: str | None, as_json: bool) -> None:
-    """Check Python, hosts, compilers, distributions and plugins, each plugin in a process of its own, and registration
-    with each host where its workers run, with what it patches there.
+    """Check Python, hosts, compilers, distributions and plugins.
 
-    With RECIPE, also say which plugins it enables and whether they make a stack. Exit status 1 if anything is broken.
+    Each plugin is loaded in a process of its own. Registration with each host is tested where the host's workers run,
+    and the patches made there are listed.
+
+    With RECIPE, also report which plugins it enables and whether they form a stack. The exit status is 1 if anything is
+    broken.
 
     \b
     Example:

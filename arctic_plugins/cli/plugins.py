@@ -1,4 +1,4 @@
-"""``arctic plugins``: what is installed, whether it works, and which options it takes."""
+"""``arctic plugins``: the installed plugins, whether they work, and which options they take."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["plugins"]
 def plugins(name: str | None, as_json: bool) -> None:
     """List the installed plugins: name, distribution, version, the slots they fill, and the cause if one is broken.
 
-    With NAME, the options of that plugin: what each means, its default and its type.
+    With NAME, show the options of that plugin: what each means, its default and its type.
 
     \b
     Example:
@@ -38,14 +38,14 @@ def plugins(name: str | None, as_json: bool) -> None:
         click.echo(json.dumps(rows, indent=2))
         return
     if not rows:
-        click.echo("no plugin is installed: pip install 'arctic-plugins[all]'")
+        click.echo("no plugins are installed: pip install 'arctic-plugins[all]'")
         return
     owners = [f"{row['distribution']} {row['version']}" for row in rows]
     widths = max(len(row["name"]) for row in rows), max(map(len, owners))
     for row, owner in zip(rows, owners, strict=True):
         status = f"broken: {row['error']}" if row["error"] else f"ok  {', '.join(row['slots'])}"
         click.echo(f"{row['name']:{widths[0]}}  {owner:{widths[1]}}  {status}".rstrip())
-    click.echo("\n'arctic plugins NAME' says which options a plugin takes.")
+    click.echo("\n'arctic plugins NAME' shows the options of a plugin.")
 
 
 def _installed() -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def _installed() -> list[dict[str, Any]]:
 
 
 def _described(plugin: type[Plugin]) -> dict[str, Any]:
-    """JSON types only. A required option has no default."""
+    """Describe a plugin with JSON types only. A required option has no default."""
     schema = plugin.config.model_json_schema(by_alias=False)
     options = [
         {
@@ -99,7 +99,7 @@ def _described(plugin: type[Plugin]) -> dict[str, Any]:
 
 
 def _mixins(plugin: type[Plugin]) -> list[str]:
-    """What it adds to a Trainer's class with the defaults of its options; nothing for one that has required options."""
+    """Return what a plugin with default options adds to a Trainer's class; nothing if an option is required."""
     if any(field.is_required() for field in plugin.config.model_fields.values()):
         return []
     return list(plugin.from_options({}).trainer_mixins)
@@ -109,7 +109,7 @@ _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusive
 
 
 def _kind(schema: dict[str, Any]) -> str:
-    """What a JSON schema lets through, in words: ``"max" or "mse"``, ``integer >= 1``."""
+    """Return what a JSON schema accepts, in words: ``"max" or "mse"``, ``integer >= 1``."""
     if "anyOf" in schema:
         return " or ".join(_kind(one) for one in schema["anyOf"])
     if "enum" in schema or "const" in schema:

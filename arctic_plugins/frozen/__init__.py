@@ -1,6 +1,4 @@
-"""Frozen base weights: encoded bytes (a codec's) somewhere (a placement's), in layers that train what is added to
-them.
-"""
+"""Frozen base weights: bytes that a codec encodes and a placement keeps, in layers that train only what is added."""
 
 from arctic_plugins.frozen.codec import Buffers, Codec, TensorSpec, codec_from_dict, codec_to_dict
 from arctic_plugins.frozen.dispatch import DispatchedTokens, ExpertsDispatch, LocalTokens, local_parameters

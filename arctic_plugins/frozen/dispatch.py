@@ -29,7 +29,7 @@ class DispatchedTokens(ABC):
 
     @abstractmethod
     def combine(self, rows_RK: Tensor) -> None:
-        """Start to return the experts' outputs to the processes that the rows came from."""
+        """Start returning the experts' outputs to the processes that the rows came from."""
 
     @abstractmethod
     def combined(self) -> Tensor:
@@ -53,11 +53,11 @@ class LocalTokens(DispatchedTokens):
 
 
 class ExpertsDispatch(ABC):
-    """Fills the slot ``experts_dispatch``. One object serves all mixtures of a model.
+    """How tokens reach experts in other processes; fills the slot ``experts_dispatch``.
 
-    ``size`` processes together hold one copy of the experts, from loading on. With more processes, several copies are
-    trained on different data. DDP does not synchronize the parameters of a process's own experts
-    (:func:`local_parameters`).
+    One object serves all mixtures of a model. From loading on, ``size`` processes together hold one copy of the
+    experts. With more processes, several copies are trained on different data. DDP does not synchronize the parameters
+    of a process's own experts (:func:`local_parameters`).
     """
 
     experts_implementation: ClassVar[str] = "eager"
@@ -79,14 +79,14 @@ class ExpertsDispatch(ABC):
 
     @abstractmethod
     def local(self, num_experts: int) -> slice:
-        """Which of ``num_experts`` experts this process holds.
+        """Return which of ``num_experts`` experts this process holds.
 
         Raises:
             UserError: the experts cannot be divided among the processes, or there is no process group.
         """
 
     def pieces(self, num_experts: int) -> list[int]:
-        """How this process's experts are divided into pieces: the number of experts in each.
+        """Return how this process's experts are divided into pieces: the number of experts in each.
 
         The rows of one piece travel while another is computed. All processes have the same pieces. The default is one.
         """
@@ -95,7 +95,7 @@ class ExpertsDispatch(ABC):
 
     @abstractmethod
     def dispatch(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[DispatchedTokens]:
-        """Start to send rows to the processes that hold their experts.
+        """Start sending rows to the processes that hold their experts.
 
         Collective: all processes call it the same number of times, in the same order. Gradients travel back the same
         way.
@@ -142,7 +142,7 @@ class ExpertsDispatch(ABC):
 
 
 def local_parameters(model: nn.Module) -> dict[str, tuple[nn.Parameter, ExpertsDispatch]]:
-    """Parameters of this process's own experts, by name, each with its dispatch.
+    """Return the parameters of this process's own experts, by name, each with its dispatch.
 
     They include what adapters add to the experts that they wrap.
     """

@@ -1,5 +1,6 @@
-"""The experts of a mixture over encoded bytes: any codec, any placement, here or in other processes; only experts with
-tokens are decoded.
+"""The experts of a mixture over encoded bytes, for any codec and placement, in this process or in others.
+
+Only experts with tokens are decoded.
 """
 
 from __future__ import annotations
@@ -18,33 +19,37 @@ from arctic_plugins.frozen.module import FrozenModule
 __all__ = ["FrozenExperts", "Mixture", "in_blocks", "mix_experts", "piece_sizes", "start_experts"]
 
 Product = Callable[[Tensor, Sequence[int]], Tensor]
-"""``(rows sorted by expert, rows of each expert) -> rows``."""
+"""``(rows sorted by expert, number of rows of each expert) -> rows``."""
 Piece = tuple[int, Product]
-"""Experts that are computed together: how many, and their product."""
+"""Experts that are computed together: their number, and their product."""
 Update = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
-"""What an adapter makes of a product: ``(product, rows, rows of each expert) -> product``. By leaf in
-:attr:`FrozenExperts.updates`.
+"""How an adapter changes a product: ``(product, rows, number of rows of each expert) -> product``. The key in
+:attr:`FrozenExperts.updates` is the leaf.
 """
 
 
 class Mixture:
-    """``y[m] = sum over t of weights[m, t] * down(act(up(x[m])))`` with the matrices of expert ``index[m, t]``, in
-    three steps.
+    """A mixture of experts, computed in three steps.
 
-    Building it starts what brings rows to their experts; :meth:`compute` multiplies and starts the way back;
-    :meth:`result` waits for it and sums. What is computed between the steps, forward and by autograd backward, overlaps
-    with the communication of a dispatch; so do pieces of the experts with each other's. Compilers leave all steps
-    alone: which expert gets how many tokens depends on data.
+    With the matrices of expert ``index[m, t]``, the result is
+    ``y[m] = sum over t of weights[m, t] * down(act(up(x[m])))``.
+
+    Creating the object starts sending rows to their experts. :meth:`compute` multiplies, and starts returning the
+    results. :meth:`result` waits for them and sums. Whatever is computed between the steps, in the forward pass and
+    (through autograd) in the backward pass, overlaps with the communication of a dispatch. Pieces of the experts also
+    overlap with each other's communication. Compilers skip all steps, because the number of tokens of each expert
+    depends on data.
 
     Args:
         x_MK: tokens.
-        index_MT: for each token the indices of its T experts; an index outside ``0 <= index < num_experts`` (an expert
-            of another process, a token that was dropped) adds nothing.
+        index_MT: for each token, the indices of its T experts; an index outside ``0 <= index < num_experts`` (an expert
+            of another process, or a token that was dropped) adds nothing.
         weights_MT: the routing weights.
         num_experts: E, in all processes together.
-        pieces: how many of this process's experts are computed together, and ``(rows sorted by expert, rows of each of
-            them) -> rows``: ``down(act(up(rows)))``. One piece unless the dispatch wants more.
-        dispatch: None when all experts are here.
+        pieces: for each piece, how many of this process's experts are computed together, and a function ``(rows sorted
+            by expert, number of rows of each of them) -> rows``: ``down(act(up(rows)))``. One piece unless the dispatch
+            wants more.
+        dispatch: None if all experts are in this process.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class Mixture:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def result(self) -> Tensor:
-        """``[M, K]`` in the dtype of ``x_MK``; sums are in the dtype of products with the weights."""
+        """Return ``[M, K]`` in the dtype of ``x_MK``. Sums are computed in the dtype of rows times routing weights."""
         returned = [tokens.combined() for tokens in self.dispatched]
         rows = returned[0] if len(returned) == 1 else torch.cat(returned)
         rows = rows * self.weights_MT.reshape(-1)[self.order].unsqueeze(-1)
@@ -88,31 +93,32 @@ class Mixture:
         return by_token.view(self.tokens, self.top, rows.shape[-1]).sum(1).to(self.dtype)
 
     def finish(self) -> Tensor:
-        """Both steps, for those who have nothing to compute in between."""
+        """Run both steps, for callers with nothing to compute in between."""
         self.compute()
         return self.result()
 
 
 def _places(sizes: Sequence[int], processes: int) -> Tensor:
-    """Expert -> its place when experts are sorted by piece, then by process; the last one is that of no expert."""
+    """Return expert -> its place when experts are sorted by piece, then by process; the last place is for no expert."""
     experts = torch.arange(sum(sizes) * processes).view(processes, -1)
     sequence = torch.cat([piece.reshape(-1) for piece in experts.split(list(sizes), 1)])
     return torch.cat([sequence.argsort(), torch.tensor([len(sequence)])])
 
 
 def mix_experts(x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, num_experts: int, products: Product) -> Tensor:
-    """All steps of a :class:`Mixture` in one piece, all of whose experts are here."""
+    """Run all steps of a :class:`Mixture` in one piece, with all experts in this process."""
     return Mixture(x_MK, index_MT, weights_MT, num_experts, [(num_experts, products)]).finish()
 
 
 BLOCK = 24 << 20
-"""Bytes. glibc's malloc takes anything of 32 MiB and more from the system anew (mallopt(3), M_MMAP_THRESHOLD), whose
-first use of every page costs as much as the arithmetic of activations."""
+"""Bytes. glibc's malloc requests anything of 32 MiB and more from the system anew (mallopt(3), M_MMAP_THRESHOLD). The
+first use of each of its pages costs as much as the arithmetic of activations."""
 
 
 def in_blocks(products: Product, rows_RK: Tensor, counts: Sequence[int], width: int) -> Tensor:
-    """``products(rows, counts)``, on CPU for a few experts at a time, so that an intermediate result of ``width``
-    columns has at most :data:`BLOCK` bytes, or the rows of one expert."""
+    """Return ``products(rows, counts)``, computed on CPU for a few experts at a time.
+
+    An intermediate result of ``width`` columns then has at most :data:`BLOCK` bytes, or the rows of one expert."""
     limit = BLOCK // (width * rows_RK.element_size())
     if rows_RK.device.type != "cpu" or len(rows_RK) <= limit:
         return products(rows_RK, counts)
@@ -134,16 +140,19 @@ def in_blocks(products: Product, rows_RK: Tensor, counts: Sequence[int], width: 
 
 
 def piece_sizes(experts: Any) -> list[int]:
-    """How many experts of a module with ``num_experts`` and perhaps a ``dispatch`` are computed together, piece after
-    piece.
+    """Return how many experts of a module are computed together, piece after piece.
+
+    The module has ``num_experts`` and perhaps a ``dispatch``.
     """
     dispatch: ExpertsDispatch | None = getattr(experts, "dispatch", None)
     return [experts.num_experts] if dispatch is None else dispatch.pieces(experts.num_experts)
 
 
 def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, pieces: Sequence[Piece]) -> Mixture:
-    """The :class:`Mixture` of a module ``experts`` with ``num_experts`` and perhaps a ``dispatch``: in autocast's
-    dtype, and while training with what the dispatch keeps."""
+    """Start the :class:`Mixture` of a module ``experts`` with ``num_experts`` and perhaps a ``dispatch``.
+
+    It computes in the autocast dtype under autocast. While training, it uses the routing that the dispatch returns
+    (:meth:`ExpertsDispatch.apply_capacity`)."""
     dispatch: ExpertsDispatch | None = getattr(experts, "dispatch", None)
     if torch.is_autocast_enabled(x_MK.device.type):
         x_MK = x_MK.to(torch.get_autocast_dtype(x_MK.device.type))
@@ -153,17 +162,18 @@ def start_experts(experts: Any, x_MK: Tensor, index_MT: Tensor, weights_MT: Tens
 
 
 class FrozenExperts(FrozenModule):
-    """Two encoded weights with one matrix per expert, called as transformers calls experts (``integrations/moe.py``,
-    5.19.0).
+    """Two encoded weights with one matrix per expert, called as transformers calls experts.
+
+    Read in transformers 5.19.0, ``integrations/moe.py``.
 
     Args:
         num_experts: E, in all processes together.
-        act: activation and gate between the two: ``[rows, 2I]`` of a gated MLP, ``[rows, I]`` otherwise, to ``[rows,
-            I]``.
+        act: activation and gate between the two: from ``[rows, 2I]`` for a gated MLP, otherwise ``[rows, I]``, to
+            ``[rows, I]``.
         up, down: names of the two weights, which the caller adds with :meth:`add_weight`: ``[E, 2I, K]`` or ``[E, I,
-            K]``, and ``[E, K, I]``, E being the experts of this process.
+            K]``, and ``[E, K, I]``, where E counts only the experts of this process.
         dtype: compute dtype.
-        dispatch: how rows come to experts of other processes; None when all are here.
+        dispatch: how rows reach experts in other processes; None if all are here.
     """
 
     def __init__(
@@ -180,16 +190,17 @@ class FrozenExperts(FrozenModule):
         self.num_experts, self.act, self.up, self.down, self.dispatch = num_experts, act, up, down, dispatch
         self.updates: dict[str, Update] = {}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # which expert gets how many tokens depends on data
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # how many tokens an expert gets depends on data
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; see
-        :class:`Mixture`.
+        """Map ``hidden_states [M, K]``, ``top_k_index [M, T]`` and ``top_k_weights [M, T]`` to ``[M, K]``.
+
+        See :class:`Mixture`.
         """
         return self.start(hidden_states, top_k_index, top_k_weights).finish()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
-        """The same in steps."""
+        """Start the same computation in steps."""
         sizes = piece_sizes(self)
         if any(weight.handle is not None for weight in self.frozen.values()):  # fetched once for all rows
             return start_experts(self, hidden_states, top_k_index, top_k_weights, [(sum(sizes), self._products)])
@@ -203,7 +214,7 @@ class FrozenExperts(FrozenModule):
         return in_blocks(self._products, rows, of_all, self.frozen[self.up].shape[1])
 
     def _products(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """``down(act(up(rows)))``, each row with its expert's matrices."""
+        """Return ``down(act(up(rows)))``, each row with its expert's matrices."""
         return self._adapted(self.act(self._adapted(rows, self.up, counts)), self.down, counts)
 
     def _adapted(self, rows: Tensor, leaf: str, counts: Sequence[int]) -> Tensor:

@@ -1,5 +1,6 @@
-"""Encoded weights in the formats of other libraries: exporters write them, for those who cannot install this one;
-converters read them.
+"""Encoded weights in the formats of other libraries.
+
+Exporters write them, for users who cannot install this library. Converters read them.
 """
 
 from __future__ import annotations
@@ -16,25 +17,28 @@ __all__ = ["Converter", "Exporter"]
 
 
 class Exporter(ABC):
-    """Subclass for each format, and register the class under the format's name with ``registry.exporter``."""
+    """A writer of another library's format.
+
+    Subclass it for each format, and register the class under the format's name with ``registry.exporter``.
+    """
 
     @abstractmethod
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
-        """What stands in ``config.json`` under ``quantization_config``.
+        """Return the value of ``quantization_config`` in ``config.json``. Called before weights are read.
 
         Args:
             codecs: name of every encoded module -> its codec.
             plain: names of the linear modules that are not encoded.
 
         Raises:
-            CodecError: the format cannot hold what one of the codecs encodes; names the module. Called before weights
-                are read.
+            CodecError: the format cannot hold what one of the codecs encodes; the message names the module.
         """
 
     @abstractmethod
     def tensors(self, codec: Codec, buffers: Buffers, shape: tuple[int, int]) -> dict[str, Tensor]:
-        """The tensors of a module with the weight ``shape`` (N, K): name after the module's own (``weight``,
-        ``weight_scale``) -> tensor.
+        """Return the tensors of a module whose weight has the shape ``shape`` (N, K).
+
+        The keys follow the module's name: ``weight``, ``weight_scale``.
 
         Raises:
             CodecError: the format cannot hold these values.
@@ -42,34 +46,37 @@ class Exporter(ABC):
 
 
 class Converter(ABC):
-    """Subclass for each format that ``arctic convert`` reads, and register the class under the format's name with
-    ``registry.converter``.
+    """A reader of another library's format.
 
-    ``arctic convert`` rewrites checkpoints with it, and vLLM reads them through it under the format's name.
+    Subclass it for each format, and register the class under the format's name with ``registry.converter``. ``arctic
+    convert`` rewrites checkpoints with it, and vLLM reads them through it under the format's name.
 
     Args:
-        config: ``quantization_config`` of the checkpoint's ``config.json``, or what one of :attr:`config_files` holds.
+        config: ``quantization_config`` of the checkpoint's ``config.json``, or the content of one of
+            :attr:`config_files`.
 
     Raises:
-        CheckpointError: that does not say what the format needs to know.
+        CheckpointError: the config lacks what the format needs.
     """
 
     config_files: ClassVar[tuple[str, ...]] = ()
-    """Names of files beside ``config.json`` that may say how a checkpoint is quantized when that does not."""
+    """Names of files next to ``config.json`` that may describe the quantization if ``config.json`` does not."""
 
     @abstractmethod
     def __init__(self, config: Mapping[str, Any]) -> None: ...
 
     @abstractmethod
     def codec(self, shape: tuple[int, ...]) -> Codec:
-        """The codec that a weight of ``shape`` becomes. Raises CodecError when none can hold it."""
+        """Return the codec of a weight of ``shape`` after conversion. Raises CodecError if no codec can hold it."""
 
     @abstractmethod
     def rows(self, weight: Tensor, in_features: int) -> int:
-        """N of the stored ``weight``, which has ``in_features`` inputs."""
+        """Return N of the stored ``weight``, which has ``in_features`` inputs."""
 
     @abstractmethod
     def buffers(self, weight: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """The buffers of :meth:`codec` for the stored ``weight``. Raises CodecError when it is not what the format
-        says.
+        """Return the buffers of :meth:`codec` for the stored ``weight``.
+
+        Raises:
+            CodecError: the weight is not what the format specifies.
         """

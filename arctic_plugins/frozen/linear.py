@@ -1,4 +1,4 @@
-"""A linear layer over encoded bytes: any codec, any placement; gradients flow through it, never into it."""
+"""A linear layer over encoded bytes, for any codec and placement; gradients flow through it, never into it."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _ABOUT |= {Tensor.dim, Tensor.element_size, Tensor.is_complex, Tensor.is_floatin
 
 
 class _Unread(Tensor):
-    """Has a shape, a dtype and a device, and no values."""
+    """A tensor with a shape, a dtype and a device, but no values."""
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in _ABOUT:
             raise ConfigError(
-                "an adapter reads the weight of a layer over encoded bytes",
-                expected="one that computes from what the layer gives",
-                fix="train another kind of adapter, or load the weights plain",
+                "the adapter reads the weight of a layer whose weight is encoded",
+                expected="an adapter that only uses the layer's output",
+                fix="train another kind of adapter, or load plain weights",
             )
         return super().__torch_function__(func, types, args, kwargs)
 
@@ -46,12 +46,12 @@ class FrozenLinear(FrozenModule, nn.Linear):
 
     Args:
         in_features, out_features: K and N.
-        bias: whether there is a bias, in ``dtype``.
+        bias: whether there is a bias; its dtype is ``dtype``.
         codec: how the weight is encoded.
         device: where to allocate; ``"meta"`` while a host is building the model.
-        dtype: compute dtype, of the bias.
+        dtype: compute dtype, and dtype of the bias.
         name: the module's dotted name, for errors and for the placement.
-        placement: where bytes go when they come; ``None`` keeps them resident.
+        placement: where the bytes go when they arrive; ``None`` keeps them resident.
         until_encoded: see :meth:`FrozenModule.add_weight`.
     """
 
@@ -86,8 +86,9 @@ class FrozenLinear(FrozenModule, nn.Linear):
         until_encoded: bool = False,
         **kwargs: Any,
     ) -> FrozenLinear:
-        """A layer of the shape, dtype and bias of ``linear``: empty, on ``device`` (default: that of ``linear``), or
-        still with its plain weight.
+        """Create a layer with the shape, dtype and bias of ``linear``.
+
+        It is empty, on ``device`` (by default that of ``linear``), or still has its plain weight if ``until_encoded``.
         """
         device, dtype = device or linear.weight.device, linear.weight.dtype
         plain = nn.Parameter(linear.weight, requires_grad=False) if until_encoded else None
@@ -108,7 +109,7 @@ class FrozenLinear(FrozenModule, nn.Linear):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """``(N, K)`` of the weight that the bytes encode."""
+        """``(N, K)`` of the encoded weight."""
         return self.out_features, self.in_features
 
     @property
@@ -118,11 +119,11 @@ class FrozenLinear(FrozenModule, nn.Linear):
 
     @property
     def handle(self) -> Handle | None:
-        """Owns the bytes when a placement has them."""
+        """Owner of the bytes, if a placement has them."""
         return self.frozen["weight"].handle
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An ordinary layer with the decoded weight."""
+        """Return an ordinary layer with the decoded weight."""
         dtype = dtype or self.compute_dtype
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta", dtype=dtype)
         linear.weight = nn.Parameter(self.decode(dtype), requires_grad=False)
@@ -131,8 +132,9 @@ class FrozenLinear(FrozenModule, nn.Linear):
 
     @contextmanager
     def as_plain(self, weight: Tensor, bias: nn.Parameter | None) -> Iterator[None]:
-        """While this lasts, these are the parameters, for whoever reads or changes them, and the layer computes
-        nothing. Its own stay as they are.
+        """Use ``weight`` and ``bias`` as the parameters while the context lasts, for code that reads or changes them.
+
+        The layer cannot compute meanwhile. Its own parameters stay as they are.
         """
         stock = self._parameters
         self._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
@@ -143,8 +145,9 @@ class FrozenLinear(FrozenModule, nn.Linear):
 
     @contextmanager
     def as_unread(self) -> Iterator[None]:
-        """While this lasts, ``weight`` has the shape and dtype of the decoded weight, and raises ConfigError where its
-        values are read.
+        """Give the layer a ``weight`` with the shape and dtype of the decoded weight while the context lasts.
+
+        Reading its values raises ConfigError.
         """
         if "weight" in self.__dict__:
             yield

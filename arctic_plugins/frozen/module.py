@@ -1,6 +1,4 @@
-"""What layers over encoded weights have in common: bytes that are parameters or somewhere else, and products that never
-save them.
-"""
+"""Base of layers over encoded weights: their bytes are parameters or elsewhere, and products never save them."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ _versions = count(1)
 
 @dataclass(eq=False)
 class FrozenWeight:
-    """One encoded weight of a module, without its bytes."""
+    """An encoded weight of a module, without its bytes."""
 
     shape: tuple[int, ...]
     """``(N, K)``, or ``(E, N, K)`` for one matrix per expert."""
@@ -33,27 +31,27 @@ class FrozenWeight:
     name: str
     """The parameter's dotted name in the model, for errors and for the placement."""
     placement: Placement | None = None
-    """Where bytes go when they come; None keeps them resident."""
+    """Where the bytes go when they arrive; None keeps them resident."""
     handle: Handle | None = None
-    """Owns the bytes once a placement has taken them."""
+    """Owner of the bytes, once a placement has taken them."""
     version: int = 0
-    """Another number for other bytes, so that a backward pass over bytes other than the forward's is noticed."""
+    """Changes with the bytes, so that a backward pass over other bytes than the forward pass is detected."""
     parameters: dict[str, str] | None = None
-    """Suffix -> name of the module's parameter with that buffer; None until there are bytes."""
+    """Suffix -> name of the module's parameter that holds this buffer; None until there are bytes."""
 
 
 class FrozenModule(nn.Module):
     """A module with encoded weights, each under the name (``leaf``) that the plain weight would have.
 
     Resident bytes are parameters named leaf + suffix, which never require gradients and keep their dtype under
-    ``.to(dtype)``. With a placement, its :class:`Handle` owns the bytes and the parameter ``leaf`` is an empty one of
+    ``.to(dtype)``. With a placement, its :class:`Handle` owns the bytes, and the parameter ``leaf`` is empty and has
     the compute dtype. Subclasses call :meth:`add_weight`.
     """
 
     compute_dtype: torch.dtype
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
-        nn.Module.__init__(self)  # nn.Linear's own, further up, would allocate the weight that is never there
+        nn.Module.__init__(self)  # that of nn.Linear, later in the MRO, would allocate a weight that is never used
         self.compute_dtype = dtype or torch.get_default_dtype()
         self.frozen: dict[str, FrozenWeight] = {}
 
@@ -69,10 +67,10 @@ class FrozenModule(nn.Module):
 
         Args:
             leaf: its name in this module.
-            weight: what it is.
+            weight: its description.
             device: where to allocate its empty buffers; ``"meta"`` while a host is building the model.
-            until_encoded: instead of buffers, the plain parameter that :meth:`encode` will replace. Hosts cast what
-                they load to its dtype.
+            until_encoded: the plain parameter to use instead of buffers until :meth:`encode` replaces it. Hosts cast
+                what they load to its dtype.
 
         Raises:
             CodecError: the codec does not encode weights of this shape.
@@ -89,7 +87,7 @@ class FrozenModule(nn.Module):
 
     @property
     def weight_device(self) -> torch.device:
-        """Where the bytes are, or the placement brings them."""
+        """Where the bytes are, or where the placement brings them."""
         return next(parameter.device for parameter in self._parameters.values() if parameter is not None)
 
     @contextmanager
@@ -103,36 +101,36 @@ class FrozenModule(nn.Module):
                 yield buffers
 
     def export(self, leaf: str = "weight") -> dict[str, Tensor]:
-        """Suffix -> whole encoded buffer, wherever it is, for saving."""
+        """Return suffix -> whole encoded buffer, wherever it is, for saving."""
         weight = self.frozen[leaf]
         if weight.handle is not None:
             return weight.handle.export()
         return {suffix: buffer.detach() for suffix, buffer in self._resident(weight).items()}
 
     def decode(self, dtype: torch.dtype = torch.float32, leaf: str = "weight") -> Tensor:
-        """The weight in newly allocated memory."""
+        """Return the weight in newly allocated memory."""
         with self.lease(leaf) as buffers:
             return self.frozen[leaf].codec.decode(buffers, self.frozen[leaf].shape, dtype)
 
     def encode(self, plain: Tensor, leaf: str = "weight") -> None:
-        """Replace the bytes by the encoding of ``plain``.
+        """Replace the bytes with the encoding of ``plain``.
 
         Raises:
-            CodecError: wrong shape, NaN or Inf; names the tensor.
+            CodecError: wrong shape, NaN or Inf; the message names the tensor.
         """
         weight = self.frozen[leaf]
         if tuple(plain.shape) != weight.shape:
             raise CodecError(
                 f"{weight.name} has shape {tuple(plain.shape)}",
                 expected=f"{weight.shape}",
-                fix="the weights do not fit the model",
+                fix="the weights do not match the model",
             )
         with named(weight.name, CodecError):
             buffers = weight.codec.encode(plain)
         self.hold(buffers, leaf)
 
     def hold(self, buffers: Buffers, leaf: str = "weight") -> None:
-        """Take encoded ``buffers`` over: as parameters, or into the placement.
+        """Take over encoded ``buffers``, as parameters or into the placement.
 
         Raises:
             CheckpointError: they are not what the codec makes of a weight of this shape.
@@ -152,12 +150,12 @@ class FrozenModule(nn.Module):
             )
 
     def multiply(self, x_MK: Tensor, leaf: str = "weight", counts: Sequence[int] | None = None) -> Tensor:
-        """``x_MK @ decode(bytes).T``, in the dtype of ``x_MK``; gradients flow through it, never into the bytes.
+        """Return ``x_MK @ decode(bytes).T``, in the dtype of ``x_MK``. Gradients flow through it, never into the bytes.
 
         Args:
             x_MK: ``[..., K]``; for a weight of experts ``[M, K]``, sorted by expert.
             leaf: which weight.
-            counts: for a weight of experts, how many of the rows each has; only those of experts with rows are decoded.
+            counts: for a weight of experts, the number of rows of each; only experts with rows are decoded.
         """
         if (
             torch.is_grad_enabled()
@@ -168,11 +166,11 @@ class FrozenModule(nn.Module):
             return y_MN
         return self._product(
             x_MK, leaf, counts
-        )  # also while compiling: compilers see the codec's operator, and its gradient
+        )  # also while compiling, so that compilers see the codec's operator and its gradient
 
     def _product(self, x_MK: Tensor, leaf: str, counts: Sequence[int] | None) -> Tensor:
         weight = self.frozen[leaf]
-        if counts is None and weight.handle is None:  # the path of every token that is generated: as short as can be
+        if counts is None and weight.handle is None:  # the path of every generated token: as short as possible
             return weight.codec.linear(x_MK, self._resident(weight), weight.shape)  # type: ignore[arg-type]
         with self.lease(leaf) as buffers:
             if counts is None:
@@ -196,8 +194,9 @@ class FrozenModule(nn.Module):
             self.register_parameter(f"{leaf}{suffix}", nn.Parameter(buffer, requires_grad=False))
 
     def encoded(self) -> list[nn.Parameter]:
-        """The parameters that hold encoded buffers: none of a weight that a placement has, or that is not encoded
-        yet.
+        """Return the parameters that hold encoded buffers.
+
+        A weight that a placement has, or that is not encoded yet, has none.
         """
         resident = [
             weight for weight in self.frozen.values() if weight.handle is None and weight.parameters is not None
@@ -205,7 +204,7 @@ class FrozenModule(nn.Module):
         return [parameter for weight in resident for parameter in self._resident(weight).values()]  # type: ignore[misc]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """``.to(device)`` moves the encoded buffers; ``.to(dtype)`` leaves them exactly as they are."""
+        """Move the encoded buffers in ``.to(device)``; leave them exactly as they are in ``.to(dtype)``."""
         encoded = {id(parameter) for parameter in self.encoded()}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -216,11 +215,11 @@ class FrozenModule(nn.Module):
         return self
 
     def reset_parameters(self) -> None:
-        """Nothing: there is no weight to draw at random (hosts call this for layers they think uninitialised)."""
+        """Do nothing: there is no weight to initialize (hosts call this for layers that they think uninitialized)."""
 
 
 class _FrozenMatmul(torch.autograd.Function):
-    """Saves neither decoded nor fetched weights: backward leases and decodes again."""
+    """A product that saves neither decoded nor fetched weights: backward leases and decodes again."""
 
     @staticmethod
     def forward(ctx: Any, x_MK: Tensor, module: FrozenModule, leaf: str, counts: Sequence[int] | None) -> Tensor:

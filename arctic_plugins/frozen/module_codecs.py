@@ -1,4 +1,4 @@
-"""Which module of a checkpoint has which codec: ``quantization_config`` in ``config.json``, for every host."""
+"""Which codec each module of a checkpoint has: ``quantization_config`` in ``config.json``, for every host."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ METHOD = "arctic"
 """The ``quant_method`` of every checkpoint that this project encodes."""
 
 MOST_PATTERNS, LONGEST_PATTERN, MOST_CHARACTERS = 10_000, 1_000, 200_000
-"""What a checkpoint may ask to be matched: more than any that this project writes."""
+"""Limits on the patterns in a checkpoint, above what this project writes."""
 
 _KEYS = frozenset({"quant_method", "format", "codecs", "modules"})
 
 
 class ModuleCodecs:
-    """``{quant_method: arctic, format: 1, codecs: {id: {type: fp8, ...}}, modules: {pattern: id}}``, checked.
+    """The codecs of a checkpoint's modules, checked.
+
+    In a config: ``{quant_method: arctic, format: 1, codecs: {id: {type: fp8, ...}}, modules: {pattern: id}}``.
 
     Args:
         codecs: id -> codec.
-        modules: pattern of dotted names (``*`` within a component) -> id. No two patterns match one module.
+        modules: pattern of dotted names (``*`` within a component) -> id. No two patterns match the same module.
     """
 
     def __init__(self, codecs: Mapping[str, Codec], modules: Mapping[str, str]) -> None:
@@ -64,23 +66,24 @@ class ModuleCodecs:
             longest = max(map(len, patterns))
             raise CheckpointError(
                 f"quantization_config.modules has {len(patterns)} patterns of up to {longest} characters, "
-                f"{characters} together",
-                expected=f"at most {MOST_PATTERNS} of {LONGEST_PATTERN}, {MOST_CHARACTERS} together",
-                fix="make the checkpoint again",
+                f"{characters} in total",
+                expected=f"at most {MOST_PATTERNS} of {LONGEST_PATTERN}, {MOST_CHARACTERS} in total",
+                fix="create the checkpoint again",
             )
         built = {name: codec_from_dict(codec) for name, codec in codecs.items()}
         if missing := sorted(set(modules.values()) - codecs.keys()):
             raise CheckpointError(
                 f"quantization_config.modules names the codecs {missing}",
                 expected=f"one of {sorted(codecs)}",
-                fix="make the checkpoint again",
+                fix="create the checkpoint again",
             )
         return cls(built, modules)
 
     @classmethod
     def from_owners(cls, owners: Mapping[str, Codec], modules: Iterable[str]) -> ModuleCodecs:
-        """Write module name -> codec with as few patterns as say the same about all ``modules`` (every linear module's
-        name).
+        """Build it from module name -> codec, with as few patterns as possible.
+
+        The patterns give each of ``modules`` (the names of all linear modules) the same codec as before.
         """
         ids: dict[Codec, str] = {}
         for codec in owners.values():
@@ -91,12 +94,12 @@ class ModuleCodecs:
         return cls({name: codec for codec, name in ids.items()}, compress_names(named, modules))
 
     def to_config(self) -> dict[str, Any]:
-        """What :meth:`from_config` reads; JSON types only."""
+        """Return what :meth:`from_config` reads; JSON types only."""
         codecs = {name: codec_to_dict(codec) for name, codec in self.codecs.items()}
         return {"quant_method": METHOD, "format": FORMAT, "codecs": codecs, "modules": dict(self.modules)}
 
     def codec_of(self, module: str) -> Codec | None:
-        """The codec of the module of that dotted name, or None when it is not encoded."""
+        """Return the codec of the module with this dotted name, or None if it is not encoded."""
         matching = (name for pattern, name in self._patterns.items() if matches(pattern, module))
         named = self.modules[module] if module in self.modules else next(matching, None)
         return None if named is None else self.codecs[named]
@@ -104,5 +107,5 @@ class ModuleCodecs:
 
 def _malformed(key: str, found: Any, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"quantization_config.{key} is {found!r}", expected=expected, fix="make the checkpoint again"
+        f"quantization_config.{key} is {found!r}", expected=expected, fix="create the checkpoint again"
     )

@@ -1,4 +1,4 @@
-"""Placements: where encoded bytes live when not with their module, and how they are borrowed for one computation.
+"""Placements: where encoded bytes are kept outside their module, and how they are borrowed for one computation.
 
 A frozen weight that no placement takes is *resident*: its bytes are the module's own parameters, and nothing here is
 involved.
@@ -24,71 +24,72 @@ Fetched = TypeVar("Fetched")
 
 
 class Handle(ABC):
-    """One weight's encoded bytes, wherever they are. Immutable: a changed weight gets a new handle."""
+    """The encoded bytes of one weight, wherever they are. Immutable: a changed weight gets a new handle."""
 
     collective: bool = False
-    """Whether the bytes are spread over processes: then all of them must lease, and export, the same weights in the
+    """Whether the bytes are spread over processes. All processes must then lease, and export, the same weights in the
     same order.
     """
 
     @abstractmethod
     def lease(self, device: torch.device) -> AbstractContextManager[Buffers]:
-        """Borrow the buffers on ``device``, where they are computed with. Leases nest; what they give must not be kept
-        after they end.
+        """Borrow the buffers on ``device``, where they are used.
+
+        Leases can be nested. The buffers must not be kept after the lease ends.
         """
 
     @abstractmethod
     def export(self) -> dict[str, Tensor]:
-        """The whole buffers, for saving."""
+        """Return the whole buffers, for saving."""
 
     def __deepcopy__(self, memo: dict[int, object]) -> Handle:
         return self  # a copy of the module borrows the same bytes
 
 
 class Placement(ABC):
-    """Takes encoded buffers in, one weight at a time, while a model is loading. One object serves a whole model.
+    """A place for encoded buffers, which takes them one weight at a time while a model is loading.
 
-    Placements are chained in the order of the stack: what an outer one keeps (a process's part of a weight) the next
-    one may put elsewhere.
+    One object serves a whole model. Placements are chained in the order of the stack: what an outer one keeps (a
+    process's part of a weight), the next one may put elsewhere.
     """
 
     collective: bool = False
-    """Whether it spreads a weight over processes: not for weights that differ between them, those of experts that are
-    dispatched.
+    """Whether it spreads a weight over processes. It then cannot take weights that differ between processes, which are
+    those of dispatched experts.
     """
 
     def __deepcopy__(self, memo: dict[int, object]) -> Placement:
         return self  # one object serves every copy of a model and of its config
 
     def plan(self, nbytes: Mapping[str, int]) -> dict[str, int]:
-        """Called once, before anything is read: choose which weights to take.
+        """Choose which weights to take. Called once, before anything is read.
 
         Args:
             nbytes: name in the claim -> encoded bytes of every weight for which this placement was claimed, in the
-                order of the model; in this process, after what comes before it in a chain.
+                order of the model. The bytes are those in this process, as left by the previous placements of a chain.
 
         Returns:
-            Name -> bytes that stay on the compute device, of those that it takes. The default takes all, and leaves
-                nothing there.
+            For the weights that it takes, name -> bytes that stay on the compute device. The default takes all weights
+                and leaves nothing there.
 
         Raises:
-            UserError: what is asked for is impossible, or there is no room.
+            UserError: the request is impossible, or there is not enough room.
         """
         return dict.fromkeys(nbytes, 0)
 
     @abstractmethod
     def hold(self, name: str, buffers: Buffers, inner: Placement | None = None) -> Handle:
-        """Take ``buffers`` of the weight called ``name`` (the parameter's dotted name) over.
+        """Take over the ``buffers`` of the weight called ``name``.
 
         Args:
             name: the parameter's dotted name.
             buffers: freed when the caller lets go of them, unless the placement keeps them.
-            inner: the next placement of a chain, to which goes what this one would keep; one that keeps nothing here
-                raises ClaimError.
+            inner: the next placement of a chain, which receives what this one would keep. A placement that keeps
+                nothing in this process raises ClaimError.
         """
 
     def describe(self) -> str:
-        """Where the bytes are, for people: ``disk``."""
+        """Return where the bytes are, for users, such as ``disk``."""
         return type(self).__name__.lower()
 
 
@@ -98,7 +99,7 @@ class _Chain(Placement):
 
     def hold(self, name: str, buffers: Buffers, inner: Placement | None = None) -> Handle:
         if inner is not None:
-            raise ClaimError("a chain of placements has no further one")
+            raise ClaimError("a chain of placements cannot be followed by another placement")
         return self.outer.hold(name, buffers, self.inner)
 
     def describe(self) -> str:
@@ -106,7 +107,7 @@ class _Chain(Placement):
 
 
 def chain(placements: Sequence[Placement]) -> Placement:
-    """One placement that hands bytes through ``placements``, which are not empty, in their order."""
+    """Return one placement that passes bytes through ``placements`` (at least one), in their order."""
     *outer, last = placements
     for placement in reversed(outer):
         last = _Chain(placement, last)
@@ -114,10 +115,10 @@ def chain(placements: Sequence[Placement]) -> Placement:
 
 
 class LeaseOrder:
-    """Learns in which order weights are leased, and says which come next.
+    """A record of the order in which weights are leased, which predicts what comes next.
 
-    A successor is remembered for every two leases in a row, so that the way back through a model (backward, or a
-    checkpointed layer computed again) is told from the way there.
+    A successor is remembered for every two consecutive leases. This distinguishes the way back through a model
+    (backward, or a checkpointed layer that is computed again) from the way there.
     """
 
     def __init__(self) -> None:
@@ -125,13 +126,14 @@ class LeaseOrder:
         self._last = ("", "")
 
     def leased(self, name: str) -> None:
-        """Record that ``name`` is leased now."""
+        """Record that ``name`` is being leased."""
         self._next[self._last] = name
         self._last = (self._last[1], name)
 
     def upcoming(self, count: int) -> list[str]:
-        """At most ``count`` names that were leased next when the last two leases were as they are now, without the one
-        leased last.
+        """Return at most ``count`` names that came next when the last two leases were the same as now.
+
+        The weight leased last is not among them.
         """
         at = self._last
         found: list[str] = []
@@ -144,38 +146,38 @@ class LeaseOrder:
 
 
 class FetchedHandle(Handle, Generic[Fetched]):
-    """One weight that is brought when it is leased, or ahead of that: leases are counted, and all that overlap share
-    what was brought.
+    """A weight that is fetched when it is leased, or ahead of that.
 
-    Subclasses say how it comes (:meth:`fetch`), how it is used (:meth:`buffers`), and what becomes of it
-    (:meth:`release`, :meth:`drop`).
+    Leases are counted, and all overlapping ones share what was fetched. Subclasses define how the weight is fetched
+    (:meth:`fetch`), how it is used (:meth:`buffers`), and what becomes of it (:meth:`release`, :meth:`drop`).
 
     Args:
         name: the parameter's dotted name.
-        prefetch: of the placement, which has to be told of the handle with :meth:`Prefetch.add`.
+        prefetch: that of the placement, which must add the handle to it with :meth:`Prefetch.add`.
     """
 
     def __init__(self, name: str, prefetch: Prefetch) -> None:
         self.name, self.prefetch = name, prefetch
         self.leases = 0
-        """How many there are now."""
+        """Number of current leases."""
         self._fetched: Any = None
 
     @abstractmethod
     def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> Fetched:
-        """Start to bring the bytes to ``device``. ``at`` is leased now: this weight itself, or another one, ahead of
-        which it is brought. Must not wait.
+        """Start fetching the bytes to ``device``, without waiting.
+
+        ``at`` is the weight that is being leased: this one, or another one ahead of which this one is fetched.
         """
 
     @abstractmethod
     def buffers(self, fetched: Fetched, device: torch.device) -> Buffers:
-        """Wait for what :meth:`fetch` has started, and give the buffers. Called for every lease."""
+        """Wait for what :meth:`fetch` has started, and return the buffers. Called for every lease."""
 
     def release(self, fetched: Fetched) -> None:
-        """The last lease has ended; or it failed, as :meth:`buffers` raised an error."""
+        """Let go of ``fetched``: the last lease has ended, or has failed because :meth:`buffers` raised an error."""
 
     def drop(self, fetched: Fetched) -> None:
-        """It was brought ahead of time, and something else was leased. By default it is released."""
+        """Let go of ``fetched``: it was fetched ahead, but another weight was leased. The default releases it."""
         self.release(fetched)
 
     @contextmanager
@@ -197,7 +199,7 @@ class FetchedHandle(Handle, Generic[Fetched]):
 
 
 class Prefetch:
-    """What a placement brings ahead of use: the next ``ahead`` weights in the order that it saw before."""
+    """The weights that a placement fetches ahead of use: the next ``ahead`` ones, in the order of the last time."""
 
     def __init__(self, ahead: int) -> None:
         self.ahead = ahead
@@ -205,16 +207,18 @@ class Prefetch:
         """Held while leases begin and end, and fetches start."""
         self.order = LeaseOrder()
         self.pending: dict[FetchedHandle[Any], Any] = {}
-        """Brought ahead of time, or on the way -> what :meth:`FetchedHandle.fetch` gave."""
+        """Weight that was fetched ahead, or is on its way -> the result of :meth:`FetchedHandle.fetch`."""
         self._weights: dict[str, FetchedHandle[Any]] = {}
 
     def add(self, weight: FetchedHandle[Any]) -> None:
-        """Take ``weight`` for the one of its name, in place of an earlier one."""
+        """Use ``weight`` under its name, in place of an earlier one."""
         self._weights[weight.name] = weight
 
     def take(self, weight: FetchedHandle[Fetched], device: torch.device) -> Fetched:
-        """What was brought of ``weight``, which is leased now, or is on the way. Starts to bring what was leased next
-        the last time, and drops what was brought and is not among that. The caller holds the lock.
+        """Return the result of fetching ``weight``, which is being leased. The caller holds the lock.
+
+        Also start fetching the weights that were leased next the last time, and drop those that were fetched ahead but
+        are not among them.
         """
         self.order.leased(weight.name)
         fetched: Fetched = self.pending.pop(weight) if weight in self.pending else weight.fetch(device, weight)

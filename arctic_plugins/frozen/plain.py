@@ -1,4 +1,4 @@
-"""The codec that changes nothing: a weight that no codec encodes, for placements to move."""
+"""The codec that changes nothing: for weights that no codec encodes and that placements move."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def _widening_linear() -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class PlainCodec(Codec):
-    """The weight as it is, in ``dtype`` (a torch dtype's name). Only in memory: checkpoints hold such a weight under
-    its own name and shape.
+    """The weight as it is, in ``dtype`` (the name of a torch dtype).
+
+    It exists only in memory: checkpoints contain such a weight under its own name and in its own shape.
     """
 
     type: ClassVar[str] = "plain"
@@ -33,7 +34,7 @@ class PlainCodec(Codec):
 
     def __post_init__(self) -> None:
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise CodecError(f"dtype is {self.dtype!r}", expected="a torch dtype's name")
+            raise CodecError(f"dtype is {self.dtype!r}", expected="the name of a torch dtype")
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Memory to decode into. Decoding into fresh memory costs more in page faults than in arithmetic, so it is reused."""
+"""Memory to decode into. It is reused, because with fresh memory page faults cost more than the arithmetic."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _scratch = _Scratch()
 
 
 def take_scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """A tensor of ``shape`` that the caller may overwrite, and must be done with when the next one is taken in this
-    thread.
+    """Return a tensor of ``shape`` to overwrite. It is valid until the next call in this thread.
 
-    There is one buffer per (device, stream, dtype), as large as the largest that was asked for. None while a compiler
-    traces: it plans memory itself.
+    There is one buffer per (device, stream, dtype), as large as the largest request so far. Return None while a
+    compiler traces, because compilers plan memory themselves.
     """
     if torch.compiler.is_compiling():
         return None

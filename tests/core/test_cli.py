@@ -80,7 +80,7 @@ def test_a_command_of_an_extra_says_what_to_install(here, monkeypatch):
     assert here("demo", "--out", "anywhere") == (
         2,
         "",
-        "arctic: 'demo' is not a command here, but an extra: pip install 'arctic-plugins[demo]'\n",
+        "arctic: 'demo' is not a command but an extra that is not installed: pip install 'arctic-plugins[demo]'\n",
     )
 
 

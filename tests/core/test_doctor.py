@@ -58,7 +58,7 @@ WAYS = {
     "ends the process": ("import os; os._exit(3)", "its process ended with exit status 3"),
     "crashes": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "its process ended with signal 11"),
     "is no plugin": ("plugin = 3", "is not a plugin"),
-    "has another name": (broken("", name="even"), "calls itself 'even'"),
+    "has another name": (broken("", name="even"), "has the name 'even'"),
     "knows a hook that is none": (broken("    @hookimpl\n    def clam(self): ...\n"), "unknown hook"),
     "fails in diagnose": (
         broken("    @classmethod\n    @hookimpl\n    def diagnose(cls): return 1 / 0\n"),
@@ -151,7 +151,7 @@ def test_a_recipe_says_what_is_enabled(doctor, tmp_path):
     findings = doctor(recipe=recipe, keep=("recipe", "plugin fp8", "plugin lora"))
     assert about(findings, "plugin fp8")[0].text.endswith("(enabled)")
     assert about(findings, "plugin lora")[0].text.endswith("(not enabled)")
-    assert about(findings, "recipe")[0].text == "its stack resolves, in this order: fp8"
+    assert about(findings, "recipe")[0].text == "the stack resolves, in this order: fp8"
     for text, message in (
         ("plugins: {nf3: {}}", "enabled, but not installed"),
         ("plugins: {fp8: {bits: 3}}", "plugins.fp8.bits is 3"),

@@ -148,7 +148,7 @@ def test_a_host_that_is_not_installed_says_how_to_get_it(install_plugin):
     [
         ("import a_module_that_is_not_there", "cannot be imported: ModuleNotFoundError"),
         ("plugin = 3", "is 3, not an arctic_plugins.host.Host"),
-        (THIRD.replace('name="third"', 'name="fourth"'), "calls itself 'fourth'"),
+        (THIRD.replace('name="third"', 'name="fourth"'), "has the name 'fourth'"),
     ],
 )
 def test_a_broken_description_is_told_where_it_is_needed(install_plugin, monkeypatch, source, message):
@@ -165,7 +165,7 @@ def test_a_broken_description_is_told_where_it_is_needed(install_plugin, monkeyp
 def test_two_descriptions_of_one_host(install_plugin):
     for number in (1, 2):
         install_plugin("third", THIRD, distribution=f"third-{number}", module=f"third_{number}", group=GROUP)
-    with pytest.raises(PluginError, match="host 'third' is described by third-1 and third-2; expected one"):
+    with pytest.raises(PluginError, match="host 'third' is described by third-1 and third-2; expected only one"):
         check_hosts((), "third")
 
 

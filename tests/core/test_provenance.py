@@ -26,7 +26,7 @@ def test_what_is_written_is_read_back(tmp_path):
     [
         (None, "has no arctic_plugins.json"),
         ("{", "is not valid JSON"),
-        ("[]", "holds list; expected an object"),
+        ("[]", "has the top-level type list; expected an object"),
         (json.dumps({"format": 99}), "has format 99; expected at most 1; upgrade"),
         (json.dumps({"format": 1}), "has stack None; expected an object"),
     ],

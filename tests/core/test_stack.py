@@ -70,7 +70,7 @@ def test_broken_plugin_fails_only_when_enabled(install_plugin):
     ("source", "message"),
     [
         ("plugin = 3", "is not a plugin"),
-        (minimal("other"), "calls itself 'other'"),
+        (minimal("other"), "has the name 'other'"),
         (minimal("odd", "slots = frozenset({'weight_codecs'})"), "unknown slots .*did you mean 'weight_codec'"),
         (minimal("odd", "config = dict"), "is not a subclass of arctic_plugins.PluginConfig"),
         (
@@ -97,7 +97,8 @@ def test_options_of_pluggy_that_would_be_ignored_are_refused(install_plugin, opt
         "odd", f"from arctic_plugins import Plugin, hookimpl\nclass plugin(Plugin):\n    name = 'odd'\n{hook}"
     )
     with pytest.raises(
-        PluginLoadError, match=f"marks hf_training_arguments with {option}, which is not honoured; 'before' and 'after'"
+        PluginLoadError,
+        match=f"marks hf_training_arguments with {option}, which is not supported; set 'before' and 'after'",
     ):
         Stack.from_dict({"odd": {}})
 

@@ -183,7 +183,7 @@ KEY = "model.layers.0.mlp.up_proj.weight"
         (
             {"config": {"codecs": {"fp8": {"type": "fp3"}}}},
             PluginNotFoundError,
-            "codec type 'fp3' is provided by no installed plugin",
+            "no installed plugin provides the checkpoint's codec type 'fp3'",
         ),
         ({"config": {"codecs": {"fp8": {"type": "fp8", "bits": 5}}}}, CheckpointError, "is not valid"),
         ({"config": {"codecs": {}}}, CheckpointError, "names the codecs \\['fp8'\\]"),
@@ -308,7 +308,7 @@ def test_the_tokenizer_saved_with_an_adapter_stays_with_it(adapter, tmp_path):
     (directory / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
     with pytest.raises(
         CheckpointError,
-        match="chat_template.jinja has .* bytes.*if the change is yours, delete the entry 'chat_template.jinja'",
+        match="chat_template.jinja has .* bytes.*if you made the change, delete the entry 'chat_template.jinja'",
     ):
         load_checkpoint(directory)
     record = json.loads((directory / "arctic_plugins.json").read_text())
@@ -362,7 +362,7 @@ def test_a_codec_that_takes_nothing_is_told(tiny_checkpoint, tmp_path):
     load_model(tmp_path / "gpt2")
     with pytest.raises(
         ClaimError,
-        match=r"plugin 'fp8' takes nothing of this model, whose linear modules are lm_head; .*GPT-2's Conv1D",
+        match=r"plugin 'fp8' claims nothing in this model, whose linear modules are lm_head; .*GPT-2's Conv1D",
     ):
         load_model(tmp_path / "gpt2", Stack.from_dict({"fp8": {}}))
     with pytest.raises(ClaimError, match="include 'lm_head' matches only what 'exclude' takes out again"):

@@ -42,7 +42,11 @@ def test_registering_twice_is_registering_once():
     ("change", "error", "message"),
     [
         ({"format": 2}, CheckpointError, "format 2; expected at most 1; upgrade"),
-        ({"codecs": {"fp8": {"type": "fp3"}}}, PluginNotFoundError, "'fp3' is provided by no installed plugin"),
+        (
+            {"codecs": {"fp8": {"type": "fp3"}}},
+            PluginNotFoundError,
+            "no installed plugin provides the checkpoint's codec type 'fp3'",
+        ),
         ({"codecs": {}}, CheckpointError, r"names the codecs \['fp8'\]"),
     ],
 )

@@ -163,7 +163,7 @@ def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
         (
             {"quantization_config": {**ENCODED["quantization_config"], "codecs": {"x": {"type": "fp3"}}}},
             PluginNotFoundError,
-            "codec type 'fp3' is provided by no installed plugin; install the plugin",
+            "no installed plugin provides the checkpoint's codec type 'fp3'; install the plugin",
         ),
         (
             {"quantization_config": {**ENCODED["quantization_config"], "codecs": {"x": {"type": "fp8", "bits": 3}}}},

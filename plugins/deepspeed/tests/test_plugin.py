@@ -100,7 +100,7 @@ def test_without_the_plugin_convert_says_what_to_install(arctic, arguments):
 def test_without_the_plugin_a_hostfile_says_what_to_install(arctic, tmp_path):
     status, _, error = arctic("train", write(tmp_path), "--hostfile", tmp_path / "hosts")
     assert status == 2
-    assert f"no installed plugin starts the processes of --hostfile; {MISSING}" in error
+    assert f"no installed plugin provides a launcher for --hostfile; {MISSING}" in error
 
 
 @pytest.mark.usefixtures("uninstalled")

@@ -391,7 +391,7 @@ def test_a_layer_that_reads_the_weight_after_all_is_stopped(frozen, monkeypatch)
     model = adapt(frozen, config_of(*TUNERS["ia3"]))
     layer = next(module for module in model.modules() if hasattr(module, "ia3_l"))
     monkeypatch.setattr(type(layer).__mro__[1], "forward", lambda self, x: x @ self.get_base_layer().weight.T)
-    with pytest.raises(ConfigError, match="reads the weight of a layer over encoded bytes"):
+    with pytest.raises(ConfigError, match="reads the weight of a layer whose weight is encoded"):
         logits(model)
 
 
