@@ -337,7 +337,7 @@ CASES = {
     "nothing to train": (
         recipe(plugins={"fp8": {}}),
         TRAIN,
-        r"freeze the weights \(fp8\) and none adds what could be trained; .*lora",
+        r"freeze the weights \(fp8\), and none adds trainable parameters; .*lora",
     ),
     "an unknown option": (
         recipe(plugins={"fp8": {"bit": 8}}),
@@ -352,7 +352,7 @@ CASES = {
     "a tracker that is not installed": (
         recipe(training__report_to=["comet_ml"]),
         TRAIN,
-        "report_to names comet_ml, not installed here; pip install",
+        "report_to names integrations that are not installed: comet_ml; run 'pip install",
     ),
     "arguments that only the trainer checks": (
         recipe(

@@ -404,7 +404,7 @@ def test_rows_longer_than_the_models_positions_are_told_before_weights_are_read(
     path = write_recipe(tmp_path, model)
     with pytest.raises(
         DataError,
-        match=r"has \d+ tokens, and the model has 16 positions; expected "
+        match=r"has \d+ tokens, but the model has 16 positions; expected "
         r"data\.max_length of at most 16; .*plugin 'rope'",
     ):
         prepare(Recipe.from_file(path))
