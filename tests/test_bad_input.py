@@ -380,7 +380,7 @@ CASES = {
         TRAIN,
         "cannot be loaded as a dataset: .* cannot be reached",
     ),
-    "resume and overwrite": (None, (*TRAIN, "--resume", "--overwrite"), "exclude each other"),
+    "resume and overwrite": (None, (*TRAIN, "--resume", "--overwrite"), "are mutually exclusive"),
     "no data": (recipe(data={"path": "nowhere.jsonl"}), TRAIN, "data.path nowhere.jsonl does not exist"),
     "empty data": (write("data.jsonl", ""), TRAIN, "data.jsonl is empty"),
     "malformed data": (

@@ -285,5 +285,5 @@ def test_a_model_whose_packed_rows_see_each_other_is_refused(tmp_path, name):
     model.forward = lambda input_ids, position_ids, **kwargs: forward(
         input_ids=input_ids, **kwargs
     )  # as a model that ignores positions
-    with pytest.raises(ConfigError, match=r"packed rows see each other; try another load\.attn_implementation"):
+    with pytest.raises(ConfigError, match=r"packed rows attend to each other; try another load\.attn_implementation"):
         check_packing(model)

@@ -375,7 +375,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(tiny_checkpoint, rows, tmp_pa
     assert torch.equal(weights[3], weights[1])
     assert not torch.equal(weights[4], weights[3])
     assert all(weight.isfinite().all() for weight in weights)
-    assert "the gradient of step 3 is not finite: the step is left out" in caplog.text
+    assert "the gradient of step 3 is not finite: the step is skipped" in caplog.text
     with pytest.raises(Diverged, match="the gradient of step 13 is not finite, as in the 10 steps before it"):
         run(set(range(2, 14)), "other")
 
