@@ -353,7 +353,7 @@ def test_a_model_is_known_by_its_content(house):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"another recipe: model was .* and is .*moved-model"):
+    with pytest.raises(ConfigError, match=r"a different recipe: model was .* and is .*moved-model"):
         house.begin({"model": str(moved)})
 
 

@@ -149,7 +149,7 @@ def test_a_run_under_deepspeed_is_one_under_ddp_and_resumes(checkpoints, tmp_pat
     assert resumed["grad_norm"] == whole["grad_norm"]
     if not adapters:
         error = run(4, "resume", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": 4}}, zero(2), fails=True)
-        assert "expected as many processes for one copy of the experts as when it was saved" in error
+        assert "expected as many processes per copy of the experts as when it was saved" in error
         assert "ZeRO stage 3" in run(
             2, "train", checkpoints["arctic"], tmp_path / "three", plugins, zero(3), fails=True
         )
