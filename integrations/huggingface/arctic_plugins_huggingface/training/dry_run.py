@@ -175,7 +175,7 @@ def _steps(run: Run, rows: int) -> int:
 
 
 def show_plan(plan: RunPlan, console: Console) -> None:
-    """Print ``plan`` within 80 columns; of the modules, only show what is not the same for all."""
+    """Print ``plan`` within 80 columns; the tables of modules show only what is not the same for all of them."""
     settings = Table("plugin", "option", "value", "set by", title="stack, in the order in which it acts", **_LOOK)
     for row in plan.settings:
         settings.add_row(row["plugin"], row["key"], escape(str(row["value"])), row["source"])
