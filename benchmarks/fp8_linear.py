@@ -1,14 +1,14 @@
-"""One linear layer: fp8 against float32, bfloat16 and the weight-only formats of other libraries, all in one run.
+"""One linear layer: fp8 compared with float32, bfloat16 and other libraries' weight-only formats, all in one run.
 
-    pip install torchao bitsandbytes        # peers; those that are missing are left out
+    pip install torchao bitsandbytes        # for comparison; those that are missing are skipped
     python benchmarks/fp8_linear.py [--dtype bfloat16] [--plot docs/fp8_linear.png] [--json result.json]
 
-The columns `float32` and `bf16` are `nn.Linear` with weights and inputs in that dtype. Everybody else gets inputs in
-the dtype that `dtype: auto` means on this processor for a checkpoint in bfloat16, or in ``--dtype``. Caches are cold:
-every contender walks over as many layers as make 256 MB of fp8 weights, and contenders take turns, layer set by layer
-set, so that what else the machine does meets all of them. A cell is the median over rounds of the time per layer. What
-is very slow walks over fewer layers, twice. The bandwidth of memory is measured in the same run: reading is torch's sum
-of 512 MB in one tensor, and its sum over the same weights; copying is its copy of 512 MB (bytes read and written).
+The columns `float32` and `bf16` are `nn.Linear` with weights and inputs in that dtype. All other contenders get inputs
+in the dtype that `dtype: auto` selects on this processor for a bfloat16 checkpoint, or in ``--dtype``. Caches are cold:
+every contender runs through as many layers as make 256 MB of fp8 weights, and contenders take turns after each set of
+layers, so that other load on the machine affects all of them. A cell is the median time per layer over all rounds. Very
+slow contenders run through fewer layers, twice. Memory bandwidth is measured in the same run: reading is torch's sum of
+512 MB in one tensor, and its sum over the same weights; copying is its copy of 512 MB (bytes read and written).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def layers(weight_NK: Tensor, dtype: torch.dtype) -> dict[str, nn.Module]:
         try:
             made |= add(plain)
         except ImportError as error:
-            print(f"left out: {error}")
+            print(f"skipped: {error}")
     return made
 
 
@@ -198,7 +198,7 @@ def train(made: list[dict[str, nn.Module]], in_features: int, dtype: torch.dtype
 
     times = interleaved({name: step(name) for name in (plain, *OURS)}, 20, 5)
     ratios = ", ".join(f"{name} {seconds / times[plain]:.2f}" for name, seconds in times.items())
-    print(f"\n\nforward + backward, M = 1024, of the time of {plain}: {ratios}")
+    print(f"\n\nforward + backward, M = 1024, relative to the time of {plain}: {ratios}")
     return {name: seconds / len(made) * 1e3 for name, seconds in times.items()}
 
 
@@ -260,7 +260,7 @@ def main() -> None:
         "--dtype",
         choices=("float32", "bfloat16"),
         default=dtype_name(compute_dtype(torch.bfloat16)),
-        help="of the inputs",
+        help="dtype of the inputs",
     )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)

@@ -1,16 +1,17 @@
-"""Whole models: fp8 against float32, bfloat16 and the weight-only formats of other libraries.
+"""Whole models: fp8 compared with float32, bfloat16 and the weight-only formats of other libraries.
 
-    python benchmarks/fp8_model.py vllm [MODEL] [--eager] [--floor]       # tokens/s of vLLM; default: a random Llama of
-    1.1B parameters python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt    # of a real model python
-    benchmarks/fp8_model.py lora MODEL alpaca.json                 # loss and seconds of LoRA steps
+    python benchmarks/fp8_model.py vllm [MODEL] [--eager] [--floor]          # tokens/s in vLLM
+    python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt       # perplexity of a real model
+    python benchmarks/fp8_model.py lora MODEL alpaca.json                    # loss and seconds of LoRA steps
 
-vllm: engines run one after the other, each twice in turns, in processes of their own; a number is the better of its two
-runs. fp8 computes in the dtype that `dtype: auto` means here for a checkpoint in bfloat16. Decoding is what 64 more
-tokens take after the first, behind prompts of 8; prefill is the time to the first token of 1,024, left out where the
-processor has no instructions for the dtype (minutes). "products left out" is fp8 with zeros for every product over an
-encoded weight and of the head: what vLLM takes for everything else, which no kernel can better. perplexity: windows of
-1,024 tokens, bfloat16 arithmetic. lora: r=16 on every linear module, bfloat16 arithmetic, the same batches of 4 x 256
-tokens for both models, which take turns.
+vllm: the default model is a random Llama of 1.1B parameters. Engines run one after the other in separate processes, in
+two rounds; a number is the better of an engine's two runs. fp8 computes in the dtype that `dtype: auto` selects here
+for a bfloat16 checkpoint. Decoding is the time for 64 more tokens after the first, with prompts of 8; prefill is the
+time to the first token of a prompt of 1,024, skipped if the processor has no instructions for the dtype (it would take
+minutes). "products left out" is fp8 with zeros in place of every product with an encoded weight or the head: the time
+that vLLM takes for everything else, which no kernel can reduce. perplexity: windows of 1,024 tokens, bfloat16
+arithmetic. lora: r=16 on every linear module, bfloat16 arithmetic, the same batches of 4 x 256 tokens for both models,
+which take turns.
 """
 
 from __future__ import annotations
@@ -222,7 +223,7 @@ def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int
         yield "torchao float8", lambda: torchao(Float8WeightOnlyConfig())
         yield "torchao int8", lambda: torchao(Int8WeightOnlyConfig())
     except ImportError as error:
-        print(f"left out: {error}")
+        print(f"skipped: {error}")
     try:
         import bitsandbytes  # noqa: F401
 
@@ -232,7 +233,7 @@ def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int
             lambda: bnb(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
         )
     except ImportError as error:
-        print(f"left out: {error}")
+        print(f"skipped: {error}")
 
 
 def _bytes(model: torch.nn.Module) -> int:
@@ -296,8 +297,8 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     vllm = commands.add_parser("vllm")
     vllm.add_argument("model", nargs="?")
-    vllm.add_argument("--eager", action="store_true", help="without compilation, too")
-    vllm.add_argument("--floor", action="store_true", help="fp8 without its products, too")
+    vllm.add_argument("--eager", action="store_true", help="also run without compilation")
+    vllm.add_argument("--floor", action="store_true", help="also run fp8 without its products")
     vllm.set_defaults(run=run_vllm)
     engine = commands.add_parser("engine", help=argparse.SUPPRESS)
     engine.add_argument("model")
@@ -310,7 +311,7 @@ def main() -> None:
         command.add_argument("model")
         command.add_argument("data")
         command.set_defaults(run=run)
-    commands.choices["perplexity"].add_argument("--windows", type=int, help="only the first so many")
+    commands.choices["perplexity"].add_argument("--windows", type=int, help="number of windows to use; default: all")
     commands.choices["lora"].add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
     arguments.run(arguments)

@@ -1,13 +1,12 @@
-"""What of the project runs on this GPU, and how fast: its tests marked ``gpu``, the dtype policy, an fp8 layer and a
-LoRA run against bfloat16.
+"""Check what runs on this GPU, and how fast: tests marked ``gpu``, the dtype policy, an fp8 layer and a LoRA run.
 
     python benchmarks/gpu_check.py [--json result.json] [--layers 16] [--device cpu]
 
-Nothing has to be installed: the packages of this checkout are found by their metadata, which is written to a temporary
-directory. Figures are medians of 20 calls after 5, by CUDA events, with the weights of a layer in the card's cache or
-not as its size has it. The run trains a random Llama of ``--layers`` layers (about a billion parameters with 16) on
-random texts, and says seconds a step and the peak of allocated memory. ``--device cpu`` is for trying the script
-itself.
+The layer and the run are compared with bfloat16. The packages of this checkout do not have to be installed: they are
+found through their metadata, which is written to a temporary directory. Figures are medians of 20 calls after 5
+warm-up calls, by CUDA events; whether a layer's weights are in the card's cache depends on their size. The run trains a
+random Llama of ``--layers`` layers (about a billion parameters with 16) on random texts, and reports seconds per step
+and the peak of allocated memory. ``--device cpu`` is for testing the script itself.
 """
 
 from __future__ import annotations

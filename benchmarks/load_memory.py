@@ -1,12 +1,12 @@
-"""Peak memory of loading: plain, encoded while loading, and from an encoded checkpoint, each in a process of its own.
+"""Peak memory of loading: plain, encoded while loading, and from an encoded checkpoint, each in a separate process.
 
     python benchmarks/load_memory.py [CHECKPOINT]
 
-Without an argument it makes a random Llama of about 0.5B parameters. "peak" is the largest anonymous resident memory
+Without an argument, it creates a random Llama of about 0.5B parameters. "peak" is the largest anonymous resident memory
 (RssAnon of /proc/self/status, sampled every millisecond) above what the process held before loading, "after" the same
-when loading is done. Tensors that are taken over as they are stay mapped from the checkpoint file: they are not
-anonymous memory, and count in "weights" only. Mapped weights are read when they are first used: "with first answer" is
-the time until the logits of one token are there, "cold" the same when the files were not in memory before. Linux only.
+after loading. Tensors that are used unchanged stay mapped from the checkpoint file: they are not anonymous memory, and
+count only in "weights". Mapped weights are read when they are first used: "first answer" is the time until the logits
+of one token are available, "cold" the same when the files were not in memory beforehand. Linux only.
 """
 
 from __future__ import annotations

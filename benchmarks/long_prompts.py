@@ -1,9 +1,9 @@
-"""Time to the first token by length of the prompt, up to 131,072 tokens, in the real vLLM engine on CPU: a tiny Llama,
-yarn and llama3 scaling.
+"""Time to the first token by prompt length, up to 131,072 tokens, in the real vLLM engine on CPU.
 
     python benchmarks/long_prompts.py [--types yarn llama3] [--lengths 8192 16384 32768 65536 131071] [--json FILE]
 
-Chunked prefill of 4,096 tokens, float32, a KV cache of 1 GiB, one prompt at a time and every prompt new.
+A tiny Llama with yarn and llama3 scaling; chunked prefill of 4,096 tokens, float32, a KV cache of 1 GiB, one prompt at
+a time, and a new prompt each time.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
-"""Training SmolLM2-135M with LoRA on longer and longer sequences: peak resident memory and step time, with and without
-`longseq`, beside plain PEFT.
+"""Training SmolLM2-135M with LoRA on increasingly long sequences: peak memory and step time, compared with plain PEFT.
 
     python benchmarks/longseq.py [--shapes 4x256 1x1024 1x2048 ...] [--limit-mb 8000] [--steps 3] [--json FILE]
 
-A process for each contender and shape, in turns; random tokens, bfloat16 weights, autocast, r = 16 on all linear
-layers, AdamW. "Peak" is the largest resident size of the whole process (VmHWM: libraries, which take about half a
-gigabyte, are in it), "step" the median of the steps after the first. A contender whose peak at one length is above the
-limit is not run at longer ones. The model is the demo's; Linux only.
+The contenders are with and without `longseq`. Each contender and shape has its own process, and they take turns. Random
+tokens, bfloat16 weights, autocast, r = 16 on all linear layers, AdamW. "Peak" is the largest resident size of the whole
+process (VmHWM, which includes about half a gigabyte of libraries), "step" the median of the steps after the first. A
+contender whose peak at one length exceeds the limit is not run at longer ones. The model is the demo's. Linux only.
 """
 
 from __future__ import annotations

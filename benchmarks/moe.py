@@ -1,11 +1,11 @@
-"""Forward and backward of one mixture of experts on CPU, bfloat16: transformers' implementations, ours, DeepSpeed's
-layer, and fp8 experts.
+"""Forward and backward of one mixture of experts on CPU in bfloat16.
 
-All in one run, interleaved, medians; every contender's result is compared before it is timed. Sizes are those of
-Arctic's and Mixtral's layers scaled down so that weights and gradients fit in memory. "plain" rows train the experts;
-"frozen" ones give gradients to the tokens only, as under adapters.
+The contenders are transformers' implementations, this project's, DeepSpeed's layer, and fp8 experts. They run
+interleaved in one run; figures are medians, and every contender's result is checked before it is timed. Sizes are those
+of Arctic's and Mixtral's layers, scaled down so that weights and gradients fit into memory. "plain" rows train the
+experts; "frozen" rows compute gradients only for the tokens, as with adapters.
 
-``python benchmarks/moe.py``; ``--json FILE`` keeps the figures.
+``python benchmarks/moe.py``; ``--json FILE`` saves the figures.
 """
 
 from __future__ import annotations

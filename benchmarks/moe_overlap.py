@@ -1,12 +1,12 @@
-"""Expert parallelism over an emulated link: how much communication of Arctic's hybrid layers hides behind attention and
-the dense residual.
+"""Expert parallelism over an emulated link: how much communication Arctic's hybrid layers hide.
 
-Two processes with one thread each, gloo. What all-to-all brings arrives ``bytes / rate`` after it was sent, one message
-after the other; waiting costs no processor time. In one run and interleaved, for every rate: the step (forward and
-backward) as it is, with every message waited for where it is sent, and with a link that takes no time. The hidden share
-is (waiting - overlapped) / (waiting - no link).
+It is hidden behind attention and the dense residual. Two processes with one thread each, gloo. Data from all-to-all
+arrive ``bytes / rate`` after they were sent, one message after the other; waiting takes no processor time. For every
+rate, three variants of the step (forward and backward) are interleaved in one run: as it is, with a wait for every
+message where it is sent, and with a link that takes no time. The hidden share is (waiting - overlapped) / (waiting - no
+link).
 
-``python benchmarks/moe_overlap.py``: medians of some steps, ratios; writes JSON with ``--json FILE``.
+``python benchmarks/moe_overlap.py`` prints medians of several steps and their ratios; ``--json FILE`` saves them.
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""LoRA over a base that is partly on disk: resident bytes and step time by ratio, and a memory limit that only offload
-survives.
+"""LoRA over a base that is partly on disk: memory and step time by ratio, and a limit that only offload survives.
 
     python benchmarks/offload.py ratios [--tokens 512] [--steps 6] [--rounds 3]
     python benchmarks/offload.py limit [--limit-mb 2000] [--tokens 128]
 
-The model is a random Llama of 1.1B parameters (TinyLlama's shapes), trained in bfloat16 with LoRA (r=16) under gradient
-checkpointing on one row of random tokens. ratios: a process per ratio, the processes in turns; "resident" is what of
-the encoded weights is in memory between two steps, page by page (/proc/self/pagemap), and the largest value during a
-step, sampled; "step" the median over all rounds. limit: RLIMIT_DATA, which bounds what a process may allocate (files
-that are mapped read-only do not count), for stacks one after the other. Linux only.
+The model is a random Llama of 1.1B parameters (TinyLlama's shapes), trained in bfloat16 with LoRA (r=16) and gradient
+checkpointing on one row of random tokens. ratios: one process per ratio, and the processes take turns. "resident" is
+the part of the encoded weights that is in memory between two steps, counted by page (/proc/self/pagemap), "highest" its
+largest sampled value during a step, and "s/step" the median over all rounds. limit: several stacks, one after the
+other, under RLIMIT_DATA, which limits what a process may allocate (files mapped read-only do not count). Linux only.
 """
 
 from __future__ import annotations
@@ -183,7 +182,7 @@ def run_limit(arguments: argparse.Namespace, folder: Path) -> None:
                 (line for line in reversed(done.stderr.splitlines()) if "emory" in line),
                 f"exit status {done.returncode}",
             )
-            print(f"| {label} | dies: {last[:150]} |")
+            print(f"| {label} | fails: {last[:150]} |")
         else:
             found = json.loads(done.stdout.splitlines()[-1])
             print(
@@ -204,7 +203,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit-mb", type=int, default=2000)
     parser.add_argument(
-        "--folder", type=Path, help="where the model and the offloaded weights go; default: a temporary directory"
+        "--folder", type=Path, help="directory for the model and the offloaded weights; default: a temporary directory"
     )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:

@@ -1,13 +1,13 @@
-"""What RoPE scaling buys, without training and with an adapter: SmolLM2-135M, trained on texts of up to 8,192 tokens,
-on longer ones.
+"""What RoPE scaling gains, without training and with an adapter: SmolLM2-135M on texts longer than its training texts.
 
-    python benchmarks/rope.py TEXT [--lengths 4096 8192 16384] [--passkeys 4096 8192] [--adapter DIR] [--plot
-    docs/rope.png] [--json FILE]
+    python benchmarks/rope.py TEXT [--lengths 4096 8192 16384] [--passkeys 4096 8192] [--adapter DIR]
+                              [--plot docs/rope.png] [--json FILE]
 
-Perplexity by position: windows of TEXT (a file; WikiText-2's test split for the figures in the docs), mean over the
-positions of every bucket. Pass keys: five digits for each of several cities stand in a passage of TEXT, at --depths of
-it, and all are asked for, as in `examples/long_context.py`; a key is found where each of its digits is the most likely
-next token. Every type is scaled to the longest length. No network: the model is the demo's.
+It was trained on texts of up to 8,192 tokens. Perplexity by position: windows of TEXT (a file; WikiText-2's test split
+for the figures in the docs), averaged over the positions of each bucket. Pass keys: a passage of TEXT contains five
+digits for each of several cities, at --depths, and all of them are asked for, as in `examples/long_context.py`. A key
+counts as found if each of its digits is the most likely next token. Every type is scaled to the longest length. No
+network is needed: the model is the demo's.
 """
 
 from __future__ import annotations
@@ -102,11 +102,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--windows", type=int, default=1)
     parser.add_argument(
-        "--passkeys", type=int, nargs="*", help="lengths of texts with pass keys, where they are not those of --lengths"
+        "--passkeys", type=int, nargs="*", help="lengths of the texts with pass keys, if different from --lengths"
     )
     parser.add_argument("--depths", type=float, nargs="+", default=[0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95])
-    parser.add_argument("--texts", type=int, default=4, help="texts with pass keys of each length")
-    parser.add_argument("--adapter", help="measure this adapter over the last type as well")
+    parser.add_argument("--texts", type=int, default=4, help="number of texts with pass keys for each length")
+    parser.add_argument("--adapter", help="also measure this adapter with the last type")
     parser.add_argument("--no-perplexity", action="store_true")
     parser.add_argument("--plot")
     parser.add_argument("--json")

@@ -1,11 +1,10 @@
-"""LoRA over a base that every process holds whole, or a part of: bytes in each process and step time, several processes
-on this machine (gloo).
+"""LoRA over a base of which every process holds all or a part: bytes in each process, and step time.
 
     python benchmarks/shard.py [--processes 2] [--tokens 512] [--steps 5]
 
-The model is a random Llama of 0.5B parameters, trained in bfloat16 with LoRA (r=16) under gradient checkpointing on one
-row of random tokens in each process; the stacks take turns, "step" is the median. "gather" is how fast gloo gathers a
-weight of the model's largest size, bytes received.
+The model is a random Llama of 0.5B parameters, trained in bfloat16 with LoRA (r=16) and gradient checkpointing on one
+row of random tokens in each of several processes on this machine (gloo). The stacks take turns; "s/step" is the median.
+"gather" is the speed at which gloo gathers a weight of the model's largest size, in bytes received.
 """
 
 from __future__ import annotations

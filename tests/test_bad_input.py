@@ -341,7 +341,7 @@ CASES = {
     "nothing to train": (
         recipe(plugins={"fp8": {}}),
         TRAIN,
-        r"freeze the weights \(fp8\) and none adds what could be trained; .*lora",
+        r"freeze the weights \(fp8\), and none adds trainable parameters; .*lora",
     ),
     "an unknown option": (
         recipe(plugins={"fp8": {"bit": 8}}),
@@ -356,7 +356,7 @@ CASES = {
     "a tracker that is not installed": (
         recipe(training__report_to=["comet_ml"]),
         TRAIN,
-        "report_to names comet_ml, not installed here; pip install",
+        "report_to names integrations that are not installed: comet_ml; run 'pip install",
     ),
     "arguments that only the trainer checks": (
         recipe(
@@ -384,7 +384,7 @@ CASES = {
         TRAIN,
         "cannot be loaded as a dataset: .* cannot be reached",
     ),
-    "resume and overwrite": (None, (*TRAIN, "--resume", "--overwrite"), "exclude each other"),
+    "resume and overwrite": (None, (*TRAIN, "--resume", "--overwrite"), "are mutually exclusive"),
     "no data": (recipe(data={"path": "nowhere.jsonl"}), TRAIN, "data.path nowhere.jsonl does not exist"),
     "empty data": (write("data.jsonl", ""), TRAIN, "data.jsonl is empty"),
     "malformed data": (

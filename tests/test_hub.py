@@ -178,7 +178,10 @@ def test_what_the_hub_does_not_have_is_one_line(hub, run, tiny_checkpoint, tmp_p
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     done = run("train", "recipe.yaml")
     assert done.returncode == 2, done.stderr
-    assert "data.path someone/nothing is no file here and cannot be loaded as a dataset" in done.stderr.splitlines()[-1]
+    assert (
+        "data.path someone/nothing is not a local file and cannot be loaded as a dataset"
+        in done.stderr.splitlines()[-1]
+    )
 
 
 def test_a_model_in_the_cache_is_used_when_the_hub_is_gone(hub, server, run, tiny_checkpoint, tmp_path):

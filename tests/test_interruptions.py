@@ -203,7 +203,7 @@ def test_what_cannot_be_resumed(recipe, tmp_path):
     path.write_text(json.dumps(changed))
     with pytest.raises(
         ConfigError,
-        match=r"was made with other plugins or options than the recipe's: plugins\.lora\.r was 4 and is 8; "
+        match=r"was made with different plugins or options than the recipe's: plugins\.lora\.r was 4 and is 8; "
         r"expected the same",
     ):
         train(Recipe.from_file(path), resume=True)

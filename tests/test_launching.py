@@ -253,7 +253,7 @@ def test_deepspeed_zero_2_over_shards(recipe, tmp_path, launcher, monkeypatch):
         )
         resume_at_4(tmp_path / "two", tmp_path / "again")
         refused = arctic(recipe("again", deepspeed="zero2.json"), "--nproc", 1, "--resume", status=2)
-        assert "was made by 2 processes, and this run has 1" in refused.stderr
+        assert "was made by 2 processes, but this run has 1" in refused.stderr
         assert "was made with DeepSpeed" in arctic(recipe("again"), "--resume", processes=2, status=2).stderr
         assert losses(arctic(recipe("again", deepspeed="zero2.json"), "--resume", processes=2)) == pytest.approx(
             one[4:], rel=1e-3
@@ -281,7 +281,7 @@ def test_a_process_that_hangs_ends_the_run_in_time(recipe, tmp_path):
     _, error = run.communicate(timeout=300)
     assert run.returncode == 1
     assert (
-        "another process of this run did not answer for 20 s (training.ddp_timeout); look at what it said; 'arctic "
+        "another process of this run did not answer for 20 s (training.ddp_timeout); check its output; 'arctic "
         "train RECIPE --resume'" in error
     )
     assert last_checkpoint(tmp_path / "hung")[0] is not None

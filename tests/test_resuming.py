@@ -157,7 +157,7 @@ def test_what_changes_no_number_is_taken_and_said(house, changes):
     text = house.resume(changes)
     assert adapter(output) == whole
     assert all(f"{key} " in text for key in changes if key != "plugins")
-    assert ("was made with another recipe; from here on: " in text) == bool(
+    assert ("was made with a different recipe; from here on: " in text) == bool(
         {*changes} - {"plugins"}
     ) or "plugins.offload" in text
     if "training.save_steps" in changes:
@@ -233,7 +233,7 @@ def test_a_stream_that_has_begun_anew_goes_on_where_it_was(house, step, end):
     [
         (
             {"training.learning_rate": 1e-3},
-            r"training\.learning_rate was 0\.01 and is 0\.001; expected the same; give .* another output_dir",
+            r"training\.learning_rate was 0\.01 and is 0\.001; expected the same; restore .* another output_dir",
         ),
         (
             {"training.learning_rate": 1e-3, "training.seed": 1},
@@ -245,7 +245,7 @@ def test_a_stream_that_has_begun_anew_goes_on_where_it_was(house, step, end):
         ({"training.max_steps": -1}, r"training\.max_steps was 12 and is -1 \(the schedule"),
         (
             {"training.per_device_train_batch_size": 8},
-            r"per_device_train_batch_size was 4 and is 8 \(their product is the batch of a step\)",
+            r"per_device_train_batch_size was 4 and is 8 \(their product is the batch size of a step\)",
         ),
         ({"training.gradient_accumulation_steps": 2}, r"training\.gradient_accumulation_steps was 1 and is 2"),
         ({"training.weight_decay": 0.1}, r"training\.weight_decay was"),
@@ -270,7 +270,7 @@ def test_a_stream_that_has_begun_anew_goes_on_where_it_was(house, step, end):
             },
             (
                 r"training\.gradient_checkpointing was False and is True "
-                r"\(gradient_checkpointing_kwargs may change numbers\)"
+                r"\(gradient_checkpointing_kwargs may change the numbers\)"
             ),
         ),
         ({"load.dtype": "bfloat16"}, r"load\.dtype was not set and is 'bfloat16'"),
@@ -280,7 +280,7 @@ def test_a_stream_that_has_begun_anew_goes_on_where_it_was(house, step, end):
 def test_what_makes_another_run_is_refused_before_weights_are_loaded(house, changes, message):
     output = house.stopped()
     with pytest.raises(
-        ConfigError, match=rf"{output}/checkpoint-5 was made with another recipe: .*{message}"
+        ConfigError, match=rf"{output}/checkpoint-5 was made with a different recipe: .*{message}"
     ) as raised:
         house.begin(changes)
     assert "\n" not in str(raised.value)
@@ -300,11 +300,11 @@ def test_an_end_before_the_checkpoint_is_refused(house):
     constant = {"training.lr_scheduler_type": "constant"}
     house.stopped(constant)
     with pytest.raises(
-        ConfigError, match=r"checkpoint-5 is past the end of the recipe: training\.max_steps is 3; expected at least 5"
+        ConfigError, match=r"checkpoint-5 is past the end of the run: training\.max_steps is 3; expected at least 5"
     ):
         house.begin({**constant, "training.max_steps": 3})
     with pytest.raises(
-        ConfigError, match=r"past the end of the recipe: training\.num_train_epochs is 0\.25; expected at least 0\.5"
+        ConfigError, match=r"past the end of the run: training\.num_train_epochs is 0\.25; expected at least 0\.5"
     ):
         house.begin({**constant, "training.max_steps": -1, "training.num_train_epochs": 0.25})
     fraction = {"training.lr_scheduler_type": "constant_with_warmup", "training.warmup_steps": 0.5}
@@ -322,7 +322,7 @@ def test_where_evaluations_decide_they_are_part_of_the_run(house):
     }
     house.stopped(best)
     with pytest.raises(
-        ConfigError, match=r"training\.eval_steps was 4 and is 2 \(the .* best model goes by evaluations\)"
+        ConfigError, match=r"training\.eval_steps was 4 and is 2 \(the .* best model depends on evaluations\)"
     ):
         house.begin({**best, "training.eval_steps": 2})
     with pytest.raises(ConfigError, match=r"data\.eval_path was"):
@@ -353,7 +353,7 @@ def test_a_model_is_known_by_its_content(house):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"another recipe: model was .* and is .*moved-model"):
+    with pytest.raises(ConfigError, match=r"a different recipe: model was .* and is .*moved-model"):
         house.begin({"model": str(moved)})
 
 
@@ -375,8 +375,8 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_with_a_warning(house):
     write_provenance(output / "checkpoint-5", recorded_stack(output / "checkpoint-5").to_dict())
     text = house.resume()
     assert (
-        f"warning: {output}/checkpoint-5 has no recipe.json, an earlier version made it: whether the recipe is still "
-        "the same cannot be told" in text
+        f"warning: {output}/checkpoint-5 has no recipe.json because an earlier version made it, so the recipe "
+        "cannot be compared" in text
     )
     assert adapter(output) == whole
 

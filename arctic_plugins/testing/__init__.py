@@ -1,8 +1,7 @@
-"""For plugin authors: checks that a part keeps the contract, small real models to try it on, and real processes to try
-it in.
+"""Tools for plugin authors: checks that a part obeys its protocol, small real models, and real processes to test in.
 
-``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures; :func:`check_codec`, :func:`check_placement` and
-:func:`check_dispatch` need torch, :func:`tiny_model` transformers.
+``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures. :func:`check_codec`, :func:`check_placement` and
+:func:`check_dispatch` need torch; :func:`tiny_model` needs transformers.
 """
 
 from arctic_plugins.testing.codecs import check_codec

@@ -1,4 +1,4 @@
-"""What every codec must do, whatever its format."""
+"""Checks that every codec must pass, whatever its format."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ SHAPES = ((8, 64), (3, 100), (1, 32), (4, 6, 96))
 
 
 def check_codec(codec: Codec, *, tolerance: float, shapes: Iterable[tuple[int, ...]] = SHAPES) -> None:
-    """Assert the protocol of :class:`arctic_plugins.frozen.Codec`.
+    """Check that ``codec`` obeys the protocol of :class:`arctic_plugins.frozen.Codec`.
 
     Args:
-        codec: an instance, configured.
+        codec: a configured instance.
         tolerance: relative error (Frobenius norm) allowed for normally distributed weights.
-        shapes: weights ``[*lead, N, K]`` to try; the default has odd sizes and experts.
+        shapes: shapes ``[*lead, N, K]`` of the weights to try; the default includes odd sizes and experts.
 
     Raises:
-        AssertionError: which law is broken, for which shape.
+        AssertionError: if a law is broken; the message names the law and the shape.
     """
     import pytest
     import torch
@@ -35,11 +35,11 @@ def check_codec(codec: Codec, *, tolerance: float, shapes: Iterable[tuple[int, .
         buffers, layout = codec.encode(weight), codec.layout(shape)
         found = {suffix: (tuple(buffer.shape), buffer.dtype) for suffix, buffer in buffers.items()}
         assert found == {suffix: (spec.shape, spec.dtype) for suffix, spec in layout.items()}, (
-            f"layout{shape} is not what encode gives"
+            f"layout{shape} does not match what encode returns"
         )
         assert sum(buffer.nbytes for buffer in buffers.values()) == codec.nbytes(shape)
         assert tuple(layout[""].shape) != shape, (
-            f"codes of {shape} have the weight's own shape: a host without the plugin would take them for numbers"
+            f"codes of {shape} have the weight's own shape: a host without the plugin would read them as weights"
         )
         again = codec.encode(weight)
         assert all(torch.equal(buffer, again[suffix]) for suffix, buffer in buffers.items()), (
@@ -49,7 +49,7 @@ def check_codec(codec: Codec, *, tolerance: float, shapes: Iterable[tuple[int, .
         decoded = codec.decode(buffers, shape, torch.float32)
         assert decoded.shape == shape
         assert ((decoded - weight).norm() / weight.norm()).item() <= tolerance, (
-            f"decode of {shape} is further than {tolerance} from the weight"
+            f"decode of {shape} differs from the weight by more than {tolerance}"
         )
         for dtype in (torch.float32, torch.bfloat16):
             out = torch.full(shape, float("nan"), dtype=dtype)
@@ -57,7 +57,7 @@ def check_codec(codec: Codec, *, tolerance: float, shapes: Iterable[tuple[int, .
             assert torch.equal(out, codec.decode(buffers, shape, dtype)), (
                 f"decode of {shape} into out differs in {dtype}"
             )
-            assert torch.equal(out, decoded.to(dtype)), f"decode of {shape} to {dtype} is not float32 rounded once"
+            assert torch.equal(out, decoded.to(dtype)), f"decode of {shape} to {dtype} is not float32, rounded once"
 
         rows = slice(0, -(-shape[-2] // 2))
         part = {
@@ -66,7 +66,7 @@ def check_codec(codec: Codec, *, tolerance: float, shapes: Iterable[tuple[int, .
         }
         part_shape = (*shape[:-2], rows.stop, shape[-1])
         assert torch.equal(codec.decode(part, part_shape, torch.float32), decoded[..., rows, :]), (
-            f"row law: rows of {shape} do not decode alone"
+            f"row law: rows of {shape} cannot be decoded separately"
         )
 
         broken = weight.clone()

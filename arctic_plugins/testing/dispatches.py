@@ -1,4 +1,4 @@
-"""What every dispatch of experts must do, however it moves rows."""
+"""Checks that every dispatch of experts must pass, however it moves rows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["check_dispatch"]
 
 
 def check_dispatch(dispatch: ExpertsDispatch, *, num_experts: int = 8) -> None:
-    """Assert the protocol of :class:`arctic_plugins.frozen.ExpertsDispatch`.
+    """Check that ``dispatch`` obeys the protocol of :class:`arctic_plugins.frozen.ExpertsDispatch`.
 
     Call it in one process with a dispatch of size 1, and in each process of a distributed run
-    (:func:`~arctic_plugins.testing.run_processes`) with one that spreads experts: it is collective there.
+    (:func:`~arctic_plugins.testing.run_processes`) with one that spreads experts; there, it is collective.
 
     Args:
-        dispatch: as a plugin's ``claim`` hook would give it, on CPU.
-        num_experts: of the mixtures to try; a multiple of ``dispatch.size``.
+        dispatch: a dispatch as a plugin's ``claim`` hook would return it, on CPU.
+        num_experts: number of experts in the mixtures to try; a multiple of ``dispatch.size``.
 
     Raises:
-        AssertionError: which law is broken.
+        AssertionError: if a law is broken; the message names the law.
     """
     import copy
 
@@ -37,11 +37,11 @@ def check_dispatch(dispatch: ExpertsDispatch, *, num_experts: int = 8) -> None:
     size, rank, here = dispatch.size, dispatch.rank, dispatch.local(num_experts)
     assert 0 <= rank < size, f"rank is {rank} of {size}"
     pieces = dispatch.pieces(num_experts)
-    assert all(piece > 0 for piece in pieces), f"pieces() has an empty one: {pieces}"
-    assert sum(pieces) == here.stop - here.start, "pieces() are not the experts of this process"
+    assert all(piece > 0 for piece in pieces), f"pieces() contains an empty piece: {pieces}"
+    assert sum(pieces) == here.stop - here.start, "pieces() do not add up to the experts of this process"
 
     def of_all(tensor: Tensor) -> Tensor:
-        """What the processes with one copy of the experts have, added up."""
+        """Return the sum of ``tensor`` over the processes that share one copy of the experts."""
         total = tensor.clone()
         if size > 1:
             dispatch.sum_over_parts(total)
@@ -49,7 +49,7 @@ def check_dispatch(dispatch: ExpertsDispatch, *, num_experts: int = 8) -> None:
 
     held = torch.zeros(num_experts)
     held[here] = 1
-    assert torch.equal(of_all(held), torch.ones(num_experts)), "local() leaves an expert out, or gives one to several"
+    assert torch.equal(of_all(held), torch.ones(num_experts)), "local() omits an expert or assigns one twice"
     cuts = torch.zeros(num_experts)
     cuts[list(accumulate(pieces, initial=-1))[1:]] = 1
     assert torch.equal(of_all(cuts), cuts * size), "pieces() differ between processes"
@@ -73,15 +73,15 @@ def check_dispatch(dispatch: ExpertsDispatch, *, num_experts: int = 8) -> None:
         copies = dist.get_world_size() // size
         total = torch.full((3,), rank + 1.0)
         dispatch.sum_over_copies(total)
-        assert torch.equal(total, torch.full((3,), (rank + 1.0) * copies)), "sum_over_copies() adds up something else"
+        assert torch.equal(total, torch.full((3,), (rank + 1.0) * copies)), "sum_over_copies() returns another sum"
         gathered = dispatch.gather(torch.full((2, 3), float(rank), dtype=torch.bfloat16))
         if dist.get_rank() == 0:
-            assert gathered is not None, "gather() gives the first process nothing"
+            assert gathered is not None, "gather() returns nothing in the first process"
             expected = [torch.full((2, 3), float(each), dtype=torch.bfloat16) for each in range(size)]
-            assert len(gathered) == size, f"gather() gives {len(gathered)} parts of {size}"
-            assert all(map(torch.equal, gathered, expected)), "gather() gives other parts, or in another order"
+            assert len(gathered) == size, f"gather() returns {len(gathered)} of {size} parts"
+            assert all(map(torch.equal, gathered, expected)), "gather() returns wrong parts, or a wrong order"
         else:
-            assert gathered is None, "gather() gives parts to others than the first process"
+            assert gathered is None, "gather() returns parts in a process other than the first"
 
 
 def _check_rows(
@@ -91,15 +91,16 @@ def _check_rows(
     index_MT: Tensor,
     num_experts: int,
 ) -> None:
-    """Experts that multiply by a factor of their own: each row has to meet that of its expert, and to come back to its
-    place, and so have gradients.
+    """Check rows with experts that each multiply by their own factor.
+
+    Each row must be multiplied by its expert's factor and return to its place, and so must gradients.
     """
     import torch
 
     from arctic_plugins.frozen import Mixture
 
     def products(first: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        assert sum(counts) == len(rows), "receive() counts other rows than it gives"
+        assert sum(counts) == len(rows), "receive() returns counts that do not match its rows"
         own = factors[first : first + len(counts)]
         return rows * own.repeat_interleave(torch.tensor(counts)).unsqueeze(-1)
 
@@ -119,9 +120,9 @@ def _check_rows(
     of_tokens = (x_MK.detach() * scale_MK).sum(1, keepdim=True) * weights_MT
     expected.index_put_((index_MT.reshape(-1),), of_tokens.reshape(-1), accumulate=True)
     close = partial(torch.allclose, rtol=1e-4, atol=1e-4)
-    assert close(y_MK, x_MK * by_token), "a row met another expert, or came back to another place"
-    assert close(of_rows, scale_MK * by_token), "gradients of rows went another way"
+    assert close(y_MK, x_MK * by_token), "a row reached the wrong expert or the wrong place"
+    assert close(of_rows, scale_MK * by_token), "gradients of rows took another way"
     elsewhere = torch.ones(num_experts, dtype=torch.bool)
     elsewhere[here] = False
-    assert not found[elsewhere].any(), "an expert of another process computed here"
+    assert not found[elsewhere].any(), "an expert of another process was computed here"
     assert close(of_all(found), of_all(expected)), "gradients of experts are not those of all rows"

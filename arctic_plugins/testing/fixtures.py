@@ -18,15 +18,16 @@ __all__ = ["PluginSites", "install_plugin", "tiny_checkpoint"]
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Llama in float32; see :func:`arctic_plugins.testing.tiny_llama`."""
+    """Return a tiny random Llama in float32; see :func:`arctic_plugins.testing.tiny_llama`."""
     from arctic_plugins.testing.models import tiny_llama
 
     return tiny_llama(tmp_path_factory.mktemp("models") / "tiny")
 
 
 class PluginSites:
-    """Installs plugins' sources as distributions of their own, under ``root``, until :meth:`close`; see
-    :func:`install_plugin`.
+    """Installer of plugins from source, each as its own distribution under ``root``, until :meth:`close`.
+
+    See :func:`install_plugin`.
     """
 
     def __init__(self, root: Path) -> None:
@@ -75,11 +76,12 @@ def _forget() -> None:
 
 @pytest.fixture
 def install_plugin(tmp_path: Path) -> Iterator[PluginSites]:
-    """A function that installs a plugin's source as a distribution of its own, for the time of the test.
+    """Return a function that installs a plugin from source as its own distribution for the duration of the test.
 
-    ``install_plugin("name", source)`` writes a module ``name_plugin`` whose ``plugin`` object is the entry point, with
-    metadata for a distribution ``name-dist`` 1.0, and returns the directory that holds both (put it on ``PYTHONPATH``
-    for child processes). With ``group="arctic_plugins.hosts"`` the object is a :class:`~arctic_plugins.host.Host`.
+    ``install_plugin("name", source)`` writes a module ``name_plugin`` whose ``plugin`` object is the entry point, and
+    the metadata of a distribution ``name-dist`` 1.0. It returns the directory that contains both (put it on
+    ``PYTHONPATH`` for child processes). With ``group="arctic_plugins.hosts"``, the object is a
+    :class:`~arctic_plugins.host.Host`.
     """
     sites = PluginSites(tmp_path)
     yield sites

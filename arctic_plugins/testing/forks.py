@@ -1,6 +1,4 @@
-"""One interpreter that has imported what is heavy, and forks of it that run tests' programs: the imports are paid
-once.
-"""
+"""Run the programs of tests in forks of one interpreter, so that heavy imports are paid for only once."""
 
 from __future__ import annotations
 
@@ -28,15 +26,16 @@ from typing import Any
 __all__ = ["Fork", "Forks", "engines", "trainers"]
 
 GRACE = 5
-"""Seconds that the other processes have to end by themselves after one has failed, and once more after SIGTERM."""
+"""Seconds that the other processes have to exit on their own after one has failed, and again after SIGTERM."""
 
 
 class Fork:
-    """What runs: a program, once or as several processes. Its outputs are those of all its processes.
+    """A running program in one or several processes, with their combined outputs.
 
     Attributes:
-        pids: of its processes, in the order of their ranks; each leads a process group.
-        returncode: None while it runs; then as of ``subprocess.Popen``, of the first process that failed.
+        pids: process ids in the order of ranks; each process leads a process group.
+        returncode: None while the program runs; afterwards as in ``subprocess.Popen``, for the first process that
+            failed.
     """
 
     def __init__(self, request: Mapping[str, Any], address: str) -> None:
@@ -54,25 +53,25 @@ class Fork:
     def _read(self) -> Any:
         line = self._lines.readline()
         if not line:
-            raise RuntimeError(f"the process that forks has ended; it was to run {self._program}")
+            raise RuntimeError(f"the process that forks has ended; it was asked to run {self._program}")
         return json.loads(line)
 
     @property
     def pid(self) -> int:
-        """Of the first process."""
+        """Process id of the first process."""
         return self.pids[0]
 
     def poll(self) -> int | None:
-        """The status, or None while one of the processes runs."""
+        """Return the status, or None while one of the processes is running."""
         if self.returncode is None and select.select([self._connection], [], [], 0)[0]:
             self.returncode = self._read()
         return self.returncode
 
     def wait(self, timeout: float = 300) -> int:
-        """The status.
+        """Wait for all processes and return the status.
 
         Raises:
-            subprocess.TimeoutExpired: after ``timeout`` seconds, when all processes have been killed.
+            subprocess.TimeoutExpired: after ``timeout`` seconds, once all processes have been killed.
         """
         if self.returncode is None:
             if not select.select([self._connection], [], [], timeout)[0]:
@@ -85,33 +84,34 @@ class Fork:
         return self.returncode
 
     def texts(self) -> tuple[str, str]:
-        """Both outputs so far."""
+        """Return standard output and standard error so far."""
         output, error = (
             path.read_text(encoding="utf-8", errors="replace") if path.exists() else "" for path in self._outputs
         )
         return output, error
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
-        """Both outputs, when it has ended."""
+        """Wait for all processes and return standard output and standard error."""
         self.wait(timeout)
         return self.texts()
 
     def send_signal(self, number: int) -> None:
-        """To the first process."""
+        """Send a signal to the first process."""
         os.kill(self.pid, number)
 
 
 class Forks:
-    """Starts a Python that imports ``modules`` with the environment ``environment``; each :meth:`run` is a fork of it.
+    """A Python process that imports ``modules`` in the environment ``environment``; each :meth:`run` is a fork of it.
 
-    What a program changes in its process, its working directory and its limits goes with it. Of its environment a
-    module sees what it reads when it is used, not what it reads when it is imported: tests that are about that start
-    another of these, or a process of their own. Nor does a fork run what the interpreter does at its end.
-    ``OMP_NUM_THREADS`` counts. It is closed when this interpreter ends, if not before.
+    Whatever a program changes in its process, working directory and limits ends with the fork. A module sees the
+    variables of the fork's environment that it reads when it is used, but not those that it reads when it is imported:
+    tests that depend on the latter create another instance, or a separate process. A fork does not run the
+    interpreter's exit handlers. ``OMP_NUM_THREADS`` takes effect. The process is closed when this interpreter exits, if
+    not before.
 
     Args:
-        modules: names; those that are not installed are left out.
-        environment: of the imports, by default that of this process.
+        modules: names of modules; those that are not installed are skipped.
+        environment: the environment for the imports; by default, that of this process.
     """
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
@@ -120,7 +120,7 @@ class Forks:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(self._address)
             listener.listen(64)
-            # A thread more in the one that forks would not be there in its forks, with what it has locked.
+            # An additional thread of the process that forks would be missing in its forks, while its locks stay held.
             settings = {
                 "OMP_NUM_THREADS": "1",
                 "OPENBLAS_NUM_THREADS": "1",
@@ -147,11 +147,12 @@ class Forks:
         """Run ``python ARGUMENT ...`` in forks.
 
         Args:
-            arguments: as Python has them: ``[script, ...]``, ``["-m", module, ...]`` or ``["-c", source, ...]``; they
-                become texts.
-            processes: how many; several have the variables that ``torchrun`` sets and, like there, end when one fails.
-            env: the environment, by default that of this process.
-            cwd: the working directory, by default that of this process.
+            arguments: arguments of Python: ``[script, ...]``, ``["-m", module, ...]`` or ``["-c", source, ...]``; they
+                are converted to strings.
+            processes: number of processes; several of them have the variables that ``torchrun`` sets and, as with
+                ``torchrun``, all end if one fails.
+            env: the environment; by default, that of this process.
+            cwd: the working directory; by default, that of this process.
         """
         request = {
             "arguments": list(map(str, arguments)),
@@ -170,21 +171,21 @@ class Forks:
         cwd: Path | str | None = None,
         timeout: float = 300,
     ) -> subprocess.CompletedProcess[str]:
-        """:meth:`start`, then the status and the outputs.
+        """Call :meth:`start`, wait, and return the status and the outputs.
 
         Raises:
-            subprocess.TimeoutExpired: after ``timeout`` seconds, when all processes have been killed.
+            subprocess.TimeoutExpired: after ``timeout`` seconds, once all processes have been killed.
         """
         fork = self.start(arguments, processes=processes, env=env, cwd=cwd)
         output, error = fork.communicate(timeout)
         return subprocess.CompletedProcess(fork._program, fork.wait(), output, error)
 
     def arctic(self, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-        """:meth:`run` of the command line."""
+        """Call :meth:`run` for the command ``arctic``."""
         return self.run(["-m", "arctic_plugins.cli", *arguments], **options)
 
     def close(self) -> None:
-        """End the process; nothing can be started any more. Idempotent."""
+        """End the process; nothing can be started afterwards. Idempotent."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
@@ -193,7 +194,7 @@ class Forks:
 
 @cache
 def trainers() -> Forks:
-    """Forks of a process that has imported what a training run needs. There is one of it."""
+    """Return the :class:`Forks` whose process has imported what a training run needs; there is only one."""
     return Forks(
         [
             "arctic_plugins_huggingface.training.run",
@@ -207,7 +208,7 @@ def trainers() -> Forks:
 
 @cache
 def engines() -> Forks:
-    """Forks of a process that has imported vLLM. There is one of it."""
+    """Return the :class:`Forks` whose process has imported vLLM; there is only one."""
     return Forks(
         [
             "vllm.entrypoints.llm",
@@ -221,11 +222,11 @@ def engines() -> Forks:
     )
 
 
-# What runs in the process that forks, and in the forks.
+# The code that runs in the process that forks, and in the forks.
 
 
 def _begin() -> None:
-    """Import, then a fork for each connection, until the standard input is at its end."""
+    """Import the modules, then fork for each connection until standard input is closed."""
     listener = socket.socket(fileno=int(sys.argv[1]))
     for module in sys.argv[2:]:
         with contextlib.suppress(ImportError):
@@ -248,7 +249,7 @@ def _begin() -> None:
 
 
 def _supervise(connection: socket.socket) -> None:
-    """Start the processes, say their ids, wait, say the status. When nobody listens any more, end them."""
+    """Start the processes, send their ids, wait, and send the status; kill them if the connection is closed."""
     lines = connection.makefile("rw", encoding="utf-8")
     request = json.loads(lines.readline())
     count = request.pop("processes")
@@ -300,9 +301,7 @@ def _signal(pids: Any, number: int) -> None:
 
 
 def _free_port() -> int:
-    """Below those that the system gives by itself (``ip_local_port_range``), so that nobody is given it before it is
-    used.
-    """
+    """Return a free port below those that the system assigns (``ip_local_port_range``), so that it stays free."""
     port = 10_000 + os.getpid() % 20_000
     while True:
         with socket.socket() as trial:
@@ -316,7 +315,7 @@ def _free_port() -> int:
 
 
 def _child(arguments: list[str], environment: dict[str, str], directory: str, outputs: list[str]) -> int:
-    """Run it as the interpreter would; the exit status."""
+    """Run the program as the interpreter would, and return the exit status."""
     os.setsid()
     null = os.open(os.devnull, os.O_RDONLY)
     for target, opened in enumerate(
@@ -357,7 +356,7 @@ def _child(arguments: list[str], environment: dict[str, str], directory: str, ou
     except KeyboardInterrupt:
         traceback.print_exc()
         status = 130
-    except BaseException:  # as the interpreter does
+    except BaseException:  # like the interpreter
         traceback.print_exc()
         status = 1
     for stream in (sys.stdout, sys.stderr):

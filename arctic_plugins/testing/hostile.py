@@ -1,5 +1,6 @@
-"""What a process does while it reads a stranger's files: an audit hook that tells of writing elsewhere, of executing
-what they hold, of sockets.
+"""Watch what a process does while it reads files from a stranger.
+
+An audit hook reports writes elsewhere, execution of the files' content, and sockets.
 """
 
 from __future__ import annotations
@@ -72,13 +73,14 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 @contextmanager
 def watched(hostile: str | Path, *writable: str | Path) -> Iterator[list[str]]:
-    """Watch this thread for the time of the block (``sys.addaudithook``), which reads files in ``hostile``.
+    """Watch this thread (``sys.addaudithook``) during the block, which reads files in ``hostile``.
 
-    Gives the list of what it should not have done: written outside of ``writable``, started a process, used a socket,
-    unpickled an object, executed or imported a file of ``hostile``. Import what the block uses before it.
+    Yields the list of what the block should not have done: written outside of ``writable``, started a process, used a
+    socket, unpickled an object, or executed or imported a file in ``hostile``. Import everything that the block uses
+    before entering it.
     """
     global _hooked
-    if not _hooked:  # a hook cannot be taken away again
+    if not _hooked:  # a hook cannot be removed
         sys.addaudithook(_hook)
         _hooked = True
     watcher = _Watcher(Path(hostile), tuple(map(Path, writable)))

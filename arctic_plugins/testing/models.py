@@ -1,4 +1,4 @@
-"""Models small enough to train, save and serve in a test, with a tokenizer made here."""
+"""Models small enough to train, save and serve in a test, with a generated tokenizer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LLAMA_LIKE: dict[str, tuple[str, dict[str, Any]]] = {
         "phi",
         {"partial_rotary_factor": 0.5, "hidden_size": 128, "head_dim": 32},
     ),  # biases everywhere, in the head too; layer norms
-    "phi3": ("phi3", {"hidden_size": 128, "sliding_window": 16}),  # q, k, v and gate, up fused on disk
+    "phi3": ("phi3", {"hidden_size": 128, "sliding_window": 16}),  # fused on disk: q, k, v; gate, up
     "gemma": (
         "gemma",
         {"hidden_activation": "gelu_pytorch_tanh", "num_key_value_heads": 1},
@@ -36,13 +36,13 @@ LLAMA_LIKE: dict[str, tuple[str, dict[str, Any]]] = {
         {"sliding_window": 16, "query_pre_attn_scalar": 32, "layer_types": ["sliding_attention", "full_attention"]},
     ),
 }
-"""Relatives of Llama, each for what it adds: name -> (model_type, config) for :func:`tiny_model`."""
+"""Relatives of Llama, each with its special features: name -> (model_type, config) for :func:`tiny_model`."""
 
 MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": (
         "mixtral",
         {"num_local_experts": 4, "num_experts_per_tok": 2},
-    ),  # other names in checkpoints than in the model
+    ),  # its names in checkpoints differ from those in the model
     "qwen3_moe": (
         "qwen3_moe",
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "norm_topk_prob": True},
@@ -63,8 +63,9 @@ MIXTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def draw_adapter(model: Any, part: str = "lora_B") -> None:
-    """Draw the parameters with ``part`` in their names at random, always the same: an adapter that changes what
-    ``model`` says.
+    """Set the parameters with ``part`` in their names to fixed random values.
+
+    The adapter then changes the output of ``model``.
     """
     import torch
 
@@ -76,7 +77,7 @@ def draw_adapter(model: Any, part: str = "lora_B") -> None:
 
 
 def tiny_llama(directory: str | Path, **options: Any) -> Path:
-    """:func:`tiny_model` of the type ``llama``."""
+    """Call :func:`tiny_model` with the type ``llama``."""
     return tiny_model(directory, "llama", **options)
 
 
@@ -84,11 +85,11 @@ def tiny_model(directory: str | Path, model_type: str, *, dtype: str = "float32"
     """Write a random causal language model and a byte-level tokenizer with a chat template into ``directory``.
 
     Args:
-        directory: where to.
-        model_type: as in ``config.json``; of any dense decoder that names its sizes as Llama does.
-        dtype: of the weights on disk.
-        seed: of the random weights; the same seed gives the same bytes.
-        **config: fields of the model's config that differ from the defaults here.
+        directory: where to write.
+        model_type: type as in ``config.json``, of any dense decoder whose config names sizes as Llama's does.
+        dtype: dtype of the weights on disk.
+        seed: seed of the random weights; the same seed gives the same bytes.
+        **config: fields of the model's config that differ from the defaults below.
     """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -114,7 +115,7 @@ def tiny_model(directory: str | Path, model_type: str, *, dtype: str = "float32"
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 32,  # the smallest that the CPU attention of vLLM 0.32 knows
+        "head_dim": 32,  # the smallest that vLLM 0.32's CPU attention supports
         "max_position_embeddings": 512,
         "bos_token_id": 0,
         "eos_token_id": 1,

@@ -1,4 +1,4 @@
-"""What every placement must do, wherever it keeps bytes."""
+"""Checks that every placement must pass, wherever it keeps bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ __all__ = ["check_placement"]
 
 
 def check_placement(make: Callable[[], Placement]) -> None:
-    """Assert the protocol of :class:`arctic_plugins.frozen.Placement` and :class:`~arctic_plugins.frozen.Handle` in one
-    process.
+    """Check that placements and their handles obey their protocols, in one process.
+
+    The protocols are :class:`arctic_plugins.frozen.Placement` and :class:`~arctic_plugins.frozen.Handle`.
 
     Args:
-        make: gives a new placement, as a plugin's ``claim`` hook would.
+        make: returns a new placement, as a plugin's ``claim`` hook would.
 
     Raises:
-        AssertionError: which law is broken.
+        AssertionError: if a law is broken; the message names the law.
     """
     import copy
 
@@ -30,7 +31,7 @@ def check_placement(make: Callable[[], Placement]) -> None:
     plan = placement.plan(sizes)
     assert plan.keys() <= sizes.keys(), "plan() takes weights that it was not offered"
     assert all(0 <= left <= sizes[name] for name, left in plan.items()), (
-        "plan() leaves more on the device than there is"
+        "plan() leaves more bytes on the device than the weight has"
     )
     assert copy.deepcopy(placement) is placement, "a placement is one object for every copy of a model"
     generator = torch.Generator().manual_seed(0)
@@ -42,13 +43,13 @@ def check_placement(make: Callable[[], Placement]) -> None:
         codes = torch.randint(0, 100, (3, 5, 7), generator=generator).to(dtype)
         buffers = {"": codes, "_scale": torch.rand(3, 5, generator=generator)}
         handles[name] = (placement.hold(name, {suffix: buffer.clone() for suffix, buffer in buffers.items()}), buffers)
-    assert placement.describe(), "describe() says nothing"
+    assert placement.describe(), "describe() returns an empty string"
     for _ in range(2):
         for name in [*handles, *reversed(handles)]:
             handle, expected = handles[name]
             assert copy.deepcopy(handle) is handle, "a handle is one object for every copy of a module"
             with handle.lease(cpu) as leased:
-                assert leased.keys() == expected.keys(), f"lease of {name} has other buffers"
+                assert leased.keys() == expected.keys(), f"lease of {name} has different buffers"
                 with handle.lease(cpu) as again:
                     assert all(torch.equal(again[suffix], buffer) for suffix, buffer in expected.items()), (
                         f"a lease of {name} within a lease differs"
@@ -63,5 +64,5 @@ def check_placement(make: Callable[[], Placement]) -> None:
     name, (old, expected) = next(iter(handles.items()))
     new = placement.hold(name, {suffix: buffer + 1 for suffix, buffer in expected.items()})
     with old.lease(cpu) as before, new.lease(cpu) as after:
-        assert torch.equal(before[""], expected[""]), "a handle changed when its weight got a new one"
+        assert torch.equal(before[""], expected[""]), "a handle changed when its weight got a new handle"
         assert torch.equal(after[""], expected[""] + 1), "a weight that is held again keeps its old bytes"

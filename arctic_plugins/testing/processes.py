@@ -1,4 +1,4 @@
-"""Real processes for tests of what several do together, and the runs that are compared in them."""
+"""Real processes for tests of distributed code, and the training run that such tests compare."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ QUIET_RUN: dict[str, Any] = {
     "ddp_find_unused_parameters": False,
     "seed": 1,
 }
-"""``TrainingArguments`` of a short run whose log is all that is wanted: every step in it, gradients clipped."""
+"""``TrainingArguments`` of a short run of which only the log is needed: it logs every step and clips gradients."""
 
 
 def run_processes(
     script: Path, processes: int, *arguments: Any, timeout: float = 300
 ) -> subprocess.CompletedProcess[str]:
-    """``python SCRIPT ARGUMENT ...`` in ``processes`` processes as of ``torchrun``, with one thread each, forked from
-    one that has imported.
+    """Run ``python SCRIPT ARGUMENT ...`` in ``processes`` processes like ``torchrun``, with one thread each.
+
+    The processes are forks of one that has already imported the libraries.
 
     Args:
-        script: calls ``torch.distributed.init_process_group`` itself.
-        processes: how many.
-        arguments: texts and paths as they are, anything else as JSON, paths in it as texts.
-        timeout: seconds, after which ``subprocess.TimeoutExpired`` is raised.
+        script: a script that calls ``torch.distributed.init_process_group`` itself.
+        processes: number of processes.
+        arguments: strings and paths are passed as they are, anything else as JSON, with paths in it as strings.
+        timeout: seconds after which ``subprocess.TimeoutExpired`` is raised.
     """
     texts = [
         str(argument) if isinstance(argument, (str, Path)) else json.dumps(argument, default=str)
@@ -47,11 +48,11 @@ def run_processes(
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONFAULTHANDLER": "1",
-    }  # of a process that aborts: where its threads were
+    }  # shows where the threads of a process that aborts were
     return trainers().run([script, *texts], processes=processes, env=environment, timeout=timeout)
 
 
 def say(what: Any) -> None:
-    """Print ``what`` as a line of JSON in one write: lines of several processes do not mix."""
+    """Print ``what`` as a line of JSON in a single write, so that lines of several processes do not mix."""
     sys.stdout.write(json.dumps(what) + "\n")
     sys.stdout.flush()

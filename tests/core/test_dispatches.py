@@ -54,8 +54,8 @@ def test_a_sound_one_passes():
     ("wrong", "message"),
     [
         ({"rank": 1}, "rank is 1 of 1"),
-        ({"local": lambda self, num_experts: slice(1, num_experts)}, "pieces.. are not the experts"),
-        ({"pieces": lambda self, num_experts: [num_experts, 0]}, "has an empty one"),
+        ({"local": lambda self, num_experts: slice(1, num_experts)}, "pieces.. do not add up to the experts"),
+        ({"pieces": lambda self, num_experts: [num_experts, 0]}, "contains an empty piece"),
         (
             {"apply_capacity": lambda self, index, weights, num_experts: (index * 0, weights)},
             "an expert that was not chosen",
@@ -65,8 +65,8 @@ def test_a_sound_one_passes():
             "changes the shape of the index",
         ),
         ({"__deepcopy__": lambda self, memo: Here()}, "one object for every copy"),
-        (with_tokens(Reversed), "came back to another place"),
-        (with_tokens(Detached), "gradients of rows went another way"),
+        (with_tokens(Reversed), "reached the wrong expert or the wrong place"),
+        (with_tokens(Detached), "gradients of rows took another way"),
     ],
 )
 def test_what_is_wrong_is_said(wrong, message):

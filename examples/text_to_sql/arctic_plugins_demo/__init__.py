@@ -1,3 +1,1 @@
-"""The demo of arctic-plugins, ``arctic demo``: fine-tune a real model over FP8 weights, merge, serve with vLLM, and
-measure.
-"""
+"""The demo of arctic-plugins, ``arctic demo``: fine-tune a real model over FP8 weights, merge, serve and measure it."""

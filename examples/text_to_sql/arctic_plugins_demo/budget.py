@@ -1,4 +1,4 @@
-"""A training run that fits a time."""
+"""Fit a training run into a time budget."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 __all__ = ["StepBudget"]
 
 WARM, TIMED = 1, 3
-"""Steps before the clock is looked at, and those whose median says how fast the machine is."""
+"""Number of warm-up steps, and of the steps after them whose median time measures the machine's speed."""
 
 
 class StepBudget(TrainerCallback):
-    """Shortens a run, and its linear schedule with it, to what ``seconds`` allow at the speed of the first steps, but
-    never below ``least`` steps.
+    """Callback that shortens a run and its linear schedule to fit into ``seconds``, but not below ``least`` steps.
 
-    Read in transformers 5.19.0: the loop asks ``state.max_steps`` after each step, and a linear schedule is a
-    ``LambdaLR`` of a ``partial`` with the keyword ``num_training_steps``. Learning rates before the decision are those
-    of the warm-up, which does not depend on it.
+    The speed is that of the first steps. Read in transformers 5.19.0: the loop checks ``state.max_steps`` after each
+    step, and a linear schedule is a ``LambdaLR`` of a ``partial`` with the keyword ``num_training_steps``. The learning
+    rates before the decision are those of the warmup, which does not depend on it.
     """
 
     def __init__(self, seconds: float, *, least: int) -> None:
@@ -56,5 +55,5 @@ class StepBudget(TrainerCallback):
             state.max_steps = args.max_steps = steps
 
     def steps(self, planned: int, seconds_per_step: float) -> int:
-        """How many of ``planned`` steps to do."""
+        """Return how many of the ``planned`` steps to run."""
         return min(planned, max(self.least, int(self.seconds / seconds_per_step)))

@@ -15,13 +15,14 @@ __all__ = ["demo"]
     type=click.Path(path_type=Path),
     default=Path("out/demo"),
     show_default=True,
-    help="A new directory for everything it makes.",
+    help="A new directory for all results.",
 )
-@click.option("--overwrite", is_flag=True, help="Remove what an earlier demo left in --out first.")
+@click.option("--overwrite", is_flag=True, help="First remove the results of an earlier demo from --out.")
 @click.option("--serve/--no-serve", default=True, show_default=True, help="Serve the result with vLLM at the end.")
 def demo(out: Path, overwrite: bool, serve: bool) -> None:
-    """Fine-tune SmolLM2-135M-Instruct over FP8 weights to write SQL, merge, serve with vLLM, and report accuracy at
-    each step.
+    """Fine-tune SmolLM2-135M-Instruct over FP8 weights to write SQL, merge it, and serve it with vLLM.
+
+    The accuracy is reported at each step.
 
     \b
     Example:
@@ -39,7 +40,7 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
     if overwrite and (out / "train.jsonl").is_file():
         shutil.rmtree(out)
     console = Console()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries: ours say more
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the demo's own progress bars show more than those of libraries
     with importing():
         for name in track(("torch", "transformers", "peft", "datasets", "trl"), "importing libraries", console=console):
             import_module(name)
@@ -50,7 +51,7 @@ def demo(out: Path, overwrite: bool, serve: bool) -> None:
     told: set[str] = set()
 
     def once(record: logging.LogRecord) -> bool:
-        """The model is loaded four times, and the processor is the same each time."""
+        """Filter out repeated messages: the model is loaded four times, on the same processor each time."""
         repeated = record.getMessage() in told
         told.add(record.getMessage())
         return not repeated

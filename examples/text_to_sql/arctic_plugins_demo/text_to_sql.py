@@ -1,8 +1,8 @@
-"""A small text-to-SQL data set made from templates.
+"""A small text-to-SQL dataset generated from templates.
 
-Every row is a question on a schema of one or two tables, with its reference query and the script that makes
-and fills those tables, so a predicted query is judged by the rows that it returns, not by its text. The training
-and the test split share no table, no label values, and no columns but `id` and `name`.
+Each row is a question on a schema of one or two tables, with its reference query and the script that creates and fills
+those tables, so that a predicted query is judged by the rows that it returns, not by its text. The training and test
+splits share no tables, no label values, and no columns except `id` and `name`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ATTEMPTS = 500
 
 @dataclass(frozen=True)
 class Example:
-    """One question with its schema, its reference query and the database that both speak of."""
+    """One question with its schema, its reference query and the database that both refer to."""
 
     template: str
     schema: str
@@ -35,11 +35,11 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """The user's message, the same text that the record of `to_alpaca` makes."""
+        """The user's message, identical to the one that the record from `to_alpaca` yields."""
         return f"{TASK} {self.question}\n\n{self.schema}"
 
     def to_alpaca(self) -> dict[str, str]:
-        """The row as an instruction, its input and its output."""
+        """Return the row as an instruction, its input and its output."""
         return {"instruction": f"{TASK} {self.question}", "input": self.schema, "output": self.sql}
 
 
@@ -65,7 +65,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Scene:
-    """A filled domain, with the columns that its question is to use."""
+    """A filled domain, with the columns that its question uses."""
 
     child: _Table
     parent: _Table
@@ -86,7 +86,7 @@ class _Scene:
         return f"{self.child.name} JOIN {self.parent.name} ON {self.child.name}.{self.link} = {self.parent.name}.id"
 
     def fill(self, phrase: str, **more: Value) -> str:
-        """The phrase with the scene's names in it."""
+        """Return the phrase with the scene's names filled in."""
         names = {
             "table": self.child.name,
             "label": self.label,
@@ -102,7 +102,7 @@ class _Scene:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A question and its query; `control` is a near miss, which must not return the same rows."""
+    """A question and its query; `control` is a near miss that must not return the same rows."""
 
     question: str
     sql: str
@@ -121,9 +121,7 @@ def _literal(value: Value) -> str:
 
 
 def _mixed(rng: random.Random, domains: Sequence[Domain]) -> Domain:
-    """A table with the columns and the parent of others, so that names are to be read from the schema, not known by
-    heart.
-    """
+    """Mix the table, columns and parent of several domains, so that names must be read from the schema."""
     texts = [item for domain in domains for item in domain.texts.items()]
     numbers = [item for domain in domains for item in domain.numbers.items()]
     return replace(
@@ -135,14 +133,14 @@ def _mixed(rng: random.Random, domains: Sequence[Domain]) -> Domain:
 
 
 def _shuffled_table(rng: random.Random, name: str, columns: dict[str, tuple[str, Sequence[Value]]]) -> _Table:
-    """The table of these columns (name -> type and values), `id` first and the others in a random order."""
+    """Return the table with these columns (name -> type and values), `id` first and the others in random order."""
     order = ["id", *rng.sample([column for column in columns if column != "id"], len(columns) - 1)]
     rows = tuple(zip(*(columns[column][1] for column in order), strict=True))
     return _Table(name, tuple((column, columns[column][0]) for column in order), rows)
 
 
 def _scatter(rng: random.Random, values: Sequence[Value], count: int, *, different: int = 3) -> list[Value]:
-    """`count` draws from `different` ones of the values, each of these at least once."""
+    """Return `count` draws from `different` of the values, each of which occurs at least once."""
     kept = rng.sample(values, different)
     drawn = [*kept, *rng.choices(kept, k=count - len(kept))]
     rng.shuffle(drawn)
@@ -150,7 +148,7 @@ def _scatter(rng: random.Random, values: Sequence[Value], count: int, *, differe
 
 
 def _scene(rng: random.Random, domain: Domain, labels: tuple[str, ...], *, linked: bool) -> _Scene:
-    """The domain with fresh rows; an unlinked child table lacks the column that points to its parent."""
+    """Return the domain with new rows; an unlinked child table lacks the column that refers to its parent."""
     names = rng.sample(labels, _CHILD_ROWS + _PARENT_ROWS)
     child: dict[str, tuple[str, Sequence[Value]]] = {
         "id": ("int", range(1, _CHILD_ROWS + 1)),
@@ -195,7 +193,7 @@ _DIRECTIONS: dict[str, tuple[str, str]] = {"DESC": ("highest", "descending"), "A
 
 
 def _pick(rng: random.Random, words: dict[str, tuple[str, ...]]) -> tuple[str, str]:
-    """A keyword of SQL and one of the words that stand for it."""
+    """Return an SQL keyword and one of the words for it."""
     keyword = rng.choice(list(words))
     return keyword, rng.choice(words[keyword])
 
@@ -205,13 +203,13 @@ def _select(columns: str, source: str, *clauses: str) -> str:
 
 
 def _text_condition(rng: random.Random, table: _Table, column: str) -> tuple[str, str]:
-    """An equality with a value that the column holds, in words and in SQL."""
+    """Return an equality with a value that the column contains, in words and in SQL."""
     value = str(rng.choice(table.values(column)))
     return f"{_words(column)} {value}", f"{column} = {_literal(value)}"
 
 
 def _number_condition(rng: random.Random, scene: _Scene) -> tuple[str, str]:
-    """A comparison that some of the rows pass, in words and in SQL."""
+    """Return a comparison that some of the rows satisfy, in words and in SQL."""
     operator, word = _pick(rng, _COMPARISONS)
     bound = rng.choice(sorted(scene.child.values(scene.number))[2:-2])
     return f"{_words(scene.number)} {word} {bound}", f"{scene.number} {operator} {bound}"
@@ -426,7 +424,7 @@ TEMPLATES: tuple[str, ...] = tuple(_TEMPLATES)
 
 
 def _example(rng: random.Random, template: str, split: Split) -> Example | None:
-    """One draw, or None where its query returns nothing or a near miss would return the same rows."""
+    """Return one random example, or None if its query returns nothing or a near miss returns the same rows."""
     linked = template.startswith("join")
     domain = _mixed(rng, DOMAINS[split]) if split == "train" else rng.choice(DOMAINS[split])
     scene = _scene(rng, domain, LABELS[split], linked=linked)
@@ -445,12 +443,12 @@ def _example(rng: random.Random, template: str, split: Split) -> Example | None:
 
 
 def generate(rows: int, *, seed: int, split: Split) -> list[Example]:
-    """Distinct rows of one split, the templates in turn: the same for the same seed, whatever was made before.
+    """Return distinct rows of one split, from each template in turn; the same seed always gives the same rows.
 
     Raises:
-        ValueError: if the split cannot give that many distinct rows.
+        ValueError: if the split does not have that many distinct rows.
     """
-    rng = random.Random(f"{seed}:{split}")  # reproducible data, no secret
+    rng = random.Random(f"{seed}:{split}")  # for reproducible data, not for secrets
     seen: set[tuple[str, str]] = set()
     examples: list[Example] = []
     for row in range(rows):
@@ -460,14 +458,16 @@ def generate(rows: int, *, seed: int, split: Split) -> list[Example]:
             if example is not None and (example.schema, example.question) not in seen:
                 break
         else:
-            raise ValueError(f"the {split} split has no {rows} distinct rows: template {template} ran out at row {row}")
+            raise ValueError(
+                f"the {split} split does not have {rows} distinct rows: template {template} ran out at row {row}"
+            )
         seen.add((example.schema, example.question))
         examples.append(example)
     return examples
 
 
 def write_jsonl(examples: Sequence[Example], path: str | Path) -> None:
-    """Writes the rows as Alpaca records, one JSON object a line."""
+    """Write the rows as Alpaca records, one JSON object per line."""
     lines = (json.dumps(example.to_alpaca(), ensure_ascii=False) + "\n" for example in examples)
     Path(path).write_text("".join(lines), encoding="utf-8")
 

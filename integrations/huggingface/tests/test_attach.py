@@ -88,7 +88,7 @@ def test_a_trainer_is_attached_once(parts, tmp_path):
     model, _, rows, stack = parts
     trainer = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), **OPTIONS), train_dataset=rows)
     attach(trainer, stack)
-    with pytest.raises(ConfigError, match="attached to a stack already; call attach once"):
+    with pytest.raises(ConfigError, match="already attached to a stack; call attach only once"):
         attach(trainer, stack)
     other = Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), **OPTIONS), train_dataset=rows)
     assert type(other) is Trainer

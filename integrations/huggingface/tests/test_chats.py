@@ -231,7 +231,7 @@ def test_calls_are_learnt_and_tools_are_shown(with_template, tmp_path, name, spe
 )
 @pytest.mark.parametrize("loss", ["completion", "all"])
 def test_a_template_that_knows_no_tools_is_told(tokenizer, tmp_path, record, what, loss):
-    with pytest.raises(DataError, match=rf"data\.jsonl:1 has {what}, which the model's chat template leaves out"):
+    with pytest.raises(DataError, match=rf"data\.jsonl:1 has {what}, which the model's chat template omits"):
         load(tokenizer, tmp_path, [record], loss=loss)
 
 
@@ -252,9 +252,9 @@ def test_thinking_that_history_leaves_out_is_learnt_turn_by_turn(with_template, 
     ]
     assert whole(tokenizer, data.train)[1].startswith("<|user|>2 + 2?<|end|><|assistant|>4<|end|>")
     assert (data.counts.rows, data.counts.divided) == (3, 1)
-    assert "1 chats as a row for each answer" in str(data.counts)
+    assert "1 chats split into one row per answer" in str(data.counts)
     load(tokenizer, tmp_path, [{"messages": chat}], eval_size=1)
-    assert "rows of one chat may be held out" in caplog.text
+    assert "may hold out some rows of a chat" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_fields_that_nobody_uses_are_named_once(tokenizer, tmp_path, caplog):
     [
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
-            "a part of the type 'image_url'; expected",
+            "a part of type 'image_url'; expected",
         ),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, "weight=0.5 .*expected weight 0 or 1"),
         ({"messages": [{"role": "assistant", "content": "a", "train": "no"}]}, "train='no'; expected"),
@@ -362,8 +362,11 @@ def test_fields_that_nobody_uses_are_named_once(tokenizer, tmp_path, caplog):
         ),
         ({"conversations": [{"from": "function_call", "value": "weather()"}]}, "which is not valid JSON"),
         ({"messages": CALLED, "tools": "[1]"}, "has tools='\\[1\\]'; expected a list of functions"),
-        ({"messages": CALLED, "system": ["x"]}, "has system=.*expected a text"),
-        ({"prompt": CALLED[:1], "completion": CALLED[:1]}, "has a completion without the role 'assistant'"),
+        ({"messages": CALLED, "system": ["x"]}, "has system=.*expected a string"),
+        (
+            {"prompt": CALLED[:1], "completion": CALLED[:1]},
+            "has no message with the role 'assistant' in its completion",
+        ),
         ({"instruction": "a", "output": "b", "history": [["a"]]}, "has history=.*expected a list of pairs"),
     ],
 )
@@ -411,7 +414,7 @@ def test_a_row_longer_than_the_positions_is_told(tokenizer, tmp_path, streaming)
     config = {"path": str(tmp_path / "data.jsonl"), "format": "text", "streaming": streaming}
     with pytest.raises(
         DataError,
-        match=r"data\.jsonl:2 has 41 tokens, and the model has 32 positions; expected data\.max_length of at most 32",
+        match=r"data\.jsonl:2 has 41 tokens, but the model has 32 positions; expected data\.max_length of at most 32",
     ):
         list(load_data(DataConfig(**config), tokenizer, limits=Limits(positions=32)).train)
     assert len(list(load_data(DataConfig(**config, max_length=32), tokenizer, limits=Limits(positions=32)).train)) == 2
@@ -423,6 +426,6 @@ def test_tokens_without_an_embedding_are_told(tokenizer, tmp_path):
     largest = max(load_data(config, tokenizer, limits=Limits(embeddings=10**6)).train["input_ids"][0])
     load_data(config, tokenizer, limits=Limits(embeddings=largest + 1))
     with pytest.raises(
-        DataError, match=rf"data\.jsonl:1 has the token {largest}, and the model has embeddings for {largest}; .*resize"
+        DataError, match=rf"data\.jsonl:1 has the token {largest}, but the model has embeddings for {largest}; .*resize"
     ):
         load_data(config, tokenizer, limits=Limits(embeddings=largest))

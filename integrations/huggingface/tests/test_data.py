@@ -152,7 +152,7 @@ def test_evaluation_rows_are_held_out_or_read(tokenizer, tmp_path):
     assert [spoken(tokenizer, row)[0] for row in load(tokenizer, path, format="text", eval_path=str(other)).eval] == [
         "other<|end|>"
     ]
-    with pytest.raises(DataError, match="eval_size 20 leaves none of 20 rows"):
+    with pytest.raises(DataError, match="eval_size 20 leaves none of the 20 rows"):
         load(tokenizer, path, format="text", eval_size=20)
 
 
@@ -192,11 +192,16 @@ def test_options_that_contradict_each_other():
             "a.jsonl",
             '{"instruction": "a", "outptu": "b"}',
             {},
-            r"a\.jsonl:1 has no 'output'; expected a text .*did you mean 'outptu'",
+            r"a\.jsonl:1 has no 'output'; expected a string .*did you mean 'outptu'",
         ),
-        ("a.jsonl", '{"instruction": "a", "output": 3}', {}, "has output=3; expected a text"),
-        ("a.jsonl", '{"instruction": "a", "output": "b", "input": [1]}', {}, r"input=\[1\]; expected a text, or none"),
-        ("a.csv", "instruction,output\na,b\nc\n", {}, r"a\.csv:3 has another number of fields than the header's 2"),
+        ("a.jsonl", '{"instruction": "a", "output": 3}', {}, "has output=3; expected a string"),
+        (
+            "a.jsonl",
+            '{"instruction": "a", "output": "b", "input": [1]}',
+            {},
+            r"input=\[1\]; expected a string, or nothing",
+        ),
+        ("a.csv", "instruction,output\na,b\nc\n", {}, r"a\.csv:3 does not have as many fields as the header, 2"),
         ("a.csv", 'instruction,output\n"a,b\n', {}, r"a\.csv:2 is not valid CSV"),
         (
             "a.csv",
@@ -217,7 +222,7 @@ def test_options_that_contradict_each_other():
             "a.jsonl",
             '{"messages": [{"role": "user", "content": "x"}]}',
             {"format": "messages"},
-            "no message of the role 'assistant'",
+            "no message with the role 'assistant'",
         ),
         ("a.jsonl", '{"conversations": [3, {"from": [1]}]}', {"format": "messages"}, r"conversations\[0\]=3"),
         ("a.jsonl", '{"prompt": "a"}', {"format": "prompt_completion"}, "has no 'completion'"),
@@ -240,7 +245,7 @@ def test_bad_data_is_told_by_its_line(tokenizer, tmp_path, name, text, config, m
 def test_a_template_that_refuses_says_whose_record_it_is(tokenizer, tmp_path):
     strict = load_tokenizer(tokenizer.name_or_path)
     strict.chat_template = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('the user begins') }}{% endif %}"
-    with pytest.raises(DataError, match=r"a\.jsonl:1 is refused by the model's chat template: .*the user begins"):
+    with pytest.raises(DataError, match=r"a\.jsonl:1 is rejected by the model's chat template: .*the user begins"):
         load(strict, write(tmp_path / "a.jsonl", [{"messages": CHAT[1:]}]), format="messages")
     strict.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
@@ -280,5 +285,5 @@ def test_a_model_whose_packed_rows_see_each_other_is_refused(tmp_path, name):
     model.forward = lambda input_ids, position_ids, **kwargs: forward(
         input_ids=input_ids, **kwargs
     )  # as a model that ignores positions
-    with pytest.raises(ConfigError, match=r"packed rows see each other; try another load\.attn_implementation"):
+    with pytest.raises(ConfigError, match=r"packed rows attend to each other; try another load\.attn_implementation"):
         check_packing(model)

@@ -49,7 +49,7 @@ def test_layers_are_numbers_and_patterns_names(shown):
     )
     assert row(lines, "self_attn.q_proj") == ["self_attn.q_proj", "0-29", "1536 x 576", "768 each", "2.00"]
     assert row(lines, "lm_head") == ["lm_head", "49152 x 576", "2.00"]
-    assert "linear modules; layers are those of model.layers" in lines
+    assert "linear modules; layer numbers refer to model.layers" in lines
 
 
 def test_columns_that_say_nothing_are_left_out(shown):

@@ -375,7 +375,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(tiny_checkpoint, rows, tmp_pa
     assert torch.equal(weights[3], weights[1])
     assert not torch.equal(weights[4], weights[3])
     assert all(weight.isfinite().all() for weight in weights)
-    assert "the gradient of step 3 is not finite: the step is left out" in caplog.text
+    assert "the gradient of step 3 is not finite: the step is skipped" in caplog.text
     with pytest.raises(Diverged, match="the gradient of step 13 is not finite, as in the 10 steps before it"):
         run(set(range(2, 14)), "other")
 
@@ -404,7 +404,7 @@ def test_rows_longer_than_the_models_positions_are_told_before_weights_are_read(
     path = write_recipe(tmp_path, model)
     with pytest.raises(
         DataError,
-        match=r"has \d+ tokens, and the model has 16 positions; expected "
+        match=r"has \d+ tokens, but the model has 16 positions; expected "
         r"data\.max_length of at most 16; .*plugin 'rope'",
     ):
         prepare(Recipe.from_file(path))

@@ -149,7 +149,7 @@ def test_a_run_under_deepspeed_is_one_under_ddp_and_resumes(checkpoints, tmp_pat
     assert resumed["grad_norm"] == whole["grad_norm"]
     if not adapters:
         error = run(4, "resume", checkpoints["arctic"], tmp_path, {"moe": {"expert_parallel": 4}}, zero(2), fails=True)
-        assert "expected as many processes for one copy of the experts as when it was saved" in error
+        assert "expected as many processes per copy of the experts as when it was saved" in error
         assert "ZeRO stage 3" in run(
             2, "train", checkpoints["arctic"], tmp_path / "three", plugins, zero(3), fails=True
         )
@@ -164,7 +164,7 @@ def test_a_run_resumes_where_it_stopped(checkpoints, tmp_path, name):
     assert resumed["loss"] == whole["loss"], "also the steps before, which the checkpoint remembers"
     assert resumed["grad_norm"] == whole["grad_norm"]
     error = run(4, "resume", checkpoints[name], tmp_path, {"moe": {"expert_parallel": 4}}, fails=True)
-    assert "has no experts_0_of_4.pt (of these it has experts_0_of_2.pt, experts_1_of_2.pt)" in error
+    assert "has no experts_0_of_4.pt (files of this kind: experts_0_of_2.pt, experts_1_of_2.pt)" in error
 
 
 @pytest.mark.parametrize("name", ["mixtral", "arctic"])
@@ -204,12 +204,12 @@ def test_the_best_model_is_back_at_the_end(checkpoints, tmp_path, processes, plu
                 "call attach"
             ),
         ),
-        ("only_experts", "training changes nothing but experts, and DDP wants something that all processes have"),
+        ("only_experts", "training changes only experts, but DDP needs a trained parameter that all processes have"),
         (
             "half",
             (
-                "training uses fp16, whose loss every process would scale by itself: experts have different gradients; "
-                "expected bf16"
+                "training uses fp16, where every process would scale the loss differently, as gradients of experts "
+                "differ; expected bf16"
             ),
         ),
     ],

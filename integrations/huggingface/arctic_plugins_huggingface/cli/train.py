@@ -60,7 +60,7 @@ def train(
     if as_json and not dry_run:
         raise ConfigError("--json is for --dry-run", fix="add --dry-run, or leave --json out")
     if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other", fix="leave one out")
+        raise ConfigError("--resume and --overwrite are mutually exclusive", fix="leave one out")
     parsed = Recipe.from_file(recipe)
     if nproc is not None and hostfile is not None:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Training with a recipe, or with a Trainer of your own."""
+"""Training with a recipe or with your own Trainer."""
 
 from __future__ import annotations
 

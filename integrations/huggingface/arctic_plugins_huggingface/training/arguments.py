@@ -1,4 +1,4 @@
-"""The Trainer's arguments, from a recipe."""
+"""Build the Trainer's arguments from a recipe."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ logger = logging.getLogger(__name__)
 
 
 def training_arguments(recipe: Recipe) -> SFTConfig:
-    """The recipe's ``training`` as TRL's extension of ``TrainingArguments``.
+    """Return the recipe's ``training`` as an ``SFTConfig``, TRL's extension of ``TrainingArguments``.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, or a value that the
-            library refuses.
+        ConfigError: if a key is unknown (the nearest known one is named) or belongs under ``data``, or if the library
+            rejects a value.
     """
     hints = get_type_hints(SFTConfig)
     given = check_arguments(
@@ -34,12 +34,12 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
     native = is_native(torch.bfloat16, "cpu" if given.get("use_cpu") else None)
     defaults = {
         "report_to": "none",
-        "bf16": native and not given.get("fp16"),  # SFTConfig turns it on whatever the device
+        "bf16": native and not given.get("fp16"),  # SFTConfig turns it on regardless of the device
         "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
-        # transformers wants to be told before it trains in bfloat16 without a GPU
+        # transformers trains in bfloat16 without a GPU only if this is set
         "use_cpu": not torch.accelerator.is_available(),
         "include_num_input_tokens_seen": "non_padding",
-        # every adapter is used in every step; the default looks for unused ones in each
+        # every adapter is used in every step; the default searches for unused ones in each step
         "ddp_find_unused_parameters": False,
         "eval_strategy": ("steps" if "eval_steps" in given else "epoch") if evaluates else "no",
         "packing_strategy": "bfd_split" if data.format == "text" else "bfd",
@@ -49,13 +49,13 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         arguments = SFTConfig(**{**defaults, **ours, **given})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(
-            f"training is not valid: {one_line(error)}", fix="correct the value it names, or install the package"
+            f"training is not valid: {one_line(error)}", fix="correct the value, or install the package that it names"
         ) from error
-    reported = cast("list[str]", arguments.report_to)  # once __post_init__ has seen it
+    reported = cast("list[str]", arguments.report_to)  # after __post_init__ has normalized it
     if absent := sorted({*reported} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):
         raise ConfigError(
-            f"training.report_to names {', '.join(absent)}, not installed here",
-            fix=f"pip install {' '.join(absent)}, or leave it out",
+            f"training.report_to names integrations that are not installed: {', '.join(absent)}",
+            fix=f"run 'pip install {' '.join(absent)}', or leave it out",
         )
     for key in ("bf16", "bf16_full_eval", "fp16", "fp16_full_eval"):
         if given.get(key):

@@ -1,7 +1,6 @@
-"""Chats: from a record of one of the formats to messages, and from messages to texts of which it is known where the
-model speaks.
+"""Chats: convert records of each format to messages, render them as texts, and locate the model's turns in the texts.
 
-Formats as Alpaca, ShareGPT, OpenAI and LLaMA-Factory (``data/README.md``, 0.9) write them. Templates as in transformers
+The formats follow Alpaca, ShareGPT, OpenAI and LLaMA-Factory (``data/README.md``, 0.9), the templates transformers
 5.19.0.
 """
 
@@ -22,7 +21,7 @@ __all__ = ["KNOWN", "Record", "Spans", "converted", "rendered", "unknown_fields"
 
 Record = dict[str, Any]
 Spans = list[tuple[int, int]]
-"""Characters ``[begin, end)`` of a text that the model is to say."""
+"""Character ranges ``[begin, end)`` of a text that the model is trained to produce."""
 
 KNOWN: Mapping[str, tuple[str, ...]] = {
     "alpaca": ("instruction", "input", "output", "system", "history"),
@@ -30,19 +29,19 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion", "tools"),
     "text": ("text",),
 }
-"""Format -> the fields of a record that are used."""
+"""Format -> the record fields that it uses."""
 _KNOWN_OF_MESSAGES = (
     *("role", "content", "from", "value", "tool_calls", "tool_call_id", "name", "weight", "train"),
-    *("reasoning_content", "reasoning", "thinking"),  # whatever the template reads
+    *("reasoning_content", "reasoning", "thinking"),  # used if the template reads them
 )
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _CALL = "function_call"
 _TAIL = 8
-"""Characters of a prompt by which its end is known."""
+"""Number of trailing characters that identify the end of a prompt."""
 
 
 def unknown_fields(record: Record, config: DataConfig) -> Iterator[str]:
-    """The names of the record's fields, and of those of its messages, that are not used."""
+    """Yield the names of fields of the record, and of its messages, that are not used."""
     used = {*KNOWN[config.format], *config.columns, *config.columns.values()}
     yield from (str(name) for name, value in record.items() if name not in used and value not in (None, ""))
     for key in ("messages", "conversations", "prompt", "completion"):
@@ -55,11 +54,13 @@ def unknown_fields(record: Record, config: DataConfig) -> Iterator[str]:
 
 
 def converted(record: Record, where: str, config: DataConfig) -> Record:
-    """What ``record`` says: ``text``; or ``prompt`` and ``completion``, two texts; or a chat: ``messages`` for a
-    template, ``learnt`` (for each of them whether the model is to say it) and ``tools``, None without.
+    """Return the content of ``record`` in a form that does not depend on the format.
+
+    This is one of: ``text``; ``prompt`` and ``completion``, both strings; or a chat with ``messages`` for a template,
+    ``learnt`` (for each message, whether the model is trained to produce it) and ``tools`` (None if there are none).
 
     Raises:
-        DataError: a field is absent or of another type; names ``where`` and the field.
+        DataError: if a field is missing or has the wrong type; the message names ``where`` and the field.
     """
     return _CONVERT[config.format](record, where, config)
 
@@ -70,23 +71,25 @@ def _text(record: Record, key: str, where: str, config: DataConfig) -> str:
         fix = (
             "correct the record"
             if key in record
-            else f"{suggest(key, map(str, record))}; data.columns: {{{key}: ...}} renames"
+            else f"{suggest(key, map(str, record))}; data.columns: {{{key}: ...}} maps it to a column"
         )
         found = f"{key}={value!r}" if key in record else f"no '{key}'"
-        raise DataError(f"{where} has {found}", expected=f"a text under '{key}' (format {config.format})", fix=fix)
+        raise DataError(f"{where} has {found}", expected=f"a string under '{key}' (format {config.format})", fix=fix)
     return value
 
 
 def _optional_text(record: Record, key: str, where: str) -> str:
     value = record.get(key)
     if not isinstance(value or "", str):
-        raise DataError(f"{where} has {key}={value!r}", expected="a text, or none", fix="correct the record")
+        raise DataError(f"{where} has {key}={value!r}", expected="a string, or nothing", fix="correct the record")
     return value or ""
 
 
 def _alpaca(record: Record, where: str, config: DataConfig) -> Record:
-    """The user says instruction, blank line, input (if any); the assistant says output. What the assistant said before
-    is learnt, too.
+    """Convert an Alpaca record to a chat.
+
+    The user's message is the instruction, a blank line and the input (if any); the assistant's message is the output.
+    The assistant's messages in the history are trained on as well.
     """
     instruction, output = (_text(record, key, where, config) for key in ("instruction", "output"))
     question = "\n\n".join(part for part in (instruction, _optional_text(record, "input", where)) if part)
@@ -94,7 +97,7 @@ def _alpaca(record: Record, where: str, config: DataConfig) -> Record:
     if not isinstance(history, list) or not all(_is_exchange(exchange) for exchange in history):
         raise DataError(
             f"{where} has history={history!r}",
-            expected="a list of pairs of texts: question, answer",
+            expected="a list of pairs of strings: question, answer",
             fix="correct the record",
         )
     system = _optional_text(record, "system", where) or config.system
@@ -113,8 +116,8 @@ def _chat(record: Record, where: str, config: DataConfig) -> Record:
     messages, learnt = _messages(record.get(key), key, where, config)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
-            f"{where} has no message of the role 'assistant'",
-            expected="something to learn",
+            f"{where} has no message with the role 'assistant'",
+            expected="at least one message to train on",
             fix="correct or remove the record",
         )
     system = _optional_text(record, "system", where)
@@ -130,8 +133,8 @@ def _prompt_completion(record: Record, where: str, config: DataConfig) -> Record
     completion, learnt = _messages(record.get("completion"), "completion", where, config)
     if not any(message["role"] == "assistant" for message in completion):
         raise DataError(
-            f"{where} has a completion without the role 'assistant'",
-            expected="something to learn",
+            f"{where} has no message with the role 'assistant' in its completion",
+            expected="at least one message to train on",
             fix="correct or remove the record",
         )
     return {
@@ -154,7 +157,7 @@ _CONVERT: dict[str, Callable[[Record, str, DataConfig], Record]] = {
 
 
 def _messages(value: Any, key: str, where: str, config: DataConfig) -> tuple[list[Record], list[bool]]:
-    """Messages as templates take them, and for each whether the model is to say it."""
+    """Return the messages as templates expect them and, for each, whether the model is trained to produce it."""
     if not isinstance(value, list) or not value:
         raise DataError(
             f"{where} has {key}={value!r}",
@@ -179,7 +182,7 @@ def _messages(value: Any, key: str, where: str, config: DataConfig) -> tuple[lis
 
 def _message(given: Any, here: str) -> Record:
     wrong = DataError(
-        f"{here}={given!r}", expected="a message with 'role' and 'content', both texts", fix="correct the record"
+        f"{here}={given!r}", expected="a message with 'role' and 'content', both strings", fix="correct the record"
     )
     if not isinstance(given, Mapping):
         raise wrong
@@ -205,9 +208,7 @@ def _message(given: Any, here: str) -> Record:
 def _part(part: Any, here: str) -> str:
     if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
         kind = part.get("type") if isinstance(part, Mapping) else part
-        raise DataError(
-            f"{here} with a part of the type {kind!r}", expected="parts of the type 'text'", fix="remove it"
-        )
+        raise DataError(f"{here} with a part of type {kind!r}", expected="parts of type 'text'", fix="remove it")
     return str(part["text"])
 
 
@@ -221,9 +222,7 @@ def _parsed(text: Any, here: str) -> Any:
 
 
 def _calls(value: Any, here: str) -> list[Record]:
-    """Calls as transformers' templates take them: each a ``function`` with a ``name``, and ``arguments`` that are an
-    object.
-    """
+    """Return calls as transformers' templates expect them: ``function`` with ``name`` and an ``arguments`` object."""
     calls = []
     for call in value if isinstance(value, list) else [value]:
         function = call.get("function", call) if isinstance(call, Mapping) else None
@@ -242,7 +241,7 @@ def _calls(value: Any, here: str) -> list[Record]:
 
 
 def _tools(record: Record, where: str) -> list[Record] | None:
-    """The functions that the model may call, as JSON schemas."""
+    """Return the functions that the model may call, as JSON schemas; None if there are none."""
     given = record.get("tools")
     tools = _parsed(given or None, f"{where} has tools")
     if not tools:
@@ -251,7 +250,7 @@ def _tools(record: Record, where: str) -> list[Record] | None:
         isinstance(tool, Mapping) and isinstance(_name(tool), str) for tool in tools
     ):
         raise DataError(
-            f"{where} has tools={given!r}", expected="a list of functions with a 'name' each", fix="correct the record"
+            f"{where} has tools={given!r}", expected="a list of functions, each with a 'name'", fix="correct the record"
         )
     return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
 
@@ -261,33 +260,33 @@ def _name(tool: Mapping[str, Any]) -> Any:
     return function.get("name") if isinstance(function, Mapping) else None
 
 
-# What the template makes of it.
+# Rendering with the chat template.
 
 
 def rendered(
     row: Record, tokenizer: PreTrainedTokenizerBase, where: str, *, everything: bool = False
 ) -> list[tuple[str, Spans]]:
-    """The chat in ``row`` as its template writes it, and where in it the model speaks.
+    """Render the chat in ``row`` with its template, and locate the model's turns in the text.
 
-    One text, if the template only adds to it from turn to turn. Some write a turn otherwise once others follow: they
-    leave its thinking out, or put an empty block of it before the last answer only. Then it is one text for each turn
-    that is learnt, which ends with that turn, as it is when the model says it. What is learnt of a turn is all between
-    the prompt for it and its end: its words, its calls, and the token that ends it.
+    The result is one text if the template only appends from turn to turn. Some templates render a turn differently
+    once others follow it: they omit its thinking, or put an empty thinking block before the last answer only. The
+    result is then one text for each turn that is trained on. It ends with that turn, rendered as it is when the model
+    produces it. The trained part of a turn is everything between the prompt for it and its end: its words, its calls,
+    and the token that ends it.
 
     Args:
         row: see :func:`converted`.
-        tokenizer: with a chat template.
-        where: for messages.
-        everything: one text and no spans.
+        tokenizer: must have a chat template.
+        where: where the record is, for error messages.
+        everything: return one text and no spans.
 
     Raises:
-        DataError: the template refuses the chat, or leaves its tools or calls out, or does not tell where a turn
-            begins.
+        DataError: if the template rejects the chat, omits its tools or calls, or does not show where a turn begins.
     """
     messages, learnt, tools = row["messages"], row["learnt"], row["tools"]
 
     def render(messages: list[Record], tools: list[Record] | None = tools, **options: Any) -> str | None:
-        """None if the template, which is a program, refuses: many do for roles or orders of them."""
+        """Return None if the template, which is a program, fails: many reject certain roles or orders of roles."""
         try:
             given = cast("list[Record | Callable[..., Any]] | None", tools)
             return str(tokenizer.apply_chat_template(messages, tools=given, tokenize=False, **options))
@@ -304,7 +303,7 @@ def rendered(
     }
     if whole is None or None in texts.values():
         raise DataError(
-            f"{where} is refused by the model's chat template: {one_line(refusals[0])}",
+            f"{where} is rejected by the model's chat template: {one_line(refusals[0])}",
             fix="correct or remove the record",
         )
     if tools and render(messages, None) == whole:
@@ -321,7 +320,7 @@ def rendered(
         turn = _turn(str(text), messages[:at], messages[at], render)
         if turn is None:
             raise DataError(
-                f"{where}: the chat template does not tell where turn {at + 1} begins",
+                f"{where}: the chat template does not show where turn {at + 1} begins",
                 fix="set data.loss to 'all', or remove the record",
             )
         turns.append(turn)
@@ -333,14 +332,15 @@ def rendered(
 def _turn(
     text: str, before: Sequence[Record], message: Record, render: Callable[..., str | None]
 ) -> tuple[str, int] | None:
-    """``text``, which ends with ``message``, and where in it the model begins to speak: behind the prompt that it is
-    given for this turn.
+    """Return ``text``, which ends with ``message``, and where the model's part begins: after the prompt for this turn.
 
-    If the prompt is not what stands there, content of other words is rendered and compared. Where the content follows
-    the prompt's last characters the prompt takes the place of what the template makes of it afterwards (Mistral's
-    writes the system message only while a question is the last); otherwise the two part at the turn (DeepSeek's prompt
-    begins to think, and its history shows no thinking), or there is none (a chat that begins with the assistant). None
-    if other words make no difference.
+    If ``text`` does not begin with the prompt, the message is rendered with two different contents, and the results
+    are compared to find where its content begins. If the content follows the prompt's last characters, the prompt
+    replaces what the template renders in its place afterwards (Mistral's template includes the system message only
+    while a question comes last). Otherwise, the prompt and the text diverge at this turn (DeepSeek's prompt begins the
+    thinking, and its history shows none), or there is no prompt (a chat that begins with the assistant).
+
+    Return None if different contents make no difference.
     """
     prompt = render(before, add_generation_prompt=True) if before else None
     if prompt and text.startswith(prompt):
@@ -366,12 +366,12 @@ def _without_calls(message: Record) -> Record:
 
 def _left_out(what: str, where: str) -> DataError:
     return DataError(
-        f"{where} has {what}, which the model's chat template leaves out",
-        expected="a template that writes them",
-        fix="take a model that was trained to call functions, or remove them from the data",
+        f"{where} has {what}, which the model's chat template omits",
+        expected="a template that renders them",
+        fix="use a model that was trained to call functions, or remove them from the data",
     )
 
 
 def _common(text: str, other: str) -> int:
-    """Length of the prefix that two texts share."""
-    return len(commonprefix([text, other]))  # noqa: RUF071 - of texts, not of paths
+    """Return the length of the prefix that two texts share."""
+    return len(commonprefix([text, other]))  # noqa: RUF071 - these are texts, not paths

@@ -1,5 +1,6 @@
-"""What is wrong with a recipe and can be known without torch and hosts, so that it is said in a second. Read in
-transformers 5.19.0, trl 1.16.0.
+"""Check what can be checked in a recipe without importing torch or the hosts, so that errors appear within a second.
+
+Read in transformers 5.19.0, trl 1.16.0.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ OURS = {
     "completion_only_loss": "data.loss",
     "assistant_only_loss": "data.loss",
 }
-"""Fields of SFTConfig that a recipe says under ``data``."""
+"""Fields of ``SFTConfig`` that a recipe sets under ``data``."""
 _SOURCES = {"transformers": ("training_args.py",), "trl": ("trainer/base_config.py", "trainer/sft_config.py")}
 _CLASSES = ("TrainingArguments", "_BaseConfig", "SFTConfig")
 _AT_LEAST = {
@@ -40,18 +41,19 @@ _AT_LEAST = {
 
 
 def check_recipe(recipe: Recipe) -> Stack:
-    """The stack of ``recipe``, whose plugins, arguments, files of data and checkpoint (unless it is the hub's) are
-    looked at, in this order.
+    """Return the stack of ``recipe`` after checking its plugins, arguments, data files and checkpoint, in this order.
+
+    A checkpoint on the Hub is not checked.
 
     Raises:
-        UserError: what is wrong with one of them.
+        UserError: if something is wrong with one of them.
     """
     stack = Stack.from_dict(recipe.plugins)
     check_arguments(recipe.training, argument_types())
     if (frozen := [*stack.only("weight_codec"), *stack.only("placement")]) and not stack.only("adapter"):
         names = ", ".join(dict.fromkeys(plugin.name for plugin in frozen))
         raise ConfigError(
-            f"plugins freeze the weights ({names}) and none adds what could be trained",
+            f"the plugins freeze the weights ({names}), and none adds trainable parameters",
             expected="an adapter",
             fix="add 'lora: {}'",
         )
@@ -59,7 +61,7 @@ def check_recipe(recipe: Recipe) -> Stack:
         check_engine("deepspeed")
     if recipe.nonfinite == "skip" and recipe.training.get("deepspeed"):
         raise ConfigError(
-            "nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out"
+            "nonfinite is 'skip', but DeepSpeed runs the steps", expected="'stop'", fix="leave 'nonfinite' out"
         )
     if ours := sorted({"checked", "config", "stack"} & recipe.load.keys()):
         raise ConfigError(
@@ -72,15 +74,16 @@ def check_recipe(recipe: Recipe) -> Stack:
 
 
 def check_engine(name: str) -> None:
-    """Raise PluginNotFoundError unless a plugin is installed that prepares a Trainer, whose steps the library ``name``
-    makes, for frozen and spread modules.
+    """Raise PluginNotFoundError unless a plugin prepares the library ``name`` for frozen and spread modules.
+
+    The library runs the Trainer's steps.
     """
     with named(f"training.{name} with frozen or spread weights", PluginNotFoundError):
         process_registry().check_trainer_engine(name)
 
 
 def check_source(config: DataConfig) -> None:
-    """Raise DataError if a data file is absent."""
+    """Raise DataError if a data file is missing."""
     for key, path in (("path", config.path), ("eval_path", config.eval_path)):
         if (
             path is not None
@@ -96,34 +99,34 @@ def check_source(config: DataConfig) -> None:
 
 
 def check_output(output: Path, *, new: bool) -> None:
-    """Raise ConfigError unless ``output`` can be written to and, if ``new``, is absent or empty; the first of several
-    processes looks.
+    """Raise ConfigError unless ``output`` is writable and, if ``new``, does not exist or is empty.
+
+    If there are several processes, only the first one checks.
     """
     if not is_first():
         return
     if output.exists() and not output.is_dir():
-        raise ConfigError(f"training.output_dir {output} is a file", expected="a directory", fix="name another")
+        raise ConfigError(f"training.output_dir {output} is a file", expected="a directory", fix="choose another")
     if new and output.exists() and any(path.name != LOCK for path in output.iterdir()):
         raise ConfigError(
             f"training.output_dir {output} exists and is not empty",
             expected="a new directory",
-            fix="--resume continues the run that began there, --overwrite removes its checkpoints, or name another",
+            fix="--resume continues the run that started there, --overwrite removes its checkpoints, or choose another",
         )
     existing = next(parent for parent in (output, *output.absolute().parents) if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise ConfigError(
-            f"training.output_dir {output} cannot be written: {existing} does not allow it",
-            fix="name another, or change its permissions",
+            f"training.output_dir {output} cannot be written: {existing} is not a writable directory",
+            fix="choose another, or change its permissions",
         )
 
 
 @functools.cache
 def argument_types() -> dict[str, Any]:
-    """Training argument -> its type (``Any`` where it takes an import to know), as the source of TRL's ``SFTConfig``
-    declares it.
+    """Return the type of each training argument, as declared in the source of TRL's ``SFTConfig``.
 
-    Empty where the source is not where it is expected: what is checked by it is checked again when the class has been
-    imported.
+    The type is ``Any`` where resolving it would take an import. The result is empty if the source is not where it is
+    expected: everything that is checked with it is checked again once the class has been imported.
     """
     types: dict[str, Any] = {}
     try:
@@ -150,15 +153,15 @@ _BUILTIN = {"Any": Any, "Literal": Literal} | {found.__name__: found for found i
 def _evaluated(annotation: ast.expr) -> Any:
     if not {node.id for node in ast.walk(annotation) if isinstance(node, ast.Name)} <= _BUILTIN.keys():
         return Any
-    return eval(compile(ast.Expression(annotation), "annotation", "eval"), {"__builtins__": {}}, _BUILTIN)  # noqa: S307 - of these names alone
+    return eval(compile(ast.Expression(annotation), "annotation", "eval"), {"__builtins__": {}}, _BUILTIN)  # noqa: S307 - only these names
 
 
 def check_arguments(training: Mapping[str, Any], types: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's ``training``, each value as the type that ``types`` gives for its key; with no ``types``, unchecked.
+    """Return a recipe's ``training`` with each value converted to its type in ``types``; unchecked without ``types``.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), one that belongs under ``data``, a wrong type, no
-            ``output_dir``.
+        ConfigError: if a key is unknown (the nearest known one is named) or belongs under ``data``, a value has the
+            wrong type, or ``output_dir`` is missing.
     """
     if not types:
         return dict(training)
@@ -169,13 +172,14 @@ def check_arguments(training: Mapping[str, Any], types: Mapping[str, Any]) -> di
             raise ConfigError(f"training.{key} is set", expected=f"{OURS[key]} instead", fix="move it under 'data'")
     given = {key: _checked(key, value, types[key]) for key, value in training.items()}
     if not given.get("output_dir"):
-        raise ConfigError("training.output_dir is missing", fix="name the directory that checkpoints go to")
+        raise ConfigError("training.output_dir is missing", fix="set it to a directory for checkpoints")
     return given
 
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
-    """``value`` as the type that the argument declares, which transformers does not check: YAML reads 1e-3, without a
-    dot, as a text.
+    """Return ``value`` converted to the type that the argument declares.
+
+    transformers does not check types, and YAML reads 1e-3, without a dot, as a string.
     """
     try:
         checked = TypeAdapter(kind, config={"arbitrary_types_allowed": True}).validate_python(value)

@@ -1,7 +1,7 @@
-"""From data files to rows of tokens and labels; cutting, packing, collating are TRL's.
+"""Turn data files into rows of tokens and labels, which TRL truncates, packs and collates.
 
-Reading is ours because a file with a bad line must be told by that line: pyarrow's JSON reader, behind
-``datasets.load_dataset``, names blocks and infers types (a column of dates becomes timestamps).
+Files are read here so that an error can name the bad line: pyarrow's JSON reader, which ``datasets.load_dataset`` uses,
+names blocks instead, and infers types (a column of dates becomes timestamps).
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ _BATCH = 1000
 
 @dataclass
 class DataCounts:
-    """What became of the rows; a stream counts while it is read."""
+    """Counts of the rows and of what happened to them; those of a stream grow while it is read."""
 
     rows: int = 0
     tokens: int = 0
-    """Before cutting."""
+    """Tokens before truncation."""
     truncated: int = 0
     """Rows longer than ``max_length``."""
     dropped: int = 0
-    """Rows of which the loss would see nothing within ``max_length``."""
+    """Rows with nothing to train on within ``max_length``."""
     cut_tokens: int = 0
     divided: int = 0
-    """Chats that became a row for each answer, because their template writes answers otherwise once others follow."""
+    """Chats split into one row per answer, because their template renders an answer differently once others follow."""
 
     def __str__(self) -> str:
         cut = (
@@ -55,7 +55,8 @@ class DataCounts:
             else ""
         )
         divided = (
-            f"; {self.divided:,} chats as a row for each answer (the template writes it otherwise once others follow)"
+            f"; {self.divided:,} chats split into one row per answer (the template renders an answer differently once "
+            "others follow)"
             if self.divided
             else ""
         )
@@ -64,40 +65,40 @@ class DataCounts:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model takes; None where its config names no limit."""
+    """Limits of a model's input; None where its config specifies none."""
 
     positions: int | None = None
-    """Tokens of a row."""
+    """Maximum number of tokens in a row."""
     embeddings: int | None = None
-    """Different tokens, 0 to this number less 1."""
+    """Number of token ids: 0 to this number minus 1."""
 
     def check(self, ids: Sequence[int], kept: int, where: str) -> None:
-        """Raise DataError if the row of ``ids``, of which ``kept`` remain, is beyond one of them."""
+        """Raise DataError if the row of ``ids``, of which ``kept`` remain after truncation, exceeds a limit."""
         if self.positions is not None and kept > self.positions:
             raise DataError(
-                f"{where} has {len(ids)} tokens, and the model has {self.positions} positions",
+                f"{where} has {len(ids)} tokens, but the model has {self.positions} positions",
                 expected=f"data.max_length of at most {self.positions}",
-                fix="lower it, or lengthen the context with the plugin 'rope'",
+                fix="lower it, or extend the context with the plugin 'rope'",
             )
         if self.embeddings is not None and ids and max(ids) >= self.embeddings:
             raise DataError(
-                f"{where} has the token {max(ids)}, and the model has embeddings for {self.embeddings}",
-                expected="the tokenizer of the model",
-                fix="resize the model's embeddings (resize_token_embeddings of transformers) and save it, or remove "
-                "the tokens that were added",
+                f"{where} has the token {max(ids)}, but the model has embeddings for {self.embeddings}",
+                expected="the model's own tokenizer",
+                fix="resize the model's embeddings (resize_token_embeddings in transformers) and save it, or remove "
+                "the added tokens",
             )
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows with ``input_ids`` and ``labels`` (-100 where no loss is), uncut."""
+    """Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), before truncation."""
 
     train: Dataset | IterableDataset
     eval: Dataset | None
     counts: DataCounts
-    """Of the training rows and what was held out of them."""
+    """Counts of the training rows, including those held out for evaluation."""
     eval_counts: DataCounts | None = None
-    """Of evaluation rows with a source of their own."""
+    """Counts of the evaluation rows, if they come from a separate source."""
 
 
 def load_data(
@@ -112,26 +113,26 @@ def load_data(
 
     Args:
         config: what to read.
-        tokenizer: with a chat template, unless the data are texts.
-        seed: of the choice of rows that are held out, and of a stream's order.
-        keep_end: count what is lost for ``training.truncation_mode: keep_end``.
-        limits: of the model; None checks nothing against them.
+        tokenizer: must have a chat template, unless the data are plain texts.
+        seed: for choosing the rows that are held out, and for the order of a stream.
+        keep_end: count what ``training.truncation_mode: keep_end`` removes.
+        limits: limits of the model; None skips the check.
 
     Raises:
-        DataError: absent, empty, malformed (with the line), a record that lacks a column or holds another type (named),
-            a row beyond ``limits``, rows that all lose their labels when they are cut, or a tokenizer that lacks what
-            the format needs.
+        DataError: if the data are missing, empty or malformed (the message names the line), a record lacks a column or
+            has a value of the wrong type (the message names it), a row exceeds ``limits``, truncation leaves no row
+            with labels, or the tokenizer lacks what the format needs.
     """
     if config.format in ("alpaca", "messages") and tokenizer.chat_template is None:
         raise DataError(
-            f"data.format is '{config.format}', and the model's tokenizer has no chat template",
+            f"data.format is '{config.format}', but the model's tokenizer has no chat template",
             expected="a chat model",
-            fix="set tokenizer.chat_template and save it, or use the format prompt_completion",
+            fix="set tokenizer.chat_template and save the tokenizer, or use the format prompt_completion",
         )
     if config.loss == "completion" and config.format != "text" and not tokenizer.is_fast:
         raise DataError(
-            f"the model's tokenizer ({type(tokenizer).__name__}) does not tell which characters a token stands for",
-            expected="one that does, for data.loss 'completion'",
+            f"the model's tokenizer ({type(tokenizer).__name__}) does not report which characters a token stands for",
+            expected="a fast tokenizer, which does, for data.loss 'completion'",
             fix="set data.loss to 'all'",
         )
     counts, evaluation, eval_counts = DataCounts(), None, None
@@ -148,7 +149,7 @@ def load_data(
     if config.streaming:
         check_first = next(
             _rows(config, tokenizer, DataCounts(), keep_end, limits)
-        )  # an error in the first row is said before weights are read
+        )  # an error in the first row is reported before weights are read
         assert check_first.keys() == {"input_ids", "labels"}
         held_out = config.eval_size if isinstance(config.eval_size, int) else 0
         if held_out:
@@ -159,7 +160,7 @@ def load_data(
             )
 
         def read() -> Iterator[dict[str, list[int]]]:
-            vars(counts).update(vars(DataCounts()))  # each pass counts anew
+            vars(counts).update(vars(DataCounts()))  # each pass starts counting from zero
             return islice(_rows(config, tokenizer, counts, keep_end, limits), held_out, None)
 
         stream = IterableDataset.from_generator(read)
@@ -170,11 +171,11 @@ def load_data(
     if config.eval_size is not None:
         if len(train) < 2 or (isinstance(config.eval_size, int) and config.eval_size >= len(train)):
             raise DataError(
-                f"data.eval_size {config.eval_size} leaves none of {len(train)} rows to train on", fix="lower it"
+                f"data.eval_size {config.eval_size} leaves none of the {len(train)} rows to train on", fix="lower it"
             )
         if counts.divided:
             logger.warning(
-                "rows of one chat may be held out (data.eval_size) while others are trained on; data.eval_path keeps "
+                "data.eval_size may hold out some rows of a chat while its others are trained on; data.eval_path keeps "
                 "chats apart"
             )
         parts = train.train_test_split(test_size=config.eval_size, seed=seed)
@@ -188,9 +189,9 @@ def _table(rows: Iterator[dict[str, list[int]]], config: DataConfig, counts: Dat
         batches.append(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
     if counts.dropped == counts.rows:
         raise DataError(
-            f"no row of {config.path} has anything left for the loss within data.max_length {config.max_length}",
+            f"no row of {config.path} has anything left to train on within data.max_length {config.max_length}",
             expected="rows whose completion begins earlier",
-            fix=f"raise data.max_length (mean row: {counts.tokens // counts.rows} tokens)",
+            fix=f"raise data.max_length (average row: {counts.tokens // counts.rows} tokens)",
         )
     return Dataset(pa.Table.from_batches(batches, schema=_SCHEMA))
 
@@ -198,11 +199,9 @@ def _table(rows: Iterator[dict[str, list[int]]], config: DataConfig, counts: Dat
 def _rows(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, counts: DataCounts, keep_end: bool, limits: Limits | None
 ) -> Iterator[dict[str, list[int]]]:
-    """Tokenize one record after another, and count what cutting will take; rows with nothing left for the loss are
-    dropped here.
-    """
+    """Tokenize records one by one, count what truncation will remove, and drop rows with nothing left to train on."""
     window = slice(-config.max_length, None) if keep_end else slice(None, config.max_length)
-    splits = config.format == "text" and config.packing  # documents are split, not cut
+    splits = config.format == "text" and config.packing  # documents are split, not truncated
     told: set[str] = set()
     for where, record in _records(config):
         if new := sorted({*unknown_fields(record, config)} - told):
@@ -210,7 +209,7 @@ def _rows(
             logger.warning("%s has fields that the format '%s' does not use: %s", where, config.format, ", ".join(new))
         rows = list(tokenized(converted(record, where, config), tokenizer, where, config))
         counts.divided += len(rows) > 1
-        for row in rows or [{"input_ids": [], "labels": []}]:  # none of a chat of which nothing is learnt
+        for row in rows or [{"input_ids": [], "labels": []}]:  # a chat with nothing to train on has no rows
             length = len(row["input_ids"])
             counts.rows += 1
             counts.tokens += length
@@ -226,7 +225,7 @@ def _rows(
 
 
 def _records(config: DataConfig) -> Iterator[tuple[str, Record]]:
-    """(where, record); ``where`` is what an error says: file and line, or file and record."""
+    """Yield (where, record); ``where`` locates the record in error messages: file and line, or file and record."""
     records = _file_records(Path(config.path)) if Path(config.path).is_file() else _hub_records(config)
     empty = True
     for where, record in records:
@@ -261,7 +260,7 @@ def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"data.path {path} cannot be read: {one_line(error)}",
-            expected="a whole file of the kind that its name says",
+            expected="a complete file of the type that its extension indicates",
         ) from error
 
 
@@ -296,7 +295,7 @@ def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
                 where = f"{path}:{reader.line_num}"
                 if None in record or None in record.values():
                     raise DataError(
-                        f"{where} has another number of fields than the header's {len(reader.fieldnames or ())}",
+                        f"{where} does not have as many fields as the header, {len(reader.fieldnames or ())}",
                         fix="correct the line",
                     )
                 yield where, record
@@ -310,13 +309,14 @@ def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:
     trouble = hub_trouble()
     how = None if trouble is None else DownloadConfig(local_files_only=True)
     try:
-        dataset = load_dataset(  # type: ignore[call-overload]  # none for a `streaming` that is not a literal
+        dataset = load_dataset(  # type: ignore[call-overload]  # no overload for a non-literal `streaming`
             config.path, config.name, split=config.split, streaming=config.streaming, download_config=how
         )
-    except Exception as error:  # datasets raises its own, the hub's, httpx's and the builder's
+    except Exception as error:  # datasets raises its own errors and those of the Hub, httpx and the builder
         raise DataError(
-            f"data.path {config.path} is no file here and cannot be loaded as a dataset: {trouble or one_line(error)}",
-            expected="a file, or the id of a dataset that can be reached",
+            f"data.path {config.path} is not a local file and cannot be loaded as a dataset: "
+            f"{trouble or one_line(error)}",
+            expected="a file, or the id of an accessible dataset",
             fix="correct data.path, data.name or data.split",
         ) from error
     yield from ((f"{config.path}: row {number}", dict(record)) for number, record in enumerate(dataset, 1))
@@ -325,8 +325,9 @@ def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:
 def tokenized(
     row: Record, tokenizer: PreTrainedTokenizerBase, where: str, config: DataConfig
 ) -> Iterator[dict[str, list[int]]]:
-    """Tokens and labels of the row, or of the rows that a template makes of it. A token counts if its characters
-    overlap what the model is to say.
+    """Yield the tokens and labels of the row, or of each row that its template turns it into.
+
+    A token has a label if its characters overlap what the model is trained to produce.
     """
     everything, chats = config.loss == "all" or "text" in row, "messages" in row
     if chats:
@@ -346,7 +347,7 @@ def tokenized(
                 token if any(begin < end and start < last for begin, last in spans) else -100
                 for token, (start, end) in zip(ids, encoded["offset_mapping"], strict=True)
             ]
-        if not chats and tokenizer.eos_token_id is not None:  # a chat template says itself where a turn ends
+        if not chats and tokenizer.eos_token_id is not None:  # a chat template marks the end of a turn itself
             if ids[-1:] != [tokenizer.eos_token_id]:
                 ids.append(tokenizer.eos_token_id)
                 labels.append(-100)

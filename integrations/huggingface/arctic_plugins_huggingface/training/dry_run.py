@@ -1,4 +1,4 @@
-"""``arctic train --dry-run``: what a recipe would do, without reading a weight."""
+"""``arctic train --dry-run``: report what a recipe would do, without reading any weights."""
 
 from __future__ import annotations
 
@@ -29,24 +29,22 @@ __all__ = ["ModuleGroup", "RunPlan", "make_plan", "show_plan"]
 
 @dataclass(frozen=True)
 class ModuleGroup:
-    """Weights of which the same is true."""
+    """A group of weights with the same properties."""
 
     pattern: str
     layers: tuple[int, ...]
-    """The numbers that the first ``*`` of ``pattern`` stands for, or the first number in it; empty if it has
-    neither.
-    """
+    """The numbers that the first ``*`` of ``pattern`` matches, or the first number in it; empty if it has neither."""
     count: int
     shape: tuple[int, ...]
-    """``(N, K)`` of one, or ``(experts, N, K)``."""
+    """Shape of each weight: ``(N, K)`` or ``(experts, N, K)``."""
     codec: str | None
     placement: str | None
     adapter_parameters: int
-    """Trainable parameters that are added to one."""
+    """Trainable parameters added to each weight."""
     nbytes: int
-    """Of the weights of all of them, encoded."""
+    """Bytes of all the weights together, encoded."""
     resident_nbytes: int
-    """Those of them that stay on the compute device, in one process."""
+    """Bytes of these that stay on the compute device, in one process."""
 
 
 @dataclass(frozen=True)
@@ -54,32 +52,33 @@ class RunPlan:
     """What a recipe would do; bytes are computed from shapes, not measured."""
 
     settings: list[dict[str, Any]]
-    """Plugin, key, value and who set it, in the order in which the plugins act."""
+    """Plugin, key, value and source of each option, in the order in which the plugins act."""
     modules: list[ModuleGroup]
     parameters: int
     trainable_parameters: int
     steps: int
     rows: int
-    """What the Trainer sees, after cutting and packing; 0 for a stream."""
+    """Rows that the Trainer sees, after truncation and packing; 0 for a stream."""
     data: str
     compute: str
-    """The dtype of products, and why if it is not the checkpoint's."""
+    """The compute dtype, and the reason if it is not the checkpoint's."""
     warnings: list[str]
-    """Of the plugins."""
+    """Warnings from the plugins."""
     trainer: list[str]
-    """What the plugins add to the Trainer's class: ``"module:attribute"`` of mixins, the innermost first."""
+    """Mixins that the plugins add to the Trainer's class, as ``"module:attribute"``, the innermost first."""
     bytes: dict[str, int]
-    """On the compute device, in one process: ``base``, ``trainable``, ``gradients`` and, for the AdamW family,
-    ``optimizer``; not activations.
+    """Bytes on the compute device, in one process, without activations.
+
+    The keys are ``base``, ``trainable``, ``gradients`` and, for the AdamW family, ``optimizer``.
     """
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
+        """Return the plan with JSON types only."""
         return asdict(self)
 
 
 def make_plan(run: Run) -> RunPlan:
-    """Let the stack transform the model without data, and count."""
+    """Transform the model with the stack, without data, and count parameters and bytes."""
     stack, weights = run.stack, run.model.weights
     specs, codecs = weights.specs, weights.codecs
     model = copy.deepcopy(run.model.skeleton)
@@ -162,7 +161,7 @@ def _trainer_rows(run: Run) -> int:
 
 
 def _steps(run: Run, rows: int) -> int:
-    """As ``Trainer.set_initial_training_values`` counts (transformers 5.19.0)."""
+    """Count steps as ``Trainer.set_initial_training_values`` does (transformers 5.19.0)."""
     arguments = run.arguments
     if arguments.max_steps > 0:
         return int(arguments.max_steps)
@@ -176,7 +175,7 @@ def _steps(run: Run, rows: int) -> int:
 
 
 def show_plan(plan: RunPlan, console: Console) -> None:
-    """Print ``plan``, of the modules only what is not the same for all: 80 columns are enough."""
+    """Print ``plan`` within 80 columns; the tables of modules show only what is not the same for all of them."""
     settings = Table("plugin", "option", "value", "set by", title="stack, in the order in which it acts", **_LOOK)
     for row in plan.settings:
         settings.add_row(row["plugin"], row["key"], escape(str(row["value"])), row["source"])
@@ -191,7 +190,7 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     figures.add_row("dtype", plan.compute)
     figures.add_row(
         "steps",
-        f"{plan.steps:,} over " + (f"{plan.rows:,} rows after cutting and packing" if plan.rows else "a stream"),
+        f"{plan.steps:,} over " + (f"{plan.rows:,} rows after truncation and packing" if plan.rows else "a stream"),
     )
     figures.add_row("memory", f"{sizes} (computed, without activations)")
     if plan.trainer:
@@ -207,9 +206,7 @@ _LAYERS_WIDTH = 14
 
 
 def _modules_tables(modules: Sequence[ModuleGroup]) -> Iterator[Table | str]:
-    """A table for what is encoded and placed alike, with a row for what layers have in common, and no column that says
-    nothing.
-    """
+    """Yield a table for each combination of codec and placement, with one row for equal layers and no empty columns."""
     alike: dict[tuple[Any, ...], list[ModuleGroup]] = defaultdict(list)
     for module in modules:
         parts = module.pattern.split(".")
@@ -218,7 +215,7 @@ def _modules_tables(modules: Sequence[ModuleGroup]) -> Iterator[Table | str]:
         kind = f"{module.codec or 'plain'}, {module.placement}" if module.placement else module.codec or "plain"
         alike[kind, *where, module.shape, module.adapter_parameters].append(module)
     stems = sorted({stem for _, stem, *_ in alike if stem})
-    yield "\nlinear modules" + (f"; layers are those of {stems[0]}" if len(stems) == 1 else "")
+    yield "\nlinear modules" + (f"; layer numbers refer to {stems[0]}" if len(stems) == 1 else "")
     columns: dict[str, list[str]] = defaultdict(list)
     for (_, stem, name, shape, adapter), members in alike.items():
         layers = sorted({layer for module in members for layer in module.layers})
@@ -253,7 +250,7 @@ def _modules_tables(modules: Sequence[ModuleGroup]) -> Iterator[Table | str]:
 
 
 def _folded(name: str) -> str:
-    """A dotted ``name`` in lines of at most 20 characters, where its parts are shorter."""
+    """Break a dotted ``name`` into lines of at most 20 characters, unless one of its parts is longer."""
     lines, last = [], ""
     for part in name.split("."):
         if last and len(last) + len(part) > _NAME_WIDTH:
@@ -264,7 +261,7 @@ def _folded(name: str) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """``0-3, 7, 9-29``, or ``0-28 step 4`` for what is regular."""
+    """Return ``0-3, 7, 9-29``, or ``0-28 step 4`` for regularly spaced numbers."""
     steps = {second - first for first, second in pairwise(numbers)}
     if len(numbers) > 3 and len(steps) == 1 and steps != {1}:
         return f"{numbers[0]}-{numbers[-1]} step {steps.pop()}"

@@ -1,4 +1,4 @@
-"""Libraries that make a Trainer's steps in the place of torch's optimizer, and what their plugins tell the host."""
+"""Libraries that run a Trainer's steps in place of torch's optimizer, and what their plugins provide to the host."""
 
 from __future__ import annotations
 
@@ -17,45 +17,46 @@ __all__ = ["TrainerEngine", "engine_mixins", "engines"]
 
 
 class TrainerEngine(ABC):
-    """Subclass for each library, and register the class with ``registry.trainer_engine`` under the name that the
-    library has in ``TrainingArguments``.
+    """A library that runs a Trainer's steps.
 
-    The module that defines it must not import the library: it is also asked about checkpoints of runs that did not use
-    it.
+    Write a subclass for each library, and register the class with ``registry.trainer_engine`` under the library's name
+    in ``TrainingArguments``. The module that defines it must not import the library: it is also used for checkpoints of
+    runs without the library.
     """
 
     title: ClassVar[str]
-    """How the library spells itself, for messages."""
+    """The library's own spelling of its name, for messages."""
     state_file: ClassVar[str]
-    """Name of a file that each of its checkpoints has and that no other has."""
+    """Name of a file that every checkpoint of this library has and no other checkpoint has."""
 
     @abstractmethod
     def mixins(self, trainer: Trainer) -> list[type[Trainer]]:
-        """What the class of ``trainer`` is composed of so that this library can make its steps, the innermost first;
-        see :mod:`arctic_plugins_huggingface.training.mixins`.
+        """Return the mixins that ``trainer`` needs for this library to run its steps, the innermost first.
+
+        See :mod:`arctic_plugins_huggingface.training.mixins`.
         """
 
     @abstractmethod
     def processes(self, checkpoint: Path) -> int | None:
-        """How many processes have to resume from ``checkpoint``; None if any number can."""
+        """Return the number of processes that must resume from ``checkpoint``; None if any number can."""
 
 
 def engines() -> dict[str, TrainerEngine]:
-    """Those of all installed plugins, by name."""
+    """Return the engines of all installed plugins, by name."""
     registry = process_registry()
     return {name: registry.load_trainer_engine(name)() for name in registry.trainer_engines()}
 
 
 def engine_mixins(trainer: Trainer, name: str) -> list[type[Trainer]]:
-    """What the class of ``trainer`` is composed of, whose steps the library ``name`` makes.
+    """Return the mixins that ``trainer`` needs for the library ``name`` to run its steps.
 
-    A plain model needs nothing, and no plugin.
+    A plain model needs no mixins and no plugin.
 
     Raises:
-        PluginNotFoundError: the model has frozen or spread modules, and no installed plugin prepares them.
+        PluginNotFoundError: if the model has frozen or spread modules and no installed plugin prepares them.
     """
     model = trainer.model
-    assert model is not None  # Trainer.__init__ sees to it
+    assert model is not None  # ensured by Trainer.__init__
     if name not in (known := engines()):
         if is_spread(model) or any(isinstance(module, FrozenModule) for module in model.modules()):
             check_engine(name)

@@ -1,9 +1,8 @@
-"""Training a model whose experts are spread over processes (slot ``experts_dispatch``) with the ordinary Trainer. Read
-in transformers 5.19.0.
+"""Train a model whose experts are spread over processes (slot ``experts_dispatch``) with the ordinary Trainer.
 
-What all processes have is averaged over all; experts are averaged over the processes that have the same ones. The
-Trainer's methods are overridden for the norm that gradients are clipped by, which is that of the whole model, for
-saving, and for resuming.
+Gradients of parameters that all processes have are averaged over all processes, those of experts over the processes
+that have the same ones. The Trainer's methods are overridden for clipping gradients, which uses the norm of the whole
+model, for saving, and for resuming. Read in transformers 5.19.0.
 """
 
 from __future__ import annotations
@@ -30,38 +29,39 @@ __all__ = ["SpreadExperts", "SpreadOverDDP", "experts_mixin"]
 
 
 def experts_mixin(trainer: Trainer) -> type[SpreadExperts]:
-    """The mixin that lets ``trainer`` train a model whose experts are spread, gradients averaged by DDP.
+    """Return the mixin with which ``trainer`` can train a model with spread experts while DDP averages the gradients.
 
     Raises:
-        ConfigError: the trainer uses FSDP.
+        ConfigError: if the trainer uses FSDP.
     """
     if trainer.is_fsdp_enabled:
-        assert trainer.model is not None  # Trainer.__init__ sees to it
+        assert trainer.model is not None  # ensured by Trainer.__init__
         _, dispatch = next(iter(local_parameters(trainer.model).values()))
         raise ConfigError(
             "training uses FSDP, which averages experts over all processes",
             expected="DDP, which 'arctic train --nproc' and torchrun use, or training.deepspeed",
-            fix=f"leave it out, or {dispatch.option}",
+            fix=f"leave out FSDP or {dispatch.option}",
         )
     return SpreadOverDDP
 
 
 class SpreadExperts(Trainer):
-    """Mixin for a model whose experts are spread, however gradients are averaged: checkpoints have all experts.
+    """Mixin for a model with spread experts, however gradients are averaged; its checkpoints contain all experts.
 
     Raises:
-        ConfigError: training uses fp16.
+        ConfigError: if training uses fp16.
     """
 
     model: nn.Module
     spread: Mapping[str, tuple[nn.Parameter, ExpertsDispatch]]
-    """Parameters of this process alone, by name, with what spreads them."""
+    """Parameters that only this process has, by name, each with the dispatch that spreads it."""
     dispatch: ExpertsDispatch
 
     def on_attach(self, plugin: Plugin | None) -> None:
         if self.args.fp16:
             raise ConfigError(
-                "training uses fp16, whose loss every process would scale by itself: experts have different gradients",
+                "training uses fp16, where every process would scale the loss differently, as gradients of experts "
+                "differ",
                 expected="bf16",
                 fix="set bf16: true",
             )
@@ -71,11 +71,11 @@ class SpreadExperts(Trainer):
 
     @property
     def trained_experts(self) -> dict[str, nn.Parameter]:
-        """Those of :attr:`spread` that are trained."""
+        """The parameters in :attr:`spread` that are trained."""
         return {name: parameter for name, (parameter, _) in self.spread.items() if parameter.requires_grad}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Collective: a checkpoint has all experts, under the names of any other checkpoint of the model."""
+        """Save a checkpoint with all experts, under the names that any checkpoint of the model uses. Collective."""
         directory = Path(output_dir or str(self.args.output_dir))
         with whole_weights(
             self.model, directory / "gathered", only_trainable=isinstance(self.model, PeftModel)
@@ -87,14 +87,17 @@ class SpreadExperts(Trainer):
 
 
 class SpreadOverDDP(SpreadExperts):
-    """DDP averages what it knows of; gradients of experts are averaged, and all are clipped, at the end of a step."""
+    """Mixin for DDP, which averages only the gradients of parameters that all processes have.
+
+    At the end of a step, the gradients of experts are averaged and all gradients are clipped.
+    """
 
     shared: list[nn.Parameter]
-    """Parameters that are trained and that all processes have."""
+    """Trained parameters that all processes have."""
 
     def on_attach(self, plugin: Plugin | None) -> None:
         super().on_attach(plugin)
-        self.model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]  # DDP's, and no Tensor or Module
+        self.model._ddp_params_and_buffers_to_ignore = [  # type: ignore[assignment]  # DDP's attribute, not a Tensor or Module
             *getattr(self.model, "_ddp_params_and_buffers_to_ignore", ()),
             *self.spread,
         ]
@@ -105,8 +108,8 @@ class SpreadOverDDP(SpreadExperts):
         ]
         if not self.shared:
             raise ConfigError(
-                "training changes nothing but experts, and DDP wants something that all processes have",
-                expected="a parameter of every process that is trained, an adapter of attention for instance",
+                "training changes only experts, but DDP needs a trained parameter that all processes have",
+                expected="a trained parameter in every process, for example an adapter of attention",
                 fix=f"add one, or leave {self.dispatch.option} out",
             )
         self.add_callback(_SavesExperts(self))
@@ -119,11 +122,11 @@ class SpreadOverDDP(SpreadExperts):
 
     @torch.no_grad()
     def _clip_experts(self, max_norm: float) -> Tensor:
-        """Average the experts' gradients, clip all to ``max_norm``, and return the norm from before, which is that of
-        the whole model.
+        """Average the experts' gradients, clip all gradients to ``max_norm``, and return the whole model's norm.
 
-        A process's experts have the gradients of the losses of all processes of their copy; DDP's losses are averaged
-        over all processes.
+        The norm is the one before clipping. The gradients of a process's experts are sums over the losses of all
+        processes that share one copy of the experts. DDP averages losses over all processes, so the sum over the copies
+        is divided by the number of processes.
         """
         self.accelerator.unscale_gradients()
         trained = self.trained_experts.values()
@@ -134,7 +137,7 @@ class SpreadOverDDP(SpreadExperts):
             self.dispatch.sum_over_copies(parameter.grad)
             parameter.grad.div_(world)
         own = get_total_norm([parameter.grad for parameter in trained if parameter.grad is not None]) ** 2
-        own = own.to(self.args.device)  # without trained experts it is on no gradient's device
+        own = own.to(self.args.device)  # without trained experts, no gradient has put it on the device
         self.dispatch.sum_over_parts(own)
         rest = get_total_norm([parameter.grad for parameter in self.shared if parameter.grad is not None])
         norm = (own + rest.to(own.device) ** 2).sqrt()
@@ -161,7 +164,7 @@ class SpreadOverDDP(SpreadExperts):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """The first process's file has its own experts only."""
+        """Load the optimizer state of this process's experts too: the first process's file has only its own experts."""
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
@@ -185,16 +188,16 @@ class SpreadOverDDP(SpreadExperts):
         if not path.is_file():
             found = ", ".join(sorted(file.name for file in Path(checkpoint).glob("experts_*_of_*.pt"))) or "none"
             raise CheckpointError(
-                f"{checkpoint} has no {path.name} (of these it has {found})",
-                expected="as many processes for one copy of the experts as when it was saved",
-                fix=f"set {self.dispatch.option} as it was then",
+                f"{checkpoint} has no {path.name} (files of this kind: {found})",
+                expected="as many processes per copy of the experts as when it was saved",
+                fix=f"set {self.dispatch.option} to the value used then",
             )
         content: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return content
 
 
 class _SavesExperts(TrainerCallback):
-    """Every process of the first copy writes its experts and their optimizer state beside the checkpoint of all."""
+    """Callback: every process of the first copy saves its experts and their optimizer state with the checkpoint."""
 
     def __init__(self, trainer: SpreadOverDDP) -> None:
         self.trainer = trainer

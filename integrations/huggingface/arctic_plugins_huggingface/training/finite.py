@@ -1,5 +1,6 @@
-"""A run that diverges stops before the step that would spoil its weights, or leaves that step out. Read in transformers
-5.19.0.
+"""Stop a run that diverges before the step that would corrupt its weights, or skip that step.
+
+Read in transformers 5.19.0.
 """
 
 from __future__ import annotations
@@ -21,38 +22,38 @@ __all__ = ["FiniteGuard", "FiniteSteps", "anywhere"]
 logger = logging.getLogger(__name__)
 
 MOST_SKIPPED = 10
-"""Steps in a row that are left out; with one more the run has diverged, whatever the user hoped for."""
+"""Maximum number of steps skipped in a row; one more, and the run counts as diverged even with ``skip``."""
 
 
 class FiniteGuard(TrainerCallback):
-    """Raises :class:`~arctic_plugins.errors.Diverged` at the first step whose loss or gradients hold NaN or infinity,
-    before the optimizer uses them, and before trainable weights that do are saved. Several processes raise together,
-    whichever of them saw it.
+    """Callback that raises :class:`~arctic_plugins.errors.Diverged` at the first step with NaN or infinity.
 
-    The Trainer by itself leaves NaN out of the losses that it logs (``logging_nan_inf_filter``), goes on, and saves
-    what has become of the weights. With float16 autocast, infinite gradients are the scaler's business, which leaves
-    the step out, and only the loss counts; so it is with DeepSpeed, whose gradients are not here. The device is waited
-    for once a step.
+    It checks the loss and the gradients of each step before the optimizer uses them, and the trainable weights before
+    they are saved. If there are several processes, all of them raise, whichever found it.
+
+    On its own, the Trainer leaves NaN out of the losses that it logs (``logging_nan_inf_filter``), continues, and saves
+    whatever the weights have become. With float16 autocast, only the loss counts: the gradient scaler handles infinite
+    gradients by skipping the step. With DeepSpeed too, only the loss counts, because its gradients are not accessible
+    here. The check synchronizes with the device once per step.
 
     Args:
-        trainer: whose callback this will be, composed with :class:`FiniteSteps`.
-        skip: leave such a step out, with a warning, and raise only where more than :data:`MOST_SKIPPED` follow one
-            another.
+        trainer: the trainer that gets this callback; its class must include :class:`FiniteSteps`.
+        skip: skip such a step with a warning, and raise only after more than :data:`MOST_SKIPPED` in a row.
 
     Raises:
-        ConfigError: ``skip`` and DeepSpeed, whose optimizer cannot be kept from the step.
+        ConfigError: if ``skip`` is used with DeepSpeed, whose optimizer step cannot be prevented.
     """
 
     def __init__(self, trainer: Trainer, *, skip: bool = False) -> None:
         if skip and trainer.is_deepspeed_enabled:
             raise ConfigError(
-                "nonfinite is 'skip', and DeepSpeed makes the steps", expected="'stop'", fix="leave 'nonfinite' out"
+                "nonfinite is 'skip', but DeepSpeed runs the steps", expected="'stop'", fix="leave 'nonfinite' out"
             )
         self.bad: Tensor | None = None
-        """Whether a loss since the last step was not finite, on the device."""
+        """Whether a loss since the last step was not finite; a tensor on the device."""
         self.skip = skip
         self.skipped = 0
-        """Steps left out since the last that was made."""
+        """Steps skipped since the last one that was not."""
         self.only_loss = (
             trainer.args.fp16
             or trainer.is_deepspeed_enabled
@@ -60,7 +61,7 @@ class FiniteGuard(TrainerCallback):
         )
 
     def see(self, loss: Tensor) -> None:
-        """Take note of the ``loss`` of a part of a step; the device is not waited for."""
+        """Record the ``loss`` of a part of a step, without synchronizing with the device."""
         bad = ~loss.detach().isfinite().all()
         self.bad = bad if self.bad is None else self.bad | bad
 
@@ -79,7 +80,7 @@ class FiniteGuard(TrainerCallback):
             else []
         )
         bad, spoilt = anywhere(args.device, bad, bad if self.only_loss else not _are_finite(gradients))
-        if bad and not spoilt:  # 0 / 0 of a batch without labels, which changes nothing
+        if bad and not spoilt:  # for example 0 / 0 in a batch without labels, which changes nothing
             logger.warning("the loss of step %d is not finite, but its gradient is", state.global_step + 1)
         if not spoilt:
             self.skipped = 0
@@ -88,11 +89,11 @@ class FiniteGuard(TrainerCallback):
         if not self.skip or self.skipped == MOST_SKIPPED:
             raise _diverged(what, args, state.global_step + 1, self.skipped)
         self.skipped += 1
-        logger.warning("the %s of step %d is not finite: the step is left out", what, state.global_step + 1)
+        logger.warning("the %s of step %d is not finite: the step is skipped", what, state.global_step + 1)
         for parameter in (
             model.parameters() if model is not None and not self.only_loss else ()
-        ):  # float16's scaler leaves it out itself
-            parameter.grad = None  # of which no optimizer of torch makes a step, nor a decay
+        ):  # float16's scaler skips the step itself
+            parameter.grad = None  # torch's optimizers neither update nor decay a parameter without a gradient
 
     def on_step_end(
         self,
@@ -109,11 +110,11 @@ class FiniteGuard(TrainerCallback):
         if anywhere(args.device, not finite)[0]:
             raise _diverged("result", args, state.global_step)
 
-    on_epoch_end = on_step_end  # with save_strategy "epoch" it is known only then that a checkpoint follows
+    on_epoch_end = on_step_end  # with save_strategy "epoch", only this event shows that a checkpoint follows
 
 
 class FiniteSteps(Trainer):
-    """Mixin: the guard sees the loss of every training step."""
+    """Mixin that shows the guard the loss of every training step."""
 
     finite_guard: FiniteGuard
 
@@ -124,14 +125,15 @@ class FiniteSteps(Trainer):
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
-    """By their largest magnitudes: no tensors of truth values of their size."""
+    """Return whether all values are finite, using maximum norms to avoid boolean tensors of the same size."""
     finite = [torch.linalg.vector_norm(tensor, torch.inf).isfinite() for tensor in tensors if tensor.numel()]
     return not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all())
 
 
 def anywhere(device: torch.device, *flags: bool) -> list[bool]:
-    """Each of ``flags``, true where it is in any process: one that raised alone would leave the others waiting for
-    it.
+    """Return ``flags``, each true if it is true in any process.
+
+    A process that raised alone would leave the others waiting for it.
     """
     if not torch.distributed.is_initialized():
         return list(flags)
@@ -146,6 +148,6 @@ def _diverged(what: str, args: TrainingArguments, step: int, skipped: int = 0) -
     newest = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was saved"
     return Diverged(
         f"the {what} of step {step} is not finite{f', as in the {skipped} steps before it' if skipped else ''}",
-        expected="numbers: the run diverged, or the data of this step are at fault",
-        fix=f"{newest}; lower training.learning_rate, lengthen training.warmup_steps, or look at the data",
+        expected="finite numbers: the run diverged, or the data of this step are at fault",
+        fix=f"{newest}; lower training.learning_rate, raise training.warmup_steps, or check the data",
     )

@@ -1,8 +1,7 @@
-"""``arctic train --nproc``: several processes of one run, with one progress bar, one log, and the error of the process
-that failed first.
+"""``arctic train --nproc``: a run in several processes, with one progress bar, one log, and the error that came first.
 
-torch's elastic agent (``torch.distributed.launcher``, read in torch 2.13) starts and ends them; on several hosts, a
-plugin's launcher does.
+torch's elastic agent (``torch.distributed.launcher``, read in torch 2.13) starts and ends the processes; on several
+hosts, a plugin's launcher does.
 """
 
 from __future__ import annotations
@@ -27,21 +26,21 @@ from arctic_plugins.discovery import process_registry
 __all__ = ["end_with_launcher", "launch", "launch_on_hosts"]
 
 _LAUNCHER = "ARCTIC_LAUNCHER"
-"""Environment variable with the launcher's process id."""
+"""Environment variable that holds the launcher's process id."""
 _PATIENCE = 300
-"""Seconds that processes have to finish the step in progress and save it, when the run is stopped."""
+"""Seconds that processes have to finish and save the current step when the run is stopped."""
 _LINES = 40
-"""Of the standard error of a process that failed."""
+"""Lines shown from the standard error of a process that failed."""
 
 
 def launch(arguments: Sequence[str], processes: int) -> int:
     """Run ``arctic`` with ``arguments`` in ``processes`` processes on this machine and wait.
 
-    The first one's output is shown as it comes; that of the others only when one of them fails first.
+    The output of the first process is shown as it comes, that of another process only if it fails first.
 
     Returns:
-        An exit status: 0, that of the process that failed first, or 130 after SIGINT or SIGTERM, which all processes
-            get.
+        The exit status: 0, that of the process that failed first, or 130 after SIGINT or SIGTERM, which all processes
+            receive.
     """
     command = ["-m", "arctic_plugins.cli", *arguments]
     with tempfile.TemporaryDirectory(prefix="arctic-train-") as folder:
@@ -60,7 +59,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             ),
         )
         os.environ.update(_environment(processes))
-        for name in ("agent.server.api", "multiprocessing.api"):  # they repeat what the processes say
+        for name in ("agent.server.api", "multiprocessing.api"):  # they repeat what the processes report
             logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
         shown = _Shown(Path(folder))
         try:
@@ -82,12 +81,13 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 
 
 def launch_on_hosts(arguments: Sequence[str], hostfile: str) -> int:
-    """Run ``arctic`` with ``arguments`` on the hosts of ``hostfile`` (lines of ``name slots=processes``) through a
-    plugin's launcher, and wait.
+    """Run ``arctic`` with ``arguments`` on the hosts of ``hostfile`` through a plugin's launcher, and wait.
+
+    Each line of ``hostfile`` is ``name slots=processes``.
 
     Raises:
-        PluginNotFoundError: no installed plugin has one.
-        UserError: what the launcher refuses.
+        PluginNotFoundError: if no installed plugin has a launcher.
+        UserError: if the launcher refuses to run.
     """
     start = process_registry().load_host_launcher()
     status: int = start(arguments, hostfile, {**os.environ, **_environment(None)})
@@ -95,20 +95,21 @@ def launch_on_hosts(arguments: Sequence[str], hostfile: str) -> int:
 
 
 def end_with_launcher() -> None:
-    """In a process that :func:`launch` started: get SIGTERM if the launcher is killed, so that nothing stays behind
-    (Linux).
+    """Have this process receive SIGTERM if its launcher is killed, so that no process is left behind (Linux only).
+
+    Call it in a process that :func:`launch` started.
     """
     if os.environ.get(_LAUNCHER) and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != int(os.environ[_LAUNCHER]):
-            sys.exit(1)  # it was before we said so
+            sys.exit(1)  # the launcher was killed before the call
 
 
 def _environment(processes: int | None) -> dict[str, str]:
     found = {
         "PATH": _path(),
         "PYTHONSAFEPATH": "1",
-    }  # no file of the working directory, a checkpoint's for one, stands for a module
+    }  # no file in the working directory, for example in a checkpoint, is imported as a module
     if processes is not None:
         found[_LAUNCHER] = str(os.getpid())
         found["OMP_NUM_THREADS"] = os.environ.get(
@@ -118,16 +119,15 @@ def _environment(processes: int | None) -> dict[str, str]:
 
 
 def _path() -> str:
-    """PATH with the interpreter's own programs: ninja, which compiles kernels, lies beside it in a virtual
-    environment.
-    """
+    """Return PATH with the interpreter's directory, where a virtual environment has ninja, which compiles kernels."""
     own, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     return path if own in path.split(os.pathsep) else f"{own}{os.pathsep}{path}"
 
 
 class _Shown:
-    """Shows the first process's standard error as it comes, but the error that ends it only in :meth:`rest`: another
-    one's may have caused it.
+    """Live output of the first process's standard error.
+
+    The error that ends the process is only shown by :meth:`rest`, because another process may have caused it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -136,13 +136,14 @@ class _Shown:
         self._thread.start()
 
     def errors(self, rank: int) -> str:
-        """What the process of that rank wrote to its standard error."""
+        """Return what the process of that rank wrote to its standard error."""
         path = next(self.folder.glob(f"*/attempt_0/{rank}/stderr.log"), None)
         return path.read_text(errors="replace") if path is not None else ""
 
     def says_itself(self, rank: int) -> bool:
-        """Whether the first process ended with the one-line error of this other one: all find what is wrong with a
-        recipe, whoever is first.
+        """Return whether the first process ended with the same one-line error as the process of that other rank.
+
+        All processes find the same errors in a recipe, whichever fails first.
         """
         own, first = (
             [line for line in self.errors(number).splitlines() if line.startswith("arctic: ")][-1:]
@@ -151,12 +152,12 @@ class _Shown:
         return rank != 0 and own == first != []
 
     def stop(self) -> None:
-        """Show no more for now."""
+        """Pause the output."""
         self._done.set()
         self._thread.join()
 
     def rest(self) -> None:
-        """Show what is left."""
+        """Show the rest of the output."""
         self._show(self.errors(0))
 
     def _show(self, text: str) -> None:
@@ -175,6 +176,6 @@ def _show_failure(rank: int, text: str, status: int) -> None:
     lines = text.rstrip().splitlines()[-_LINES:]
     if status < 0:
         name = signal.Signals(-status).name
-        lines.append(f"ended by {name}{', as the system does when memory is short' if name == 'SIGKILL' else ''}")
+        lines.append(f"ended by {name}{', which the system sends when memory runs out' if name == 'SIGKILL' else ''}")
     sys.stderr.write("".join(f"rank {rank}: {line}\n" for line in lines) or f"rank {rank} ended with status {status}\n")
     sys.stderr.flush()

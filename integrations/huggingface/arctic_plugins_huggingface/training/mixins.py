@@ -1,8 +1,8 @@
-"""One subclass of whatever Trainer there is, composed of small mixin classes.
+"""Compose a subclass of a Trainer's class, whichever it is, from small mixin classes.
 
-A mixin overrides methods of ``transformers.Trainer`` and calls ``super()``. It has no ``__init__``: the trainer exists
-already. What it needs to begin with is done by its method ``on_attach(plugin)``, called once after the class is
-composed, with the plugin that contributed it, or None where the host did.
+A mixin overrides methods of ``transformers.Trainer`` and calls ``super()``. It has no ``__init__``, because the trainer
+already exists. Instead, it initializes itself in its method ``on_attach(plugin)``, which is called once, after the
+class is composed, with the plugin that contributed the mixin, or with None if the host did.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ Part = tuple[type, Plugin | None]
 
 
 def plugin_mixins(stack: Stack) -> list[Part]:
-    """What the plugins of ``stack`` add to a Trainer, in the order of the stack."""
+    """Return the mixins that the plugins of ``stack`` add to a Trainer, in the order of the stack."""
     return [(load(target), plugin) for target, plugin in stack.trainer_mixins()]
 
 
 def compose(trainer: Trainer, parts: Sequence[Part]) -> None:
-    """Give ``trainer`` a class of its own: ``parts`` in front of the one it has, the first of them next to it.
+    """Give ``trainer`` its own class: ``parts`` in front of its present class, the first part next to that class.
 
-    So a part that comes later in the stack acts around those before it. The trainer stays an instance of its class.
+    A part that comes later in the stack therefore wraps those before it. The trainer remains an instance of its
+    present class.
 
     Raises:
-        ConfigError: the trainer was attached to a stack already.
+        ConfigError: if the trainer is already attached to a stack.
     """
     kind = type(trainer)
     if mixins_of(trainer):
-        raise ConfigError("the trainer is attached to a stack already", fix="call attach once for a trainer")
+        raise ConfigError("the trainer is already attached to a stack", fix="call attach only once for each trainer")
     names = ", ".join(f"{mixin.__name__} ({plugin.name if plugin else 'host'})" for mixin, plugin in parts)
     bases = (*(mixin for mixin, _ in reversed(parts)), kind)
     members: dict[str, Any] = {
@@ -55,6 +56,6 @@ def compose(trainer: Trainer, parts: Sequence[Part]) -> None:
 
 
 def mixins_of(trainer: Trainer) -> tuple[Part, ...]:
-    """What ``trainer`` was composed of; empty for one that was not attached to a stack."""
+    """Return the mixins that ``trainer`` is composed of; empty if it was not attached to a stack."""
     parts: tuple[Part, ...] = getattr(type(trainer), "arctic_mixins", ())
     return parts

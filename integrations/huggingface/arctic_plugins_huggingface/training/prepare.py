@@ -1,4 +1,4 @@
-"""Everything about a run but the weights, checked."""
+"""Check everything about a run except the weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Run", "prepare"]
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe that was checked, with everything but the weights."""
+    """A checked recipe with everything that it needs except the weights."""
 
     recipe: Recipe
     arguments: SFTConfig
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def final(self) -> Path:
-        """Where the trained model goes."""
+        """The directory for the trained model."""
         return Path(str(self.arguments.output_dir)) / "final"
 
 
@@ -46,16 +46,16 @@ def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
     """Check everything about ``recipe`` that can be known without reading weights, and tokenize its data.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe to check.
         stack: what :func:`~arctic_plugins_huggingface.training.check.check_recipe` returned for it, if it was called.
 
     Raises:
-        UserError: what is wrong with the plugins, the training arguments, the data or the checkpoint.
+        UserError: if something is wrong with the plugins, the training arguments, the data or the checkpoint.
     """
     stack = check_recipe(recipe) if stack is None else stack
     arguments = training_arguments(recipe)
     stack.hf_training_arguments(arguments)
-    # A directory was checked with the recipe.
+    # A directory was already checked with the recipe.
     model = plan_model(recipe.model, stack, checked=is_directory(recipe.model), **recipe.load)
     config = model.config
     disable_progress_bars()
@@ -68,14 +68,14 @@ def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
     )
     if recipe.data.streaming and arguments.max_steps <= 0:
         raise ConfigError(
-            "data.streaming is on and training.max_steps is not set",
+            "data.streaming is on, but training.max_steps is not set",
             expected="a number of steps",
             fix="set training.max_steps",
         )
     if data.eval is None and arguments.eval_strategy != "no":
         strategy = IntervalStrategy(arguments.eval_strategy)
         raise ConfigError(
-            f"training.eval_strategy is '{strategy.value}' and there is nothing to evaluate on",
+            f"training.eval_strategy is '{strategy.value}', but there is nothing to evaluate on",
             fix="set data.eval_path, data.eval_split or data.eval_size",
         )
     return Run(recipe, arguments, model, data)

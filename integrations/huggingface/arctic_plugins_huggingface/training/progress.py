@@ -1,4 +1,4 @@
-"""What a training run shows: a progress bar on a terminal, a line for each log elsewhere, and a summary at the end."""
+"""Output of a training run: a progress bar on a terminal, a line for each log elsewhere, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["TrainingProgress", "memory", "peak_memory", "progress_bar", "show_su
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with the steps done, a word on them, the time that has passed and what is left."""
+    """Return a progress bar with the steps done, a short text, the elapsed time and the remaining time."""
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -34,20 +34,21 @@ def progress_bar(console: Console) -> Progress:
 
 
 def memory() -> int:
-    """Bytes in use: allocated on the GPU, or resident of this process where there is none."""
+    """Return the bytes in use: allocated on the GPU, or resident in this process if there is none."""
     return torch.cuda.memory_allocated() if torch.cuda.is_available() else psutil.Process().memory_info().rss
 
 
 def peak_memory() -> int:
-    """Most bytes in use so far: allocated on the GPU, or resident of this process where there is none."""
+    """Return the most bytes in use so far: allocated on the GPU, or resident in this process if there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class TrainingProgress(TrainerCallback):
-    """Loss, tokens per second, memory and time left. Tokens are counted when ``include_num_input_tokens_seen`` is
-    on.
+    """Callback that shows loss, tokens per second, memory and remaining time.
+
+    Tokens are counted if ``include_num_input_tokens_seen`` is on.
     """
 
     def __init__(self, console: Console) -> None:
@@ -105,11 +106,11 @@ class TrainingProgress(TrainerCallback):
             self._bar.console.print(f"step {state.global_step} · eval loss {metrics['eval_loss']:.4f}", highlight=False)
 
     def tokens(self, state: TrainerState) -> int:
-        """Tokens seen since training began here; a resumed run does not count those from before."""
+        """Return the tokens seen since training started here; a resumed run does not count earlier ones."""
         return state.num_input_tokens_seen - self._first_tokens
 
     def close(self) -> None:
-        """Take the bar off the terminal, however training ended."""
+        """Remove the bar from the terminal, however training ended."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -123,7 +124,7 @@ class TrainingProgress(TrainerCallback):
 
 
 def show_summary(result: TrainingResult, console: Console) -> None:
-    """Print what a training run did."""
+    """Print a summary of a training run."""
     losses = [entry["loss"] for entry in result.history if "loss" in entry]
     evaluations = [entry["eval_loss"] for entry in result.history if "eval_loss" in entry]
     table = Table(show_header=False, title="summary")
@@ -133,7 +134,7 @@ def show_summary(result: TrainingResult, console: Console) -> None:
         "steps": f"{result.steps:,} in {result.seconds:,.0f} s",
         "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged",
         "eval loss": f"{evaluations[0]:.4f} -> {evaluations[-1]:.4f}" if evaluations else "",
-        "tokens": f"{result.tokens:,}, {result.tokens / max(1e-9, result.seconds):,.0f} a second"
+        "tokens": f"{result.tokens:,}, {result.tokens / max(1e-9, result.seconds):,.0f} per second"
         if result.tokens
         else "",
         "data": str(result.counts),

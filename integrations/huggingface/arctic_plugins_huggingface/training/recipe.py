@@ -1,4 +1,4 @@
-"""A recipe: everything about one fine-tuning run in one YAML file."""
+"""Recipes: everything about a fine-tuning run in one YAML file."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from arctic_plugins.stack import read_yaml
 __all__ = ["FILE_KINDS", "DataConfig", "Recipe"]
 
 FILE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
-"""Names that end so are files, and never ids of datasets."""
+"""Suffixes of files; a name that ends with one is never a dataset id."""
 Format = Literal["alpaca", "messages", "prompt_completion", "text"]
 
 
 class DataConfig(BaseModel):
-    """What to train on, and what the loss is about."""
+    """What to train on, and which tokens the loss covers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
-    """A JSON, JSONL, CSV, TSV or Parquet file, relative to the recipe; or the id of a dataset that
-    ``datasets.load_dataset`` finds.
-    """
+    """A JSON, JSONL, CSV, TSV or Parquet file, relative to the recipe, or an id for ``datasets.load_dataset``."""
     format: Format = "alpaca"
-    """``alpaca``: ``instruction``, ``output``, and perhaps ``input``, ``system`` and ``history``. ``messages``: chats,
-    as ``messages`` (``role`` and ``content``) or ``conversations`` (``from`` and ``value``), perhaps with ``system``
-    and ``tools``. ``prompt_completion``: ``prompt`` and ``completion``, both texts or both lists of messages. ``text``:
-    ``text``."""
+    """The fields of a record.
+
+    ``alpaca``: ``instruction``, ``output``, and optionally ``input``, ``system`` and ``history``. ``messages``: a chat,
+    as ``messages`` (``role`` and ``content``) or ``conversations`` (``from`` and ``value``), optionally with ``system``
+    and ``tools``. ``prompt_completion``: ``prompt`` and ``completion``, both strings or both lists of messages.
+    ``text``: ``text``.
+    """
     columns: dict[str, str] = Field(default_factory=dict)
     """The format's key -> the data's column, where they differ."""
     name: str | None = None
@@ -38,36 +39,36 @@ class DataConfig(BaseModel):
     split: str = "train"
     """Split of a dataset id."""
     system: str | None = None
-    """System message of every ``alpaca`` row; without one the chat template decides."""
+    """System message of every ``alpaca`` row; if it is not set, the chat template decides."""
     loss: Literal["completion", "all"] = "completion"
-    """Which tokens count: those that the model is to say (completions, and every assistant turn of a chat), or all.
-    ``text`` counts all.
+    """Tokens that the loss covers.
+
+    ``completion``: those that the model is trained to produce (completions, and every assistant turn of a chat).
+    ``all``: all tokens, as always with the format ``text``.
     """
     max_length: Annotated[int, Field(gt=0)] = 1024
-    """Tokens of a row; what is longer is cut at the end, and counted."""
+    """Maximum number of tokens in a row; longer rows are truncated at the end, and counted."""
     packing: bool = False
-    """Put several short rows into one of ``max_length``. No row attends to another, and positions start anew in
-    each.
-    """
+    """Pack several short rows into one of ``max_length``; no row attends to another, and positions restart in each."""
     streaming: bool = False
-    """Read while training instead of before; needs ``training.max_steps``."""
+    """Read the data during training instead of before; needs ``training.max_steps``."""
     shuffle_buffer: Annotated[int, Field(gt=0)] = 1000
-    """Rows among which a stream is shuffled."""
+    """Number of rows in the buffer within which a stream is shuffled."""
     eval_path: str | None = None
     """A file, like ``path``, to evaluate on."""
     eval_split: str | None = None
     """A split of the dataset id to evaluate on."""
     eval_size: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Rows, or the fraction of rows, that are held out of the training data to evaluate on."""
+    """Number or fraction of rows held out of the training data for evaluation."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.format == "text" and self.loss == "completion" and "loss" in self.model_fields_set:
             raise ValueError("loss 'all' for format 'text', which has no completions")
         if sum(value is not None for value in (self.eval_path, self.eval_split, self.eval_size)) > 1:
-            raise ValueError("one of eval_path, eval_split and eval_size")
+            raise ValueError("only one of eval_path, eval_split and eval_size")
         if self.streaming and isinstance(self.eval_size, float):
-            raise ValueError("a number of rows as eval_size of streamed data, whose length nobody knows")
+            raise ValueError("a number of rows as eval_size of streamed data, whose length is unknown")
         return self
 
 
@@ -77,7 +78,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    """A checkpoint directory or a hub id."""
+    """A checkpoint directory or a Hub id."""
     plugins: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     """Plugin name -> options."""
     load: dict[str, Any] = Field(default_factory=dict)
@@ -86,22 +87,27 @@ class Recipe(BaseModel):
     training: dict[str, Any] = Field(default_factory=dict)
     """``TrainingArguments``, verbatim (and the fields that TRL's ``SFTConfig`` adds to them)."""
     nonfinite: Literal["stop", "skip"] = "stop"
-    """What becomes of a step whose loss or gradient is NaN or infinite: ``stop`` ends the run before it changes the
-    weights, ``skip`` leaves the step out; eleven in a row end the run all the same."""
+    """What happens at a step whose loss or gradient is NaN or infinite.
+
+    ``stop`` ends the run before the step changes the weights. ``skip`` skips the step; eleven in a row still end the
+    run.
+    """
 
     @model_validator(mode="before")
     @classmethod
     def _empty_sections(cls, data: Any) -> Any:
-        """A section with nothing under it, which YAML reads as null, is as if it were not there."""
+        """Drop sections with nothing under them, which YAML reads as null."""
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:
-        """Read a recipe. Relative paths of data, and that of a DeepSpeed configuration that lies beside it, are taken
-        from its directory.
+        """Read a recipe from a file.
+
+        Relative paths of data are resolved against its directory, as is that of a DeepSpeed configuration if the file
+        exists there.
 
         Raises:
-            ConfigError: one line with the key, what was found and what was expected.
+            ConfigError: if the recipe is invalid; one line with the key, what was found and what was expected.
         """
         try:
             recipe = cls.model_validate(read_yaml(path))

@@ -1,4 +1,4 @@
-"""What a training run returns."""
+"""The result of a training run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ __all__ = ["TrainingResult"]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a training run leaves behind."""
+    """The result of a training run."""
 
     directory: Path
     """The final checkpoint."""
     history: list[dict[str, float]]
     """The Trainer's log: ``loss``, ``step``, ``learning_rate``, ..."""
     seconds: float
-    """Of this process's steps; a resumed run counts from where it resumed."""
+    """Duration of this process's steps; a resumed run counts from where it resumed."""
     steps: int
     tokens: int
-    """Without padding, this process's."""
+    """Tokens that this process has seen, without padding."""
     trainable_parameters: int
     counts: DataCounts
     model: PreTrainedModel

@@ -1,5 +1,4 @@
-"""``arctic train --resume``: the recipe that a checkpoint was made with, and the changes of it with which a run can go
-on.
+"""``arctic train --resume``: record the recipe in every checkpoint, and check which changes to it a run allows.
 
 Read in transformers 5.19.0 and trl 1.16.0.
 """
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["RECIPE", "RecipeRecord", "recorded", "resume_from"]
 
 RECIPE = "recipe.json"
-"""File of a checkpoint with the recipe that it was made with."""
+"""File in a checkpoint with the recipe that the checkpoint was made with."""
 FORMAT = 1
 
 FREE = frozenset(
@@ -72,7 +71,7 @@ FREE = frozenset(
         ),
     )
 )
-"""Training arguments that change no number of the training."""
+"""Training arguments that do not change the numbers of a training run."""
 EVALUATION = frozenset(
     (
         *(
@@ -93,12 +92,12 @@ EVALUATION = frozenset(
         *("save_strategy", "save_steps"),
     )
 )
-"""Those that change none, unless the schedule or the choice of the best model goes by evaluations."""
+"""Training arguments that do not either, unless the schedule or the choice of the best model depends on evaluations."""
 BATCH = ("training.per_device_train_batch_size", "training.gradient_accumulation_steps", "processes")
-"""Whose product is what a step sees."""
+"""Values whose product is the batch size of a step."""
 STEPS = ("training.max_steps", "training.num_train_epochs")
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt")
-"""Schedules whose rate at a step does not depend on how many there are, unless their warmup does."""
+"""Schedules whose rate at a step does not depend on the number of steps, unless their warmup does."""
 _UNRECORDED = frozenset(
     {
         "training.hub_token",
@@ -109,15 +108,16 @@ _UNRECORDED = frozenset(
         "load.proxies",
     }
 )
-"""Secrets, and what ``data`` says."""
+"""Secrets, and arguments that ``data`` sets."""
 _MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 _SAMPLES, _SAMPLE = 256, 1 << 14
 _ABSENT = object()
 
 
 class RecipeRecord(TrainerCallback):
-    """Writes the recipe into every checkpoint; give it to the Trainer before ``attach``, whose callback marks
-    checkpoints as complete.
+    """Callback that writes the recipe into every checkpoint.
+
+    Add it to the Trainer before calling ``attach``, whose callback marks checkpoints as complete.
     """
 
     def __init__(self, record: Mapping[str, Any]) -> None:
@@ -128,7 +128,7 @@ class RecipeRecord(TrainerCallback):
     ) -> None:
         state.compute_steps(
             args, state.max_steps
-        )  # a resumed Trainer has those between logs, saves and evaluations from its checkpoint
+        )  # a resumed Trainer takes the intervals of logs, saves and evaluations from its checkpoint
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         directory = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
@@ -137,10 +137,11 @@ class RecipeRecord(TrainerCallback):
 
 
 def recorded(run: Run) -> dict[str, Any]:
-    """What ``recipe.json`` says: every ``values`` of the run, by its name in the recipe, and which of them were
-    ``given``.
+    """Return the content of ``recipe.json``.
 
-    Files are there with size and digest. Of a model's weights the digest is of samples, 4 MB of each file.
+    ``values`` contains all values of the run, by their names in the recipe; ``given`` lists those that were set
+    explicitly. Files are recorded with size and digest. The digest of a model's weights covers samples, 4 MB of each
+    file.
     """
     recipe, arguments = run.recipe, run.arguments
     training = {field.name: getattr(arguments, field.name) for field in fields(arguments) if field.init}
@@ -184,7 +185,7 @@ def recorded(run: Run) -> dict[str, Any]:
 
 
 def _data_file(path: str | None) -> Any:
-    """A file with its content, or what else ``path`` is."""
+    """Return the record of a file, with the digest of its content, or ``path`` if it is not a file."""
     if path is None or not Path(path).is_file():
         return path
     file = Path(path).resolve()
@@ -193,7 +194,7 @@ def _data_file(path: str | None) -> Any:
 
 
 def _model(model: str) -> Any:
-    """A directory with its content, or a hub id."""
+    """Return the record of a directory, with the digest of its content, or the Hub id."""
     if not is_directory(model):
         return model
     found, total = xxhash.xxh3_128(), 0
@@ -210,19 +211,22 @@ def _model(model: str) -> Any:
 
 
 def resume_from(run: Run, output: Path, record: Mapping[str, Any], console: Console) -> Path | None:
-    """The newest complete checkpoint in ``output``, with which the run can go on exactly; None if there is none.
+    """Return the newest complete checkpoint in ``output``, after checking that ``run`` can continue from it exactly.
 
     Args:
-        run: what is to go on.
+        run: the run to continue.
         output: its directory.
-        record: of ``run``, from :func:`recorded`.
-        console: where to say what was passed over, and what differs from the recipe of the checkpoint and changes no
-            number.
+        record: the record of ``run``, from :func:`recorded`.
+        console: where to report checkpoints that were skipped, and differences from the checkpoint's recipe with which
+            the run can continue.
+
+    Returns:
+        None if there is no complete checkpoint.
 
     Raises:
-        ConfigError: the checkpoint was made with other plugins, or with a recipe that differs in what cannot be changed
-            on the way.
-        CheckpointError: it lacks what is needed, or its ``recipe.json`` is not one.
+        ConfigError: if the checkpoint was made with other plugins, or with a recipe that differs in something that
+            cannot change during a run.
+        CheckpointError: if the checkpoint lacks something that is needed, or its ``recipe.json`` is invalid.
     """
     start, ignored = last_checkpoint(output)
     for line in ignored:
@@ -232,21 +236,20 @@ def resume_from(run: Run, output: Path, record: Mapping[str, Any], console: Cons
             f"{output} has no complete checkpoint: training starts from the beginning", highlight=False, soft_wrap=True
         )
         return None
-    # Where weights are kept changes no number: a run may go on with another placement, or on another number of
-    # machines.
+    # Where weights are kept does not change the numbers: a run may continue with another placement, or on a different
+    # number of machines.
     before, after = recorded_stack(start).without("placement"), run.stack.without("placement")
     if before.sha256() != after.sha256():
         found = (
-            f"{start} was made with other plugins or options than the recipe's: "
+            f"{start} was made with different plugins or options than the recipe's: "
             f"{', '.join(_different(before.to_dict(), after.to_dict()))}"
         )
-        raise ConfigError(found, expected="the same", fix="give the recipe those of its arctic_plugins.json")
+        raise ConfigError(
+            found, expected="the same", fix="set the recipe's plugins to those in its arctic_plugins.json"
+        )
     _check_state(run, start)
     if not (start / RECIPE).is_file():
-        line = (
-            f"warning: {start} has no {RECIPE}, an earlier version made it: whether the recipe is still the same "
-            "cannot be told"
-        )
+        line = f"warning: {start} has no {RECIPE} because an earlier version made it, so the recipe cannot be compared"
     else:
         line = _compare(start, _read(start / RECIPE), record)
     if line:
@@ -255,7 +258,7 @@ def resume_from(run: Run, output: Path, record: Mapping[str, Any], console: Cons
 
 
 def _check_state(run: Run, start: Path) -> None:
-    """Raise if the state of the optimizer is not there, or not for this number of processes."""
+    """Raise an error if the optimizer state is missing, or needs a different number of processes."""
     known = engines()
     used = next((name for name in known if getattr(run.arguments, name, None)), "")
     engine = known.get(used)
@@ -263,23 +266,23 @@ def _check_state(run: Run, start: Path) -> None:
         return  # only its plugin knows its files
     if not (start / (state := engine.state_file if engine else "optimizer.pt")).is_file():
         if engine and (start / "optimizer.pt").is_file():
-            raise ConfigError(f"{start} was made without {engine.title}", fix=f"set training.{used} as it was then")
+            raise ConfigError(f"{start} was made without {engine.title}", fix=f"set training.{used} to its value then")
         for name, other in known.items():
             if (start / other.state_file).is_file():
-                raise ConfigError(f"{start} was made with {other.title}", fix=f"set training.{name} as it was then")
+                raise ConfigError(f"{start} was made with {other.title}", fix=f"set training.{name} to its value then")
         raise CheckpointError(
-            f"{start} has no {state}", expected="a checkpoint saved without training.save_only_model", fix="start anew"
+            f"{start} has no {state}", expected="a checkpoint saved without training.save_only_model", fix="start over"
         )
     if engine and (found := engine.processes(start)) not in (None, run.arguments.world_size):
         raise ConfigError(
-            f"{start} was made by {found} processes, and this run has {run.arguments.world_size}",
+            f"{start} was made by {found} processes, but this run has {run.arguments.world_size}",
             expected=f"the same number, with {engine.title}",
             fix=f"--nproc {found}",
         )
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The content of a ``recipe.json``, which may be a stranger's."""
+    """Return the content of a ``recipe.json``, which may come from a stranger."""
     content = read_json(path)
     number, values, given = content.get("format"), content.get("values"), content.get("given")
     if type(number) is int and number > FORMAT:
@@ -296,23 +299,24 @@ def _read(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is not the recipe of a checkpoint",
             expected=expected,
-            fix="copy the checkpoint again, or start anew",
+            fix="copy the checkpoint again, or start over",
         )
     return content
 
 
 def _compare(start: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What a run that goes on from ``start`` takes from its recipe in place of the checkpoint's, as a line; empty, if
-    nothing differs.
+    """Return a line that lists what differs from the checkpoint's recipe and takes effect in a run that continues.
+
+    The line is empty if nothing differs.
 
     Raises:
-        ConfigError: lists everything that differs and would make another run.
+        ConfigError: if there are differences with which the run would not be the same; the message lists all of them.
     """
     was, now, given = old["values"], new["values"], {*old["given"], *new["given"]}
     refused, taken = [], []
     for key in sorted(was.keys() | now.keys()):
         before, after = was.get(key, _ABSENT), now.get(key, _ABSENT)
-        # Another version of the libraries may have other arguments: one that was never set has its default in both.
+        # Another version of the libraries may have different arguments; one that was never set has its default in both.
         if _same(before, after) or ((before is _ABSENT or after is _ABSENT) and key not in given):
             continue
         why = _why_not(key, was, now)
@@ -320,21 +324,21 @@ def _compare(start: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str
             refused.append(
                 f"{_shown(key)[1:-1]} was {_shown(before)} and is {_shown(after)}{f' ({why})' if why else ''}"
             )
-        elif key in given or "." not in key:  # the others follow from the machine
+        elif key in given or "." not in key:  # the others depend on the machine
             taken.append(f"{_shown(key)[1:-1]} {_shown(after)} (was {_shown(before)})")
     if refused:
         raise ConfigError(
-            f"{start} was made with another recipe: {', '.join(refused)}",
+            f"{start} was made with a different recipe: {', '.join(refused)}",
             expected="the same",
-            fix="give the recipe the old values, or start a new run in another output_dir",
+            fix="restore the old values in the recipe, or start a new run in another output_dir",
         )
     if any(key in was and not _same(was[key], now[key]) for key in STEPS):
         _check_not_past(start, now)
-    return f"{start} was made with another recipe; from here on: {', '.join(taken)}" if taken else ""
+    return f"{start} was made with a different recipe; from here on: {', '.join(taken)}" if taken else ""
 
 
 def _different(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    """What differs between two stacks: plugins, and options of those that are in both."""
+    """Yield the differences between two stacks: plugins, and options of plugins that are in both."""
     for name in sorted(before.keys() | after.keys()):
         was, now = before.get(name), after.get(name)
         if was is None or now is None:
@@ -346,32 +350,33 @@ def _different(before: Mapping[str, Mapping[str, Any]], after: Mapping[str, Mapp
 
 
 def _same(before: Any, after: Any) -> bool:
-    """Whether values are the same; files are, wherever they are, if their contents are."""
+    """Return whether two values are the same; files are the same if their contents are, wherever they are."""
     if all(isinstance(value, dict) and "xxh3_128" in value for value in (before, after)):
         before, after = ({**value, "path": None} for value in (before, after))
     return bool(before == after)
 
 
 def _why_not(key: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """None if a run can go on with another value of ``key``; otherwise why it cannot, or an empty text where that goes
-    without saying.
+    """Return None if a run can continue with another value of ``key``, otherwise the reason why it cannot.
+
+    The reason is an empty string where it is obvious.
     """
     section, _, name = key.rpartition(".")
     schedule, best = now["training.lr_scheduler_type"], now["training.load_best_model_at_end"]
     by_evaluation = best or schedule in ("reduce_on_plateau", "greedy")
     if key in BATCH:
-        return None if _same_batches(was, now) else "their product is the batch of a step"
+        return None if _same_batches(was, now) else "their product is the batch size of a step"
     if key in STEPS:
         return None if _steps(was) == _steps(now) else _why_not_longer(now)
     if (section == "training" and name in EVALUATION) or key in ("data.eval_path", "data.eval_split"):
-        return "the schedule or the choice of the best model goes by evaluations" if by_evaluation else None
+        return "the schedule or the choice of the best model depends on evaluations" if by_evaluation else None
     if key == "training.dataloader_num_workers":
         return "it changes the order of a stream" if now["data.streaming"] else None
     if key in ("training.gradient_checkpointing", "training.gradient_checkpointing_kwargs"):
         options = [values.get("training.gradient_checkpointing_kwargs") or {} for values in (was, now)]
         exact = all(isinstance(values, dict) and values.keys() <= {"use_reentrant"} for values in options)
-        return None if exact else "gradient_checkpointing_kwargs may change numbers"
-    # Plugins were compared by their stacks: what is left are placements.
+        return None if exact else "gradient_checkpointing_kwargs may change the numbers"
+    # Plugins were compared by their stacks; only placements are left.
     free = (
         (section == "training" and name in FREE)
         or section == "plugins"
@@ -381,7 +386,7 @@ def _why_not(key: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str | 
 
 
 def _same_batches(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether every step sees the rows that it would have seen."""
+    """Return whether every step sees the same rows as before."""
     before, after = ([values[key] for key in BATCH] for values in (was, now))
     ordered = (
         now["training.train_sampling_strategy"] in ("random", "sequential") and not now["training.dataloader_drop_last"]
@@ -391,13 +396,13 @@ def _same_batches(was: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _steps(values: Mapping[str, Any]) -> tuple[str, float]:
-    """The end of a run: after so many steps, or epochs."""
+    """Return the option that ends a run, steps or epochs, and its value."""
     key = STEPS[0] if values[STEPS[0]] > 0 else STEPS[1]
     return key, values[key]
 
 
 def _why_not_longer(now: Mapping[str, Any]) -> str | None:
-    """None if another end changes nothing of what comes before it."""
+    """Return None if a different end of the run changes nothing before it, otherwise the reason why it does."""
     schedule = now["training.lr_scheduler_type"]
     if schedule not in ENDLESS or "scheduler" in (now["training.deepspeed"] or {}):
         return f"the schedule '{schedule}' depends on it"
@@ -413,7 +418,7 @@ def _check_not_past(start: Path, now: Mapping[str, Any]) -> None:
     done = state.get("global_step" if key == STEPS[0] else "epoch")
     if not isinstance(done, (int, float)) or done > end:
         raise ConfigError(
-            f"{start} is past the end of the recipe: {key} is {end}", expected=f"at least {done!r}", fix="raise it"
+            f"{start} is past the end of the run: {key} is {end}", expected=f"at least {done!r}", fix="raise it"
         )
 
 

@@ -1,4 +1,4 @@
-"""``arctic train``: a recipe becomes TRL's ``SFTTrainer``, and the trained adapter a checkpoint. Read in trl 1.16.0."""
+"""``arctic train``: run a recipe with TRL's ``SFTTrainer`` and save the trained adapter. Read in trl 1.16.0."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ __all__ = ["train"]
 
 
 class _SFTTrainer(SFTTrainer):
-    """TRL's trainer with the model's own loss where there is no GPU, and evaluation that leaves no trace in training.
+    """TRL's trainer with the model's own loss if there is no GPU, and evaluation that does not affect training.
 
     TRL computes the loss with a fused head, a Triton kernel on GPUs; its torch fallback took 1.4 s of a step of 4.0 s
-    on two cores (SmolLM2-135M, 8 x 140 tokens). The model's own loss needs the memory of the logits instead, less those
+    on two cores (SmolLM2-135M, 8 x 140 tokens). The model's own loss needs memory for the logits instead, except those
     before the first completion.
     """
 
@@ -72,32 +72,32 @@ class _SFTTrainer(SFTTrainer):
     def _init_training_state(
         self, max_steps: int, updates: int, epochs: int, checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
-        """The pass and the batch to go on with; of a stream, whose length nobody knows, the Trainer counts as if its
-        first pass never ended.
+        """Return the pass and the batch to continue with.
+
+        For a stream, whose length is unknown, the Trainer counts as if the first pass never ended.
         """
         found: tuple[int, int] = super()._init_training_state(max_steps, updates, epochs, checkpoint, trial)
         if checkpoint is None or has_length(self.train_dataset) or self.args.ignore_data_skip:
             return found
         state = TrainerState.load_from_json(
             str(Path(checkpoint) / "trainer_state.json")
-        )  # an epoch is there as long as the whole run
+        )  # there, one epoch is as long as the whole run
         passes = max(0, math.ceil(state.epoch or 0) - 1)
         return passes, round(((state.epoch or 0) - passes) * state.max_steps) * self.args.gradient_accumulation_steps
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """With random states of its own: a run that is resumed at the end of an epoch does not repeat the evaluation
-        that came after the save.
+        """Evaluate without changing the random states.
+
+        A run that is resumed at the end of an epoch does not repeat the evaluation that came after the save.
         """
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             return super().evaluate(*args, **kwargs)
 
 
 def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Ask for no logits at the positions that come before every completion of the batch: they have no part in the
-    loss.
-    """
+    """Request no logits at positions before all completions of the batch, which do not contribute to the loss."""
     labels = inputs["labels"]
-    predicted = inputs.get("shift_labels", labels[:, 1:])  # by each position
+    predicted = inputs.get("shift_labels", labels[:, 1:])  # the token that each position predicts
     in_loss = (predicted != -100).any(dim=0).nonzero()
     if not len(in_loss):
         return inputs
@@ -119,27 +119,27 @@ def train(
     """Run ``recipe`` and save the result in ``<output_dir>/final``.
 
     Args:
-        recipe: what to do.
+        recipe: the recipe to run.
         stack: what :func:`~arctic_plugins_huggingface.training.check.check_recipe` returned for it, if it was called.
         resume: continue from the newest complete checkpoint in ``output_dir``, with the losses that the run would have
-            had without a break; from the beginning when there is none.
-        overwrite: remove the checkpoints that an earlier run left in ``output_dir``, and nothing else, when this one is
-            about to start.
-        callbacks: given to the Trainer as well.
+            had without the interruption; start from the beginning if there is none.
+        overwrite: remove the checkpoints that an earlier run left in ``output_dir``, and nothing else, just before this
+            run starts.
+        callbacks: additional callbacks for the Trainer.
         loaded: the model and tokenizer, if they were already loaded through the recipe's stack.
         console: where to show progress.
 
     Returns:
-        None when there is nothing to resume: ``final`` is complete.
+        None if there is nothing to resume because ``final`` is complete.
 
     Raises:
-        UserError: everything that is wrong with the recipe, its data or its output directory, before weights are read;
-            a full disk.
-        Interrupted: SIGINT or SIGTERM came; the step in progress was finished and a checkpoint saved.
+        UserError: if something is wrong with the recipe, its data or its output directory (raised before weights are
+            read), or the disk is full.
+        Interrupted: if SIGINT or SIGTERM arrived; the current step was finished and a checkpoint saved.
     """
     console = console or Console()
     if resume and overwrite:
-        raise ConfigError("--resume and --overwrite exclude each other", fix="leave one out")
+        raise ConfigError("--resume and --overwrite are mutually exclusive", fix="leave one out")
     stack = check_recipe(recipe) if stack is None else stack
     output = Path(str(recipe.training["output_dir"]))
     if resume and (output / "final" / FILE_NAME).is_file():
@@ -159,14 +159,14 @@ def _train(
     loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None,
     console: Console,
 ) -> TrainingResult:
-    """:func:`train` in an ``output`` that is this run's alone."""
+    """Do the work of :func:`train` in a directory ``output`` that no other run is using."""
     recipe = run.recipe
     if not recipe.data.streaming:
         held_out = f"; {len(run.data.eval):,} rows to evaluate on" if run.data.eval is not None else ""
         console.print(f"data: {run.data.counts}{held_out}", highlight=False)
     record = recorded(run)
     start = resume_from(run, output, record, console) if resume else None
-    set_seed(run.arguments.seed)  # adapters are drawn at random
+    set_seed(run.arguments.seed)  # adapters are initialized at random
     model, tokenizer = loaded or load_model(run.model)
     if recipe.data.packing:
         check_packing(model)
@@ -184,7 +184,9 @@ def _train(
             callbacks=[*(callbacks or []), stop, progress, RecipeRecord(record)],
         )
     except (ValueError, ImportError) as error:  # combinations of arguments that only the trainers check
-        raise ConfigError(f"training is not valid: {one_line(error)}", fix="correct the argument it names") from error
+        raise ConfigError(
+            f"training is not valid: {one_line(error)}", fix="correct the argument that it names"
+        ) from error
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     attach(trainer, run.stack, skip_nonfinite=run.recipe.nonfinite == "skip")
@@ -192,7 +194,7 @@ def _train(
         console.print(f"resuming from {start}", highlight=False)
     started = time.perf_counter()
     with writing(
-        output, fix="free space, then 'arctic train RECIPE --resume' continues from the newest complete checkpoint"
+        output, fix="free some space; 'arctic train RECIPE --resume' continues from the newest complete checkpoint"
     ):
         try:
             with stop.listening(), _others_answering(run.arguments):
@@ -232,8 +234,9 @@ def _train(
 
 @contextmanager
 def _others_answering(arguments: TrainingArguments) -> Iterator[None]:
-    """Say in one line that another process of the run hangs or has ended, which gloo (torch 2.13) tells with its own
-    source's lines.
+    """Report in one line that another process of the run hangs or has ended.
+
+    gloo (torch 2.13) reports it with lines of its own source code.
     """
     try:
         yield
@@ -244,12 +247,12 @@ def _others_answering(arguments: TrainingArguments) -> Iterator[None]:
         found = "has ended" if gone else f"did not answer for {arguments.ddp_timeout} s (training.ddp_timeout)"
         raise ArcticError(
             f"another process of this run {found}",
-            fix="look at what it said; 'arctic train RECIPE --resume' continues from the newest complete checkpoint",
+            fix="check its output; 'arctic train RECIPE --resume' continues from the newest complete checkpoint",
         ) from error
 
 
 def _run(trainer: Trainer, start: Path | None) -> None:
-    """``trainer.train``, which does one step too many where none is left to do (transformers 5.19.0, ``max_steps``)."""
+    """Call ``trainer.train``, unless no step is left: it would run one more (transformers 5.19.0, ``max_steps``)."""
     if start is not None:
         state = TrainerState.load_from_json(str(start / "trainer_state.json"))
         if 0 < trainer.args.max_steps <= state.global_step:

@@ -1,5 +1,6 @@
-"""Training with the ordinary Trainer: arguments that carry a stack, ``attach``, and checkpoints that survive. Read in
-transformers 5.19.0.
+"""Training with the ordinary Trainer: arguments with a stack, ``attach``, and checkpoints that survive interruptions.
+
+Read in transformers 5.19.0.
 """
 
 from __future__ import annotations
@@ -44,8 +45,9 @@ AnyTrainer = TypeVar("AnyTrainer", bound=Trainer)
 
 @dataclass
 class ArcticTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` and the plugins to train with; works with ``HfArgumentParser`` on the command line and on
-    YAML or JSON files.
+    """``TrainingArguments`` plus the plugins to train with.
+
+    Works with ``HfArgumentParser``, on the command line and with YAML or JSON files.
     """
 
     # TrainingArguments reads fields listed here from JSON strings on the command line (transformers/training_args.py,
@@ -68,9 +70,7 @@ class ArcticTrainingArguments(TrainingArguments):
 
 
 class _CommitCallback(TrainerCallback):
-    """Writes ``arctic_plugins.json`` last into every checkpoint that the Trainer saves, and only then removes older
-    ones.
-    """
+    """Callback that writes ``arctic_plugins.json`` last into every checkpoint, and only then removes older ones."""
 
     def __init__(self, stack: Stack, limit: int | None) -> None:
         self.stack, self.limit = stack, limit
@@ -79,14 +79,15 @@ class _CommitCallback(TrainerCallback):
         output = Path(args.output_dir or ".")
         directory = output / f"checkpoint-{state.global_step}"
         if torch.distributed.is_initialized():
-            torch.distributed.barrier()  # every process writes its own random state
+            torch.distributed.barrier()  # every process writes its own random state first
         if state.is_world_process_zero and directory.is_dir():
             write_provenance(directory, self.stack.to_dict())
             self._remove_older(output, {directory, Path(state.best_model_checkpoint or directory)})
 
     def _remove_older(self, output: Path, keep: set[Path]) -> None:
-        """As the Trainer's ``rotate_checkpoints``, but an incomplete checkpoint of a higher step neither counts nor is
-        taken for the newest.
+        """Remove older checkpoints as the Trainer's ``rotate_checkpoints`` does, but ignore incomplete ones.
+
+        An incomplete checkpoint of a higher step neither counts nor passes for the newest.
         """
         complete = complete_checkpoints(output)
         for path in complete[: max(0, len(complete) - self.limit)] if self.limit else []:
@@ -95,23 +96,22 @@ class _CommitCallback(TrainerCallback):
 
 
 def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -> AnyTrainer:
-    """Let the plugins of ``stack`` reach ``trainer`` (any ``Trainer``, TRL's included) and mark its checkpoints with
-    the stack.
+    """Apply the plugins of ``stack`` to ``trainer`` (any ``Trainer``, including TRL's) and record them in checkpoints.
 
     Call it once, after building the trainer around a model from :func:`~arctic_plugins_huggingface.load_model` and
-    before ``train()``. It takes ``save_total_limit`` over: the Trainer would remove the last complete checkpoint before
+    before ``train()``. It takes over ``save_total_limit``: the Trainer would remove the last complete checkpoint before
     the new one is marked as complete.
 
     Args:
-        trainer: changed, and returned. Its class becomes a subclass of the one it has, composed of what the host and
-            the plugins contribute; ``repr(trainer)`` names them.
-        stack: what the model was loaded with.
-        skip_nonfinite: leave a step whose loss or gradient is NaN or infinite out, instead of raising
-            :class:`~arctic_plugins.errors.Diverged`; eleven in a row raise it still.
+        trainer: changed in place, and returned. Its class becomes a subclass of its present class, composed of mixins
+            from the host and the plugins; ``repr(trainer)`` lists them.
+        stack: the stack that the model was loaded with.
+        skip_nonfinite: skip a step whose loss or gradient is NaN or infinite, instead of raising
+            :class:`~arctic_plugins.errors.Diverged`; eleven in a row still raise it.
 
     Raises:
-        ConfigError: the trainer was attached to a stack already, or what a plugin finds wrong with it.
-        PluginNotFoundError: DeepSpeed makes its steps, its model has frozen or spread modules, and
+        ConfigError: if the trainer is already attached to a stack, or a plugin finds something wrong with it.
+        PluginNotFoundError: if DeepSpeed runs its steps, its model has frozen or spread modules, and
             ``arctic-plugins-deepspeed`` is not installed.
     """
     if trainer.args.bf16 and (
@@ -122,7 +122,7 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
         _set_timeouts(trainer.args.ddp_timeout_delta)
     compose(trainer, [*_host_mixins(trainer), *plugin_mixins(stack)])
     guard = FiniteGuard(trainer, skip=skip_nonfinite)
-    assert isinstance(trainer, FiniteSteps)  # since compose
+    assert isinstance(trainer, FiniteSteps)  # because of compose
     trainer.finite_guard = guard
     trainer.add_callback(guard)
     trainer.add_callback(_CommitCallback(stack, trainer.args.save_total_limit))  # last of the host's
@@ -132,15 +132,15 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
 
 
 def _host_mixins(trainer: Trainer) -> list[tuple[type, None]]:
-    """What the host itself adds, the innermost first."""
+    """Return the mixins that the host itself adds, the innermost first."""
     found: list[type] = []
-    assert trainer.model is not None  # Trainer.__init__ sees to it
+    assert trainer.model is not None  # ensured by Trainer.__init__
     if trainer.is_deepspeed_enabled:
         found += engine_mixins(trainer, "deepspeed")
     elif is_spread(trainer.model):
         found.append(experts_mixin(trainer))
     elif (
-        not trainer.is_fsdp_enabled  # which has files of its own
+        not trainer.is_fsdp_enabled  # FSDP has its own files
         and not isinstance(trainer.model, PeftModel)
         and split_conversions(trainer.model)[1]
     ):
@@ -149,8 +149,9 @@ def _host_mixins(trainer: Trainer) -> list[tuple[type, None]]:
 
 
 def _set_timeouts(timeout: timedelta) -> None:
-    """With ``use_cpu``, transformers (``training_args.py``) leaves ``ddp_timeout`` out: give it to the groups that have
-    torch's default (2.13).
+    """Set the timeout of the process groups that have torch's default (2.13).
+
+    With ``use_cpu``, transformers (``training_args.py``) ignores ``ddp_timeout``.
     """
     for group in list(distributed_c10d._world.pg_map):
         if group._get_backend(torch.device("cpu")).options._timeout == distributed_c10d.default_pg_timeout:
@@ -158,8 +159,9 @@ def _set_timeouts(timeout: timedelta) -> None:
 
 
 class RestoresConverted(Trainer):
-    """Mixin: resuming, and the best model at the end, where checkpoints hold weights under other names than the model,
-    or cut otherwise.
+    """Mixin for models whose checkpoints name or split weights differently.
+
+    It covers resuming, and loading the best model at the end.
     """
 
     model: nn.Module
@@ -172,10 +174,10 @@ class RestoresConverted(Trainer):
 
 
 def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
-    """The newest complete checkpoint of a run, for ``trainer.train(resume_from_checkpoint=...)``, and why newer ones
-    are passed over.
+    """Return the newest complete checkpoint of a run, and the reasons why newer ones were skipped.
 
-    A save that was cut off has no ``arctic_plugins.json``; one that was damaged since does not agree with it.
+    Pass the checkpoint to ``trainer.train(resume_from_checkpoint=...)``. One whose save was interrupted has no
+    ``arctic_plugins.json``; one that was damaged later does not match it.
     """
     ignored: list[str] = []
     for _, path in reversed(by_step(Path(output_dir))):
@@ -189,10 +191,9 @@ def last_checkpoint(output_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 class GracefulStop(TrainerCallback):
-    """Stops training after the step in progress, with a checkpoint, when the process is interrupted or terminated; a
-    second signal stops at once.
+    """Callback that stops training after the current step, with a checkpoint, when SIGINT or SIGTERM arrives.
 
-    Pass it to the Trainer and train within :meth:`listening`.
+    A second signal stops training at once. Pass the callback to the Trainer and train within :meth:`listening`.
     """
 
     def __init__(self) -> None:
@@ -200,9 +201,7 @@ class GracefulStop(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM over for the time of the block (in the main thread; elsewhere Python delivers no
-        signals).
-        """
+        """Handle SIGINT and SIGTERM within the block, in the main thread only: Python delivers no signals to others."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -221,9 +220,9 @@ class GracefulStop(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         [stop] = anywhere(
             args.device, self.requested
-        )  # the signal reaches processes at different steps, and all must save the same one
+        )  # a signal reaches the processes at different steps, and all of them must save the same one
         if stop:
             self.requested = (
-                True  # never back to False: a signal may have come since the flag was made, and counts in the next step
+                True  # never reset: a signal that arrived after the flag was read takes effect at the next step
             )
             control.should_save = control.should_training_stop = True
