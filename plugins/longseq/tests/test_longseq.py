@@ -218,7 +218,7 @@ def test_what_tiles_would_leave_out_is_refused(tmp_path):
 
 def test_a_tile_that_nothing_uses_is_said(checkpoints, caplog):
     load_model(checkpoints["untied"], Stack.from_dict({"longseq": {"mlp_tile": 4}}))
-    assert "mlp_tile is set, and mlp is not tiled" in caplog.text
+    assert "mlp_tile is set, but mlp is not tiled" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["tied", "arctic"])
