@@ -312,7 +312,7 @@ def test_an_adapter_that_vllm_would_die_of_is_told(base, tmp_path, field, value)
     write_provenance(adapter, Stack.from_dict({"fp8": {}, "lora": {"r": 4}}).to_dict())
     with pytest.raises(
         CheckpointError,
-        match=rf"has {field} .*; expected LoRA or rsLoRA, as vLLM serves them; 'arctic merge' the adapter",
+        match=rf"has {field} .*; expected LoRA or rsLoRA, which vLLM supports; merge the adapter",
     ):
         server_options(str(adapter), base=str(base))
 
