@@ -182,7 +182,9 @@ class ArcticConfig(CodecConfig):
         if len(set(codecs)) > 1:
             found = ", ".join(f"{part}: {codec}" for part, codec in zip(parts, codecs, strict=True))
             raise CheckpointError(
-                f"vLLM fuses modules with different codecs ({found})", expected="one codec", fix="encode them alike"
+                f"vLLM fuses modules with different codecs ({found})",
+                expected="one codec",
+                fix="encode them in the same way",
             )
         return codecs[0]
 

@@ -172,7 +172,7 @@ def test_a_file_that_was_changed_is_found(checkpoints, tmp_path):
             (
                 r"vLLM cannot split .*llama over 3 processes "
                 r"\(Total number of attention heads \(4\) must be divisible .* "
-                r"\(3\)\.\); give"
+                r"\(3\)\.\); set"
             ),
         ),
         (

@@ -10,9 +10,8 @@ __all__ = ["DeepSpeedImport"]
 
 
 class DeepSpeedImport(PluginConfig):
-    """A training run with DeepSpeed-MoE, or with OptimizedLinear and LoRA, whose weights may be split into parts.
-
-    OUT becomes a model, with LoRA merged, or an adapter.
+    """A training run with DeepSpeed-MoE, or with OptimizedLinear and LoRA, whose weights may be split into parts. OUT
+    becomes a model, with LoRA merged, or an adapter.
     """
 
     scaling: Literal["alpha/r", "alpha/sqrt(r)"] = "alpha/r"

@@ -64,8 +64,8 @@ def _products(experts: Any, up: Tensor, down: Tensor, rows: Tensor, counts: Sequ
 def grouped_linear(rows_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
     """Return ``rows @ weight[e].T`` for the rows of each expert.
 
-    Uses torch's grouped product if the sizes of rows are multiples of 16 bytes, as it requires, and otherwise one
-    product per expert.
+    Uses torch's grouped product, which requires that K and N elements each take a multiple of 16 bytes, and otherwise
+    one product per expert.
 
     Args:
         rows_RK: sorted by expert.

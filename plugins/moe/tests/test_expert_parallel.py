@@ -300,4 +300,4 @@ def test_what_cannot_be_divided_is_said_before_weights_are_read(checkpoints, tin
 
 def test_experts_that_processes_cannot_share_alike(checkpoints):
     error = run(3, "compare", checkpoints["arctic"], {}, fails=True)
-    assert "expert_parallel is 3 and the model has 4 experts; expected a divisor of 4" in error
+    assert "expert_parallel is 3, but the model has 4 experts; expected a divisor of 4" in error
