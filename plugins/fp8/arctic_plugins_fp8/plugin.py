@@ -13,7 +13,7 @@ __all__ = ["FP8"]
 
 
 class FP8(Plugin):
-    """Claims the slot ``weight_codec`` of every included linear module."""
+    """FP8 codec for frozen weights; claims ``weight_codec`` of every included linear module."""
 
     name = "fp8"
     config = FP8Config

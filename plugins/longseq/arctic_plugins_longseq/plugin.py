@@ -13,7 +13,7 @@ __all__ = ["LongSeq"]
 
 
 class LongSeq(Plugin):
-    """Fills the slots ``loss`` and ``attention``. It leaves no trace in a checkpoint."""
+    """Training on long texts; fills the slots ``loss`` and ``attention`` and leaves no trace in a checkpoint."""
 
     name = "longseq"
     config = LongSeqConfig

@@ -18,7 +18,7 @@ MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class LoRA(Plugin):
-    """Transforms the loaded model into a ``PeftModel``, which saves an ordinary PEFT adapter."""
+    """PEFT's LoRA over frozen weights: turns the loaded model into a ``PeftModel``, which saves an ordinary adapter."""
 
     name = "lora"
     config = LoraOptions

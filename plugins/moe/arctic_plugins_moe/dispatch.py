@@ -216,7 +216,7 @@ class _Trip:
 
 
 class _Start(torch.autograd.Function):
-    """Starts a trip, whose result is available after :class:`_Finish`.
+    """The start of a trip, whose result is available after :class:`_Finish`.
 
     In the backward pass it waits for the gradients that :class:`_Finish` has sent. Autograd runs operations in reverse
     order, so what is computed between the two in the forward pass is also computed between them in the backward pass.

@@ -13,7 +13,7 @@ __all__ = ["MoE"]
 
 
 class MoE(Plugin):
-    """Claims ``experts_dispatch`` of every mixture if experts are spread over processes or tokens may be dropped."""
+    """Mixtures of experts; claims ``experts_dispatch`` if experts are spread over processes or a capacity is set."""
 
     name = "moe"
     config = MoEConfig

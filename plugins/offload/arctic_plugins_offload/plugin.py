@@ -14,7 +14,7 @@ IN_MEMORY = ("tmpfs", "ramfs")
 
 
 class Offload(Plugin):
-    """Claims ``placement`` of the modules among which it chooses once their sizes are known."""
+    """Frozen weights in host memory or on disk; claims modules, among which it chooses once their sizes are known."""
 
     name = "offload"
     config = OffloadConfig

@@ -12,7 +12,7 @@ __all__ = ["RoPE"]
 
 
 class RoPE(Plugin):
-    """Fills the slot ``rope``. Checkpoints keep what it writes to the config, so hosts do not need the plugin again."""
+    """RoPE scaling, written to the config. Checkpoints keep it there, so hosts do not need the plugin again."""
 
     name = "rope"
     config = RoPEConfig

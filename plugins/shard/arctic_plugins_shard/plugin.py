@@ -12,7 +12,7 @@ __all__ = ["Shard"]
 
 
 class Shard(Plugin):
-    """Claims ``placement``, before placements that move a process's own bytes elsewhere."""
+    """Frozen weights spread over processes; comes before placements that move a process's own bytes elsewhere."""
 
     name = "shard"
     config = ShardConfig
