@@ -123,7 +123,7 @@ def test_shards_stay_shards(encoded, tiny_checkpoint, tmp_path):
 
 def test_what_cannot_be_exported_is_told(encoded, tiny_checkpoint, tmp_path):
     encode(tiny_checkpoint, tmp_path / "mixed", {"formats": {"**.mlp.*": {"bits": 6}}})
-    with pytest.raises(CodecError, match="mlp.* is encoded as FP8Codec.bits=6.*export as fp8-block"):
+    with pytest.raises(CodecError, match="mlp.* is encoded as FP8Codec.bits=6.*export to fp8-block"):
         export_checkpoint(tmp_path / "mixed", tmp_path / "out", "compressed-tensors")
     with pytest.raises(
         CodecError,

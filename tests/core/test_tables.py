@@ -64,7 +64,7 @@ def test_every_option_is_there_with_its_meaning_and_default(arctic, name):
 
 def test_types_and_defaults_are_words(arctic):
     text = arctic("plugins", "fp8")[1]
-    assert "  bits: 6 or 8 or 12; default 8\n      Bits of a weight: 8 is e4m3, 6 is e3m2, 12 is e4m7.\n" in text
+    assert "  bits: 6 or 8 or 12; default 8\n      Bits per weight: 8 is e4m3, 6 is e3m2, 12 is e4m7.\n" in text
     assert '  group_size: "channel" or integer >= 32, <= 512; default "channel"\n' in text
     assert "  type: string; required\n" in arctic("plugins", "rope")[1]
 

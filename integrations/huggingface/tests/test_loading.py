@@ -135,7 +135,7 @@ def test_biases_and_heads_of_their_own(tmp_path):
 def test_a_tied_head_cannot_be_encoded(tmp_path):
     checkpoint = tiny_llama(tmp_path / "tied", tie_word_embeddings=True)
     assert load_model(checkpoint, FP8)
-    with pytest.raises(ClaimError, match="lm_head, whose weight is shared with the embedding"):
+    with pytest.raises(ClaimError, match="lm_head, whose weight is tied to the embedding"):
         load_model(checkpoint, Stack.from_dict({"fp8": {"exclude": []}}))
 
 
@@ -365,7 +365,7 @@ def test_a_codec_that_takes_nothing_is_told(tiny_checkpoint, tmp_path):
         match=r"plugin 'fp8' claims nothing in this model, whose linear modules are lm_head; .*GPT-2's Conv1D",
     ):
         load_model(tmp_path / "gpt2", Stack.from_dict({"fp8": {}}))
-    with pytest.raises(ClaimError, match="include 'lm_head' matches only what 'exclude' takes out again"):
+    with pytest.raises(ClaimError, match="include 'lm_head' matches only modules that 'exclude' removes again"):
         load_model(tiny_checkpoint, Stack.from_dict({"fp8": {"include": ["**.mlp.*", "lm_head"]}}))
 
 

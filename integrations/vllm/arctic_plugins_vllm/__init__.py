@@ -1,4 +1,4 @@
-"""The vLLM host: serves checkpoints with encoded weights. Importing this loads neither torch nor vLLM."""
+"""The vLLM host: serves checkpoints with encoded weights. Importing this package loads neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ logger = logging.getLogger(__name__)
 
 
 def register() -> None:
-    """The ``vllm.general_plugins`` entry point: adds the quantization method ``arctic``, a reader for every format that
-    ``arctic convert`` reads and vLLM does not, and plugins' models and RoPE types that vLLM does not have. Idempotent.
+    """Register this project with vLLM: the ``vllm.general_plugins`` entry point. Idempotent.
 
-    vLLM calls it in every process that it starts, without configuration. It swallows errors of the import of an entry
-    point but not those of its call, so all work, and all that can fail, is in here.
+    Adds the quantization method ``arctic``, a reader for every format that ``arctic convert`` reads and vLLM does not,
+    and the models and RoPE types of plugins that vLLM does not have.
+
+    vLLM calls this function in every process that it starts, without configuration. It ignores errors while importing
+    an entry point but not while calling it, so all work that can fail is done here.
     """
     from arctic_plugins.errors import HostVersionError
     from arctic_plugins.resolver import check_hosts
@@ -26,9 +28,7 @@ def register() -> None:
     try:
         check_hosts((), "vllm")
     except HostVersionError as error:
-        logger.warning(
-            "%s", error
-        )  # vLLM would be stopped by an exception, also for models that have nothing to do with us
+        logger.warning("%s", error)  # an exception would stop vLLM, even for models that do not use this project
     from arctic_plugins_vllm.compat import ModelRegistry, is_registered, register_quantization_config
 
     if is_registered("arctic"):
@@ -50,8 +50,9 @@ def register() -> None:
 
 
 def _register_config(model_type: str, classes: ModelClasses) -> None:
-    """Make transformers' ``Auto`` classes, with which vLLM reads checkpoints, know a model's config and tokenizer; what
-    they have in-tree stays.
+    """Register a model's config and tokenizer with transformers' ``Auto`` classes, which vLLM uses to read checkpoints.
+
+    In-tree classes are not replaced.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES  # in-tree ones only, in 5.19.0
@@ -67,5 +68,5 @@ def _register_config(model_type: str, classes: ModelClasses) -> None:
     except (
         ImportError,
         AttributeError,
-    ) as error:  # vLLM would be stopped, also for other models; for this one it says that it does not know it
+    ) as error:  # an exception would stop vLLM for other models as well; for this one, vLLM reports an unknown model
         logger.warning("model type '%s' is not available: %s cannot be imported: %s", model_type, classes.config, error)

@@ -14,8 +14,8 @@ __all__ = ["serve"]
 @click.argument("checkpoint")
 @click.option(
     "--base",
-    help="For an adapter: its base model, a directory or hub id; encoded with 'arctic quantize' if the adapter was "
-    "trained so.",
+    help="For an adapter: its base model, a directory or Hub id; encoded with 'arctic quantize' if the adapter was "
+    "trained on an encoded base.",
 )
 @click.option(
     "--plugins",
@@ -24,11 +24,11 @@ __all__ = ["serve"]
 )
 @click.pass_context
 def serve(context: click.Context, checkpoint: str, base: str | None, plugins: str | None) -> None:
-    """Serve CHECKPOINT (a directory or hub id, or a LoRA adapter that 'arctic train' wrote) over HTTP with the OpenAI
+    """Serve CHECKPOINT (a directory or Hub id, or a LoRA adapter that 'arctic train' wrote) over HTTP with the OpenAI
     API.
 
-    All other options go to vLLM's server as they are. The exit status is 0 when it was stopped, and 70 when vLLM's
-    engine died, so that a supervisor starts it again.
+    All other options are passed to vLLM's server unchanged. The exit status is 0 if the server was stopped, and 70 if
+    vLLM's engine died, so that a supervisor restarts it.
 
     \b
     Example:
@@ -42,10 +42,10 @@ def serve(context: click.Context, checkpoint: str, base: str | None, plugins: st
     from arctic_plugins.stack import Stack, parse_plugins
     from arctic_plugins_vllm.serving import server_command, server_options
 
-    if checkpoint.startswith("-"):  # click gives options that it does not know to the argument
+    if checkpoint.startswith("-"):  # click passes unknown options to the argument
         raise ConfigError(
-            f"{checkpoint} stands where CHECKPOINT is expected",
-            fix="write 'arctic serve CHECKPOINT', then vLLM's options",
+            f"found {checkpoint} in place of CHECKPOINT",
+            fix="write 'arctic serve CHECKPOINT', followed by vLLM's options",
         )
     stack = None if plugins is None else Stack.from_dict(parse_plugins(plugins))
     values, environment = server_options(checkpoint, context.args, base=base, plugins=stack)
@@ -53,13 +53,13 @@ def serve(context: click.Context, checkpoint: str, base: str | None, plugins: st
     if "dtype" in values:
         dtype = values["dtype"]
         click.echo(
-            f"arctic: --dtype {dtype}: this processor does not multiply the dtype of the checkpoint (set it yourself "
-            "for another)",
+            f"arctic: --dtype {dtype}: this processor cannot multiply the checkpoint's dtype natively (set --dtype to "
+            "use another)",
             err=True,
         )
     for name, value in environment.items():
-        click.echo(f"arctic: {name}={value} (set it yourself for another value)", err=True)
+        click.echo(f"arctic: {name}={value} (set the variable to use another value)", err=True)
     sys.stdout.flush()
-    # No file of the working directory, a checkpoint's for one, is imported for a module of that name: here, and in
-    # vLLM's processes.
-    os.execve(sys.executable, [sys.executable, "-P", *command], {**os.environ, "PYTHONSAFEPATH": "1", **environment})  # noqa: S606 - the server takes our place and our signals
+    # Here and in vLLM's processes, no file in the working directory (for example a checkpoint's) is imported in place
+    # of a module of the same name.
+    os.execve(sys.executable, [sys.executable, "-P", *command], {**os.environ, "PYTHONSAFEPATH": "1", **environment})  # noqa: S606 - the server replaces this process and gets its signals

@@ -1,4 +1,4 @@
-"""Every import from vLLM, in one place. Read in vllm 0.32.0."""
+"""All imports from vLLM, in one place. Read in vllm 0.32.0."""
 
 from __future__ import annotations
 
@@ -71,16 +71,16 @@ __all__ = [
 
 
 ROPE_TYPES = frozenset({"default", "linear", "dynamic", "ntk", "yarn", "llama3", "longrope", "proportional"})
-"""Of language models, those that ``get_rope`` knows itself."""
+"""RoPE types of language models that ``get_rope`` supports itself."""
 
 
 def is_registered(method: str) -> bool:
-    """Whether a quantization method of that name is known, in-tree or registered."""
+    """Return whether vLLM has a quantization method of that name, in-tree or registered."""
     return method in QUANTIZATION_METHODS
 
 
 def says(key: str) -> bool:
-    """Whether the config of the model that is being built has ``key``."""
+    """Return whether ``key`` is set to a true value in the config of the model that is being built."""
     config = get_current_vllm_config_or_none()
     return (
         config is not None
@@ -90,8 +90,10 @@ def says(key: str) -> bool:
 
 
 def loading() -> tuple[str, int, bool]:
-    """Of the model that is being built: the checkpoint, the number of tensor parallel processes, and whether each reads
-    files of its own.
+    """Return how the model that is being built is loaded.
+
+    Returns:
+        The checkpoint, the number of tensor parallel processes, and whether each process reads its own files.
     """
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None:
@@ -101,15 +103,13 @@ def loading() -> tuple[str, int, bool]:
 
 
 def model_dtype() -> torch.dtype | None:
-    """The dtype that the model that is being built computes in."""
+    """Return the compute dtype of the model that is being built."""
     config = get_current_vllm_config_or_none()
     return None if config is None or config.model_config is None else config.model_config.dtype
 
 
 def stored_dtype() -> torch.dtype | None:
-    """The dtype that the checkpoint of the model that is being built says of itself; None where it does not, and away
-    from the CPU.
-    """
+    """Return the dtype that the checkpoint of the model being built specifies; None if it does not, or not on CPU."""
     config = get_current_vllm_config_or_none()
     if config is None or config.model_config is None or not current_platform.is_cpu():
         return None
@@ -121,8 +121,9 @@ def stored_dtype() -> torch.dtype | None:
 
 
 def expert_activation(layer: Any) -> dict[str, Any]:
-    """What :func:`activate_experts` needs to know of ``layer`` (a RoutedExperts): JSON types, as
-    ``unquantized_fused_moe_method.py`` has them.
+    """Return the parameters of ``layer`` (a RoutedExperts) that :func:`activate_experts` needs, as JSON types.
+
+    They are those of ``unquantized_fused_moe_method.py``.
     """
     gate = FusedMoEQuantConfig.make(
         gemm1_alpha=layer.swiglu_alpha, gemm1_beta=layer.swiglu_beta, gemm1_clamp_limit=layer.swiglu_limit
@@ -134,7 +135,7 @@ def expert_activation(layer: Any) -> dict[str, Any]:
 
 
 def activate_experts(activation: Mapping[str, Any], rows: Tensor) -> Tensor:
-    """Activation and gate of a mixture's experts: ``[M, 2I]`` (``[M, I]`` without a gate) to ``[M, I]``."""
+    """Apply the activation and gate of a mixture's experts: ``[M, 2I]`` (``[M, I]`` without a gate) to ``[M, I]``."""
     options = dict(activation)
     kind = MoEActivation.from_str(options.pop("activation"))
     result = rows.new_empty(rows.shape[0], rows.shape[1] // (2 if kind.is_gated else 1))

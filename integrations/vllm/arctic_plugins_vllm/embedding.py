@@ -1,4 +1,4 @@
-"""Embeddings and output heads of vLLM, which stay plain, in the checkpoint's dtype."""
+"""Embeddings and output heads in vLLM, which stay plain, in the checkpoint's dtype."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ __all__ = ["StoredEmbeddingMethod"]
 
 
 class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):
-    """A plain weight that is kept in ``stored`` where the model computes in a wider dtype: half of the bytes, and the
-    same numbers.
+    """Method that keeps a plain weight in the dtype ``stored`` if the model computes in a wider dtype.
 
-    A head is read whole for every token, and in float32 it is a third of SmolLM2-135M's bytes. Read in vllm 0.32.0:
-    heads share their embedding's parameter by ``tie_weights``, and logits are not part of the compiled graph.
+    This halves the bytes without changing the numbers. All of a head is read for every token, and in float32 it takes a
+    third of SmolLM2-135M's bytes. Read in vllm 0.32.0: heads share their embedding's parameter through ``tie_weights``,
+    and logits are not part of the compiled graph.
     """
 
     def __init__(self, stored: torch.dtype) -> None:
@@ -30,7 +30,7 @@ class StoredEmbeddingMethod(UnquantizedEmbeddingMethod):
         super().create_weights(layer, *args, params_dtype=self.codec.torch_dtype, **extra)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Nothing: vLLM would choose a product in the weight's dtype."""
+        """Do nothing: vLLM would choose a product in the weight's dtype."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.codec.linear(x, {"": layer.weight}, tuple(layer.weight.shape))

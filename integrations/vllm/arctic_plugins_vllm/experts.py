@@ -1,4 +1,4 @@
-"""Experts of mixtures in vLLM over encoded weights."""
+"""Experts of mixtures in vLLM, over encoded weights."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ __all__ = ["EncodedExpertsMethod"]
 
 
 class EncodedExpertsMethod(FusedMoEMethodBase):
-    """The two fused weights of a mixture's experts: ``w13 [E, 2I, K]`` and ``w2 [E, K, I]``, E and I being this
-    process's.
+    """Method for the two fused weights of a mixture's experts, ``w13 [E, 2I, K]`` and ``w2 [E, K, I]``.
 
-    Codecs compute with the experts that received tokens; those of other processes (``layer.expert_map``) add nothing
-    here.
+    E and I are those of this process. Codecs compute with the experts that received tokens; experts of other processes
+    (``layer.expert_map``) contribute nothing here.
 
     Args:
-        up, down: codecs of the two.
+        up, down: codecs of the two weights.
         layer: vLLM's RoutedExperts.
         prefix: its name.
-        reader: makes buffers of what the checkpoint has as an expert's weight; None when it has the buffers.
+        reader: converts an expert's weight in the checkpoint to buffers; None if the checkpoint contains the buffers.
 
     Raises:
-        ConfigError: the layer has what this method does not compute.
+        ConfigError: the layer has a feature that this method does not support.
     """
 
     def __init__(self, up: Codec, down: Codec, layer: Any, prefix: str, reader: Reader | None = None) -> None:
@@ -48,12 +47,12 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
         if found := [what for what, there in unsupported.items() if there]:
             raise ConfigError(
                 f"{prefix} is encoded and has {' and '.join(found)}",
-                expected="experts without",
+                expected="experts without them",
                 fix="exclude the experts and encode again",
             )
 
     def get_fused_moe_quant_config(self, layer: Any) -> None:
-        return None  # for vLLM's kernels, which are not used
+        return None  # only vLLM's kernels need it, and they are not used
 
     def create_weights(
         self,
@@ -67,7 +66,7 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
         """Register empty buffers for this process's experts and part of the intermediate size.
 
         Raises:
-            ConfigError: tensor parallelism would split along K where the codec cannot be split.
+            ConfigError: tensor parallelism would split along K at a point where the codec cannot be split.
         """
         parts, whole = (2 if self.moe.is_act_and_mul else 1), intermediate_size_per_partition * self.moe.tp_size
         check_split(self.codecs["w2"], self.prefix, intermediate_size_per_partition, whole)
@@ -105,7 +104,7 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
                 getattr(layer, f"{leaf}_weight").weight_loader = MethodType(plain, layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raise CheckpointError if an expert's weight never came. Called again after each reload of the layer."""
+        """Raise CheckpointError if an expert's weight was not loaded. Called again after each reload of the layer."""
         for leaf, names in layer.arctic_names.items() if layer.arctic_counts else ():
             for name in names.values():
                 check_seen(f"{self.prefix}.{name}", layer.arctic_seen[name], layer.arctic_parts[leaf])
@@ -129,8 +128,9 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
 
 
 def _expert_loader(full_name: str, name: str, spec: TensorSpec) -> Callable[..., bool | None]:
-    """Loads one expert's buffer, laid out on disk as ``spec`` says: this process's rows of w1 and w3, its part along K
-    of w2.
+    """Return a loader for one expert's buffer, whose layout on disk is ``spec``.
+
+    It loads this process's rows of w1 and w3, and its part of w2 along K.
     """
 
     def arctic_weight_loader(

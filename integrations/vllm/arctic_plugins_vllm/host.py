@@ -1,4 +1,4 @@
-"""vLLM, described for the core. Importing this loads neither torch nor vLLM. Read in vllm 0.32.0."""
+"""The description of vLLM for the core. Importing it loads neither torch nor vLLM. Read in vllm 0.32.0."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from arctic_plugins.host import Host
 __all__ = ["GROUP", "HOST"]
 
 GROUP = "vllm.general_plugins"
-"""vLLM's entry-point group, which it loads in each of its processes."""
+"""The entry-point group that vLLM loads in each of its processes."""
 
 HOST = Host(
     name="vllm",
@@ -23,7 +23,8 @@ HOST = Host(
         "on_the_fly": "arctic_plugins_vllm.serving:on_the_fly",
         "shard_checkpoint": "arctic_plugins_vllm.sharding:shard_checkpoint",
     },
-    # Another model is served; and what transformers 5.19, with which vLLM reads configs, loads from elsewhere.
+    # These keys make vLLM serve another model, or make transformers 5.19, which reads configs for vLLM, load files from
+    # elsewhere.
     refused_keys=frozenset({"speculators_config", "transformers_weights"}),
     hub_code_keys=frozenset(
         {

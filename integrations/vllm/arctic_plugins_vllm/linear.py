@@ -1,4 +1,4 @@
-"""Linear layers of vLLM over encoded weights."""
+"""Linear layers in vLLM, over encoded weights."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["EncodedLinearMethod"]
 
 
 class EncodedLinearMethod(LinearMethodBase):
-    """Parameters as :meth:`Codec.layout` gives them, computation as :meth:`Codec.linear` does it.
+    """Method whose parameters follow :meth:`Codec.layout` and which computes with :meth:`Codec.linear`.
 
     Args:
-        codec: of the weight.
+        codec: the codec of the weight.
         prefix: the module's name.
-        reader: makes buffers of what the checkpoint has as weight; None when it has the buffers.
+        reader: converts a weight in the checkpoint to buffers; None if the checkpoint contains the buffers.
     """
 
     def __init__(self, codec: Codec, prefix: str, reader: Reader | None = None) -> None:
@@ -42,7 +42,7 @@ class EncodedLinearMethod(LinearMethodBase):
         """Register empty buffers for this rank's ``[sum(output_partition_sizes), input_size_per_partition]``.
 
         Raises:
-            ConfigError: tensor parallelism would split along K where the codec cannot be split.
+            ConfigError: tensor parallelism would split along K at a point where the codec cannot be split.
         """
         check_split(self.codec, self.prefix, input_size_per_partition, input_size)
         shape = (sum(output_partition_sizes), input_size_per_partition)
@@ -50,7 +50,7 @@ class EncodedLinearMethod(LinearMethodBase):
         layer.arctic_shape, layer.arctic_parts, layer.arctic_seen = shape, parts, {}
         layer.arctic_counts = not loading()[
             2
-        ]  # files of single processes come without loaders, and vLLM itself misses what is not in them
+        ]  # files of a single process are loaded without loaders, and vLLM itself reports missing tensors
         layout = self.codec.layout(shape)
         layer.arctic_names = {suffix: f"weight{suffix}" for suffix in layout}
         for suffix, spec in layout.items():
@@ -58,7 +58,7 @@ class EncodedLinearMethod(LinearMethodBase):
             layer.register_parameter(f"weight{suffix}", param)
             name = f"{self.prefix}.weight{suffix}"
             layer.arctic_seen[name] = set()
-            # Bound to the layer, as vLLM's own loaders are: what it keeps for a reload must not hold the layer
+            # Bound to the layer, like vLLM's own loaders: what vLLM keeps for a reload must not reference the layer
             # (model_loader/reload/sanitize.py).
             loader = MethodType(_checked_loader(name, on_disk[suffix], parts, extra["weight_loader"].__func__), layer)
             set_weight_attrs(
@@ -69,8 +69,9 @@ class EncodedLinearMethod(LinearMethodBase):
             layer.weight.weight_loader = MethodType(whole, layer)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Raise CheckpointError if a part of a fused weight, or all of it, never came. Called again after each reload
-        of the layer.
+        """Raise CheckpointError if a weight, or a part of a fused one, was not loaded.
+
+        Called again after each reload of the layer.
         """
         for name, seen in layer.arctic_seen.items() if layer.arctic_counts else ():
             check_seen(name, seen, layer.arctic_parts)
@@ -82,15 +83,17 @@ class EncodedLinearMethod(LinearMethodBase):
 
 
 def _checked_loader(name: str, spec: TensorSpec, parts: int, host_loader: Callable[..., None]) -> Callable[..., None]:
-    """``host_loader`` (a method of vLLM's layer), which compares what it is given with the codec's layout and remembers
-    it in ``layer.arctic_seen``: vLLM does neither for quantized weights."""
+    """Wrap ``host_loader``, a method of vLLM's layer, with checks that vLLM does not make for quantized weights.
+
+    The wrapper compares loaded tensors with the codec's layout and records them in ``layer.arctic_seen``.
+    """
 
     def arctic_weight_loader(
         layer: Any, param: nn.Parameter, loaded_weight: Tensor, loaded_shard_id: Any = None
     ) -> None:
         check_loaded(name, loaded_weight, spec, rows=False)
         if loaded_shard_id is None:
-            layer.arctic_seen[name].update(range(parts))  # fused on disk too, or not fused at all
+            layer.arctic_seen[name].update(range(parts))  # fused on disk as well, or not fused at all
             host_loader(layer, param, loaded_weight)
         else:
             layer.arctic_seen[name].update(loaded_shard_id if isinstance(loaded_shard_id, tuple) else [loaded_shard_id])

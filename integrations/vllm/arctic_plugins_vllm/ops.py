@@ -1,8 +1,8 @@
-"""A codec's linear, and the experts of a mixture, as one operator each that a compiler does not look into.
+"""A codec's linear, and the experts of a mixture, as opaque operators that a compiler does not trace.
 
-vLLM compiles models by default. On CPU, what Inductor of torch 2.13 made of fp8 in plain torch took about three times
-as long as the codec's own blocks. On other devices nothing was measured, and the codec is traced. A codec with a linear
-of its own is left to it: that is an operator already.
+vLLM compiles models by default. On CPU, the code that Inductor (torch 2.13) generated for fp8 in plain torch took about
+three times as long as the codec's own blocks. On other devices nothing was measured, and the codec is traced. A codec
+that implements its own linear is called directly: it is an operator already.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["codec_experts", "codec_linear", "codec_text"]
 
 
 def codec_text(codec: Codec) -> str:
-    """``codec`` as a constant of a graph."""
+    """Return ``codec`` as a string, which can be a constant of a graph."""
     return json.dumps(codec_to_dict(codec), sort_keys=True)
 
 
@@ -33,7 +33,7 @@ def _codec(text: str) -> Codec:
 
 
 def codec_linear(x: Tensor, buffers: dict[str, Tensor], codec: Codec, text: str, shape: tuple[int, int]) -> Tensor:
-    """``x [..., K] @ decode(buffers).T`` in the dtype of ``x``; ``text`` is the :func:`codec_text` of ``codec``."""
+    """Return ``x [..., K] @ decode(buffers).T`` in the dtype of ``x``; ``text`` is ``codec_text(codec)``."""
     if torch.compiler.is_compiling() and x.device.type == "cpu" and type(codec).linear is Codec.linear:
         y: Tensor = torch.ops.arctic_plugins.codec_linear(x, list(buffers.values()), list(buffers), text, list(shape))
         return y
@@ -59,15 +59,16 @@ def codec_experts(
     shapes: tuple[tuple[int, int, int], tuple[int, int, int]],
     activation: str,
 ) -> Tensor:
-    """:func:`arctic_plugins.frozen.experts.mix_experts` of encoded weights, as one operator: which expert gets how many
-    tokens depends on data.
+    """Compute :func:`arctic_plugins.frozen.experts.mix_experts` over encoded weights, as one operator.
+
+    It cannot be traced, because the number of tokens per expert depends on the data.
 
     Args:
-        x, index, weights: as there.
+        x, index, weights: as in ``mix_experts``.
         up, down: buffers of the two weights.
         texts: :func:`codec_text` of their codecs.
-        shapes: of the weights, ``(E, 2I, K)`` and ``(E, K, I)``.
-        activation: JSON of :func:`arctic_plugins_vllm.compat.expert_activation`.
+        shapes: shapes of the weights, ``(E, 2I, K)`` and ``(E, K, I)``.
+        activation: the result of :func:`arctic_plugins_vllm.compat.expert_activation`, as JSON.
     """
     operator = torch.ops.arctic_plugins.codec_experts
     y: Tensor = operator(

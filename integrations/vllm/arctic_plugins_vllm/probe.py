@@ -1,4 +1,4 @@
-"""What ``arctic doctor`` asks vLLM, in a process of its own."""
+"""The checks of vLLM that ``arctic doctor`` runs in a separate process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_worker"]
 
 
 def check_worker() -> Iterator[Finding]:
-    """Load vLLM's general plugins as its workers do, and see whether ours arrived."""
+    """Load vLLM's general plugins as its workers do, and check that this project is among them."""
     subject = "vllm worker"
     if host_version("vllm") is None or not any(point.name == PROJECT for point in entry_points(group=GROUP)):
         yield Finding("ok", subject, "skipped: vLLM or arctic-plugins-vllm is not installed")
@@ -22,7 +22,7 @@ def check_worker() -> Iterator[Finding]:
     from vllm.model_executor.layers.quantization import get_quantization_config
     from vllm.plugins import load_general_plugins
 
-    load_general_plugins()  # vllm/plugins/__init__.py, 0.32.0: swallows what an entry point raises
+    load_general_plugins()  # vllm/plugins/__init__.py, 0.32.0: ignores exceptions of entry points
     try:
         get_quantization_config("arctic")
     except ValueError as error:
@@ -31,14 +31,14 @@ def check_worker() -> Iterator[Finding]:
         return
     registry = process_registry()
     for name, failure in registry.failures.items():
-        yield Finding("error", subject, f"plugin '{name}' is not there: {failure}")
+        yield Finding("error", subject, f"plugin '{name}' is not loaded: {failure}")
     for codec in registry.codec_types():
         try:
             registry.load_codec(codec)
-        except Exception as error:  # an import can fail with anything, and it is all reported
+        except Exception as error:  # an import can raise any exception, and all are reported
             yield Finding("error", subject, f"codec '{codec}' cannot be imported: {type(error).__name__}: {error}")
     yield Finding(
         "ok",
         subject,
-        f"the method 'arctic' is registered, with the codecs {', '.join(registry.codec_types()) or 'of no plugin'}",
+        f"the method 'arctic' is registered, with the codecs: {', '.join(registry.codec_types()) or 'none'}",
     )

@@ -1,8 +1,7 @@
-"""Quantization methods in vLLM: ``arctic``, whose codecs compute with what they encoded, and a reader for every format
-that can be converted.
+"""Quantization methods in vLLM: ``arctic``, and a reader for every format that can be converted.
 
-vLLM fuses q/k/v, gate/up and experts. The row law makes that simple: their buffers are put one below the other, as vLLM
-does with weights, and tensor parallelism takes rows, or slices along K that end at the codec's borders.
+vLLM fuses q/k/v, gate/up and experts. The row law makes that simple: their buffers are stacked along the rows, as vLLM
+does with weights, and tensor parallelism takes rows, or slices along K that end at the codec's group borders.
 """
 
 from __future__ import annotations
@@ -42,14 +41,13 @@ logger = logging.getLogger(__name__)
 __all__ = ["ON_THE_FLY", "ArcticConfig", "ConvertedConfig"]
 
 ON_THE_FLY = "on_the_fly"
-"""Beside the keys of a ``quantization_config``, when it stands in ``hf_overrides``: the checkpoint is plain, and is
-encoded while it is loaded.
-"""
+"""A key of a ``quantization_config`` in ``hf_overrides``: the checkpoint is plain and is encoded while it is loaded."""
 
 
 def keeps_bfloat16() -> bool:
-    """Whether plain weights stay in bfloat16 where the model computes in float32: a product that widens them in
-    registers is installed.
+    """Return whether plain weights stay in bfloat16 while the model computes in float32.
+
+    This requires an installed product that widens them in registers.
     """
     return (
         model_dtype() == torch.float32
@@ -62,14 +60,14 @@ class CodecConfig(QuantizationConfig):
     """A quantization method whose layers compute with codecs."""
 
     reader: Reader | None = None
-    """Makes buffers of what the checkpoint has as weights; None when it has the buffers."""
+    """Converts a weight in the checkpoint to buffers; None if the checkpoint contains the buffers."""
 
     def linear_codec(self, layer: nn.Module, prefix: str) -> Codec | None:
-        """The codec of a linear layer, fused or not; None for a plain one."""
+        """Return the codec of a linear layer, fused or not; None if it is plain."""
         raise NotImplementedError
 
     def experts_codecs(self, layer: Any, prefix: str) -> tuple[Codec, Codec] | None:
-        """The codecs of the two weights of experts; None for plain ones."""
+        """Return the codecs of the two weights of experts; None if they are plain."""
         raise NotImplementedError
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
@@ -97,12 +95,13 @@ class CodecConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return -1  # codecs are torch code: any device
+        return -1  # codecs are torch code and run on any device
 
 
 class ArcticConfig(CodecConfig):
-    """``quantization_config`` of a checkpoint; see :class:`arctic_plugins.frozen.ModuleCodecs`, also for the errors
-    raised.
+    """The ``quantization_config`` of a checkpoint.
+
+    See :class:`arctic_plugins.frozen.ModuleCodecs`, which also lists the errors raised.
     """
 
     def __init__(self, codecs: ModuleCodecs, *, on_the_fly: bool = False) -> None:
@@ -117,15 +116,18 @@ class ArcticConfig(CodecConfig):
         )
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        """Called by vLLM with the checkpoint's name before weights are read: the one place where its files can be
-        checked.
+        """Check the files of the checkpoint.
+
+        vLLM calls this with the checkpoint's name before it reads weights; no other method gets the chance.
         """
         if (Path(model_name) / FILE_NAME).is_file():
             check_files(model_name)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """Raise CheckpointError, before anything is loaded, if the checkpoint was split for another number of
-        processes: vLLM would load it.
+        """Return the method for ``layer``, after checking the number of processes.
+
+        Raises:
+            CheckpointError: the checkpoint was split for another number of processes. vLLM would load it anyway.
         """
         if not self.checked:
             checkpoint, size, by_process = loading()
@@ -135,11 +137,12 @@ class ArcticConfig(CodecConfig):
                 raise CheckpointError(
                     f"{checkpoint} was made for {made} processes and is loaded with {found}",
                     expected=f"tensor_parallel_size {made} and load_format 'sharded_state'",
-                    fix="'arctic serve' sets both; or make it again with another --tensor-parallel, or without",
+                    fix="use 'arctic serve', which sets both, or create it again with another --tensor-parallel, or "
+                    "without",
                 )
             self.checked = True
             if (dtype := model_dtype()) is not None and (
-                line := warning_for(dtype, "vLLM's dtype", "give --dtype float32, as 'arctic serve' does")
+                line := warning_for(dtype, "vLLM's dtype", "pass --dtype float32, as 'arctic serve' does")
             ):
                 logger.warning(line)
         return super().get_quant_method(layer, prefix)
@@ -153,7 +156,7 @@ class ArcticConfig(CodecConfig):
         return []  # everything is in config.json
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
-        """Called by vLLM for models that it names otherwise than transformers does (most that see images)."""
+        """Rename modules; vLLM calls this for models whose names differ from transformers' (most multimodal ones)."""
         self.codecs = ModuleCodecs(self.codecs.codecs, hf_to_vllm_mapper.apply_dict(self.codecs.modules))
 
     def linear_codec(self, layer: nn.Module, prefix: str) -> Codec | None:
@@ -179,15 +182,15 @@ class ArcticConfig(CodecConfig):
         if len(set(codecs)) > 1:
             found = ", ".join(f"{part}: {codec}" for part, codec in zip(parts, codecs, strict=True))
             raise CheckpointError(
-                f"vLLM fuses modules with different codecs ({found})", expected="one codec", fix="encode them alike"
+                f"vLLM fuses modules with different codecs ({found})",
+                expected="one codec",
+                fix="encode them in the same way",
             )
         return codecs[0]
 
 
 class ConvertedConfig(CodecConfig):
-    """A format that a plugin registered a converter for, read as ``arctic convert`` reads it; weights that are plain in
-    there are encoded alike.
-    """
+    """A format for which a plugin registered a converter, read as by ``arctic convert``; plain weights are encoded."""
 
     format_name: ClassVar[str]
 
@@ -197,7 +200,7 @@ class ConvertedConfig(CodecConfig):
 
     @staticmethod
     def of(name: str) -> type[ConvertedConfig]:
-        """The class for the format called ``name``."""
+        """Return the class for the format called ``name``."""
         return type(f"{name.title()}Config", (ConvertedConfig,), {"format_name": name})
 
     @classmethod
@@ -227,4 +230,4 @@ class ConvertedConfig(CodecConfig):
         try:
             return self.converter.codec(shape)
         except CodecError:
-            return None  # not a shape that the format has: the weight is plain, and vLLM stops if it is not
+            return None  # the format does not support this shape: the weight must be plain, or vLLM stops

@@ -1,4 +1,7 @@
-"""RoPE types that installed plugins register, in vLLM. Read in 0.32.0 (``model_executor/layers/rotary_embedding``)."""
+"""RoPE types that installed plugins register, in vLLM.
+
+Read in vllm 0.32.0 (``model_executor/layers/rotary_embedding``).
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,11 @@ __all__ = ["get_rope", "install"]
 
 
 def install() -> None:
-    """Let ``get_rope``, which vLLM's models take from its package when they are imported, know the types of plugins,
-    and give checkpoints of ours all positions that they ask for. Idempotent; other models get what vLLM gives them."""
+    """Make vLLM's ``get_rope`` support the types of plugins, and all positions of this project's checkpoints.
+
+    vLLM's models import the function from its package when they are imported themselves. Other models are not affected.
+    Idempotent.
+    """
     why = "RoPE types of plugins, and all positions of scaled checkpoints; vLLM has no registry of them"
     patch(rotary_embedding, "get_rope", why=why, read_in="vllm 0.32.0")(get_rope)
 
@@ -37,7 +43,7 @@ def get_rope(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """vLLM's function of that name, around ``stock``."""
+    """Return the rotary embedding, with the arguments of vLLM's function of the same name, which is ``stock``."""
     parameters = dict(rope_parameters or {})
     kind = parameters.get("rope_type", "default")
     if kind in process_registry().rope_types() and kind not in ROPE_TYPES:
@@ -54,7 +60,7 @@ def get_rope(
         and "max_trained_positions" not in parameters
         and _is_ours()
     ):
-        # vLLM takes factor * max_position_embeddings for the longest text, and computes max_position_embeddings of the
+        # vLLM accepts texts of factor * max_position_embeddings tokens, but computes only max_position_embeddings
         # positions.
         if kind == "dynamic":
             parameters["max_trained_positions"] = max_position
@@ -63,15 +69,16 @@ def get_rope(
 
 
 def _is_ours() -> bool:
-    """Whether the model that is being built is scaled by the ``rope`` plugin; versions before wrote no mark, but their
-    provenance.
+    """Return whether the model that is being built is scaled by the ``rope`` plugin.
+
+    Earlier versions wrote no mark, but they wrote provenance.
     """
     return says(ROPE_MARK) or (Path(loading()[0]) / FILE_NAME).is_file()
 
 
 @functools.cache
 def _scaled(head_size: int, max_position: int, is_neox_style: bool, parameters: str, dtype: torch.dtype) -> Any:
-    """One for all layers that rotate alike."""
+    """Return the rotary embedding, one for all layers with the same parameters."""
     read = json.loads(parameters)
     rotary_dim = int(head_size * read.get("partial_rotary_factor", 1.0))
     length = int(max_position * (read.get("factor") or 1.0))
@@ -79,7 +86,7 @@ def _scaled(head_size: int, max_position: int, is_neox_style: bool, parameters: 
 
 
 class _RegisteredRotaryEmbedding(RotaryEmbedding):
-    """Frequencies and attention scaling of a registered function."""
+    """A rotary embedding with the frequencies and attention scaling of a registered function."""
 
     def __init__(
         self,

@@ -1,9 +1,8 @@
-"""vLLM's OpenAI server with options that are values: ``python -m arctic_plugins_vllm.server JSON [OPTION...]``. Read in
-vllm 0.32.0.
+"""vLLM's OpenAI server with option values as JSON: ``python -m arctic_plugins_vllm.server JSON [OPTION...]``.
 
-``JSON`` is an object of option -> value, which stand where the command line says nothing. They partly come out of a
-checkpoint's files, and never pass through a line of options: vLLM's ``--config FILE`` would put them there
-(``FlexibleArgumentParser._pull_args_from_config``).
+Read in vllm 0.32.0. ``JSON`` is an object of option -> value, which applies to options that the command line does not
+set. Some values come from a checkpoint's files, so they must never be parsed as a command line. vLLM's ``--config
+FILE`` would do that (``FlexibleArgumentParser._pull_args_from_config``).
 """
 
 from __future__ import annotations
@@ -18,16 +17,19 @@ from typing import Any
 __all__ = ["ENGINE_DIED", "parse"]
 
 ENGINE_DIED = 70
-"""Status where the engine died under the server: EX_SOFTWARE of ``sysexits.h``. vLLM's own ends with 0 then, and no
-supervisor starts it again.
+"""Exit status if the engine died: EX_SOFTWARE of ``sysexits.h``.
+
+vLLM's own server exits with 0 in this case, and a supervisor does not restart it.
 """
 
 
 def parse(values: Mapping[str, Any], options: Sequence[str]) -> argparse.Namespace:
-    """The options of vLLM's server: ``options`` as its command line reads them, before ``values``, before its defaults.
+    """Return the options of vLLM's server.
+
+    ``options``, parsed as its command line, take precedence over ``values``, and these over its defaults.
 
     Raises:
-        ConfigError: a value for an option that this vLLM does not have.
+        ConfigError: a value is for an option that this version of vLLM does not have.
     """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.entrypoints.openai.models.protocol import LoRAModulePath
@@ -48,14 +50,14 @@ def parse(values: Mapping[str, Any], options: Sequence[str]) -> argparse.Namespa
 
 
 def _serve(args: argparse.Namespace) -> bool:
-    """Serve until a signal comes, or the engine dies: whether it died."""
+    """Serve until a signal arrives or the engine dies. Return whether it died."""
     import uvloop
     from vllm.entrypoints.launchers.api_server import entry
 
     from arctic_plugins.patches import patch
 
     asked, died = False, False
-    read_in, why = "vllm 0.32.0", "whether the engine died or was asked to end: both end the server with status 0"
+    read_in, why = "vllm 0.32.0", "tells whether the engine died or was stopped: both end the server with status 0"
 
     @patch(entry, "build_async_engine_client", why=why, read_in=read_in)
     @asynccontextmanager
@@ -65,7 +67,7 @@ def _serve(args: argparse.Namespace) -> bool:
             @patch(engine, "shutdown", why=why, read_in=read_in)
             def asked_to(shutdown: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
                 nonlocal asked
-                asked = True  # by a signal, see ``serve_http``; it leaves the engine as its death does
+                asked = True  # by a signal, see ``serve_http``; afterwards the engine looks as if it had died
                 return shutdown(*arguments, **keywords)
 
             try:
@@ -79,7 +81,7 @@ def _serve(args: argparse.Namespace) -> bool:
 
 
 def main() -> None:
-    """As ``entry.main`` of vLLM."""
+    """Run the server like vLLM's ``entry.main``."""
     from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args

@@ -1,4 +1,4 @@
-"""From a checkpoint to the options of vLLM's server; everything that can be known to fail is said before it starts."""
+"""Options of vLLM's server for a checkpoint; everything that can be known to fail is reported before it starts."""
 
 from __future__ import annotations
 
@@ -23,25 +23,31 @@ __all__ = ["made_for", "on_the_fly", "server_command", "server_options"]
 
 MODULE = "arctic_plugins_vllm.server"
 LONGEST_VALUES = 100_000
-"""Characters of JSON on the command line: Linux takes 128 KiB as one argument."""
+"""The maximum number of characters of JSON on the command line: Linux accepts 128 KiB per argument."""
 READ = {"config_format": "hf", "load_format": "safetensors"}
-"""What vLLM reads of a model: not the ``params.json`` and ``consolidated.safetensors`` that it would prefer, which
-nothing here has looked at, and no pickle (vllm 0.32.0: ``transformers_utils/config.py``, ``default_loader.py``)."""
+"""Options that make vLLM read only files that are checked here.
+
+They exclude pickles, and the ``params.json`` and ``consolidated.safetensors`` that vLLM would prefer (vllm 0.32.0:
+``transformers_utils/config.py``, ``default_loader.py``).
+"""
 CPU_CACHE_GIB = "2"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""Of ``CPUAttentionBackend.get_supported_head_sizes`` (vllm 0.32.0, ``v1/attention/backends/cpu_attn.py``). With others
-the server starts, says that it is healthy, and dies of the first request."""
+"""The sizes in ``CPUAttentionBackend.get_supported_head_sizes`` (vllm 0.32.0, ``v1/attention/backends/cpu_attn.py``).
+
+With other sizes the server starts, reports that it is healthy, and dies on the first request.
+"""
 
 
 def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
-    """``hf_overrides`` for ``LLM``, with which vLLM serves the plain ``checkpoint`` as ``stack`` says, encoding it
-    while it is loaded.
+    """Return ``hf_overrides`` for ``LLM``, with which vLLM encodes the plain ``checkpoint`` while loading it.
+
+    It is encoded as ``stack`` specifies.
 
     Raises:
-        ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is quantized already, or ``stack``
+        ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is already quantized, or ``stack``
             changes nothing.
-        ClaimError: plugins clash over a module.
+        ClaimError: plugins claim the same module.
     """
     planned_config = _service("planned_config")
     from arctic_plugins_vllm.quantization import ON_THE_FLY
@@ -53,7 +59,7 @@ def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
 
 
 def _service(name: str) -> Callable[..., Any]:
-    """:func:`arctic_plugins.host.service`; where there is none, the error names the distribution that has it."""
+    """Return :func:`arctic_plugins.host.service`; if it does not exist, raise an error that names its distribution."""
     try:
         return service(name)
     except PluginNotFoundError as error:
@@ -64,8 +70,9 @@ def _service(name: str) -> Callable[..., Any]:
 
 
 def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[str]:
-    """Arguments for this Python that start the server with ``options``, verbatim, and ``values`` of
-    :func:`server_options`.
+    """Return the arguments for Python that start the server with ``values`` of :func:`server_options`.
+
+    ``options`` are passed verbatim.
 
     Raises:
         ConfigError: the values are too long for a command line.
@@ -74,9 +81,9 @@ def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[st
     if len(written) > LONGEST_VALUES:
         longest = max(values, key=lambda key: len(json.dumps(values[key])))
         raise ConfigError(
-            f"vLLM's options take {len(written)} characters, most of them '{longest}'",
+            f"vLLM's options take {len(written)} characters, most of them for '{longest}'",
             expected=f"at most {LONGEST_VALUES}",
-            fix="merge the adapter, or quantize the model, first",
+            fix="first merge the adapter or quantize the model",
         )
     return ["-m", MODULE, written, *options]
 
@@ -84,25 +91,26 @@ def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[st
 def server_options(
     checkpoint: str, options: Sequence[str] = (), *, base: str | None = None, plugins: Stack | None = None
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """With what to serve ``checkpoint``.
+    """Return the options and environment variables with which to serve ``checkpoint``.
 
     Args:
-        checkpoint: directory or hub id of a model, or directory of an adapter.
-        options: of vLLM's server, verbatim; they win over what plugins set.
+        checkpoint: directory or Hub id of a model, or directory of an adapter.
+        options: options of vLLM's server, verbatim; they take precedence over those that plugins set.
         base: the encoded base model of an adapter whose stack has a codec.
-        plugins: what to make of a plain checkpoint while it is loaded.
+        plugins: the stack that encodes a plain checkpoint while it is loaded.
 
     Returns:
         Options of vLLM's server (field names of ``EngineArgs`` and ``FrontendArgs``) with their values, and environment
             variables to add.
 
     Raises:
-        HostVersionError: vLLM is not installed, or outside a plugin's range.
-        CheckpointError: no checkpoint there, or one whose codec nobody here provides.
-        ConfigError: an adapter over encoded weights without a base that is encoded alike, an adapter that names a
-            directory of this machine as its base where ``base`` does not, or ``base`` for what is no adapter.
+        HostVersionError: vLLM is not installed, or its version is outside a plugin's range.
+        CheckpointError: there is no checkpoint, or no installed plugin provides its codec.
+        ConfigError: the adapter was trained over encoded weights and its base is not encoded in the same way; the
+            adapter names a local directory as its base and ``base`` does not confirm it; or ``base`` is given for a
+            model that is not an adapter.
     """
-    path = Path(os.path.abspath(checkpoint))  # so that "." has the name that an adapter is served under
+    path = Path(os.path.abspath(checkpoint))  # so that "." gets a name under which an adapter can be served
     stack = stack_from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
     stack.check_host("vllm")
     arguments: dict[str, Any] = {**READ, "model": checkpoint, **stack.vllm_engine_args(path)}
@@ -110,9 +118,9 @@ def server_options(
     if is_adapter and (path / FILE_NAME).is_file():
         check_directory(path)
         check_files(path)
-        if not (path / WEIGHTS).is_file():  # or vLLM looks for a pickle
+        if not (path / WEIGHTS).is_file():  # otherwise vLLM looks for a pickle
             raise CheckpointError(
-                f"{path} has no {WEIGHTS}", fix="the adapter is incomplete: copy it again, or save it again"
+                f"{path} has no {WEIGHTS}", fix="the adapter is incomplete; copy it again, or save it again"
             )
     if is_adapter and "lora_modules" not in arguments:
         raise CheckpointError(
@@ -122,17 +130,17 @@ def server_options(
         )
     if base is not None:
         if not is_adapter:
-            raise ConfigError(f"--base is for adapters, and {checkpoint} is none", fix="leave --base out")
+            raise ConfigError(f"--base is for adapters, and {checkpoint} is not an adapter", fix="leave --base out")
         arguments["model"] = base
     if plugins is not None:
         if is_adapter:
             raise ConfigError(
                 f"--plugins is for models, and {checkpoint} is an adapter",
-                fix="quantize its base, and name that with --base",
+                fix="quantize its base, and pass the result with --base",
             )
         if _option(options, "hf-overrides") is not None:
             raise ConfigError(
-                "--plugins and --hf-overrides both say what the model's config is",
+                "--plugins and --hf-overrides both set the model's config",
                 expected="one of them",
                 fix="quantize first",
             )
@@ -144,8 +152,8 @@ def server_options(
         and (named := Path(arguments["model"])).exists()
     ):
         raise ConfigError(
-            f"{checkpoint} names {named.absolute()}, a directory of this machine, as its base",
-            expected="a hub id, or your word that it is the one",
+            f"{checkpoint} names {named.absolute()}, a local directory, as its base",
+            expected="a Hub id, or your confirmation that this is the base",
             fix=f"arctic serve {checkpoint} --base {named}",
         )
     model = Path((is_adapter and _option(options, "model")) or arguments["model"])
@@ -154,24 +162,24 @@ def server_options(
     if is_adapter and not is_encoded and stack.only("weight_codec"):
         names = ",".join(plugin.name for plugin in stack.only("weight_codec"))
         raise ConfigError(
-            f"{checkpoint} was trained over encoded weights, and its base {model} is plain",
+            f"{checkpoint} was trained over encoded weights, but its base {model} is plain",
             fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or "
             f"'arctic merge {checkpoint} OUT'",
         )
     others = stack.to_use().without("weight_codec", "placement", "adapter")
-    if is_adapter and len(others):  # what a checkpoint of its own would say in its config
+    if is_adapter and len(others):  # what a merged checkpoint would have in its config
         overrides = _service("configured")(_service("load_config")(str(model)), others)
         arguments |= {"hf_overrides": overrides} if overrides else {}
     if is_adapter and _is_mixture(config):
         targets = read_adapter(path).target_modules or {name.rpartition(".")[2] for name in adapted_modules(path)}
-        if targets:  # or vLLM prepares experts for adapters too, which takes memory, and on CPU Triton
+        if targets:  # otherwise vLLM also prepares experts for adapters, which takes memory, and on CPU needs Triton
             arguments["lora_target_modules"] = sorted(targets)
     if (size := made_for(model)) is not None:
         given = _option(options, "tensor-parallel-size")
         if given is not None and given != str(size):
             raise ConfigError(
-                f"{model} was made for {size} processes, and --tensor-parallel-size is {given}",
-                fix="leave the option out, or make the checkpoint again with another --tensor-parallel, or without",
+                f"{model} was made for {size} processes, but --tensor-parallel-size is {given}",
+                fix="leave the option out, or create the checkpoint again with another --tensor-parallel, or without",
             )
         arguments.update(load_format="sharded_state", tensor_parallel_size=size)
     wanted = stack.only("weight_codec").to_dict()
@@ -179,8 +187,8 @@ def server_options(
         found = read_provenance(model).stack
         if any(found.get(name) != encoding for name, encoding in wanted.items()):
             raise ConfigError(
-                f"{checkpoint} was trained over weights encoded by {wanted}, and {model} was made with {found}",
-                fix="encode the base with the plugins of the adapter's arctic_plugins.json",
+                f"{checkpoint} was trained over weights encoded with {wanted}, but {model} was made with {found}",
+                fix="encode the base with the plugins in the adapter's arctic_plugins.json",
             )
     environment = {}
     if _option(options, "dtype") is None and (dtype := _dtype(config)) is not None:
@@ -188,44 +196,40 @@ def server_options(
     if _runs_on_cpu():
         _check_heads(config, model)
         if (is_encoded or plugins is not None) and "--no-enforce-eager" not in options:
-            # Compiling takes about a minute. A model of 1.1B parameters in fp8 then generates a sixth faster
-            # (docs/fp8.md).
+            # Compilation takes about a minute. A 1.1B model in fp8 then generates a sixth faster (docs/fp8.md).
             arguments["enforce_eager"] = True
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            environment["VLLM_CPU_KVCACHE_SPACE"] = CPU_CACHE_GIB  # unset, vLLM takes most of the machine's memory
+            environment["VLLM_CPU_KVCACHE_SPACE"] = CPU_CACHE_GIB  # if unset, vLLM takes most of the machine's memory
         if size is not None and size > 1 and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
             environment["VLLM_CPU_OMP_THREADS_BIND"] = _shared_cores(
                 size
-            )  # unset, vLLM wants a NUMA node for each process
+            )  # if unset, vLLM requires a NUMA node for each process
     return arguments, environment
 
 
 def made_for(model: Path) -> int | None:
-    """For how many tensor parallel processes a checkpoint has files of their own (vllm 0.32.0:
-    ``sharded_state_loader.py``); None for others.
+    """Return the number of tensor parallel processes for which a checkpoint has separate files.
+
+    Returns None for other checkpoints. Read in vllm 0.32.0 (``sharded_state_loader.py``).
     """
     names = (re.match(r"model-rank-(\d+)-part-", path.name) for path in model.glob("model-rank-*.safetensors"))
     ranks = {int(name[1]) for name in names if name}
     if ranks and ranks != set(range(len(ranks))):
         raise CheckpointError(
             f"{model} has files of the processes {sorted(ranks)[:3]}...",
-            expected="all from 0 on",
-            fix="copy it again, or make it again",
+            expected="consecutive numbers from 0",
+            fix="copy it again, or create it again",
         )
     return len(ranks) or None
 
 
 def _is_mixture(config: Mapping[str, Any]) -> bool:
-    """Whether a ``config.json`` speaks of experts, by one of the names of ``ModelConfig.get_num_experts`` (vllm
-    0.32.0).
-    """
+    """Return whether a ``config.json`` has experts, under a name of ``ModelConfig.get_num_experts`` (vllm 0.32.0)."""
     return any(config.get(name) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
 
 
 def _check_heads(config: Mapping[str, Any], model: Path) -> None:
-    """Raise CheckpointError if the heads of ``model``, by its ``config``, have a size that vLLM's attention on CPU does
-    not.
-    """
+    """Raise CheckpointError if vLLM's attention on CPU does not support the head size in ``config`` of ``model``."""
     nested = config.get("text_config")
     text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
     size, hidden, heads = (text.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
@@ -233,18 +237,19 @@ def _check_heads(config: Mapping[str, Any], model: Path) -> None:
         size = hidden // heads
     if (
         type(size) is int and size not in CPU_HEAD_SIZES and "kv_lora_rank" not in text
-    ):  # which has heads of several sizes
+    ):  # models with kv_lora_rank have heads of several sizes
         sizes = ", ".join(map(str, CPU_HEAD_SIZES))
         raise CheckpointError(
-            f"{model} has heads of {size}",
+            f"{model} has heads of size {size}",
             expected=f"one of {sizes} in vLLM on CPU",
-            fix="generate with 'arctic generate'",
+            fix="use 'arctic generate'",
         )
 
 
 def _shared_cores(size: int) -> str:
-    """This process's cores in ``size`` parts, as ``VLLM_CPU_OMP_THREADS_BIND`` names them; all for everybody where
-    there are fewer.
+    """Split this process's cores into ``size`` parts, in the syntax of ``VLLM_CPU_OMP_THREADS_BIND``.
+
+    If there are fewer cores than parts, they are not split.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     each = len(cores) // size
@@ -256,17 +261,17 @@ def _shared_cores(size: int) -> str:
 
 
 def _checked_config(model: Path) -> dict[str, Any]:
-    """The ``config.json`` of a model that can be served; empty for a hub id, which is left to vLLM.
+    """Return the ``config.json`` of a model that can be served; empty for a Hub id, which is left to vLLM.
 
     Raises:
-        CheckpointError: the directory holds no model, or one that is damaged or of a newer format.
-        PluginNotFoundError: a codec's plugin is not installed; names the distribution.
+        CheckpointError: the directory contains no model, or one that is damaged or has a newer format.
+        PluginNotFoundError: a codec's plugin is not installed; the error names the distribution.
     """
     if not (model / "config.json").is_file():
         if not model.exists() and _HUB_ID.fullmatch(str(model)) and ".." not in str(model):
             return {}
         raise CheckpointError(
-            f"{model} has no config.json", expected="a checkpoint directory or a hub id", fix="correct the path"
+            f"{model} has no config.json", expected="a checkpoint directory or a Hub id", fix="correct the path"
         )
     check_directory(model)
     config = read_json(model / "config.json")
@@ -281,14 +286,17 @@ def _checked_config(model: Path) -> dict[str, Any]:
 
 
 def _method(config: Mapping[str, Any]) -> Any:
-    """By which a ``config.json`` says that weights are quantized."""
+    """Return the quantization method in a ``config.json``, if any."""
     quantization = config.get("quantization_config")
     return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:
-    """What to tell vLLM to compute in: None where its own choice (the checkpoint's dtype, bfloat16 for float32:
-    ``config/model.py`` ``_resolve_auto_dtype``, vllm 0.32.0) is one that the device multiplies natively."""
+    """Return the compute dtype to set for vLLM, or None if the device multiplies vLLM's own choice natively.
+
+    Its choice is the checkpoint's dtype, or bfloat16 for float32 (``config/model.py`` ``_resolve_auto_dtype``, vllm
+    0.32.0).
+    """
     import torch
 
     named = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
@@ -297,7 +305,7 @@ def _dtype(config: Mapping[str, Any]) -> str | None:
 
 
 def _option(options: Sequence[str], name: str) -> str | None:
-    """The value of ``--name VALUE`` or ``--name=VALUE`` among ``options``; vLLM takes underscores for dashes."""
+    """Return the value of ``--name VALUE`` or ``--name=VALUE`` in ``options``; vLLM treats underscores as dashes."""
     for at, option in enumerate(options):
         flag, given, value = option.partition("=")
         if flag.replace("_", "-") == f"--{name}":

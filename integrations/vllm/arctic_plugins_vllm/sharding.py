@@ -1,10 +1,10 @@
-"""Files for each tensor parallel process, as vLLM's ``load_format="sharded_state"`` reads them, written by one process.
-Read in vllm 0.32.0.
+"""Files for each tensor parallel process, for vLLM's ``load_format="sharded_state"``, written by a single process.
 
-What a process holds depends on how vLLM builds each architecture: which modules it fuses, pads, splits or copies. So
-vLLM builds the model here too, for one rank after the other, in a group of which only this process exists; it loads the
-checkpoint as that rank would, and is saved before vLLM rearranges weights for its kernels, which cannot be loaded again
-(``model_loader/sharded_state_loader.py`` loads before that happens).
+Read in vllm 0.32.0. What a process holds depends on how vLLM builds each architecture: which modules it fuses, pads,
+splits or copies. vLLM therefore builds the model here as well, for one rank after another, in a group in which only
+this process exists. It loads the checkpoint as that rank would. The model is saved before vLLM rearranges weights for
+its kernels, because rearranged weights cannot be loaded again (``model_loader/sharded_state_loader.py`` loads before
+that step).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".
 
 
 def check_shares(checkpoint: str | Path, size: int, hf_overrides: dict[str, Any] | None = None) -> None:
-    """Raise ConfigError if the model, encoded as ``hf_overrides`` say, cannot be shared out to ``size`` processes.
+    """Raise ConfigError if the model, encoded as ``hf_overrides`` specify, cannot be split over ``size`` processes.
+
     Reads no weights.
     """
     with _rank(checkpoint, 0, size, hf_overrides):
@@ -52,11 +53,12 @@ def check_shares(checkpoint: str | Path, size: int, hf_overrides: dict[str, Any]
 
 
 def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -> Path:
-    """Write ``checkpoint`` (whole, encoded) into the existing ``directory`` as ``size`` processes hold it; its
-    ``arctic_plugins.json`` last.
+    """Write the whole, encoded ``checkpoint`` to the existing ``directory``, split for ``size`` processes.
+
+    ``arctic_plugins.json`` is written last.
 
     Raises:
-        ConfigError: it cannot be shared out.
+        ConfigError: the model cannot be split.
         CheckpointError: weights are missing.
     """
     source, target = Path(checkpoint), Path(directory)
@@ -66,7 +68,7 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
             for module in model.modules():
                 method = getattr(module, "quant_method", None)
                 if isinstance(method, EncodedLinearMethod | EncodedExpertsMethod):
-                    method.process_weights_after_loading(module)  # only checks that all came
+                    method.process_weights_after_loading(module)  # only checks that all weights were loaded
             ShardedStateLoader.save_model(model, str(target), max_size=FILE_SIZE)
     copy_files(source, target, lambda name: name != FILE_NAME and not name.endswith(_WEIGHTS))
     write_provenance(target, recorded_stack(source).to_dict())
@@ -77,7 +79,7 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
 def _rank(
     checkpoint: str | Path, rank: int, size: int, hf_overrides: dict[str, Any] | None = None
 ) -> Iterator[tuple[nn.Module, Any]]:
-    """vLLM's model with empty weights on the CPU, as rank ``rank`` of ``size`` builds it, and vLLM's config."""
+    """Yield vLLM's model with empty weights on the CPU, as rank ``rank`` of ``size`` builds it, and vLLM's config."""
     described = read_json(Path(checkpoint) / "config.json") if Path(checkpoint).is_dir() else {}
     with tempfile.TemporaryDirectory() as meeting, torch.device("cpu"):
         before = torch.get_default_dtype()
@@ -86,7 +88,7 @@ def _rank(
                 model=str(checkpoint),
                 dtype=described.get("dtype") or described.get("torch_dtype") or "auto",  # "auto" would round float32
                 tensor_parallel_size=size,
-                distributed_executor_backend="mp",  # or vLLM looks for as many GPUs
+                distributed_executor_backend="mp",  # otherwise vLLM looks for as many GPUs
                 enforce_eager=True,
                 use_tqdm_on_load=False,
                 hf_overrides=hf_overrides or {},
@@ -100,12 +102,12 @@ def _rank(
         except (
             AssertionError,
             ValueError,
-        ) as error:  # of vLLM, whose layers check sizes so; pydantic's are ValueErrors
+        ) as error:  # raised by the size checks of vLLM's layers, or by pydantic (ValueError)
             if isinstance(error, ArcticError):
                 raise
             raise ConfigError(
-                f"vLLM cannot share {checkpoint} out to {size} processes ({_first_line(error)})",
-                fix="give another --tensor-parallel",
+                f"vLLM cannot split {checkpoint} over {size} processes ({_first_line(error)})",
+                fix="set another --tensor-parallel",
             ) from error
         finally:
             torch.set_default_dtype(before)
@@ -114,8 +116,10 @@ def _rank(
 
 @contextmanager
 def _as_rank(rank: int, size: int) -> Iterator[None]:
-    """Whatever builds or loads a part of a layer asks the tensor parallel group which part; vLLM knows no other way to
-    be told.
+    """Make vLLM build and load layers as rank ``rank`` of ``size``.
+
+    Whatever builds or loads a part of a layer asks the tensor parallel group which part it is; there is no other way to
+    set it.
     """
     group, why = get_tp_group(), "one process builds the model of each rank in turn"
     with (
@@ -127,6 +131,6 @@ def _as_rank(rank: int, size: int) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if len(lines) > 1 and "validation error" in lines[0]:  # pydantic: how many, and of what, before what it is
+    if len(lines) > 1 and "validation error" in lines[0]:  # pydantic: the first line only counts the errors
         lines = lines[1:]
     return lines[0].removeprefix("Value error, ").split(" [type=")[0] if lines else type(error).__name__

@@ -137,7 +137,8 @@ def test_compiled_it_is_one_operator_that_gives_the_same():
 
 def test_splits_along_k_fall_on_group_borders():
     with pytest.raises(
-        ConfigError, match=r"experts would be split along its inputs every 48; expected a multiple of the group size 32"
+        ConfigError,
+        match=r"experts would be split along its inputs into parts of 48; expected a multiple of the group size 32",
     ):
         Experts(UP, DOWN, tp_size=2)
 
@@ -209,9 +210,7 @@ def test_a_plain_weight_is_encoded_as_it_comes():
     weight[3, 5] = float("nan")
     with pytest.raises(CodecError, match=r"layer\.weight: the weight holds NaN"):
         layer.weight.weight_loader(layer.weight, weight)
-    with pytest.raises(
-        CheckpointError, match=r"layer\.weight: a weight that is to be encoded is torch\.uint8 \(8, 1, 64\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"layer\.weight: a weight to encode is torch\.uint8 \(8, 1, 64\)"):
         layer.weight.weight_loader(layer.weight, torch.zeros(8, 1, 64, dtype=torch.uint8))
 
 

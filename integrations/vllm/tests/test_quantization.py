@@ -93,7 +93,9 @@ def test_computes_what_the_codec_computes(codec):
 def test_splits_along_k_fall_on_group_borders():
     Layer(FP8Codec(), 8, 50, k_full=100)
     Layer(FP8Codec(group_size=32), 8, 64, k_full=128)
-    with pytest.raises(ConfigError, match="split along its inputs every 50; expected a multiple of the group size 32"):
+    with pytest.raises(
+        ConfigError, match="split along its inputs into parts of 50; expected a multiple of the group size 32"
+    ):
         Layer(FP8Codec(group_size=32), 8, 50, k_full=100)
 
 

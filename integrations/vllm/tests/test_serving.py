@@ -135,12 +135,12 @@ def test_a_base_on_this_machine_is_shown_and_asked_for(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     with pytest.raises(
         ConfigError,
-        match=f"names {base}, a directory of this machine, as its base; .*; arctic serve {adapter} --base {base}",
+        match=f"names {base}, a local directory, as its base; .*; arctic serve {adapter} --base {base}",
     ):
         server_options(str(adapter))
     inside = make(tmp_path / "inside", None, adapter_of=tmp_path / "inside" / "base", plugins={"lora": {"r": 4}})
     (inside / "base").mkdir()
-    with pytest.raises(ConfigError, match="a directory of this machine, as its base"):
+    with pytest.raises(ConfigError, match="a local directory, as its base"):
         server_options(str(inside))
 
 
@@ -187,7 +187,7 @@ def test_a_base_that_is_encoded_otherwise_is_not_served_under_the_adapter(base, 
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {"group_size": 64}, "lora": {"r": 4}})
     with pytest.raises(
         ConfigError,
-        match="was trained over weights encoded by .*'group_size': 64.*, and .* was made with .*'group_size': "
+        match="was trained over weights encoded with .*'group_size': 64.*, but .* was made with .*'group_size': "
         "'channel'",
     ):
         server_options(str(adapter), base=str(base))
@@ -226,7 +226,7 @@ def test_the_base_of_an_adapter_may_be_given_as_vllms_model(base, tmp_path, opti
         tmp_path / "adapter", None, adapter_of=make(tmp_path / "plain", {}), plugins={"fp8": {}, "lora": {"r": 4}}
     )
     server_options(str(adapter), [option.replace("BASE", str(base)) for option in options])
-    with pytest.raises(ConfigError, match="names .*plain, a directory of this machine"):
+    with pytest.raises(ConfigError, match="names .*plain, a local directory"):
         server_options(str(adapter))
 
 
@@ -234,7 +234,7 @@ def test_the_checkpoint_comes_before_the_options(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["serve", "--port", "8000", "checkpoint"])
     assert stopped.value.code == 2
-    assert "--port stands where CHECKPOINT is expected" in capsys.readouterr().err
+    assert "found --port in place of CHECKPOINT" in capsys.readouterr().err
 
 
 def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):
@@ -289,7 +289,9 @@ def test_what_cannot_be_encoded_on_the_fly_is_told(base, tmp_path):
 def test_heads_that_vllms_attention_does_not_have_are_refused(tmp_path, config, refused):
     model = make(tmp_path / "model", config)
     if refused:
-        with pytest.raises(CheckpointError, match=r"has heads of (16|48); expected one of 32, 64, .* in vLLM on CPU"):
+        with pytest.raises(
+            CheckpointError, match=r"has heads of size (16|48); expected one of 32, 64, .* in vLLM on CPU"
+        ):
             server_options(str(model))
     else:
         server_options(str(model))
@@ -312,7 +314,7 @@ def test_an_adapter_that_vllm_would_die_of_is_told(base, tmp_path, field, value)
     write_provenance(adapter, Stack.from_dict({"fp8": {}, "lora": {"r": 4}}).to_dict())
     with pytest.raises(
         CheckpointError,
-        match=rf"has {field} .*; expected LoRA or rsLoRA, as vLLM serves them; 'arctic merge' the adapter",
+        match=rf"has {field} .*; expected LoRA or rsLoRA, which vLLM supports; merge the adapter",
     ):
         server_options(str(adapter), base=str(base))
 

@@ -136,7 +136,7 @@ def test_another_number_of_processes_is_an_error(checkpoints, tmp_path, monkeypa
     )
     with pytest.raises(
         CheckpointError,
-        match=r"is loaded with tensor_parallel_size 2 and another load_format; expected .* 'arctic serve' sets both",
+        match=r"is loaded with tensor_parallel_size 2 and another load_format; .* 'arctic serve', which sets both",
     ):
         config.get_quant_method(torch.nn.Module(), "model.layers.0.mlp.down_proj")
 
@@ -152,7 +152,7 @@ def test_the_server_is_told_by_itself(checkpoints, monkeypatch):
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "1,2|5,7"
     assert server_options(str(encoded))[0]["load_format"] == "safetensors"
     with pytest.raises(
-        ConfigError, match="was made for 2 processes, and --tensor-parallel-size is 4; leave the option out"
+        ConfigError, match="was made for 2 processes, but --tensor-parallel-size is 4; leave the option out"
     ):
         server_options(str(split), ["--tensor-parallel-size", "4"])
 
@@ -170,12 +170,15 @@ def test_a_file_that_was_changed_is_found(checkpoints, tmp_path):
         (
             "3",
             (
-                r"vLLM cannot share .*llama out to 3 processes "
+                r"vLLM cannot split .*llama over 3 processes "
                 r"\(Total number of attention heads \(4\) must be divisible .* "
-                r"\(3\)\.\); give"
+                r"\(3\)\.\); set"
             ),
         ),
-        ("4", r"down_proj would be split along its inputs every 48; expected a multiple of the group size 32; .*"),
+        (
+            "4",
+            r"down_proj would be split along its inputs into parts of 48; expected a multiple of the group size 32; .*",
+        ),
     ],
     ids=["heads", "groups"],
 )

@@ -1,3 +1,1 @@
-"""ZeRO over frozen and spread weights, checkpoints of the original stack, and the launcher for several hosts: the
-`deepspeed` plugin.
-"""
+"""The `deepspeed` plugin: ZeRO over frozen and spread weights, the original stack's checkpoints, and several hosts."""

@@ -1,13 +1,15 @@
-"""Checkpoints of DeepSpeed, as the original stack trained with it: LoRA of its ``OptimizedLinear`` to PEFT adapters and
-merged checkpoints, and the names and files of DeepSpeed-MoE to those of Hugging Face.
+"""Conversion of DeepSpeed checkpoints that were trained with the original stack.
 
-The layout is that which the stack's own converter reads. ``<step>/mp_rank_00_model_states.pt`` holds, under ``module``,
-every tensor but the frozen weights, ``X.lora_weight_1.weight [r, K]`` and ``X.lora_weight_2.weight [N, r]`` among them;
-``<step>/lora_optimized_linear_sharding_rank_R.pt`` holds process R's part of every frozen weight, ``X.weight [N, K /
-processes]``, to be put side by side. DeepSpeed's own class (``deepspeed/linear/optimized_linear.py``, 0.19.8) cuts the
-flattened weight instead: parts of one dimension are put one behind the other. A mixture has
-``layer_L_expert_E_mp_rank_00_model_states.pt`` for each expert, L being the mixtures' number
-(``DeepSpeedEngine._save_moe_checkpoint``, 0.19.8).
+The LoRA of DeepSpeed's ``OptimizedLinear`` becomes a PEFT adapter or is merged, and the names and files of
+DeepSpeed-MoE become those of Hugging Face.
+
+The layout is the one that the original stack's own converter reads. ``<step>/mp_rank_00_model_states.pt`` holds, under
+``module``, every tensor except the frozen weights, including ``X.lora_weight_1.weight [r, K]`` and
+``X.lora_weight_2.weight [N, r]``. ``<step>/lora_optimized_linear_sharding_rank_R.pt`` holds process R's part of every
+frozen weight, ``X.weight [N, K / processes]``; the parts are concatenated along K. DeepSpeed's own class
+(``deepspeed/linear/optimized_linear.py``, 0.19.8) splits the flattened weight instead, so one-dimensional parts are
+concatenated and reshaped. A mixture has one ``layer_L_expert_E_mp_rank_00_model_states.pt`` per expert, where L counts
+the mixtures (``DeepSpeedEngine._save_moe_checkpoint``, 0.19.8).
 """
 
 from __future__ import annotations
@@ -46,27 +48,28 @@ _RENAMED = (
     ("block_sparse_moe.mlp.deepspeed_moe.experts.deepspeed_experts.", "block_sparse_moe.experts."),
 )
 _OURS = ("ds_lora", "ds_quantization", "use_deepspeed_moe_implementation", "moe_expert_parallel_size")
-"""Keys of ``config.json`` that only the original stack read."""
+"""Keys of ``config.json`` that only the original stack reads."""
 
 
 def convert_deepspeed(
     checkpoint: str | Path, directory: str | Path, options: DeepSpeedImport | None = None
 ) -> list[str]:
-    """Write a DeepSpeed checkpoint under Hugging Face's names, LoRA merged, or with ``options.base`` its LoRA as a PEFT
-    adapter on that model.
+    """Convert a DeepSpeed checkpoint to Hugging Face's names, with LoRA merged.
+
+    With ``options.base``, write only its LoRA, as a PEFT adapter on that model.
 
     Args:
-        checkpoint: the directory of a step, or the one above it (whose ``latest`` names a step).
+        checkpoint: the directory of a step, or its parent (whose ``latest`` names a step).
         directory: a new directory.
         options: by default those of :class:`DeepSpeedImport`.
 
     Returns:
-        Lines that say what was found.
+        Lines that describe what was found.
 
     Raises:
-        CheckpointError: a file is missing, an expert's for instance, or no pickle of tensors alone; tensors do not fit
-            together; there is no LoRA for an adapter, or its alpha is not known.
-        CodecError: a merged weight holds NaN or Inf; names the module.
+        CheckpointError: a file is missing (for example an expert's) or is not a pickle of tensors only; tensors do not
+            fit together; an adapter is requested but there is no LoRA; or alpha is unknown.
+        CodecError: a merged weight contains NaN or Inf; the error names the module.
         ConfigError: ``directory`` exists and is not empty.
     """
     options = options or DeepSpeedImport()
@@ -78,7 +81,7 @@ def convert_deepspeed(
         raise CheckpointError(
             f"{source.step} has no lora_weight_1", expected="a checkpoint of DeepSpeed's OptimizedLinear with LoRA"
         )
-    found = [f"{source.step}: no LoRA, weights are taken over as they are"]
+    found = [f"{source.step}: no LoRA, weights are copied unchanged"]
     if updates:
         found = [
             (
@@ -87,12 +90,12 @@ def convert_deepspeed(
             )
         ]
     if source.experts:
-        found.append(f"{len(source.experts)} files of experts")
+        found.append(f"{len(source.experts)} expert files")
     with staged(directory) as draft:
         if base is None:
             source.write_merged(draft, updates)
             if source.shards:
-                found.append(f"{len(source.shards)} parts of the frozen weights were put together")
+                found.append(f"{len(source.shards)} parts of the frozen weights were joined")
         else:
             source.write_adapter(draft, updates, base)
         copy_files(
@@ -107,13 +110,13 @@ def convert_deepspeed(
 @dataclass(frozen=True)
 class _Source:
     top: Path
-    """Where ``config.json`` is."""
+    """The directory that contains ``config.json``."""
     step: Path
     options: DeepSpeedImport
 
     @classmethod
     def find(cls, path: Path, options: DeepSpeedImport) -> _Source:
-        """The step in, or at, ``path``."""
+        """Return the step in ``path``, or ``path`` itself if it is one."""
         step = path
         if not (path / _STATES).is_file():
             latest = (path / "latest").read_text(errors="replace").strip() if (path / "latest").is_file() else None
@@ -123,14 +126,14 @@ class _Source:
             if not steps:
                 raise CheckpointError(
                     f"{path} has no {_STATES}",
-                    expected="a DeepSpeed checkpoint, or a step of it",
+                    expected="a DeepSpeed checkpoint, or one of its steps",
                     fix="correct the path",
                 )
             step = next((found for found in steps if found.name == latest), steps[-1])
         top = next((folder for folder in (step, step.parent) if (folder / "config.json").is_file()), None)
         if top is None:
             raise CheckpointError(
-                f"neither {step} nor its parent has a config.json", fix="copy the model's beside the steps"
+                f"neither {step} nor its parent has a config.json", fix="copy the model's next to the steps"
             )
         return cls(top, step, options)
 
@@ -149,19 +152,21 @@ class _Source:
             return []
         if sorted(numbered) != list(range(len(numbered))):
             raise CheckpointError(
-                f"{self.step} has the parts {sorted(numbered)}", expected="all from 0", fix="copy the missing files"
+                f"{self.step} has the parts {sorted(numbered)}",
+                expected="consecutive numbers from 0",
+                fix="copy the missing files",
             )
         parts = [_tensors(numbered[rank]) for rank in range(len(numbered))]
         if any(part.keys() != parts[0].keys() for part in parts):
             raise CheckpointError(
-                f"the files lora_optimized_linear_sharding_rank_*.pt of {self.step} hold different weights",
+                f"the files lora_optimized_linear_sharding_rank_*.pt in {self.step} contain different weights",
                 fix="copy them again",
             )
         return parts
 
     @cached_property
     def everything(self) -> dict[str, Tensor]:
-        """Every tensor but the frozen weights that are spread over processes."""
+        """Every tensor except the frozen weights that are split over processes."""
         found = dict(self.module)
         for path in self.experts.values():
             found |= _tensors(path)
@@ -180,7 +185,7 @@ class _Source:
         count = self.config.get("num_local_experts") or self.config.get("num_experts")
         if not isinstance(count, int):
             raise CheckpointError(
-                f"{self.top}/config.json says no number of experts",
+                f"{self.top}/config.json does not specify the number of experts",
                 expected="num_local_experts",
                 fix="copy the model's config.json",
             )
@@ -189,7 +194,8 @@ class _Source:
         if missing := sorted(wanted - self.experts.keys()):
             mixture, expert = missing[0]
             raise CheckpointError(
-                f"{self.step} lacks {len(missing)} experts, layer_{mixture}_expert_{expert}_{_STATES} for one",
+                f"{self.step} lacks expert files ({len(missing)}), for example "
+                f"layer_{mixture}_expert_{expert}_{_STATES}",
                 expected=f"{count} for each mixture (config.json)",
                 fix="copy the missing files",
             )
@@ -213,8 +219,8 @@ class _Source:
         if not isinstance(known, (int, float)):
             raise CheckpointError(
                 f"{self.top}/config.json has no ds_lora.lora_alpha",
-                expected="the alpha of training",
-                fix="give it with --alpha",
+                expected="the alpha that was used in training",
+                fix="pass it with --alpha",
             )
         return float(known)
 
@@ -223,7 +229,7 @@ class _Source:
         return self.alpha / (self.rank if self.options.scaling == "alpha/r" else math.sqrt(self.rank))
 
     def updates(self) -> dict[str, Update]:
-        """Module (its name in the original stack) -> what is added to its weight."""
+        """Return a mapping of modules, by their names in the original stack, to the updates of their weights."""
         pairs = {
             name.removesuffix(".lora_weight_1.weight"): (
                 down,
@@ -250,24 +256,26 @@ class _Source:
         return found
 
     def weight(self, name: str, update: Update) -> Tensor:
-        """The frozen weight ``name``, ``[N, K]``, of its parts."""
+        """Return the frozen weight ``name``, ``[N, K]``, joined from its parts."""
         parts = [shard[name] for shard in self.shards if name in shard]
         shape = update.up.shape[0], update.down.shape[1]
         if not parts and name in self.everything:
             parts = [self.everything[name]]
         if not parts:
             raise CheckpointError(
-                f"{name} is in no file of {self.step}", fix="copy the files lora_optimized_linear_sharding_rank_*.pt"
+                f"no file in {self.step} contains {name}", fix="copy the files lora_optimized_linear_sharding_rank_*.pt"
             )
         whole = torch.cat(parts, dim=1) if parts[0].dim() == 2 else torch.cat(parts).view(-1)
         if whole.numel() != math.prod(shape) or (whole.dim() == 2 and tuple(whole.shape) != shape):
             raise CheckpointError(
-                f"the parts of {name} make {tuple(whole.shape)}", expected=str(shape), fix="copy the missing files"
+                f"the parts of {name} add up to the shape {tuple(whole.shape)}",
+                expected=str(shape),
+                fix="copy the missing files",
             )
         return whole.view(shape)
 
     def write_merged(self, draft: Path, updates: Mapping[str, Update]) -> None:
-        """Weight by weight into safetensors files; memory is bounded by one of them."""
+        """Write the weights to safetensors files; peak memory is that of one file."""
         changed = {f"{module}.weight": update for module, update in updates.items()}
         dtype = next((update.up.dtype for update in updates.values()), None)
         whole = {
@@ -302,17 +310,17 @@ class _Source:
             weight = self.weight(name, changed[name])
             if not weight.is_floating_point():
                 raise CodecError(
-                    f"the frozen weight is {weight.dtype}, quantized", fix="convert to an adapter, with --base"
+                    f"the frozen weight is quantized ({weight.dtype})", fix="convert to an adapter, with --base"
                 )
             return changed[name].add_to(weight).to(weight.dtype)
 
     def write_adapter(self, draft: Path, updates: Mapping[str, Update], base: str) -> None:
-        """As PEFT saves a LoRA adapter."""
+        """Write the updates in the format of a PEFT LoRA adapter."""
         tensors = dict(_halves(updates))
         targets = sorted({_renamed(f"{module}.").rstrip(".").rpartition(".")[2] for module in updates})
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT divides it by r, an integer or not
+            lora_alpha=self.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r; it need not be an integer
             target_modules=targets,
             use_rslora=self.options.scaling == "alpha/sqrt(r)",
             base_model_name_or_path=base,
@@ -337,10 +345,10 @@ def _renamed(name: str) -> str:
 
 
 def _tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a pickle, mapped from the file; nothing in it is executed.
+    """Return the tensors in a pickle, mapped from the file; no code in it is executed.
 
     Raises:
-        CheckpointError: it is damaged, or needs more than tensors, numbers, texts and containers.
+        CheckpointError: the file is damaged, or contains more than tensors, numbers, strings and containers.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -350,9 +358,9 @@ def _tensors(path: Path, key: str | None = None) -> dict[str, Tensor]:
             str(error).splitlines()[0],
         )
         raise CheckpointError(
-            f"{path} is a pickle that wants to run code: {line[:200]}",
-            expected="tensors, numbers, texts and containers only",
-            fix="if you trust it, save its 'module' alone with the torch that wrote it",
+            f"{path} is a pickle that would run code: {line[:200]}",
+            expected="only tensors, numbers, strings and containers",
+            fix="if you trust it, save only its 'module', with the torch that wrote it",
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}", fix="copy it again") from error

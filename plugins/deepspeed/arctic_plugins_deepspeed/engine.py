@@ -1,4 +1,4 @@
-"""What the Hugging Face host asks of DeepSpeed. Read in deepspeed 0.19.8."""
+"""DeepSpeed as a Trainer engine of the Hugging Face host. Read in deepspeed 0.19.8."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["ZeRO"]
 
 
 class ZeRO(TrainerEngine):
-    """``training.deepspeed``."""
+    """The engine selected by ``training.deepspeed``."""
 
     title = "DeepSpeed"
     state_file = "latest"
-    """Names the directory in which the engine keeps the optimizer's state."""
+    """The file that names the directory in which the engine stores the optimizer state."""
 
     def mixins(self, trainer: Trainer) -> list[type[Trainer]]:
         from arctic_plugins_deepspeed.zero import mixins
@@ -23,5 +23,5 @@ class ZeRO(TrainerEngine):
         return mixins(trainer)
 
     def processes(self, checkpoint: Path) -> int | None:
-        """ZeRO has a file for each process (``DeepSpeedEngine._get_zero_ckpt_name``)."""
+        """Count the files of ZeRO, one per process (``DeepSpeedEngine._get_zero_ckpt_name``)."""
         return len(list(checkpoint.glob("global_step*/*zero_pp_rank_*_optim_states.pt"))) or None

@@ -1,4 +1,4 @@
-"""``arctic train --hostfile``, through DeepSpeed's launcher."""
+"""``arctic train --hostfile``, with DeepSpeed's launcher."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ __all__ = ["accelerator", "launch_on_hosts"]
 
 
 def launch_on_hosts(arguments: Sequence[str], hostfile: str, environment: Mapping[str, str]) -> int:
-    """Run ``arctic`` with ``arguments`` on the hosts of ``hostfile`` (lines of ``name slots=processes``), and wait.
+    """Run ``arctic`` with ``arguments`` on the hosts listed in ``hostfile``, and wait for it.
+
+    Each line of ``hostfile`` has the form ``name slots=processes``.
 
     Raises:
-        ConfigError: there is no such file, or DeepSpeed is not installed.
+        ConfigError: the file does not exist, or DeepSpeed is not installed.
     """
     if not Path(hostfile).is_file():
         raise ConfigError(
             f"--hostfile {hostfile} does not exist",
-            expected="a file with lines of 'host slots=8'",
+            expected="a file with lines such as 'host slots=8'",
             fix="correct the path",
         )
     if shutil.which("deepspeed", path=environment["PATH"]) is None:
@@ -45,7 +47,7 @@ def launch_on_hosts(arguments: Sequence[str], hostfile: str, environment: Mappin
 
 
 def accelerator() -> dict[str, str]:
-    """Without a GPU DeepSpeed wants to be told so; otherwise it says on standard output that it found none."""
+    """Return the variables that tell DeepSpeed if there is no GPU; it would otherwise print that it found none."""
     import torch
 
     return {} if torch.accelerator.is_available() else {"DS_ACCELERATOR": "cpu"}

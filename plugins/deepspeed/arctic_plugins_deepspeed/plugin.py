@@ -1,4 +1,4 @@
-"""The ``deepspeed`` plugin: what the Hugging Face host needs to know of DeepSpeed. It need not be enabled."""
+"""The ``deepspeed`` plugin: connects DeepSpeed to the Hugging Face host. It need not be enabled in a recipe."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["DeepSpeed"]
 
 
 class DeepSpeed(Plugin):
-    """Acts where ``training.deepspeed``, ``arctic convert --from deepspeed`` or ``arctic train --hostfile`` is used."""
+    """Support for ``training.deepspeed``, ``arctic convert --from deepspeed`` and ``arctic train --hostfile``."""
 
     name = "deepspeed"
 

@@ -1,10 +1,11 @@
-"""Training with DeepSpeed's ZeRO over encoded weights and spread experts. Read in deepspeed 0.19.8 and accelerate
-1.15.0.
+"""Training with DeepSpeed's ZeRO over encoded weights and experts spread over processes.
 
-DeepSpeed knows experts of its own ``MoE`` layers: parameters with ``allreduce = False`` and the name of a group, in
-optimizer groups marked ``moe``. Their gradients are added up among the processes that have the same experts, their
-optimizer state is partitioned among them, and the norm that gradients are clipped by is that of all processes. Ours are
-marked alike.
+Read in deepspeed 0.19.8 and accelerate 1.15.0.
+
+DeepSpeed supports the experts of its own ``MoE`` layers: parameters with ``allreduce = False`` and the name of a group,
+in optimizer groups marked ``moe``. Their gradients are summed over the processes that hold the same experts, their
+optimizer state is partitioned among these processes, and gradients are clipped by the norm over all processes. This
+project marks its experts in the same way.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ _MARKER = "arctic_plugins_experts"
 
 
 def mixins(trainer: Trainer) -> list[type[Trainer]]:
-    """What ``trainer`` needs where DeepSpeed makes its steps."""
+    """Return the mixins that ``trainer`` needs when DeepSpeed runs its steps."""
     return [SpreadOverZero if is_spread(cast("nn.Module", trainer.model)) else OverDeepSpeed]
 
 
 class OverDeepSpeed(Trainer):
-    """Mixin: encoded weights stay as they are.
+    """Mixin that keeps encoded weights unchanged.
 
-    DeepSpeed casts every floating parameter to its dtype (``runtime/engine.py``), the scales of encoded weights too.
+    DeepSpeed casts every floating-point parameter to its dtype (``runtime/engine.py``), including the scales of encoded
+    weights.
     """
 
     model: nn.Module
@@ -50,12 +52,12 @@ class OverDeepSpeed(Trainer):
         patch(
             self.accelerator,
             "_prepare_deepspeed",
-            why="weights and the optimizer's groups change around the making of the engine, which has no hook",
+            why="weights and the optimizer's groups are changed around the creation of the engine, which has no hook",
             read_in="accelerate 1.15.0",
         )(self.prepare_deepspeed)
 
     def prepare_deepspeed(self, prepare: Callable[..., Any], *objects: Any) -> Any:
-        """``Accelerator._prepare_deepspeed``, which is ``prepare``."""
+        """Call ``prepare``, which is ``Accelerator._prepare_deepspeed``, and restore the encoded weights after it."""
         frozen = [module for module in self.model.modules() if isinstance(module, FrozenModule)]
         encoded = [(parameter, parameter.data) for module in frozen for parameter in module.encoded()]
         prepared = prepare(*objects)
@@ -65,10 +67,10 @@ class OverDeepSpeed(Trainer):
 
 
 class SpreadOverZero(SpreadExperts, OverDeepSpeed):
-    """Mixin for DeepSpeed with spread experts.
+    """Mixin for DeepSpeed with experts that are spread over processes.
 
     Raises:
-        ConfigError: the stage is neither 1 nor 2.
+        ConfigError: the ZeRO stage is neither 1 nor 2.
     """
 
     def on_attach(self, plugin: Plugin | None) -> None:
@@ -78,17 +80,18 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
         if stage not in (1, 2):
             raise ConfigError(
                 f"training uses DeepSpeed with ZeRO stage {stage} and {self.dispatch.option}",
-                expected="stage 1 or 2: at stage 0 DeepSpeed clips by the norm of a process's own experts",
+                expected="stage 1 or 2 (at stage 0, DeepSpeed clips by the norm of a process's own experts)",
                 fix="change the stage, or leave one of the two out",
             )
-        for parameter, _ in self.spread.values():  # also frozen ones, which the engine would give all processes alike
+        for parameter, _ in self.spread.values():  # also frozen ones, which the engine would broadcast otherwise
             parameter.allreduce, parameter.group_name = False, f"ep_size_{self.dispatch.size}"  # type: ignore[attr-defined]
         self.model.register_load_state_dict_pre_hook(self._keep_own_experts)
         self.add_callback(_TakesWhatWasRead(self))
 
     def prepare_deepspeed(self, prepare: Callable[..., Any], *objects: Any) -> Any:
-        """``Accelerator._prepare_deepspeed``: the engine looks for layers of its own kind when it is made, and must
-        find none later.
+        """Call ``Accelerator._prepare_deepspeed`` with a temporary layer of DeepSpeed's kind in the model.
+
+        The engine looks for such layers when it is created, and must not find any later.
         """
         for optimizer in objects:
             if isinstance(optimizer, Optimizer):
@@ -104,21 +107,24 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
             delattr(model, _MARKER)
         for engine in prepared:
             if isinstance(engine, DeepSpeedEngine):
-                # Its files are those of a model without experts: a process's own come back from its optimizer's.
+                # Save the files of a model without experts: a process restores its own from the optimizer's file.
                 engine.has_moe_layers = False
         return prepared
 
     def _keep_own_experts(self, _: nn.Module, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """DeepSpeed's file of the model has the experts of the first process: every process keeps its own until the
+        """Replace the experts in ``state`` by this process's own.
+
+        DeepSpeed's model file contains the experts of the first process. Every process keeps its own until the
         optimizer's file is read.
         """
         for name, (parameter, _dispatch) in self.spread.items():
             saved = state.get(f"{prefix}{name}")
             if saved is not None and saved.shape != parameter.shape:
                 raise CheckpointError(
-                    f"the checkpoint has {name} of shape {list(saved.shape)}, this process {list(parameter.shape)}",
+                    f"{name} has the shape {list(saved.shape)} in the checkpoint and {list(parameter.shape)} in this "
+                    "process",
                     expected="as many processes for one copy of the experts as when it was saved",
-                    fix=f"set {self.dispatch.option} as it was then",
+                    fix=f"set {self.dispatch.option} to the value that it had then",
                 )
             if saved is not None:
                 state[f"{prefix}{name}"] = parameter.data
@@ -129,7 +135,7 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
 
 
 class _TakesWhatWasRead(TrainerCallback):
-    """After resuming, gives the model what the optimizer has read."""
+    """Callback that copies the weights that the optimizer has read into the model after resuming."""
 
     def __init__(self, trainer: SpreadOverZero) -> None:
         self.trainer = trainer
@@ -141,7 +147,7 @@ class _TakesWhatWasRead(TrainerCallback):
 
 
 class _Groups(nn.Module):
-    """A module for which a DeepSpeed engine makes the groups of processes."""
+    """A module that makes a DeepSpeed engine create the process groups."""
 
     def __init__(self, processes: int) -> None:
         nn.Module.__init__(self)
@@ -151,11 +157,11 @@ class _Groups(nn.Module):
         if use_data_before_expert_parallel_:
             raise ConfigError(
                 "DeepSpeed's use_data_before_expert_parallelism is set",
-                expected="neighbours by rank sharing experts",
+                expected="neighbors by rank that share experts",
                 fix="leave it out",
             )
         groups._create_expert_and_data_parallel(self.processes)
 
 
 class _Mixtures(_Groups, MoE):  # type: ignore[misc]
-    """One that makes it take the parameters so marked for experts that are trained."""
+    """A module that also makes the engine treat the marked parameters as trained experts."""

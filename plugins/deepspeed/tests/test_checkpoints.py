@@ -122,7 +122,7 @@ def test_a_pickle_that_wants_more_is_refused_and_not_run(make_run, tmp_path, cap
     path = run / "global_step7" / "mp_rank_00_model_states.pt"
     content = torch.load(path, weights_only=True)
     torch.save({**content, "args": Unwelcome()}, path)
-    with pytest.raises(CheckpointError, match=r"is a pickle that wants to run code.*print"):
+    with pytest.raises(CheckpointError, match=r"is a pickle that would run code.*print"):
         convert_deepspeed(run, tmp_path / "out")
     assert "a pickle ran this" not in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
@@ -135,10 +135,10 @@ def test_what_is_missing_is_named(make_run, tmp_path, what):
     first, message = step / "lora_optimized_linear_sharding_rank_0.pt", ""
     if what == "part":
         (step / "lora_optimized_linear_sharding_rank_3.pt").unlink()
-        message = r"the parts of model\.layers\.0.*weight make"
+        message = r"the parts of model\.layers\.0.*weight add up to"
     elif what == "number":
         first.unlink()
-        message = r"has the parts \[1, 2, 3\]; expected all from 0"
+        message = r"has the parts \[1, 2, 3\]; expected consecutive numbers from 0"
     elif what == "cut":
         first.write_bytes(first.read_bytes()[:1000])
         message = "rank_0.pt cannot be read"
@@ -148,7 +148,7 @@ def test_what_is_missing_is_named(make_run, tmp_path, what):
     elif what == "alpha":
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps({key: value for key, value in config.items() if key != "ds_lora"}))
-        message = "no ds_lora.lora_alpha; expected the alpha of training; give it with --alpha"
+        message = "no ds_lora.lora_alpha; expected the alpha that was used in training; pass it with --alpha"
     elif what == "half":
         content = torch.load(step / "mp_rank_00_model_states.pt", weights_only=True)
         del content["module"]["model.layers.0.mlp.up_proj.lora_weight_2.weight"]

@@ -50,7 +50,7 @@ def run(tmp_path_factory):
 def test_every_tensor_comes_out_under_its_name(run, tmp_path):
     model, old = run
     lines = convert_deepspeed(old, tmp_path / "out")
-    assert "12 files of experts" in lines
+    assert "12 expert files" in lines
     expected, found = (load_file(path / "model.safetensors") for path in (model, tmp_path / "out"))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -67,7 +67,8 @@ def test_an_expert_that_is_missing_is_named(run, tmp_path):
     (copied / "step" / "layer_1_expert_2_mp_rank_00_model_states.pt").unlink()
     with pytest.raises(
         CheckpointError,
-        match="lacks 1 experts, layer_1_expert_2_mp_rank_00_model_states.pt for one; expected 4 for each mixture",
+        match=r"lacks expert files \(1\), for example "
+        "layer_1_expert_2_mp_rank_00_model_states.pt; expected 4 for each mixture",
     ):
         convert_deepspeed(copied, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -48,10 +48,10 @@ def test_the_help_of_convert_shows_what_the_format_asks_for_and_imports_nothing_
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.splitlines()[-1] == "[]"
     text = " ".join(output.split())
-    assert "--scaling [alpha/r|alpha/sqrt(r)] deepspeed: What updates are multiplied by" in text
+    assert "--scaling [alpha/r|alpha/sqrt(r)] deepspeed: The factor by which updates are multiplied" in text
     assert "--alpha FLOAT deepspeed: " in text
     assert "--base TEXT deepspeed: " in text
-    assert "deepspeed A training run, of DeepSpeed-MoE or of OptimizedLinear with LoRA" in text
+    assert "deepspeed A training run with DeepSpeed-MoE, or with OptimizedLinear and LoRA" in text
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_options_of_another_format_are_refused(arctic, arguments, message):
 def test_a_hostfile_that_is_not_there(arctic, tmp_path):
     status, _, error = arctic("train", write(tmp_path), "--hostfile", tmp_path / "hosts")
     assert status == 2
-    assert "hosts does not exist; expected a file with lines of 'host slots=8'" in error
+    assert "hosts does not exist; expected a file with lines such as 'host slots=8'" in error
 
 
 def write(directory):

@@ -1,1 +1,1 @@
-"""FP8 weights: the `fp8` plugin."""
+"""The `fp8` plugin: FP8 weights."""

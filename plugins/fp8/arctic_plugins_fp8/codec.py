@@ -1,4 +1,4 @@
-"""Weights in 8, 6 or 12-bit floating point numbers with float32 scales, per output channel or per group of K."""
+"""Weights as 8, 6 or 12-bit floating-point numbers with float32 scales, per output channel or per group along K."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from arctic_plugins_fp8.formats import FORMATS
 __all__ = ["LARGEST_WEIGHT", "FP8Codec"]
 
 LARGEST_WEIGHT = 2.0**7 * FORMATS[8].max
-"""Beyond this, the reference's scale times 2**120 leaves float32
+"""The largest magnitude that can be encoded: beyond it, the reference's scale times 2**120 overflows float32
 (:func:`arctic_plugins_fp8.kernels.reference._values`).
 """
 CANDIDATES = {"max": 1, "mse": 16}
-"""Scales that are tried for each group."""
+"""The number of scales that are tried for each group."""
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 
 @dataclass(frozen=True)
 class FP8Codec(Codec):
-    """``codes uint8 [*lead, N, G, g * bits / 8]`` and ``scale float32 [*lead, N, G]``, where G = ceil(K / g).
+    """Codec with ``codes uint8 [*lead, N, G, g * bits / 8]`` and ``scale float32 [*lead, N, G]``, G = ceil(K / g).
 
-    For ``group_size="channel"`` there is one group, of K (rounded up to codes that fill whole bytes: a multiple of 4
-    for 6 bits, of 2 for 12). A weight is ``value(code) * scale``; rounding is to nearest even of ``weight * (1 /
-    scale)`` in float32. When g does not divide K the last group is padded with zeros.
+    For ``group_size="channel"`` there is one group of size K (rounded up so that codes fill whole bytes: to a multiple
+    of 4 for 6 bits, of 2 for 12). A weight is ``value(code) * scale``; encoding rounds ``weight * (1 / scale)``, in
+    float32, to nearest even. If g does not divide K, the last group is padded with zeros.
 
-    The scale is the group's largest magnitude / the format's largest value (:mod:`arctic_plugins_fp8.formats`), or for
-    ``scale="mse"`` that times one of 1, 1 + 1/16, ..., 1 + 15/16, whichever gives the smallest squared error. A factor
-    of two would move every number to another exponent and change nothing but the smallest; between, the grid falls
-    differently on the group's weights.
+    The scale is the group's largest magnitude divided by the format's largest value
+    (:mod:`arctic_plugins_fp8.formats`). For ``scale="mse"`` it is that times one of 1, 1 + 1/16, ..., 1 + 15/16,
+    whichever gives the smallest squared error. A factor of two would move every number to another exponent and change
+    only the smallest numbers; factors in between align the grid differently with the group's weights.
 
-    For ``activations="fp8"`` each row of :meth:`linear`'s input is rounded to e4m3 with a scale of its own, and GPUs
-    with FP8 units multiply that; :meth:`grad_input` is that of the unrounded product. Where vLLM splits a weight along
-    K, each process scales its part of the row.
+    For ``activations="fp8"``, each row of :meth:`linear`'s input is rounded to e4m3 with its own scale, and GPUs with
+    FP8 units multiply the rounded values; :meth:`grad_input` is the gradient of the unrounded product. If vLLM splits a
+    weight along K, each process scales its own part of the row.
     """
 
     type: ClassVar[str] = "fp8"
@@ -115,7 +115,7 @@ class FP8Codec(Codec):
         weight_NK = weight.reshape(prod(weight.shape[:-1]), weight.shape[-1]).contiguous()
         if not kernels.encode(weight_NK, *_flat(buffers), self.bits, LARGEST_WEIGHT, CANDIDATES[self.scale]):
             raise CodecError(
-                "the weight holds NaN, Inf or a value beyond the range of fp8",
+                "the weight holds NaN, Inf or a value outside the range of fp8",
                 expected=f"finite values of magnitude at most {LARGEST_WEIGHT:.0f}",
                 fix="exclude the module from fp8, or repair the weight",
             )
@@ -158,5 +158,5 @@ class FP8Codec(Codec):
 
 
 def _flat(buffers: Buffers) -> tuple[Tensor, Tensor]:
-    """Codes ``[rows, G, bytes]`` and scales ``[rows, G]``, contiguous."""
+    """Return contiguous codes ``[rows, G, bytes]`` and scales ``[rows, G]``."""
     return buffers[""].flatten(0, -3).contiguous(), buffers["_scale"].flatten(0, -2).contiguous()

@@ -14,21 +14,21 @@ __all__ = ["FP8Config", "FP8Format"]
 
 
 class FP8Format(PluginConfig):
-    """How weights are encoded."""
+    """The format in which weights are encoded."""
 
     bits: Literal[6, 8, 12] = 8
-    """Bits of a weight: 8 is e4m3, 6 is e3m2, 12 is e4m7."""
+    """Bits per weight: 8 is e4m3, 6 is e3m2, 12 is e4m7."""
     group_size: Literal["channel"] | Annotated[int, Field(ge=32, le=512)] = "channel"
-    """Weights that share a scale: one output channel, or this many along the input dimension. Left out: ``channel``,
-    and 128 for 6 bits.
+    """Weights that share a scale: an output channel, or this many weights along the input dimension. Left out:
+    ``channel``, or 128 for 6 bits.
     """
     scale: Literal["max", "mse"] = "max"
-    """``max``: the largest magnitude becomes the largest number. ``mse``: of 16 scales the one with the smallest
-    squared error, which takes longer. Left out: ``max``, and ``mse`` for 6 bits."""
+    """``max``: maps the largest magnitude to the format's largest number. ``mse``: tries 16 scales and keeps the one
+    with the smallest squared error, which takes longer. Left out: ``max``, or ``mse`` for 6 bits."""
 
     activations: Literal["full", "fp8"] = "full"
-    """``fp8``: inputs are rounded to e4m3 too, each token with a scale of its own, which GPUs from compute capability
-    8.9 on multiply faster. Only with 8 bits and ``group_size: channel``."""
+    """``fp8``: also round inputs to e4m3, each token with its own scale, which GPUs of compute capability 8.9 or later
+    multiply faster. Only with 8 bits and ``group_size: channel``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -42,22 +42,22 @@ class FP8Format(PluginConfig):
         unit = FORMATS[self.bits].unit
         if self.group_size != "channel" and self.group_size % unit:
             raise ValueError(
-                f"group_size {self.group_size} does not fill whole bytes with {self.bits} bits; expected a multiple "
+                f"group_size {self.group_size} does not fill whole bytes at {self.bits} bits; expected a multiple "
                 f"of {unit}"
             )
         if self.activations == "fp8" and (self.bits, self.group_size) != (8, "channel"):
-            raise ValueError("activations 'fp8' need bits 8 and group_size 'channel'")
+            raise ValueError("activations 'fp8' requires bits 8 and group_size 'channel'")
         return self
 
 
 class FP8Config(FP8Format):
-    """What stands under ``fp8:`` in a recipe."""
+    """Options under ``fp8:`` in a recipe."""
 
     formats: Mapping[str, FP8Format] = {}
-    """Modules that are encoded otherwise: patterns as in ``include`` to formats. Two different formats for one module
-    are an error.
+    """Formats for modules that are encoded differently: a mapping of patterns, as in ``include``, to formats. Two
+    different formats for one module are an error.
     """
     include: tuple[str, ...] = ("**",)
     """Modules to encode, as dotted names with ``*`` (within a component) and ``**`` (across components)."""
     exclude: tuple[str, ...] = ("lm_head", "**.lm_head", "**.router", "**.gate", "**.shared_expert_gate", "score")
-    """Modules to leave alone, even when included. The default spares output heads and routers."""
+    """Modules to leave unchanged even if they are included. The default excludes output heads and routers."""

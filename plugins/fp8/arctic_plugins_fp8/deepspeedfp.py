@@ -1,11 +1,11 @@
-"""DeepSpeedFP, the format of DeepSpeed's FP quantizer and of Snowflake's quantized checkpoints, to and from ours.
+"""Conversion to and from DeepSpeedFP, the format of DeepSpeed's FP quantizer and Snowflake's quantized checkpoints.
 
-A weight is cut, flattened, into groups of ``group_size`` (512). Each group is ``group_size * bits / 8`` bytes of codes,
-least significant bits first, and the float32 scale that multiplies them: ``uint8 [numel / group_size, group_size * bits
-/ 8 + 4]``. The numbers (DeepSpeed's csrc/fp_quantizer/fp_quantize.cu and deepspeed/ops/fp_quantizer/quantize.py, read
-in 2026) are 1 + e + m bits with bias ``2**(e-1) - 1``, scaled so that the largest of a group is 480 (8 bits, e4m3), 28
-(6 bits, e3m2) or 510 (12 bits, e7m4). There are neither subnormal numbers nor zero: a code with exponent bits 0 is
-``2**-bias * (1 + mantissa)``.
+A weight is flattened and split into groups of ``group_size`` (512). Each group consists of ``group_size * bits / 8``
+bytes of codes, least significant bits first, and the float32 scale that multiplies them: ``uint8 [numel / group_size,
+group_size * bits / 8 + 4]``. The numbers (DeepSpeed's csrc/fp_quantizer/fp_quantize.cu and
+deepspeed/ops/fp_quantizer/quantize.py, read in 2026) have 1 + e + m bits with bias ``2**(e-1) - 1``, scaled so that the
+largest of a group is 480 (8 bits, e4m3), 28 (6 bits, e3m2) or 510 (12 bits, e7m4). There are no subnormal numbers and
+no zero: a code with exponent bits 0 is ``2**-bias * (1 + mantissa)``.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ GROUP = 512
 
 
 def values(bits: int) -> Tensor:
-    """What every code of DeepSpeedFP stands for, float32 ``[2**bits]``; of 12 bits, those beyond float32 are
-    infinite.
+    """Return the value of every DeepSpeedFP code, float32 ``[2**bits]``.
+
+    With 12 bits, values outside the range of float32 are infinite.
     """
     mantissa_bits = MANTISSA[bits]
     exponent_bits = bits - 1 - mantissa_bits
@@ -44,11 +45,13 @@ def values(bits: int) -> Tensor:
 
 
 class DeepSpeedFPConverter(Converter):
-    """Reads ``bits`` and ``group_size``; the other files are those in which vLLM looked for them.
+    """Converter from DeepSpeedFP, configured by ``bits`` and ``group_size``.
+
+    ``config_files`` are the files in which vLLM looked for these keys.
 
     Groups of the flattened weight become groups of gcd(group_size, K) within rows, which share their scale. Values that
-    our formats have are taken over exactly: all that DeepSpeed writes with 8 and 6 bits, and with 12 bits those of
-    magnitude 2**-9 to 510 (times the scale); smaller ones are rounded to a multiple of 2**-13.
+    exist in this project's formats are converted exactly: everything that DeepSpeed writes with 8 and 6 bits, and with
+    12 bits magnitudes from 2**-9 to 510 (times the scale). Smaller ones are rounded to a multiple of 2**-13.
     """
 
     config_files = ("quant_config.json", "quantize_config.json")
@@ -70,8 +73,8 @@ class DeepSpeedFPConverter(Converter):
         group = gcd(self.group_size, shape[-1])
         if prod(shape) % self.group_size or not 32 <= group <= 512 or group % FORMATS[self.bits].unit:
             raise CodecError(
-                f"a weight of shape {shape} in groups of {self.group_size} cannot be cut into groups within its rows",
-                expected="a number of inputs that shares a factor from 32 to 512 with the group size",
+                f"a weight of shape {shape} in groups of {self.group_size} cannot be split into groups within its rows",
+                expected="a number of inputs that has a common factor from 32 to 512 with the group size",
                 fix="convert from the original weights",
             )
         return FP8Codec(bits=self.bits, group_size=group)  # type: ignore[arg-type]
@@ -97,15 +100,17 @@ class DeepSpeedFPConverter(Converter):
         )
         if not bool(scale.isfinite().all()):
             raise CodecError(
-                "a scale is NaN or infinite", fix="the checkpoint is damaged, or quantized otherwise than it says"
+                "a scale is NaN or infinite", fix="the checkpoint is damaged, or its quantization config is wrong"
             )
         table = quantize(values(self.bits).clamp(-510, 510), self.bits, top=(1 << (self.bits - 1)) - 1)
         return {"": pack(table[codes], self.bits), "_scale": scale}
 
 
 class DeepSpeedFPExporter(Exporter):
-    """From ``group_size: 512`` where K is a multiple of 512, and bits 8 or 6. What DeepSpeedFP does not have (zero, and
-    magnitudes below ``2**-bias``) becomes the nearest that it has."""
+    """Exporter to DeepSpeedFP, from ``group_size: 512`` with K a multiple of 512, and 8 or 6 bits.
+
+    Values that DeepSpeedFP lacks (zero, and magnitudes below ``2**-bias``) become the nearest one that it has.
+    """
 
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
         found = set(codecs.values())
@@ -114,7 +119,7 @@ class DeepSpeedFPExporter(Exporter):
                 raise CodecError(
                     f"{name} is encoded as {codec}",
                     expected=f"fp8 with bits 8 or 6 and group_size {GROUP}, the same everywhere",
-                    fix="quantize so",
+                    fix="quantize with these options",
                 )
         return {"quant_method": "deepspeedfp", "bits": next(iter(codecs.values())).bits, "group_size": GROUP}  # type: ignore[attr-defined]
 

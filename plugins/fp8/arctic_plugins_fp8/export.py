@@ -1,4 +1,4 @@
-"""FP8 weights in formats that stock transformers and vLLM read."""
+"""Export of FP8 weights to formats that stock transformers and vLLM read."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ E4M3_MAX = FORMATS[8].max
 
 
 class CompressedTensors(Exporter):
-    """``float-quantized`` of compressed-tensors (0.17, ``compressed_tensors/compressors``), one scale per channel:
-    exactly the bytes of ``bits: 8``.
+    """Exporter to ``float-quantized`` of compressed-tensors (0.17, ``compressed_tensors/compressors``).
 
-    ``weight float8_e4m3fn [N, K]``, ``weight_scale float32 [N, 1]``. Activations stay as they are, or with
-    ``activations: fp8`` are rounded per token, as they are here.
+    The format has one scale per channel and the same bytes as ``bits: 8``: ``weight float8_e4m3fn [N, K]``,
+    ``weight_scale float32 [N, 1]``. Activations are not quantized, or with ``activations: fp8`` rounded per token, as
+    in this project.
     """
 
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
@@ -32,15 +32,15 @@ class CompressedTensors(Exporter):
             if not isinstance(codec, FP8Codec) or (codec.bits, codec.group_size) != (8, "channel"):
                 raise CodecError(
                     f"{name} is encoded as {codec}",
-                    expected="fp8 with bits 8 and group_size 'channel', which compressed-tensors holds exactly",
-                    fix="quantize with these, or export as fp8-block",
+                    expected="fp8 with bits 8 and group_size 'channel', which compressed-tensors represents exactly",
+                    fix="quantize with these options, or export to fp8-block",
                 )
         activations = {codec.activations for codec in codecs.values()}  # type: ignore[attr-defined]
         if len(activations) > 1:
             raise CodecError(
                 "only some modules have activations 'fp8'",
-                expected="all or none, as compressed-tensors has it",
-                fix="quantize so",
+                expected="all or none, as in compressed-tensors",
+                fix="quantize all modules with the same activations",
             )
         number = {"num_bits": 8, "type": "float", "symmetric": True}
         group: dict[str, Any] = {"targets": ["Linear"], "weights": {**number, "strategy": "channel", "dynamic": False}}
@@ -68,13 +68,13 @@ class CompressedTensors(Exporter):
 
 
 class FP8Block(Exporter):
-    """The ``fp8`` format of DeepSeek-V3: one scale for 128 x 128 weights (transformers' ``finegrained_fp8.py``, vLLM's
-    ``fp8.py``).
+    """Exporter to the ``fp8`` format of DeepSeek-V3, with one scale per block of 128 x 128 weights.
 
-    ``weight float8_e4m3fn [N, K]``, ``weight_scale_inv float32 [N / 128, K / 128]``, a weight being their product. From
-    any codec: weights are decoded and encoded again, which costs a rounding. Hosts that compute in this format quantize
-    activations too. Sizes above 128 that are no multiples of it are refused: transformers 5.19 (``Fp8Dequantize``)
-    divides the weight's size by the grid's to get that of a block.
+    The format is ``weight float8_e4m3fn [N, K]`` and ``weight_scale_inv float32 [N / 128, K / 128]``; a weight is their
+    product (transformers' ``finegrained_fp8.py``, vLLM's ``fp8.py``). Any codec can be exported: weights are decoded
+    and encoded again, which rounds them once more. Hosts that compute in this format also quantize activations. Sizes
+    above 128 that are not multiples of 128 are refused: transformers 5.19 (``Fp8Dequantize``) infers the block size by
+    dividing the weight's size by that of the scale.
     """
 
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class FP8Block(Exporter):
             raise CodecError(
                 f"the weight is {rows} x {columns}",
                 expected=f"sizes that are multiples of {BLOCK}",
-                fix="exclude the module from fp8, or export another way",
+                fix="exclude the module from fp8, or export to another format",
             )
         blocks = -(-rows // BLOCK), -(-columns // BLOCK)
         weight = codec.decode(buffers, shape, torch.float32)

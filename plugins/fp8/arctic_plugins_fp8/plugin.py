@@ -1,4 +1,4 @@
-"""The ``fp8`` plugin: frozen weights of linear modules become FP8 bytes, in training and in serving."""
+"""The ``fp8`` plugin: frozen weights of linear modules in FP8, for training and serving."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FP8"]
 
 
 class FP8(Plugin):
-    """Claims ``weight_codec`` of every included linear module."""
+    """FP8 codec for frozen weights; claims ``weight_codec`` of every included linear module."""
 
     name = "fp8"
     config = FP8Config
@@ -40,8 +40,8 @@ class FP8(Plugin):
         for pattern in self.options.include:
             if wanted and not any(matches(pattern, name) for name in wanted):
                 raise ClaimError(
-                    f"plugins.fp8.include '{pattern}' matches only what 'exclude' takes out again",
-                    fix="give 'exclude' without it",
+                    f"plugins.fp8.include '{pattern}' matches only modules that 'exclude' removes again",
+                    fix="set 'exclude' so that it does not match them",
                 )
         for pattern in self.options.formats:
             if not any(matches(pattern, name) for name in wanted):
@@ -80,8 +80,8 @@ class FP8(Plugin):
             return False
         if spec.tied:
             raise ClaimError(
-                f"plugins.fp8 includes {name}, whose weight is shared with the embedding",
-                expected="a weight of its own",
+                f"plugins.fp8 includes {name}, whose weight is tied to the embedding",
+                expected="an untied weight",
                 fix="add it to 'exclude'",
             )
         return True

@@ -99,7 +99,7 @@ def test_configs_that_say_too_little(config):
 def test_what_cannot_be_read_is_told():
     assert DeepSpeedFPConverter({"bits": 6, "group_size": 256}).codec((4, 256)) == FP8Codec(bits=6, group_size=256)
     assert DeepSpeedFPConverter({"bits": 8}).rows(torch.zeros(12, 516), 1024) == 6
-    with pytest.raises(CodecError, match="weight of shape .512, 33. in groups of 512 cannot be cut"):
+    with pytest.raises(CodecError, match="weight of shape .512, 33. in groups of 512 cannot be split"):
         converter(8).codec((512, 33))
     with pytest.raises(CodecError, match=r"has \(4, 512\) bytes; expected \(4, 516\)"):
         converter(8).buffers(torch.zeros(4, 512, dtype=torch.uint8), (4, 512))

@@ -130,7 +130,7 @@ def test_zeros_subnormals_non_contiguous_and_large_weights():
 def test_what_cannot_be_represented_is_refused(bad):
     weight = torch.randn(4, 64)
     weight[2, 3] = bad
-    with pytest.raises(CodecError, match="NaN, Inf or a value beyond"):
+    with pytest.raises(CodecError, match="NaN, Inf or a value outside"):
         FP8Codec().encode(weight)
 
 
@@ -228,7 +228,7 @@ def test_formats_by_pattern():
         ),
         ({"formats": {"**": {"bit": 6}}}, ValueError, "Extra inputs are not permitted"),
         ({"bits": 6, "group_size": 50}, ValueError, "expected a multiple of 4"),
-        ({"bits": 12, "activations": "fp8"}, ValueError, "activations 'fp8' need bits 8"),
+        ({"bits": 12, "activations": "fp8"}, ValueError, "activations 'fp8' requires bits 8"),
     ],
 )
 def test_bad_formats_are_told(options, error, message):
@@ -237,7 +237,7 @@ def test_bad_formats_are_told(options, error, message):
 
 
 def test_claims_that_cannot_be_met_are_one_line():
-    with pytest.raises(ClaimError, match="shared with the embedding.*add it to 'exclude'"):
+    with pytest.raises(ClaimError, match="tied to the embedding.*add it to 'exclude'"):
         claimed(exclude=[])
     with pytest.raises(ClaimError, match="include 'model.layer.0' matches no linear module"):
         claimed(include=["model.layer.0"])

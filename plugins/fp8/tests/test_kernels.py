@@ -396,7 +396,7 @@ def test_a_library_that_was_cut_is_built_again(compiler):
 
 @pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
 @pytest.mark.parametrize(
-    ("name", "message"), [("sse2", "ARCTIC_FP8_KERNELS=sse2; expected instructions that this processor has")]
+    ("name", "message"), [("sse2", "ARCTIC_FP8_KERNELS=sse2; expected an instruction set that this processor supports")]
 )
 def test_unknown_instructions_are_told(name, message):
     code = "from arctic_plugins_fp8 import kernels; kernels.describe()"

@@ -1,5 +1,6 @@
-"""Tiles in models of transformers. Read in 5.19.0 (``loss/loss_utils.py``, ``modeling_utils.py``,
-``modeling_layers.py``).
+"""Tiled loss, tiled MLPs and recomputed layers in transformers models.
+
+Read in transformers 5.19.0 (``loss/loss_utils.py``, ``modeling_utils.py``, ``modeling_layers.py``).
 """
 
 from __future__ import annotations
@@ -29,16 +30,16 @@ MLPS = ("mlp", "feed_forward", "residual_mlp")
 
 
 class _TiledHead:
-    """Makes a causal language model hand hidden states from its head to its loss, which applies the head tile by tile.
+    """The head of a causal language model that passes hidden states to the loss, which applies the head tile by tile.
 
-    Only where labels are given, and in training; elsewhere the model has its logits as ever.
+    This happens only in training and when labels are given; otherwise the model returns its logits as usual.
     """
 
     def __init__(self, model: Any, tile: int | None) -> None:
         self.model, self.head, self.tile = model, model.get_output_embeddings(), tile
         self.in_evaluation = self.tiling = False
         self.signature = inspect.signature(model.forward)
-        why = "the loss takes hidden states from the model's own forward, which computes logits first"
+        why = "the loss needs hidden states, but the model's own forward computes logits first"
         patch(model, "forward", why=why, read_in="transformers 5.19.0")(self.model_forward)
         patch(self.head, "forward", why=why, read_in="transformers 5.19.0")(self.hidden_or_logits)
         model.loss_function = self.loss
@@ -69,11 +70,11 @@ class _TiledHead:
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """``ForCausalLMLoss``."""
+        """Compute transformers' ``ForCausalLMLoss``."""
         if not self.tiling:
-            items = cast("Tensor | None", num_items_in_batch)  # or an int, which the host's annotation leaves out
+            items = cast("Tensor | None", num_items_in_batch)  # or an int, which the host's annotation omits
             return ForCausalLMLoss(logits, labels, vocab_size, items, ignore_index, shift_labels, **kwargs)
-        self.tiling = False  # the head is the head again
+        self.tiling = False  # from here on the head computes logits again
         if shift_labels is None:
             assert labels is not None
             shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
@@ -88,21 +89,21 @@ class _TiledHead:
 
 
 def causal_lm(model: Any) -> Any:
-    """``model``, or what an adapter wraps."""
+    """Return ``model``, or the model inside an adapter."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def tile_loss(model: Any, tile: int | None) -> None:
-    """Let ``model``, or what an adapter wraps, compute its loss without logits.
+    """Make ``model``, or the model inside an adapter, compute its loss without logits.
 
     Raises:
-        ConfigError: it has a loss of its own, or changes logits behind its head; tiles would leave that out.
+        ConfigError: the model has its own loss, or changes logits after its head; the tiled loss would ignore both.
     """
     model = causal_lm(model)
     fix = "set plugins.longseq.tiled_loss: false"
     if model.loss_function is not ForCausalLMLoss:
         raise ConfigError(
-            f"plugins.longseq: {type(model).__name__} has a loss of its own",
+            f"plugins.longseq: {type(model).__name__} has its own loss function",
             expected="cross-entropy of the next token",
             fix=fix,
         )
@@ -110,16 +111,16 @@ def tile_loss(model: Any, tile: int | None) -> None:
     changes = [text for text in assigned if not text.startswith("logits = self.lm_head(")]
     if changes or not assigned:
         raise ConfigError(
-            f"plugins.longseq: {type(model).__name__} changes logits behind its head "
+            f"plugins.longseq: {type(model).__name__} changes logits after its head "
             f"({changes[0] if changes else 'it has no lm_head'})",
-            expected="a loss of the head's own logits",
+            expected="a loss over the unchanged logits of the head",
             fix=fix,
         )
     _TiledHead(model, tile)
 
 
 def _assigned(function: Any, name: str) -> list[str]:
-    """The statements of ``function`` that give ``name`` a value."""
+    """Return the statements of ``function`` that assign to ``name``."""
     found = []
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
         targets = (
@@ -135,16 +136,17 @@ def _assigned(function: Any, name: str) -> list[str]:
 
 
 def tile_mlps(model: nn.Module, tile: int | None) -> None:
-    """Compute every MLP of ``model`` some tokens at a time, by activation checkpoints of its own. Mixtures of experts
-    are left alone.
+    """Compute every MLP of ``model`` a few tokens at a time, each tile under its own activation checkpoint.
+
+    Mixtures of experts are left unchanged.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the model has no such MLP.
     """
     found = 0
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in MLPS and not any("expert" in part for part, _ in module.named_modules()):
-            patch(module, "forward", why="an MLP is computed some tokens at a time", read_in="transformers 5.19.0")(
+            patch(module, "forward", why="an MLP is computed a few tokens at a time", read_in="transformers 5.19.0")(
                 functools.partial(_in_tiles, module, tile)
             )
             found += 1
@@ -165,16 +167,16 @@ def _in_tiles(module: nn.Module, tile: int | None, forward: Any, x: Tensor) -> T
 
 
 def recompute(model: Any, share: float) -> None:
-    """Let this ``share`` of the layers keep their input only, evenly spread over the model.
+    """Make a fraction ``share`` of the layers, evenly spread over the model, store only their input.
 
     Raises:
-        ConfigError: there are no layers that can.
+        ConfigError: no layer supports it.
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ConfigError(
             "plugins.longseq: this model's layers cannot be recomputed",
-            expected="gradient checkpointing",
+            expected="layers that support gradient checkpointing",
             fix="set recompute: 0",
         )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -183,7 +185,7 @@ def recompute(model: Any, share: float) -> None:
 
 
 class TiledEvaluation(Trainer):
-    """Mixin: evaluation has no logits either, where nobody asks for them."""
+    """Mixin that avoids logits in evaluation as well, unless the trainer needs them."""
 
     def on_attach(self, plugin: Plugin) -> None:
         head = causal_lm(self.model)._arctic_tiled_head
@@ -193,14 +195,14 @@ class TiledEvaluation(Trainer):
 
 
 class OffloadedActivations(Trainer):
-    """Mixin: what the backward pass needs is in host memory meanwhile. Without an accelerator it is there already."""
+    """Mixin that keeps what the backward pass needs in host memory; without an accelerator it is there anyway."""
 
     model: nn.Module
     offloading: Any
 
     def on_attach(self, plugin: Plugin) -> None:
         self.offloading = nullcontext()
-        # TRL's own trainer does it where its arguments say so.
+        # TRL's own trainer does this if its arguments enable it.
         if torch.accelerator.is_available() and not getattr(self.args, "activation_offloading", False):
             from trl.models.activation_offloading import get_act_offloading_ctx_manager
 

@@ -1,4 +1,4 @@
-"""Cross-entropy of a language model's head without the logits of all tokens."""
+"""Cross-entropy of a language model that never holds the logits of all tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TILE_BYTES = 32 << 20
 
 
 def default_tile(vocabulary: int) -> int:
-    """Tokens whose logits make :data:`TILE_BYTES` in float32."""
+    """Return the number of tokens whose logits take :data:`TILE_BYTES` in float32."""
     return max(1, TILE_BYTES // (4 * vocabulary))
 
 
@@ -26,19 +26,19 @@ def tiled_cross_entropy(
     tile: int,
     ignore_index: int = -100,
 ) -> Tensor:
-    """``cross_entropy(head(hidden).float(), labels, reduction="sum")``, and its gradients.
+    """Compute ``cross_entropy(head(hidden).float(), labels, reduction="sum")`` tile by tile, with its gradients.
 
-    Logits exist for ``tile`` tokens at a time, and not at all for tokens that are ignored. Gradients are computed along
-    with the loss, while a tile's logits are there (as in Hsu et al., "Liger Kernel", 2024), so that nothing is computed
-    twice; those of ``parameters`` are summed in float32.
+    Logits exist for ``tile`` tokens at a time, and are not computed for ignored tokens. Gradients are computed along
+    with the loss, while a tile's logits exist (as in Hsu et al., "Liger Kernel", 2024), so nothing is computed twice;
+    those of ``parameters`` are summed in float32.
 
     Args:
         hidden: ``[..., K]``.
         labels: ``[...]``, for the same positions: already shifted.
-        head: ``[tokens, K] -> [tokens, V]``; any module that treats every token alone.
-        parameters: what ``head`` may give gradients to, besides its input.
-        tile: tokens.
-        ignore_index: label of tokens that do not count.
+        head: ``[tokens, K] -> [tokens, V]``; any module that treats each token separately.
+        parameters: the parameters of ``head`` that may receive gradients.
+        tile: the number of tokens in a tile.
+        ignore_index: the label of tokens that do not count.
 
     Returns:
         The sum over tokens, in float32.
@@ -51,7 +51,7 @@ def tiled_cross_entropy(
 
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # how many tokens count depends on data
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of tokens that count depends on the data
     def forward(
         ctx: Any,
         hidden_MK: Tensor,
@@ -84,7 +84,7 @@ class _TiledLoss(torch.autograd.Function):
                 continue
             scores.exp_().scatter_add_(
                 1, label, scores.new_full(label.shape, -1.0)
-            )  # softmax less one at the label: the gradient of the logits
+            )  # softmax, minus one at the label: the gradient of the logits
             inputs = [*([x] if for_hidden else []), *trained]
             found = list(torch.autograd.grad(logits, inputs, scores.to(logits.dtype)))
             del logits, scores

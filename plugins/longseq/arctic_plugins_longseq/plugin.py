@@ -1,4 +1,4 @@
-"""The ``longseq`` plugin: training on sequences whose logits and activations would not fit."""
+"""The ``longseq`` plugin: training on sequences whose logits and activations would not fit in memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["LongSeq"]
 
 
 class LongSeq(Plugin):
-    """Fills ``loss`` and ``attention``. Nothing of it stays in a checkpoint."""
+    """Training on long texts; fills the slots ``loss`` and ``attention`` and leaves no trace in a checkpoint."""
 
     name = "longseq"
     config = LongSeqConfig
@@ -41,9 +41,9 @@ class LongSeq(Plugin):
         found = []
         for name, used in {"loss_tile": self.options.tiled_loss, "mlp_tile": self.options.tiled_mlp}.items():
             if getattr(self.options, name) and not used:
-                found.append(f"{name} is set, and {name.replace('_tile', '')} is not tiled")
+                found.append(f"{name} is set, but {name.replace('_tile', '')} is not tiled")
         if self.options.offload_activations and hardware == "cpu":
-            found.append("offload_activations has no effect without a GPU: activations are in host memory")
+            found.append("offload_activations has no effect without a GPU: activations are in host memory anyway")
         return found
 
     @hookimpl
@@ -51,7 +51,7 @@ class LongSeq(Plugin):
         if self.options.recompute and args.gradient_checkpointing:
             raise ConfigError(
                 f"plugins.longseq.recompute is {self.options.recompute:g} and training.gradient_checkpointing is on, "
-                "which is another word for 1",
+                "which means recompute: 1",
                 fix="leave one of them out",
             )
 

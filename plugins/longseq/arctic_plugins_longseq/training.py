@@ -1,9 +1,10 @@
-"""Sequence parallelism with the ordinary Trainer. Read in transformers 5.19.0 (``trainer.py``, ``masking_utils.py``)
-and accelerate 1.15.0.
+"""Sequence parallelism with the ordinary Trainer.
 
-To everything but attention, a process's tokens of a text are just its batch: what averages gradients or losses over
-processes, DDP, ZeRO, experts in several processes, is as it was. Attention is a function around the model's own one,
-and the trainer reads the same rows in all processes of a text.
+Read in transformers 5.19.0 (``trainer.py``, ``masking_utils.py``) and accelerate 1.15.0.
+
+For everything except attention, a process's tokens of a text are simply its batch. Whatever averages gradients or
+losses over processes (DDP, ZeRO, experts in several processes) works unchanged. Attention is a function that wraps the
+model's own, and the trainer reads the same rows in all processes that share a text.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ OPTION = "plugins.longseq.sequence_parallel"
 
 
 class SharedTexts(Trainer):
-    """Mixin: ``sequence_parallel`` consecutive processes share every text.
+    """Mixin that lets ``sequence_parallel`` consecutive processes share every text.
 
-    Batches are cut where they are fetched, and attention knows of the others' tokens while they are computed.
+    Batches are split when they are fetched. While they are computed, attention sees the tokens of the other processes.
 
     Raises:
         ConfigError: the model or the trainer needs whole texts in one process.
@@ -60,15 +61,15 @@ class SharedTexts(Trainer):
         sequence = SequenceGroup(processes)
         _replace_attention(model)
         _rotate_by_the_whole(model)
-        if not self.is_deepspeed_enabled:  # which may have cut the weights in pieces that only its engine puts together
+        if not self.is_deepspeed_enabled:  # which may have split the weights into parts that only its engine can join
             _compare(model, sequence)
         self.text_sequence, self.text_groups = sequence, _Groups(self.accelerator, sequence)
         self.args.prediction_loss_only = True
-        # Rows of the dataset go to groups of processes, in the order in which as many single processes get them.
+        # Rows of the dataset go to groups of processes, in the same order as to that many single processes.
         patch(
             self.accelerator,
             "prepare_data_loader",
-            why="processes that share texts read as one; accelerate cuts rows by its own sequence parallelism only",
+            why="processes that share texts read as one; accelerate splits rows only for its own sequence parallelism",
             read_in="accelerate 1.15.0",
         )(functools.partial(_prepare_for_groups, self.text_groups))
 
@@ -86,7 +87,7 @@ class SharedTexts(Trainer):
         batch = self._share(inputs)
         with computing(batch):
             loss, _, _ = super().prediction_step(model, batch, *args, **kwargs)
-        # evaluation_loop resets it at its end
+        # evaluation_loop resets it when it ends
         gather = type(self.accelerator).gather_for_metrics
         self.gather_function = functools.partial(gather, cast("Accelerator", self.text_groups))
         return None if loss is None else self.text_sequence.mean(loss), None, None
@@ -100,7 +101,7 @@ def _check(trainer: Trainer, model: Any, processes: int) -> None:
     config, kind = model.config.get_text_config(), type(model).__name__
     if processes > config.num_attention_heads:
         raise ConfigError(
-            f"{OPTION} is {processes}, and {kind} has {config.num_attention_heads} heads",
+            f"{OPTION} is {processes}, but {kind} has {config.num_attention_heads} heads",
             expected="no more processes than heads",
         )
     others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
@@ -108,8 +109,8 @@ def _check(trainer: Trainer, model: Any, processes: int) -> None:
         others.append("attention sinks")
     if others or "position_ids" not in inspect.signature(model.forward).parameters:
         raise ConfigError(
-            f"{OPTION} is {processes}, and {kind} has {', '.join(others) or 'no position_ids'}",
-            expected="attention to all tokens or to a window, with positions",
+            f"{OPTION} is {processes}, but {kind} has {', '.join(others) or 'no position_ids'}",
+            expected="attention to all tokens or to a sliding window, with positions",
             fix="set sequence_parallel: 1",
         )
     given = {
@@ -121,17 +122,17 @@ def _check(trainer: Trainer, model: Any, processes: int) -> None:
     for name, value in given.items():
         if value:
             raise ConfigError(
-                f"{OPTION} is {processes}, and {name} needs whole texts in one process", fix="leave one of them out"
+                f"{OPTION} is {processes}, but {name} needs whole texts in one process", fix="leave one of them out"
             )
     if not trainer.args.average_tokens_across_devices:
         raise ConfigError(
-            f"{OPTION} is {processes}, and average_tokens_across_devices is off",
+            f"{OPTION} is {processes}, but average_tokens_across_devices is off",
             expected="a loss over all tokens",
             fix="turn it on",
         )
     if not trainer.model_accepts_loss_kwargs:
         raise ConfigError(
-            f"{OPTION} is {processes}, and {kind} takes no 'num_items_in_batch'",
+            f"{OPTION} is {processes}, but {kind} does not accept 'num_items_in_batch'",
             expected="a causal language model of transformers",
         )
 
@@ -170,7 +171,7 @@ def _attention(
 
 
 class _ModuleOf:
-    """An attention module to the functions that ask it how many query heads share a key-value head."""
+    """An attention module whose ``num_key_value_groups`` is that of the heads in this process."""
 
     def __init__(self, module: Any, heads: Heads) -> None:
         self._module, self.num_key_value_groups = module, heads.shared or 1
@@ -180,7 +181,7 @@ class _ModuleOf:
 
 
 def _mask(stock: str, *args: Any, **kwargs: Any) -> Tensor | None:
-    """What the model makes for its own tokens: nothing, where attention makes it for all."""
+    """Return the mask of the model's own tokens, or None if attention builds the mask of the whole text."""
     if current() is not None or stock not in ALL_MASK_ATTENTION_FUNCTIONS:
         return None
     mask: Tensor | None = ALL_MASK_ATTENTION_FUNCTIONS[stock](*args, **kwargs)
@@ -206,8 +207,10 @@ def _whole_mask(whole: Whole, stock: str, module: Any, query_BHLD: Tensor, windo
 
 
 def _rotate_by_the_whole(model: Any) -> None:
-    """RoPE whose frequencies depend on how long the text is (``dynamic``, ``longrope``) asks for the longest position
-    that a process sees.
+    """Make RoPE with length-dependent frequencies follow the length of the whole text.
+
+    Such types (``dynamic``, ``longrope``) use the largest position that they are given, and a process sees only a part
+    of the text.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -216,7 +219,7 @@ def _rotate_by_the_whole(model: Any) -> None:
             patch(
                 module,
                 "forward",
-                why="frequencies follow the length of the whole text, of which a process sees a part",
+                why="frequencies follow the length of the whole text, and a process sees only a part of it",
                 read_in="transformers 5.19.0",
             )(_rotate)
 
@@ -227,21 +230,22 @@ def _rotate(
     whole = current()
     if whole is None:
         return stock(x, position_ids, *args, **kwargs)
-    positions = whole.positions.clamp(max=int(whole.positions[:, : whole.length].max()))  # padding makes no text longer
+    positions = whole.positions.clamp(max=int(whole.positions[:, : whole.length].max()))  # padding does not add length
     sequence = whole.sequence
     return tuple(part.chunk(sequence.size, 1)[sequence.rank] for part in stock(x, positions, *args, **kwargs))
 
 
 @torch.no_grad()
 def _compare(model: Any, sequence: SequenceGroup) -> None:
-    """Raise ConfigError unless shares of a small text have the logits of the whole one: layers that mix tokens
-    elsewhere than in attention do not.
+    """Raise ConfigError unless the parts of a small text have the same logits as the whole.
+
+    They differ if tokens interact outside attention.
     """
     tokens, vocabulary = 4 * sequence.size, model.config.get_text_config().vocab_size
     ids = (torch.arange(2 * tokens, device=model.device).view(2, tokens) * 7919) % vocabulary
     positions = (
         torch.cat([torch.arange(tokens - 3), torch.arange(3)]).to(model.device).expand(2, -1)
-    )  # two texts in a row
+    )  # two texts packed into a row
     training = model.training
     model.eval()
     expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
@@ -251,13 +255,13 @@ def _compare(model: Any, sequence: SequenceGroup) -> None:
     model.train(training)
     difference = (logits - expected.chunk(sequence.size, 1)[sequence.rank]).abs().max() / expected.abs().max()
     dist.all_reduce(difference, op=dist.ReduceOp.MAX)
-    # Products of fewer rows round otherwise, and may move a token to another expert; tokens that were not seen change
-    # everything.
+    # Products of fewer rows round differently and may move a token to another expert, but the difference is much larger
+    # if tokens are not seen.
     if difference > (1e-3 if expected.dtype == torch.float32 else 0.1):
         raise ConfigError(
-            f"{OPTION}: {type(model).__name__} computes something else from a part of a text: its logits differ by "
+            f"{OPTION}: {type(model).__name__} has other logits when a text is split; they differ by "
             f"{difference:.1g} of the largest",
-            expected="a model whose tokens meet in attention only, which it gets from transformers' AttentionInterface",
+            expected="a model whose tokens interact only in attention from transformers' AttentionInterface",
             fix="set sequence_parallel: 1",
         )
 
@@ -270,9 +274,9 @@ def _prepare_for_groups(groups: _Groups, stock: Any, *args: Any, **kwargs: Any) 
 
 
 class _Groups:
-    """An ``Accelerator`` in which the processes that share a text are one."""
+    """An ``Accelerator`` that treats the processes that share a text as one."""
 
-    dispatch_batches = False  # or the first process would cut what it reads for all
+    dispatch_batches = False  # otherwise the first process would read and split batches for all
 
     def __init__(self, accelerator: Any, sequence: SequenceGroup) -> None:
         self._accelerator, self._sequence = accelerator, sequence
@@ -283,7 +287,7 @@ class _Groups:
         return getattr(self._accelerator, name)
 
     def gather(self, tensor: Any) -> Any:
-        """The first process of each group speaks for it."""
+        """Gather ``tensor`` from the first process of each group."""
         gathered = self._accelerator.gather(tensor)
         return gathered.view(-1, self._sequence.size, *tensor.shape)[:, 0].reshape(-1, *tensor.shape[1:])
 

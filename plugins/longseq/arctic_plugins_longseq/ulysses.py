@@ -1,8 +1,8 @@
-"""Sequence parallelism (Jacobs et al., "DeepSpeed Ulysses", 2023): a process has some tokens of a text, and in
-attention some heads of all tokens.
+"""Sequence parallelism (Jacobs et al., "DeepSpeed Ulysses", 2023).
 
-Nothing here knows a model or a host. Shapes: B rows, H heads, S tokens of one process, L tokens of all (``L = S *
-processes``), D of a head.
+A process holds some of the tokens of a text, and in attention all tokens for some of the heads. Nothing here depends on
+a model or a host. Shapes: B rows, H heads, S tokens of one process, L tokens of all processes (``L = S * processes``),
+D the head size.
 """
 
 from __future__ import annotations
@@ -24,71 +24,70 @@ if TYPE_CHECKING:
 __all__ = ["Heads", "Mask", "SequenceGroup", "Share", "Whole", "computing", "current"]
 
 Mask: TypeAlias = "Tensor | BlockMask"
-"""What attention is told of the tokens that it sees, by the mask functions of a host."""
+"""An attention mask, as the mask functions of a host build it."""
 
 IGNORED = -100
-"""The label of a token that has no part in the loss."""
+"""The label of a token that does not count in the loss."""
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""What collators may add for flash attention, where packed texts begin. Positions say it, too, and stay right behind
-padding.
+"""Keys that collators may add for flash attention: where packed texts begin.
+
+Positions give the same information, and remain correct after padding.
 """
 
 
 @dataclass(frozen=True)
 class Heads:
-    """Which heads of attention a process computes: query heads ``first`` to ``last`` of all, and the key-value heads
-    that they look at.
-    """
+    """The attention heads that a process computes: query heads ``first`` to ``last``, and their key-value heads."""
 
     first: int
     last: int
     groups: int
-    """Query heads that share a key-value head, in the whole model."""
+    """Number of query heads that share a key-value head, in the whole model."""
 
     @property
     def count(self) -> int:
-        """Query heads."""
+        """The number of query heads."""
         return self.last - self.first
 
     @property
     def keys(self) -> slice:
-        """Key-value heads of all."""
+        """The key-value heads, as a slice of those of the whole model."""
         return slice(self.first // self.groups, (self.last - 1) // self.groups + 1)
 
     @property
     def shared(self) -> int | None:
-        """Query heads that share a key-value head here, or None if not all do with as many."""
+        """The number of query heads that share a key-value head in this process, or None if it is not uniform."""
         count = self.keys.stop - self.keys.start
         if count == 1 or (self.first % self.groups == 0 and self.last % self.groups == 0):
             return self.count // count
         return None
 
     def spread(self, x_BHLD: Tensor) -> Tensor:
-        """Key-value heads of this process, one for each query head: ``[B, keys, L, D] -> [B, count, L, D]``."""
+        """Repeat this process's key-value heads, one for each query head: ``[B, keys, L, D] -> [B, count, L, D]``."""
         return x_BHLD[:, [head // self.groups - self.keys.start for head in range(self.first, self.last)]]
 
     @staticmethod
     @functools.cache
     def of(processes: int, heads: int, key_heads: int) -> tuple[Heads, ...]:
-        """Those of each process: as many for all as is possible. ``processes`` may be no divisor of ``heads``."""
+        """Return the heads of each process, split as evenly as possible; ``processes`` need not divide ``heads``."""
         cuts = [heads * rank // processes for rank in range(processes + 1)]
         return tuple(Heads(first, last, heads // key_heads) for first, last in itertools.pairwise(cuts))
 
 
 @dataclass
 class Whole:
-    """What attention has to know of all tokens of a batch. ``L`` counts the padding behind them."""
+    """The information about all tokens of a batch that attention needs. ``L`` includes the padding at the end."""
 
     sequence: SequenceGroup
     length: int
-    """Without the padding behind."""
+    """The length without the padding at the end."""
     positions: Tensor
     """``[B, L]``, or ``[1, L]``."""
     mask: Tensor | None
-    """``[B, L]``, the batch's own, if it has one: False where there is padding."""
+    """``[B, L]``, the batch's own mask, if it has one: False for padding."""
     masks: dict[Any, Mask | None] = field(default_factory=dict)
-    """Kept for the other layers by whoever makes them."""
+    """A cache for attention masks, which all layers share."""
 
 
 class Share(dict[str, Any]):
@@ -98,8 +97,9 @@ class Share(dict[str, Any]):
 
 
 class SequenceGroup:
-    """The processes that share a text, ``processes`` consecutive ones. Every process of the world makes this at the
-    same time.
+    """The processes that share a text: ``processes`` consecutive ranks.
+
+    Every process of the world must create it at the same time.
     """
 
     def __init__(self, processes: int) -> None:
@@ -110,10 +110,11 @@ class SequenceGroup:
         self.rank = dist.get_rank() % processes
 
     def share(self, batch: Mapping[str, Any], device: torch.device) -> Share:
-        """This process's tokens of the first process's ``batch`` (``input_ids [B, L]`` and what goes with it).
+        """Return this process's tokens of the first process's ``batch`` (``input_ids [B, L]`` and related tensors).
 
-        The next token's label goes with each token (``shift_labels``), and its position in the text (``position_ids``).
-        A text whose length is no multiple of the processes gets padding behind it, which no token of the text sees.
+        Each token keeps the label of the next token (``shift_labels``) and its position in the text
+        (``position_ids``). If the length of a text is not a multiple of the number of processes, padding is added at
+        the end, which no token of the text attends to.
         """
         sent = [{name: value.cpu() if isinstance(value, Tensor) else value for name, value in batch.items()}]
         dist.broadcast_object_list(sent, group=self.group, group_src=0, device=device)  # a collator may draw at random
@@ -139,7 +140,7 @@ class SequenceGroup:
         return share
 
     def mean(self, value: Tensor) -> Tensor:
-        """Over the processes, no gradients."""
+        """Return the mean over the processes, without gradients."""
         value = value.clone()
         dist.all_reduce(value, group=self.group)
         return value / self.size
@@ -147,8 +148,9 @@ class SequenceGroup:
     def to_heads(
         self, query_BHSD: Tensor, key_BHSD: Tensor, value_BHSD: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Heads]:
-        """All tokens of this process's heads, ``[B, heads of this process, L, D]``, for its tokens of all heads; one
-        exchange.
+        """Exchange this process's tokens of all heads for all tokens of its heads, in one collective.
+
+        The results have the shape ``[B, heads of this process, L, D]``.
         """
         heads = Heads.of(self.size, query_BHSD.shape[1], key_BHSD.shape[1])
         own = heads[self.rank]
@@ -166,7 +168,7 @@ class SequenceGroup:
         return query, key, value, own
 
     def to_tokens(self, x_BLHD: Tensor, heads: int) -> Tensor:
-        """The inverse, of what attention returns: this process's tokens of all ``heads``, ``[B, S, H, D]``."""
+        """Reverse the exchange for the output of attention: this process's tokens of all heads, ``[B, S, H, D]``."""
         rows, length, own, size = x_BLHD.shape
         tokens = length // self.size
         counts = [h.count for h in Heads.of(self.size, heads, heads)]
@@ -176,7 +178,7 @@ class SequenceGroup:
         return torch.cat([part.view(rows, tokens, count, size) for part, count in zip(parts, counts, strict=True)], 2)
 
     def _exchange(self, parts: list[Tensor], sizes: list[int]) -> Tensor:
-        """To each process its part, and from each one of ``sizes`` elements."""
+        """Send each process its part, and receive a part of ``sizes`` elements from each."""
         received: Tensor = _AllToAll.apply(torch.cat(parts), [part.numel() for part in parts], sizes, self.group)
         return received
 
@@ -194,18 +196,18 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(grads[0].contiguous(), *ctx.backwards), None, None, None
 
 
-# Of the process and not of a thread: on GPUs autograd recomputes checkpoints in threads of its own.
+# Global to the process, not to a thread: on GPUs, autograd recomputes checkpoints in its own threads.
 _current: Whole | None = None
 
 
 def current() -> Whole | None:
-    """What is being computed, or None where every process computes for itself."""
+    """Return the batch that is being computed, or None outside of :func:`computing`."""
     return _current
 
 
 @contextmanager
 def computing(share: Share) -> Iterator[None]:
-    """Attention is that of all tokens for the time of the block: forward, backward and recomputation of ``share``."""
+    """Make attention see all tokens within the block, for the forward, backward and recomputation of ``share``."""
     global _current
     _current = share.whole
     try:

@@ -203,7 +203,7 @@ def test_what_tiles_would_leave_out_is_refused(tmp_path):
     checkpoint = tiny_model(tmp_path / "gemma2", *LLAMA_LIKE["gemma2"][:1], **LLAMA_LIKE["gemma2"][1])
     with pytest.raises(
         ConfigError,
-        match=r"Gemma2ForCausalLM changes logits behind its head "
+        match=r"Gemma2ForCausalLM changes logits after its head "
         r"\(logits = logits / self.config.final_logit_softcapping",
     ):
         load_model(checkpoint, Stack.from_dict({"longseq": {}}))
@@ -212,13 +212,13 @@ def test_what_tiles_would_leave_out_is_refused(tmp_path):
     load_model(gpt2, Stack.from_dict({"longseq": {"tiled_mlp": True}}))
     model, _ = load_model(tiny_llama(tmp_path / "llama"))
     model.loss_function = lambda *args, **kwargs: None
-    with pytest.raises(ConfigError, match="has a loss of its own"):
+    with pytest.raises(ConfigError, match="has its own loss function"):
         Stack.from_dict({"longseq": {}}).hf_transform_model(model)
 
 
 def test_a_tile_that_nothing_uses_is_said(checkpoints, caplog):
     load_model(checkpoints["untied"], Stack.from_dict({"longseq": {"mlp_tile": 4}}))
-    assert "mlp_tile is set, and mlp is not tiled" in caplog.text
+    assert "mlp_tile is set, but mlp is not tiled" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["tied", "arctic"])

@@ -130,7 +130,7 @@ def test_what_would_be_computed_wrongly_is_refused(checkpoints, tmp_path):
     )
     texts = [
         "Lfm2ForCausalLM has conv",
-        "computes something else from a part",
+        "has other logits when a text is split",
         "a divisor of the number",
         "label_smoothing_factor",
         "is off",

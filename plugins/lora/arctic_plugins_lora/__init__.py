@@ -1,1 +1,1 @@
-"""Low-rank adapters over frozen weights: the `lora` plugin."""
+"""The `lora` plugin: low-rank adapters over frozen weights."""

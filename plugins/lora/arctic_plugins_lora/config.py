@@ -12,22 +12,20 @@ __all__ = ["LoraOptions"]
 
 
 class LoraOptions(PluginConfig):
-    """What stands under ``lora:`` in a recipe; the names are PEFT's."""
+    """Options under ``lora:`` in a recipe; the names are PEFT's."""
 
     r: Annotated[int, Field(gt=0)] = 16
     """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 16
     """The update is scaled by alpha / r (Hu et al., "LoRA", 2021), or alpha / sqrt(r) with ``use_rslora``."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Probability of dropping an input of the update while training."""
+    """Dropout probability of the update's input in training."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Which modules get an update: as in PEFT; ``all-linear`` is every linear module but the output head. Experts of a
-    mixture are none.
+    """Modules that get an update, as in PEFT. ``all-linear`` is every linear module except the output head; the experts
+    of a mixture are not included.
     """
     experts: bool = False
-    """Also the weights of the experts of a mixture, each expert with a pair of its own; PEFT's
-    ``target_parameters``.
-    """
+    """Also adapt the experts of a mixture, with a pair of matrices for each expert: PEFT's ``target_parameters``."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) (Kalajdzievski, "rsLoRA", 2023)."""
 
@@ -35,6 +33,7 @@ class LoraOptions(PluginConfig):
     def _check_dropout(self) -> LoraOptions:
         if self.experts and self.dropout:
             raise ValueError(
-                f"dropout {self.dropout} with experts: PEFT adapts experts without dropout; leave one of the two out"
+                f"dropout {self.dropout} with experts: PEFT does not support dropout for experts; leave one of the two "
+                "out"
             )
         return self

@@ -1,4 +1,4 @@
-"""The adapter in transformers: a ``PeftModel``. Read in peft 0.21.2."""
+"""The adapter in transformers, a ``PeftModel``. Read in peft 0.21.2."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     """Wrap ``model`` in a ``PeftModel`` with a new, trainable adapter; everything else is frozen.
 
     Raises:
-        ConfigError: ``target_modules`` names nothing in this model, or ``experts`` are wanted and it has none.
+        ConfigError: ``target_modules`` matches no module of the model, or ``experts`` is true and it has no experts.
     """
     parameters = expert_parameters(model) if options.experts else []
     if options.experts and not parameters:
-        raise ConfigError("plugins.lora.experts is true, but this model has no experts", fix="leave it out")
+        raise ConfigError("plugins.lora.experts is true, but this model has no experts", fix="leave the option out")
     targets = options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules)
     config = LoraConfig(
         r=options.r,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT divides it by r, an integer or not
+        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r; it need not be an integer
         lora_dropout=options.dropout,
         target_modules=targets,
         target_parameters=parameters or None,
@@ -43,11 +43,11 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
         if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
             raise
         raise ConfigError(
-            f"plugins.lora.target_modules {targets!r} names no module of this model", fix="use 'all-linear'"
+            f"plugins.lora.target_modules {targets!r} matches no module of this model", fix="use 'all-linear'"
         ) from error
     if isinstance(
         config.target_modules, str
-    ):  # an expression of the recipe: an adapter's file names modules, which is all that is read from one
+    ):  # a regular expression in the recipe; the adapter's file lists names instead, the only form that is read back
         named = set(cast("BaseTuner", adapted.base_model).targeted_module_names)
-        config.target_modules = named  # type: ignore[assignment]  # PEFT makes a set of a list itself
+        config.target_modules = named  # type: ignore[assignment]  # PEFT itself converts a list to a set
     return adapted

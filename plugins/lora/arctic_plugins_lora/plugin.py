@@ -14,11 +14,11 @@ from arctic_plugins_lora.config import LoraOptions
 __all__ = ["LoRA"]
 
 MAX_LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""The values of ``max_lora_rank`` that vLLM takes (vllm/config/lora.py, 0.32.0)."""
+"""The values of ``max_lora_rank`` that vLLM accepts (vllm/config/lora.py, 0.32.0)."""
 
 
 class LoRA(Plugin):
-    """Transforms the loaded model into a ``PeftModel``; what it saves is an ordinary PEFT adapter."""
+    """PEFT's LoRA over frozen weights: turns the loaded model into a ``PeftModel``, which saves an ordinary adapter."""
 
     name = "lora"
     config = LoraOptions
@@ -36,8 +36,8 @@ class LoRA(Plugin):
     @hookimpl
     def hf_training_arguments(self, args: Any) -> None:
         if args.gradient_checkpointing and args.gradient_checkpointing_kwargs is None:
-            # Reentrant checkpointing gives no gradient to a layer whose input needs none, and the frozen embedding's
-            # output needs none.
+            # Reentrant checkpointing gives no gradient to a layer whose input requires none, and the output of the
+            # frozen embedding requires none.
             args.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
     @hookimpl
@@ -51,13 +51,13 @@ class LoRA(Plugin):
             found = f"{checkpoint / ADAPTER} has {others[0]} {getattr(config, others[0])!r}"
             raise CheckpointError(
                 found,
-                expected="LoRA or rsLoRA, as vLLM serves them",
-                fix="'arctic merge' the adapter, and serve the result",
+                expected="LoRA or rsLoRA, which vLLM supports",
+                fix="merge the adapter with 'arctic merge' and serve the result",
             )
         rank = max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r
         if rank > MAX_LORA_RANKS[-1]:
             found, most = f"{checkpoint / ADAPTER} has rank {rank}", f"at most {MAX_LORA_RANKS[-1]} in vLLM"
-            raise CheckpointError(found, expected=most, fix="merge the adapter")
+            raise CheckpointError(found, expected=most, fix="merge the adapter with 'arctic merge'")
         return {
             "model": base_of(checkpoint),
             "enable_lora": True,

@@ -139,7 +139,7 @@ def test_variants_that_need_plain_weights_are_refused(tiny_checkpoint, tmp_path)
 
 
 def test_target_modules_that_match_nothing(tiny_checkpoint):
-    with pytest.raises(ConfigError, match="target_modules .*'nothing'.* names no module"):
+    with pytest.raises(ConfigError, match="target_modules .*'nothing'.* matches no module"):
         load_model(tiny_checkpoint, Stack.from_dict({"lora": {"target_modules": ["nothing"]}}))
 
 

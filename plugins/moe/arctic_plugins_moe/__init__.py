@@ -1,1 +1,1 @@
-"""Mixtures of experts: Snowflake Arctic's model on both hosts, and expert parallelism for training."""
+"""The `moe` plugin: mixtures of experts, with Snowflake Arctic on both hosts and expert parallelism in training."""

@@ -12,22 +12,23 @@ __all__ = ["MoEConfig"]
 
 
 class MoEConfig(PluginConfig):
-    """What stands under ``moe:`` in a recipe."""
+    """Options under ``moe:`` in a recipe."""
 
     expert_parallel: Annotated[int, Field(ge=1), THIS_MACHINE] = 1
-    """Processes that hold the experts of one copy of the model together, neighbours by rank. They have different
-    batches; processes at the same place in different groups hold the same experts, whose gradients they average."""
+    """Number of processes, neighbors by rank, that together hold one copy of the experts. They have different batches.
+    Processes at the same position in different groups hold the same experts and average their gradients."""
     overlap_degree: Annotated[int, Field(ge=1)] = 4
-    """Into so many pieces a process's experts are divided: the tokens of one travel while another is computed (Hwang et
-    al., "Tutel", 2022, section 3.2, where tokens are divided). More hide more communication behind smaller products."""
+    """Number of pieces into which a process's experts are divided: the tokens of one piece travel while another is
+    computed (Hwang et al., "Tutel", 2022, section 3.2, which divides tokens). More pieces hide more communication but
+    make the products smaller."""
     capacity_factor: Annotated[float, Field(gt=0)] | None = None
-    """While training, no expert takes more than ``capacity_factor * top_k * tokens / experts`` of one process's tokens
-    in a micro-batch; the rest is dropped. Arctic was trained with 1. Left out: nothing is dropped."""
+    """In training, an expert takes at most ``capacity_factor * top_k * tokens / experts`` of a process's tokens in a
+    micro-batch; the rest are dropped. Arctic was trained with 1. Left out: nothing is dropped."""
     min_capacity: Annotated[int, Field(ge=0)] = 0
-    """With ``capacity_factor``: an expert takes at least so many."""
+    """With ``capacity_factor``: the lower bound of that number."""
     router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = None
-    """Adds the model's load balancing loss with this weight to the loss. Left out: as the model's config says."""
+    """Weight with which the model's load balancing loss is added to the loss. Left out: as in the model's config."""
     router_z_loss_coef: Annotated[float, Field(ge=0)] | None = None
-    """Arctic only: the weight of the z-loss. Left out: as the model's config says."""
+    """Arctic only: weight of the z-loss. Left out: as in the model's config."""
     log: bool = True
-    """Log expert load, entropy, dropped tokens and auxiliary loss of every layer with the Trainer's other figures."""
+    """Log the load, entropy, dropped tokens and auxiliary loss of every layer with the Trainer's other metrics."""

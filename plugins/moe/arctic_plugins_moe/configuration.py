@@ -1,5 +1,6 @@
-"""``ArcticConfig``, for both hosts. Fields and defaults are those of Snowflake's ``configuration_arctic.py``
-(transformers fork, commit 2d05ff8).
+"""``ArcticConfig``, for both hosts.
+
+Fields and defaults are those of Snowflake's ``configuration_arctic.py`` (transformers fork, commit 2d05ff8).
 """
 
 from __future__ import annotations
@@ -16,31 +17,33 @@ __all__ = ["ArcticConfig"]
 
 @strict
 class ArcticConfig(MixtralConfig):
-    """Sizes of an Arctic model. The released one: see :meth:`released`.
+    """Configuration of an Arctic model; for the released one, see :meth:`released`.
 
-    Layer i is a mixture iff ``(i + 1) % moe_layer_frequency == 0``, and then has the dense residual beside it iff
-    ``parallel_attn_mlp_res``, which vLLM's old code calls ``use_residual``: checkpoints say both.
+    Layer i is a mixture if and only if ``(i + 1) % moe_layer_frequency == 0``. A mixture has the dense residual if and
+    only if ``parallel_attn_mlp_res`` is true. vLLM's old code calls it ``use_residual``, so checkpoints set both.
 
     Raises:
-        CheckpointError: the two differ, or sizes do not fit each other.
+        CheckpointError: the two differ, or sizes are inconsistent.
     """
 
     model_type = "arctic"
-    # None in PreTrainedConfig, and Mixtral's are not annotated.
+    # PreTrainedConfig has None here, and Mixtral's are not annotated.
     base_model_tp_plan = base_model_pp_plan = base_model_ep_plan = None  # type: ignore[assignment]
 
-    num_key_value_heads: int | None = None  # type: ignore[assignment]  # MixtralConfig takes it, and counts heads
+    num_key_value_heads: int | None = None  # type: ignore[assignment]  # MixtralConfig accepts it, as the number of heads
     max_position_embeddings: int = 4096
     num_experts_per_tok: int = 1
     moe_layer_frequency: int = 2
     parallel_attn_mlp_res: bool | None = None
     use_residual: bool | None = None
     router_z_loss_coef: float = 0.0
-    """Weight of ``mean(logsumexp(router logits) ** 2)``, summed over layers (Zoph et al., "ST-MoE", 2022); 0 leaves it
-    out, as Snowflake did.
+    """Weight of ``mean(logsumexp(router logits) ** 2)``, summed over layers (Zoph et al., "ST-MoE", 2022); 0 disables
+    it, as in Snowflake's training.
     """
     moe_train_capacity_factor: float = 1.0
-    """With which Snowflake trained; read by nothing here: the plugin's ``capacity_factor`` asks for it."""
+    """The value that Snowflake trained with. Nothing here reads it: a capacity is set with the plugin's
+    ``capacity_factor``.
+    """
     moe_eval_capacity_factor: float = 1.0
     moe_min_capacity: int = 0
     moe_token_dropping: bool = True
@@ -52,7 +55,7 @@ class ArcticConfig(MixtralConfig):
         if len(given) > 1:
             raise CheckpointError(
                 f"parallel_attn_mlp_res is {self.parallel_attn_mlp_res} and use_residual is {self.use_residual}",
-                expected="the same: they are two names of one thing",
+                expected="the same value: they are two names for one option",
                 fix="correct config.json",
             )
         self.parallel_attn_mlp_res = self.use_residual = given.pop() if given else False
@@ -64,19 +67,20 @@ class ArcticConfig(MixtralConfig):
                 )
         if self.num_experts_per_tok > self.num_local_experts:
             raise CheckpointError(
-                f"num_experts_per_tok is {self.num_experts_per_tok} and num_local_experts {self.num_local_experts}",
-                expected="no more experts for a token than there are",
+                f"num_experts_per_tok is {self.num_experts_per_tok} and num_local_experts is {self.num_local_experts}",
+                expected="num_experts_per_tok <= num_local_experts",
                 fix="correct config.json",
             )
 
     def is_mixture(self, layer: int) -> bool:
-        """Whether layer number ``layer`` is a mixture of experts."""
+        """Return whether layer number ``layer`` is a mixture of experts."""
         return (layer + 1) % self.moe_layer_frequency == 0
 
     @classmethod
     def released(cls, **changes: Any) -> ArcticConfig:
-        """The sizes of ``Snowflake/snowflake-arctic-base`` and ``-instruct``: 478.6B parameters, 17.3B active;
-        ``changes`` override fields.
+        """Return the config of ``Snowflake/snowflake-arctic-base`` and ``-instruct``, with ``changes`` to its fields.
+
+        The models have 478.6B parameters, of which 17.3B are active.
         """
         sizes: dict[str, Any] = {
             "vocab_size": 32000,

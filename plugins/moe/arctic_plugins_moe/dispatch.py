@@ -1,7 +1,8 @@
-"""Expert parallelism: tokens travel to the processes that hold their experts, by all-to-all, and back; so do gradients.
+"""Expert parallelism: an all-to-all sends tokens to the processes that hold their experts, and back.
 
-Processes have different batches. With N processes for one copy of the experts and W altogether, the experts of a
-process see the tokens of N of them; W / N processes hold the same experts. Dropless unless a capacity is given.
+Gradients travel the same way. Processes have different batches. With N processes for one copy of the experts and W
+processes in total, the experts of a process see the tokens of N processes, and W / N processes hold the same experts.
+No token is dropped unless a capacity is set.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ __all__ = ["ExpertParallel"]
 
 
 class ExpertParallel(ExpertsDispatch):
-    """Neighbours by rank hold one copy of the experts together, in order of rank.
+    """Dispatch in which neighbors by rank together hold one copy of the experts, in the order of their ranks.
 
     Args:
         options: ``expert_parallel``, ``overlap_degree``, ``capacity_factor`` and ``min_capacity``.
@@ -50,10 +51,10 @@ class ExpertParallel(ExpertsDispatch):
 
     @property
     def parts(self) -> dist.ProcessGroup:
-        """The processes that hold one copy of the experts together.
+        """The processes that together hold one copy of the experts.
 
         Raises:
-            ConfigError: there are not so many processes, or they do not know each other yet.
+            ConfigError: the number of processes does not fit, or torch.distributed is not initialized.
         """
         if self._parts is None:
             self._make_groups()
@@ -63,8 +64,9 @@ class ExpertParallel(ExpertsDispatch):
     def _make_groups(self) -> None:
         if not dist.is_initialized():
             raise ConfigError(
-                f"{self.option} is {self.size} and torch.distributed is not initialized ({world_size()} started)",
-                fix="start several ('arctic train --nproc', torchrun); in a script, build the TrainingArguments "
+                f"{self.option} is {self.size}, but torch.distributed is not initialized (processes started: "
+                f"{world_size()})",
+                fix="start several ('arctic train --nproc', torchrun); in a script, create the TrainingArguments "
                 "before the model",
             )
         world = dist.get_world_size()
@@ -74,8 +76,8 @@ class ExpertParallel(ExpertsDispatch):
                 expected=f"a divisor of {world}",
                 fix="correct it",
             )
-        # Every process takes part in making every group. Groups of their own: collectives of DDP must not come in
-        # between.
+        # Every process must take part in creating every group. The groups are separate from DDP's, so that its
+        # collectives cannot come in between.
         parts = [list(range(first, first + self.size)) for first in range(0, world, self.size)]
         copies = [list(range(first, world, self.size)) for first in range(self.size)]
         self._parts, _ = dist.new_subgroups_by_enumeration(parts)
@@ -86,11 +88,11 @@ class ExpertParallel(ExpertsDispatch):
             return slice(0, num_experts)
         if num_experts % self.size:
             raise ClaimError(
-                f"{self.option} is {self.size} and the model has {num_experts} experts",
+                f"{self.option} is {self.size}, but the model has {num_experts} experts",
                 expected=f"a divisor of {num_experts}",
                 fix="correct it",
             )
-        _ = self.parts  # groups are made while loading: an error comes before the weights
+        _ = self.parts  # create groups while loading, so that errors are raised before weights are read
         each = num_experts // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
@@ -104,13 +106,13 @@ class ExpertParallel(ExpertsDispatch):
             return [LocalTokens(rows_RK, own) for own in counts]
         if not self.attached and _active_ddp()() is not None:
             raise ConfigError(
-                "DDP has given all processes the experts of the first: it was not told that they have different ones",
+                "DDP copied the first process's experts to all processes, because the trainer was not attached",
                 fix="call attach(trainer, stack) before trainer.train()",
             )
         sent = torch.cat([torch.tensor(own, device=rows_RK.device).view(self.size, -1) for own in counts], 1)
         received = torch.empty_like(sent)
-        # Waited for: sizes of what comes have to be known. Of all pieces at once, or those of the next would wait
-        # behind the rows of the first.
+        # This is synchronous, because the sizes must be known before rows arrive. The sizes of all pieces are sent at
+        # once; otherwise those of the second piece would wait for the rows of the first.
         dist.all_to_all_single(received, sent, group=self.parts)
         sizes = [len(own) // self.size for own in counts]
         rows = rows_RK.split([sum(own) for own in counts])
@@ -133,7 +135,7 @@ class ExpertParallel(ExpertsDispatch):
         rank = dist.get_rank()
         if rank >= self.size:
             return None
-        flat = local.detach().contiguous().view(-1).view(torch.uint8)  # bytes: gloo knows fewer dtypes than models
+        flat = local.detach().contiguous().view(-1).view(torch.uint8)  # bytes, because gloo does not support all dtypes
         if rank > 0:
             dist.send(flat, 0, group=self.parts)
             return None
@@ -147,19 +149,19 @@ class ExpertParallel(ExpertsDispatch):
 
 @cache
 def _active_ddp() -> Callable[[], Any]:
-    why = "whether DDP's forward is under way: nothing public tells a module of it"
+    why = "no public function tells a module whether DDP's forward is running"
     found: Callable[[], Any] = private(DistributedDataParallel, "_get_active_ddp_module", why=why, read_in="torch 2.13")
     return found
 
 
 class _AllToAll(DispatchedTokens):
-    """The rows of one piece. ``sent`` and ``received``: ``[processes, experts of each]``, how many rows go and come."""
+    """The rows of one piece; ``sent`` and ``received`` are numbers of rows, ``[processes, experts of each]``."""
 
     def __init__(self, rows: Tensor, sent: Tensor, received: Tensor, group: dist.ProcessGroup) -> None:
         self.group = group
         self.sent, self.received = sent.sum(1).tolist(), received.sum(1).tolist()
         self.counts = received.sum(0).tolist()
-        # What arrives is sorted by sender, then by expert.
+        # Arriving rows are sorted by sender, then by expert.
         experts = (
             torch.arange(received.shape[1], device=rows.device)
             .repeat(len(received))
@@ -186,8 +188,9 @@ class _AllToAll(DispatchedTokens):
 
 
 class _Trip:
-    """One all-to-all of rows, and that of its gradients the other way; each is started in one place and waited for in
-    another.
+    """An all-to-all of rows, and of their gradients in the other direction.
+
+    Each is started in one place and waited for in another.
     """
 
     def __init__(self, group: dist.ProcessGroup, sent: list[int], received: list[int]) -> None:
@@ -195,16 +198,16 @@ class _Trip:
         self._work: tuple[Any, Tensor, Tensor] | None = None
 
     def start(self, rows: Tensor, *, back: bool = False) -> Tensor:
-        """A buffer that :meth:`wait` will have filled."""
+        """Start the exchange and return a buffer that is filled once :meth:`wait` returns."""
         sent, received = (self.received, self.sent) if back else (self.sent, self.received)
         rows = rows.contiguous()
         arriving = rows.new_empty(sum(received), *rows.shape[1:])
         work = dist.all_to_all_single(arriving, rows, received, sent, group=self.group, async_op=True)
-        self._work = work, rows, arriving  # what is sent has to stay until it has gone
+        self._work = work, rows, arriving  # rows must stay alive until they are sent
         return arriving
 
     def wait(self) -> Tensor:
-        """The buffer that :meth:`start` gave, filled."""
+        """Wait for the exchange and return the filled buffer of :meth:`start`."""
         assert self._work is not None
         work, _, arriving = self._work
         work.wait()
@@ -213,11 +216,10 @@ class _Trip:
 
 
 class _Start(torch.autograd.Function):
-    """Its result is not there before :class:`_Finish`; backward, it waits for the gradients that :class:`_Finish` has
-    started on their way.
+    """The start of a trip, whose result is available after :class:`_Finish`.
 
-    Autograd runs what was computed last first: what was computed between the two forward is computed between them
-    backward, too.
+    In the backward pass it waits for the gradients that :class:`_Finish` has sent. Autograd runs operations in reverse
+    order, so what is computed between the two in the forward pass is also computed between them in the backward pass.
     """
 
     @staticmethod
@@ -240,4 +242,4 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         ctx.trip.start(grads[0], back=True)
-        return grads[0], None  # of the right shape; nobody reads it
+        return grads[0], None  # has the right shape; its values are not read

@@ -1,5 +1,4 @@
-"""Plain, trainable experts as transformers holds them, through a dispatch or without one: the experts implementation
-``arctic``.
+"""The experts implementation ``arctic``: plain, trainable experts of transformers, with or without a dispatch.
 
 Read in transformers 5.19.0 (``integrations/moe.py``).
 """
@@ -22,23 +21,31 @@ IMPLEMENTATION = "arctic"
 """The name for ``from_pretrained(experts_implementation=...)``."""
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # which expert gets how many tokens depends on data
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of tokens per expert depends on the data
 def mix_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """``hidden_states [M, K]``, ``top_k_index [M, T]``, ``top_k_weights [M, T]`` -> ``[M, K]``; ``experts`` is the
-    module of transformers.
+    """Compute the mixture of ``experts``, a transformers module.
+
+    Args:
+        experts: the module.
+        hidden_states: ``[M, K]``.
+        top_k_index: ``[M, T]``.
+        top_k_weights: ``[M, T]``.
+
+    Returns:
+        ``[M, K]``.
     """
     return start_plain(experts, hidden_states, top_k_index, top_k_weights).finish()
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def start_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
-    """The same in steps; see :class:`arctic_plugins.frozen.Mixture`."""
+    """Compute the same as :func:`mix_plain` in steps; see :class:`arctic_plugins.frozen.Mixture`."""
     sizes, up, down = (
         piece_sizes(experts),
         experts.gate_up_proj if experts.has_gate else experts.up_proj,
         experts.down_proj,
     )
-    # split once: autograd puts the gradients of pieces together, where it would add gradients of all experts up
+    # Split once, so that autograd concatenates the gradients of the pieces instead of summing gradients of all experts.
     weights = zip(up.split(sizes), down.split(sizes), strict=True) if len(sizes) > 1 else [(up, down)]
     pieces = [(size, partial(_products, experts, *own)) for size, own in zip(sizes, weights, strict=True)]
     return start_experts(experts, hidden_states, top_k_index, top_k_weights, pieces)
@@ -49,19 +56,22 @@ def _products(experts: Any, up: Tensor, down: Tensor, rows: Tensor, counts: Sequ
         inner = grouped_linear(rows, up, counts)
         return grouped_linear(experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner), down, counts)
 
-    if up.requires_grad:  # every block would have a gradient of all experts
+    if up.requires_grad:  # with blocks, each one would have a gradient for all experts
         return products(rows, counts)
     return in_blocks(products, rows, counts, up.shape[1])
 
 
 def grouped_linear(rows_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
-    """``rows @ weight[e].T`` for the rows of each expert, by torch's grouped product, which wants rows of whole 16
-    bytes; else one by one.
+    """Return ``rows @ weight[e].T`` for the rows of each expert.
+
+    Uses torch's grouped product, which requires that K and N elements each take a multiple of 16 bytes, and otherwise
+    one product per expert.
 
     Args:
         rows_RK: sorted by expert.
-        weight_ENK: one matrix per expert; computed with in the dtype of the rows.
-        counts: rows of each expert. Experts without rows are not read, forward or backward; their gradient is zero.
+        weight_ENK: one matrix per expert, cast to the dtype of the rows.
+        counts: number of rows of each expert. Experts without rows are not read, forward or backward; their gradient is
+            zero.
     """
     if any(size * rows_RK.element_size() % 16 for size in weight_ENK.shape[1:]):
         own = [

@@ -1,14 +1,16 @@
-"""Snowflake Arctic in transformers, which never had it. Read in 5.19.0; what Arctic shares with Mixtral is Mixtral's.
+"""Snowflake Arctic in transformers, which does not include it. Read in transformers 5.19.0.
 
-A layer with input x::
+The parts that Arctic shares with Mixtral are Mixtral's. A layer with input x computes::
 
-    a   = x + attention(input_layernorm(x)) out = a + ffn(post_attention_layernorm(a))
-    # plain, and mixtures without residual out = a + residual_mlp(residual_layernorm(a)) +
-    mixture(post_attention_layernorm(x))          # dense-MoE hybrid
+    a   = x + attention(input_layernorm(x))
+    # dense layers, and mixtures without the residual:
+    out = a + ffn(post_attention_layernorm(a))
+    # dense-MoE hybrid layers:
+    out = a + residual_mlp(residual_layernorm(a)) + mixture(post_attention_layernorm(x))
 
-The hybrid's mixture reads the layer's *input*: what it sends to other processes travels while attention and the
-residual are computed. Equations and names of weights from Snowflake's ``modeling_arctic.py`` (transformers fork, commit
-2d05ff8).
+The mixture of a hybrid layer reads the layer's *input*, so tokens travel to other processes while attention and the
+residual are computed. The equations and the names of weights are from Snowflake's ``modeling_arctic.py`` (transformers
+fork, commit 2d05ff8).
 """
 
 from __future__ import annotations
@@ -59,10 +61,10 @@ class ArcticMLP(nn.Module):
 
 @use_experts_implementation
 class ArcticExperts(nn.Module):
-    """``gate_up_proj [E, 2I, K]`` (w1 above w3) and ``down_proj [E, K, I]`` (w2); checkpoints hold one matrix per
-    expert.
+    """Experts with ``gate_up_proj [E, 2I, K]`` (w1 above w3) and ``down_proj [E, K, I]`` (w2).
 
-    The class has to be decorated in the module of the model: transformers looks for the decorator in its source.
+    Checkpoints have one matrix per expert. The class must be decorated in the module of the model: transformers looks
+    for the decorator in its source.
     """
 
     def __init__(self, config: ArcticConfig) -> None:
@@ -76,14 +78,17 @@ class ArcticExperts(nn.Module):
         return mix_plain(self, hidden_states, top_k_index, top_k_weights)
 
     def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture | None:
-        """The same in steps, for those who compute something else in between; None if the implementation has none."""
+        """Start the same computation in steps, so that others can run in between.
+
+        Returns None if the experts implementation does not support steps.
+        """
         config: Any = self.config
         ours = config._experts_implementation in (None, "eager", IMPLEMENTATION)
         return start_plain(self, hidden_states, top_k_index, top_k_weights) if ours else None
 
 
 class ArcticRouter(MixtralTopKRouter):
-    """Softmax in float32 over all experts, the best k, normalised anew only if k > 1."""
+    """Router that takes the softmax in float32 over all experts and selects the top k; renormalizes only if k > 1."""
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = nn.functional.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
@@ -94,7 +99,7 @@ class ArcticRouter(MixtralTopKRouter):
 
 
 class ArcticMoE(nn.Module):
-    """A mixture of experts, or in layers that are none a dense MLP."""
+    """A mixture of experts, or a dense MLP in non-MoE layers."""
 
     def __init__(self, config: ArcticConfig, layer: int) -> None:
         super().__init__()
@@ -105,7 +110,7 @@ class ArcticMoE(nn.Module):
             self.mlp = ArcticMLP(config, config.intermediate_size)
 
     def start(self, x: Tensor) -> Mixture | Tensor:
-        """Route ``x [..., K]`` and start what brings it to its experts. A result of type Tensor is finished."""
+        """Route ``x [..., K]`` and start sending it to its experts. If the result is a Tensor, it is already final."""
         flat = x.reshape(-1, x.shape[-1])
         _, weights, index = self.gate(flat)
         start = getattr(self.experts, "start", None)
@@ -120,7 +125,7 @@ class ArcticMoE(nn.Module):
 
 
 class ArcticDecoderLayer(GradientCheckpointingLayer):
-    """See the module."""
+    """A decoder layer; the module's docstring contains the equations."""
 
     def __init__(self, config: ArcticConfig, layer_idx: int) -> None:
         super().__init__()
@@ -162,7 +167,7 @@ class ArcticDecoderLayer(GradientCheckpointingLayer):
 
 
 class ArcticPreTrainedModel(MixtralPreTrainedModel):
-    """What the classes below share."""
+    """Base of the model classes."""
 
     config: ArcticConfig
     config_class = ArcticConfig
@@ -176,7 +181,7 @@ class ArcticPreTrainedModel(MixtralPreTrainedModel):
 
     @staticmethod
     def checkpoint_conversions() -> list[WeightTransform]:
-        """Between Snowflake's names of weights and the model's, both ways."""
+        """Return the conversions between Snowflake's weight names and the model's, in both directions."""
         return [
             WeightConverter(
                 [".experts.*.w1.weight", ".experts.*.w3.weight"],
@@ -199,7 +204,7 @@ class ArcticModel(ArcticPreTrainedModel, MixtralModel):
 
     def __init__(self, config: ArcticConfig) -> None:
         layers = config.num_hidden_layers
-        config.num_hidden_layers = 0  # Mixtral's layers would be built only to be replaced
+        config.num_hidden_layers = 0  # so that Mixtral's layers are not created only to be replaced
         try:
             MixtralModel.__init__(self, config)
         finally:
@@ -209,8 +214,9 @@ class ArcticModel(ArcticPreTrainedModel, MixtralModel):
 
 
 class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
-    """The language model. ``aux_loss`` is the sum over layers of the load balancing loss, and the z-loss where its
-    coefficient is not 0.
+    """The language model. Its ``aux_loss`` is the load balancing loss, summed over layers.
+
+    ``loss`` also includes the z-loss if its coefficient is not 0.
     """
 
     def __init__(self, config: ArcticConfig) -> None:
@@ -234,12 +240,12 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """As ``MixtralForCausalLM.forward``.
+        """Run the model like ``MixtralForCausalLM.forward``.
 
-        With ``output_router_logits`` (or in the config) the auxiliary losses are computed, and added to ``loss``, each
-        with its coefficient. Where the Trainer says how many labels a step has (``num_items_in_batch``), they count as
-        much as this batch has of them: a step's accumulated batches, and processes, add up to means as they do for the
-        loss on tokens.
+        With ``output_router_logits`` (here or in the config), the auxiliary losses are computed and added to ``loss``,
+        each with its coefficient. If the Trainer passes the number of labels in a step (``num_items_in_batch``), they
+        are weighted by this batch's share of them, so that over a step's accumulated batches and processes they average
+        in the same way as the loss on tokens.
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
         outputs: MoeModelOutputWithPast = self.model(
@@ -284,8 +290,9 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
 def _share(
     labels: Tensor | None, shift_labels: Tensor | None, num_items_in_batch: Tensor | int | None
 ) -> Tensor | float:
-    """This batch's share of a step's labels; they are shifted by one, unless that was done before
-    (``loss/loss_utils.py``).
+    """Return this batch's share of a step's labels.
+
+    Labels are shifted by one, unless they are shifted already (``loss/loss_utils.py``).
     """
     if labels is None or num_items_in_batch is None:
         return 1.0

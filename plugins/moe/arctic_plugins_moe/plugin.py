@@ -1,6 +1,4 @@
-"""The ``moe`` plugin: Snowflake Arctic on both hosts, expert-parallel training of any mixture, and a look at its
-routers.
-"""
+"""The ``moe`` plugin: Snowflake Arctic on both hosts, expert-parallel training of mixtures, and router statistics."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ __all__ = ["MoE"]
 
 
 class MoE(Plugin):
-    """Claims ``experts_dispatch`` of every mixture when experts are spread over processes, or tokens dropped."""
+    """Mixtures of experts; claims ``experts_dispatch`` if experts are spread over processes or a capacity is set."""
 
     name = "moe"
     config = MoEConfig
@@ -49,17 +47,17 @@ class MoE(Plugin):
         self.check_processes("expert_parallel")
         if self.options.min_capacity and self.options.capacity_factor is None:
             raise ConfigError(
-                "plugins.moe.min_capacity is set and capacity_factor is not",
+                "plugins.moe.min_capacity is set, but capacity_factor is not",
                 fix="set capacity_factor, or leave min_capacity out",
             )
         if self.options.router_z_loss_coef is not None and not hasattr(model_config, "router_z_loss_coef"):
             raise ConfigError(
-                f"plugins.moe.router_z_loss_coef is set, and {model_config.model_type} has no z-loss",
+                f"plugins.moe.router_z_loss_coef is set, but {model_config.model_type} has no z-loss",
                 fix="leave it out",
             )
         if self.options.router_aux_loss_coef is not None and not hasattr(model_config, "router_aux_loss_coef"):
             raise ConfigError(
-                f"plugins.moe.router_aux_loss_coef is set, and {model_config.model_type} has no load balancing loss",
+                f"plugins.moe.router_aux_loss_coef is set, but {model_config.model_type} has no load balancing loss",
                 fix="leave it out",
             )
         return []

@@ -1,4 +1,4 @@
-"""What a router's decisions cost and where they end: auxiliary losses, expert capacity, and figures to watch."""
+"""Auxiliary losses of routers, expert capacity, and router statistics."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def load_balancing_loss(
     attention_mask: Tensor | None = None,
     dispatch: ExpertsDispatch | None = None,
 ) -> Tensor:
-    """``sum over layers of E * sum over e of f_e * P_e``: f_e the share of tokens with expert e among their ``top_k``,
-    P_e its mean probability.
+    """Return the load balancing loss, ``sum over layers of E * sum over e of f_e * P_e``.
 
-    Fedus et al., "Switch Transformers", 2021, equations 4 to 6; summed over layers as Arctic was trained, where Mixtral
-    averages. With a dispatch over several processes f_e is that of the tokens of all (Qiu et al., "Demons in the
-    Detail", 2025), so that the mean of what processes return, weighted by their tokens, is the loss of all tokens
-    together. That is collective.
+    f_e is the fraction of tokens that have expert e among their ``top_k``, and P_e the mean probability of e (Fedus et
+    al., "Switch Transformers", 2021, equations 4 to 6). The loss is summed over layers, as in Arctic's training;
+    Mixtral averages instead. With a dispatch over several processes, f_e is computed over the tokens of all processes
+    (Qiu et al., "Demons in the Detail", 2025), so that the mean of the processes' results, weighted by their tokens, is
+    the loss of all tokens together. This is a collective operation.
 
     Args:
-        router_logits: of each layer, ``[tokens, E]``.
-        top_k: experts for each token.
+        router_logits: ``[tokens, E]`` for each layer.
+        top_k: number of experts per token.
         attention_mask: ``[batch, length]``; padding does not count.
-        dispatch: of the experts.
+        dispatch: the dispatch of the experts.
     """
     device, experts = router_logits[0].device, router_logits[0].shape[-1]
     chosen, probability = [], []
@@ -49,8 +49,9 @@ def load_balancing_loss(
 
 
 def z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
-    """``sum over layers of mean over tokens of logsumexp(logits) ** 2`` (Zoph et al., "ST-MoE", 2022, equation 5).
-    Arguments as above.
+    """Return ``sum over layers of mean over tokens of logsumexp(logits) ** 2``.
+
+    The z-loss of Zoph et al., "ST-MoE", 2022, equation 5. The arguments are those of :func:`load_balancing_loss`.
     """
     losses = []
     for logits in router_logits:
@@ -60,47 +61,52 @@ def z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None
 
 
 def _counted(logits: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """``[tokens, 1]``: 1 for tokens, 0 for padding."""
+    """Return ``[tokens, 1]``: 1 for tokens, 0 for padding."""
     if attention_mask is None or attention_mask.ndim != 2 or attention_mask.numel() != len(logits):
         return logits.new_ones(len(logits), 1, dtype=torch.float32)
     return attention_mask.reshape(-1, 1).to(logits.device, torch.float32)
 
 
 def expert_load(index: Tensor, num_experts: int) -> Tensor:
-    """``[E]``: the share of each expert in all decisions ``index``; 1 / E when balanced. Indices outside count
-    nowhere.
+    """Return each expert's share of all decisions in ``index``, ``[E]``; 1 / E if balanced.
+
+    Indices out of range are not counted.
     """
     counts = torch.bincount(index[(index >= 0) & (index < num_experts)].reshape(-1), minlength=num_experts).float()
     return counts / counts.sum().clamp_min(1)
 
 
 def router_entropy(logits: Tensor) -> Tensor:
-    """Mean entropy of the routing probabilities of ``logits [tokens, E]``, in nats; ``log(E)`` when the router has no
-    preference.
+    """Return the mean entropy of the routing probabilities of ``logits [tokens, E]``, in nats.
+
+    It is ``log(E)`` if the router has no preference.
     """
     log_probabilities = logits.log_softmax(-1, dtype=torch.float32)
     return -(log_probabilities.exp() * log_probabilities).sum(-1).mean()
 
 
 class Capacity:
-    """Lets no expert take more than its share of one process's tokens; the rest is dropped, and lives on in the
-    residual stream.
+    """A limit on the number of one process's tokens that an expert takes.
 
-    ``capacity = max(min_capacity, ceil(factor * top_k * tokens / experts))``. First choices come before second ones,
-    earlier tokens before later ones, and the weights of what is left of a token are scaled to the sum that all had:
-    DeepSpeed's ``top1gating`` and ``top2gating`` (deepspeed 0.19, ``moe/sharded_moe.py``), without their noise.
+    ``capacity = max(min_capacity, ceil(factor * top_k * tokens / experts))``. Decisions beyond it are dropped; the
+    residual stream still carries the token. First choices come before second ones, and earlier tokens before later
+    ones. The weights of a token's remaining experts are scaled to the sum of all its weights. This is DeepSpeed's
+    ``top1gating`` and ``top2gating`` (deepspeed 0.19, ``moe/sharded_moe.py``), without their noise.
     """
 
     def __init__(self, factor: float, min_capacity: int = 0) -> None:
         self.factor, self.min_capacity = factor, min_capacity
 
     def rows(self, tokens: int, top_k: int, num_experts: int) -> int:
-        """Rows that one expert takes of ``tokens``."""
+        """Return the number of rows that one expert takes of ``tokens``."""
         return max(self.min_capacity, math.ceil(self.factor * top_k * tokens / num_experts))
 
     def apply(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-        """``index`` with ``num_experts`` (an expert that there is not) in the place of what is dropped, and the weights
-        of the rest.
+        """Drop decisions beyond the capacity.
+
+        Returns:
+            ``index`` with ``num_experts`` (an expert that does not exist) in place of dropped decisions, and the
+            weights of the others.
         """
         tokens, top_k = index_MT.shape
         choices = index_MT.t().reshape(-1)  # all first choices, then all second ones

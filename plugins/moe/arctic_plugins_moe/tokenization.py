@@ -1,5 +1,6 @@
-"""Arctic's tokenizer: Llama's SentencePiece one with a ChatML template. As Snowflake's ``tokenization_arctic.py`` (fork
-2d05ff8).
+"""Arctic's tokenizer: Llama's SentencePiece tokenizer with a ChatML template.
+
+It follows Snowflake's ``tokenization_arctic.py`` (transformers fork, commit 2d05ff8).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ CHAT_TEMPLATE = (
     "'\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""ChatML; a checkpoint's own template wins."""
+"""ChatML; a checkpoint's own template takes precedence."""
 
 
 class ArcticTokenizer(LlamaTokenizer):
-    """Reads the files of a Llama tokenizer (``tokenizer.json``, or ``tokenizer.model`` of SentencePiece)."""
+    """A tokenizer that reads Llama's tokenizer files (``tokenizer.json``, or SentencePiece's ``tokenizer.model``)."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""What routers do while a model is trained, among the Trainer's other figures. Read in transformers 5.19.0."""
+"""Router statistics in the Trainer's logs. Read in transformers 5.19.0."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["LogsRouters", "RouterFigures"]
 
 
 class LogsRouters(Trainer):
-    """Mixin: the figures of every router of the model are in the Trainer's logs."""
+    """Mixin that adds the statistics of every router of the model to the Trainer's logs."""
 
     model: nn.Module
     router_figures: RouterFigures
@@ -32,15 +32,16 @@ class LogsRouters(Trainer):
 
 
 class RouterFigures:
-    """Collects, in the training steps between two logs and in this process, for each layer with a router:
+    """Statistics of each layer with a router, in this process, over the training steps between two logs.
 
-    ``load_max`` and ``load_min``: tokens of the most and the least wanted expert, as multiples of an even share;
-    ``entropy``: of the routing probabilities, in nats; ``dropped``: the share of decisions beyond the capacity;
-    ``aux_loss``: load balancing loss of this layer (top_k when balanced).
+    - ``load_max`` and ``load_min``: tokens of the most and the least used expert, as multiples of an even share.
+    - ``entropy``: entropy of the routing probabilities, in nats.
+    - ``dropped``: fraction of decisions beyond the capacity.
+    - ``aux_loss``: load balancing loss of this layer (top_k if balanced).
 
     Args:
-        model: routers are what it records as ``router_logits``, which return (logits, weights, indices).
-        capacity: None when nothing is dropped.
+        model: its routers are the modules that it records as ``router_logits``; they return (logits, weights, indices).
+        capacity: None if nothing is dropped.
     """
 
     def __init__(self, model: nn.Module, capacity: Capacity | None = None) -> None:
@@ -76,7 +77,7 @@ class RouterFigures:
         return hook
 
     def take(self) -> dict[str, float]:
-        """``moe/layer_3/entropy`` -> mean since the last call; starts anew."""
+        """Return the means since the last call, under names such as ``moe/layer_3/entropy``, and reset them."""
         taken = {
             f"moe/{name}/{key}": (value / self._calls[name]).item()
             for name, sums in self._sums.items()
@@ -87,7 +88,7 @@ class RouterFigures:
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """``layer_3`` (or the dotted name, where no number says it) -> router."""
+    """Return a mapping of ``layer_3`` (or the dotted name, if it has no unique number) to the router."""
     kinds: set[type] = set()
     for module in model.modules():
         recorded = (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")

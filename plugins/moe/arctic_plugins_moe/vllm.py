@@ -1,8 +1,9 @@
-"""Snowflake Arctic in vLLM, which had it until 0.28. Read in 0.32.0; written after its ``models/mixtral.py``. The
-layer's equations: :mod:`.hf`.
+"""Snowflake Arctic in vLLM, which included it until 0.28.
 
-The branches of a hybrid are computed one after the other here, and each is reduced over tensor parallel processes by
-itself.
+Read in vllm 0.32.0; modeled on its ``models/mixtral.py``. For the equations of a layer, see :mod:`.hf`.
+
+The branches of a hybrid layer are computed one after another here, and each is reduced over tensor parallel processes
+separately.
 """
 
 from collections.abc import Iterable, Iterator
@@ -75,12 +76,13 @@ class ArcticMLP(nn.Module):
 
 @contextmanager
 def _adapters_elsewhere(vllm_config: VllmConfig, prefix: str) -> Iterator[None]:
-    """On CPU, build experts as if there were no adapters: for experts beside which adapters may come, vLLM takes
-    kernels of Triton, which has no CPU (``layers/fused_moe/oracle/unquantized.py``), also when ``target_modules``
-    leaves experts out.
+    """On CPU, build experts as if there were no adapters.
+
+    For experts in a model with adapters, vLLM selects Triton kernels (``layers/fused_moe/oracle/unquantized.py``), even
+    if ``target_modules`` excludes experts. Triton does not support CPUs.
 
     Raises:
-        ConfigError: adapters of experts are asked for.
+        ConfigError: adapters of experts are requested.
     """
     adapters = vllm_config.lora_config
     if adapters is None or not current_platform.is_cpu():
@@ -88,20 +90,20 @@ def _adapters_elsewhere(vllm_config: VllmConfig, prefix: str) -> Iterator[None]:
         return
     if adapters.target_modules is None or "experts" in adapters.target_modules:
         raise ConfigError(
-            f"{prefix}: adapters of experts cannot be computed on CPU by vLLM 0.32",
+            f"{prefix}: vLLM 0.32 cannot compute adapters of experts on CPU",
             expected="adapters of other modules",
-            fix="say which: --lora-target-modules q_proj k_proj v_proj o_proj",
+            fix="name these modules: --lora-target-modules q_proj k_proj v_proj o_proj",
         )
-    why = "no kernels of Triton for experts beside which no adapters come; the choice has no option"
+    why = "avoids Triton kernels for experts without adapters; no option selects the kernels"
     with replaced(vllm_config, "lora_config", None, why=why, read_in="vllm 0.32.0"):
         yield
 
 
 class ArcticMoE(nn.Module):
-    """A mixture of experts, or in layers that are none a dense MLP.
+    """A mixture of experts, or a dense MLP in non-MoE layers.
 
     Raises:
-        ConfigError: experts would be spread over processes where vLLM cannot compute them.
+        ConfigError: experts would be spread over processes, and vLLM cannot compute that.
     """
 
     def __init__(self, config: ArcticConfig, layer: int, vllm_config: VllmConfig, prefix: str) -> None:
@@ -125,16 +127,16 @@ class ArcticMoE(nn.Module):
                 num_redundant_experts=parallel.eplb_config.num_redundant_experts,
                 ckpt_names=("w1", "w2", "w3"),
             )
-        # layers/fused_moe/experts/cpu_moe.py is not told which experts are here, and reads beyond those that are: the
-        # process dies.
+        # layers/fused_moe/experts/cpu_moe.py does not know which experts this process holds, and crashes by reading
+        # past them.
         if current_platform.is_cpu() and get_ep_group().world_size > 1 and parallel.enable_expert_parallel:
             method = self.experts.routed_experts.quant_method
             if isinstance(method, UnquantizedFusedMoEMethod):
                 raise ConfigError(
                     f"{prefix}: vLLM 0.32 cannot spread plain experts over processes on CPU",
                     expected="encoded experts",
-                    fix="leave --enable-expert-parallel out, or encode them ('arctic quantize', or 'arctic serve "
-                    "--plugins fp8')",
+                    fix="leave --enable-expert-parallel out, or encode the experts ('arctic quantize', or 'arctic "
+                    "serve --plugins fp8')",
                 )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,10 +147,10 @@ class ArcticMoE(nn.Module):
 
 
 class ArcticAttention(nn.Module):
-    """Grouped heads with rotary positions; q, k and v in one matrix.
+    """Grouped-query attention with rotary positions; q, k and v are in one matrix.
 
     Raises:
-        ConfigError: the heads cannot be shared out.
+        ConfigError: the heads cannot be split over the processes.
     """
 
     def __init__(self, config: ArcticConfig, vllm_config: VllmConfig, prefix: str) -> None:
@@ -160,7 +162,7 @@ class ArcticAttention(nn.Module):
         )
         if heads % size or max(kv_heads, size) % min(kv_heads, size):
             raise ConfigError(
-                f"{heads} attention heads and {kv_heads} of keys and values cannot be shared out to {size} processes",
+                f"{heads} attention heads and {kv_heads} key-value heads cannot be split over {size} processes",
                 expected="a divisor of the former, and a divisor or multiple of the latter",
                 fix="change --tensor-parallel-size",
             )
@@ -168,7 +170,7 @@ class ArcticAttention(nn.Module):
         own, own_kv = (
             heads // size,
             max(1, kv_heads // size),
-        )  # with more processes than heads of keys, several have the same
+        )  # if there are more processes than key-value heads, several hold the same one
         self.sizes = [own * head_dim, own_kv * head_dim, own_kv * head_dim]
         options = {"bias": False, "quant_config": vllm_config.quant_config}
         self.qkv_proj = QKVParallelLinear(
@@ -200,7 +202,7 @@ class ArcticAttention(nn.Module):
 
 
 class ArcticDecoderLayer(nn.Module):
-    """The equations are in :mod:`.hf`."""
+    """A decoder layer; for its equations, see :mod:`.hf`."""
 
     def __init__(self, config: ArcticConfig, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
@@ -228,7 +230,7 @@ class ArcticDecoderLayer(nn.Module):
 
 @support_torch_compile
 class ArcticModel(nn.Module):
-    """The decoder: this pipeline stage's layers."""
+    """The layers of the decoder in this pipeline stage."""
 
     hf_to_vllm_mapper = _MAPPER
 
@@ -237,7 +239,9 @@ class ArcticModel(nn.Module):
         config = vllm_config.model_config.hf_config
         if config.hidden_act != "silu":
             raise CheckpointError(
-                f"hidden_act is {config.hidden_act!r}", expected="'silu', as in every Arctic", fix="correct config.json"
+                f"hidden_act is {config.hidden_act!r}",
+                expected="'silu', as in every Arctic model",
+                fix="correct config.json",
             )
         self.config = config
         self.embed_tokens = VocabParallelEmbedding(config.vocab_size, config.hidden_size)
@@ -254,7 +258,8 @@ class ArcticModel(nn.Module):
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         return self.embed_tokens(input_ids)
 
-    # support_torch_compile reads the annotations (not as text: no import from __future__) to know what varies in length
+    # support_torch_compile reads the annotations to find dynamic dimensions; it needs types, not strings, so this
+    # module does not import annotations from __future__.
     def forward(
         self,
         input_ids: torch.Tensor | None,
@@ -278,7 +283,7 @@ class ArcticModel(nn.Module):
 
 
 class ArcticForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant, MixtureOfExperts):
-    """vLLM finds the class by the name in ``config.json``'s ``architectures``."""
+    """The language model, which vLLM finds by the name in ``architectures`` of ``config.json``."""
 
     hf_to_vllm_mapper = _MAPPER
     packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "w13": ["w1", "w3"]}
@@ -300,7 +305,7 @@ class ArcticForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant, Mixt
         self.logits_processor = LogitsProcessor(config.vocab_size)
         self.make_empty_intermediate_tensors = self.model.make_empty_intermediate_tensors
         mixtures = [layer.block_sparse_moe for layer in self.model.layers if not isinstance(layer, PPMissingLayer)]
-        # What MixtureOfExperts asks for, to balance the load of experts; a pipeline stage may have none.
+        # MixtureOfExperts requires these attributes for load balancing. A pipeline stage may have no mixture.
         self.moe_layers = [mixture.experts for mixture in mixtures if mixture.is_mixture]
         self.num_moe_layers = len(self.moe_layers)
         self.expert_weights: Any = []
@@ -311,7 +316,7 @@ class ArcticForCausalLM(nn.Module, SupportsLoRA, SupportsPP, SupportsQuant, Mixt
         self.num_local_physical_experts = self.num_physical_experts // get_ep_group().world_size
 
     def update_physical_experts_metadata(self, num_physical_experts: int, num_local_physical_experts: int) -> None:
-        """Called when processes come or go (elastic expert parallelism)."""
+        """Update the expert counts when processes join or leave (elastic expert parallelism)."""
         self.num_physical_experts, self.num_local_physical_experts = num_physical_experts, num_local_physical_experts
         self.num_redundant_experts = num_physical_experts - self.num_logical_experts
         for experts in self.moe_layers:

@@ -104,7 +104,7 @@ def test_a_config_as_snowflake_wrote_it(tmp_path):
     assert config.rope_parameters["rope_theta"] == 1e4
     with pytest.raises(CheckpointError, match="parallel_attn_mlp_res is True and use_residual is False"):
         ArcticConfig(**SIZES, use_residual=False)
-    with pytest.raises(CheckpointError, match="num_experts_per_tok is 2 and num_local_experts 1"):
+    with pytest.raises(CheckpointError, match="num_experts_per_tok is 2 and num_local_experts is 1"):
         ArcticConfig(**{**SIZES, "num_local_experts": 1})
 
 

@@ -200,7 +200,7 @@ def test_the_best_model_is_back_at_the_end(checkpoints, tmp_path, processes, plu
         (
             "unattached",
             (
-                "DDP has given all processes the experts of the first: it was not told that they have different ones; "
+                "DDP copied the first process's experts to all processes, because the trainer was not attached; "
                 "call attach"
             ),
         ),
@@ -292,7 +292,7 @@ def test_what_cannot_be_divided_is_said_before_weights_are_read(checkpoints, tin
         load_model(checkpoints["arctic"], Stack.from_dict(PLUGINS))
     with pytest.raises(ClaimError, match="no experts that can be dispatched"):
         load_model(tiny_checkpoint, Stack.from_dict(PLUGINS))
-    with pytest.raises(ConfigError, match="min_capacity is set and capacity_factor is not"):
+    with pytest.raises(ConfigError, match="min_capacity is set, but capacity_factor is not"):
         load_model(checkpoints["arctic"], Stack.from_dict({"moe": {"min_capacity": 4}}))
     with pytest.raises(ConfigError, match="mixtral has no z-loss"):
         load_model(checkpoints["mixtral"], Stack.from_dict({"moe": {"router_z_loss_coef": 0.1}}))
@@ -300,4 +300,4 @@ def test_what_cannot_be_divided_is_said_before_weights_are_read(checkpoints, tin
 
 def test_experts_that_processes_cannot_share_alike(checkpoints):
     error = run(3, "compare", checkpoints["arctic"], {}, fails=True)
-    assert "expert_parallel is 3 and the model has 4 experts; expected a divisor of 4" in error
+    assert "expert_parallel is 3, but the model has 4 experts; expected a divisor of 4" in error

@@ -212,12 +212,12 @@ def test_two_processes_share_layers_or_experts(plain, encoded, by_equations, cac
         (
             {"num_key_value_heads": 3, "num_attention_heads": 6, "hidden_size": 192},
             TWO,
-            "6 attention heads and 3 of keys and values cannot be shared out to 2 processes; expected a divisor",
+            "6 attention heads and 3 key-value heads cannot be split over 2 processes; expected a divisor",
         ),
         (
             {},
             {"enable_lora": True},
-            "adapters of experts cannot be computed on CPU by vLLM 0.32; expected adapters of other modules; say which",
+            "vLLM 0.32 cannot compute adapters of experts on CPU; expected adapters of other modules; name these",
         ),
         ({"hidden_act": "gelu"}, {}, "hidden_act is 'gelu'; expected 'silu'"),
     ],

@@ -1,1 +1,1 @@
-"""Frozen weights in host memory or on disk, fetched for the moment in which they are used: the `offload` plugin."""
+"""The `offload` plugin: frozen weights in host memory or on disk, fetched just in time."""

@@ -1,4 +1,4 @@
-"""Weights in files that are mapped read-only: in memory from shortly before they are used until right after."""
+"""Weights in read-only mapped files, which are in memory only from shortly before they are used until right after."""
 
 from __future__ import annotations
 
@@ -22,15 +22,14 @@ from arctic_plugins.frozen import Buffers, FetchedHandle, Prefetch
 __all__ = ["DiskStore", "DiskWeight"]
 
 _POPULATE_READ = 22
-"""MADV_POPULATE_READ of Linux 5.14 (include/uapi/asm-generic/mman-common.h): map all pages now, in one call."""
+"""``MADV_POPULATE_READ`` of Linux 5.14 (include/uapi/asm-generic/mman-common.h): map all pages now, in one call."""
 
 
 class DiskStore:
-    """Writes weights to files in ``directory`` and reads ``ahead`` weights ahead of use, in the order that it saw
-    before.
+    """Store that writes weights to files in ``directory``, and reads ``ahead`` weights ahead of use.
 
-    The files are removed from the directory as soon as they are mapped: the space is given back when the process ends,
-    however it ends.
+    It reads them in the order in which they were used before. The files are removed from the directory as soon as they
+    are mapped, so the space is freed when the process ends, however it ends.
     """
 
     def __init__(self, directory: Path, ahead: int) -> None:
@@ -38,12 +37,12 @@ class DiskStore:
         self._reader: ThreadPoolExecutor | None = None
 
     def hold(self, name: str, buffers: Buffers) -> DiskWeight:
-        """Write the buffers of a weight, and map them.
+        """Write the buffers of a weight to a file and map it.
 
         Raises:
             UserError: the file cannot be written.
         """
-        path = self.directory / f"{uuid4().hex}.safetensors"  # other processes, of other machines too, may write here
+        path = self.directory / f"{uuid4().hex}.safetensors"  # other processes and machines may write here
         try:
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             save_file({f"weight{suffix}": buffer.detach().contiguous() for suffix, buffer in buffers.items()}, path)
@@ -60,17 +59,17 @@ class DiskStore:
         if hasattr(_libc, "malloc_trim"):
             _libc.malloc_trim(
                 0
-            )  # what was freed goes back to the system, of which glibc keeps most: half of a model's size in the end
+            )  # returns freed memory to the system; otherwise glibc keeps most of it, in the end half of a model's size
         return weight
 
     def read_ahead(self, weight: DiskWeight) -> Future[None]:
-        """Start to read ``weight``, after what was started before."""
+        """Start to read ``weight``, after the reads that were started before."""
         self._reader = self._reader or ThreadPoolExecutor(1, thread_name_prefix="arctic-offload")
         return self._reader.submit(weight.populate)
 
 
 class DiskWeight(FetchedHandle[Future[None] | None]):
-    """One weight in a mapped file. Its pages count as memory of the process only while it is leased or read ahead."""
+    """A weight in a mapped file. Its pages are in the memory of the process only while it is leased or read ahead."""
 
     def __init__(self, store: DiskStore, name: str, path: Path, like: Buffers) -> None:
         super().__init__(name, store.prefetch)
@@ -78,9 +77,9 @@ class DiskWeight(FetchedHandle[Future[None] | None]):
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that the memory is not writable: nobody writes to it
+            warnings.simplefilter("ignore", UserWarning)  # the memory is not writable; nothing writes to it
             whole = torch.frombuffer(mapped, dtype=torch.uint8)
-        start = 8 + int.from_bytes(mapped[:8], "little")  # of the data; before it a header in JSON, and its length
+        start = 8 + int.from_bytes(mapped[:8], "little")  # of the data, after the header's length and its JSON
         header = json.loads(mapped[8:start])
         self._buffers = {}
         for suffix, buffer in like.items():
@@ -89,7 +88,7 @@ class DiskWeight(FetchedHandle[Future[None] | None]):
         self._range = whole.data_ptr(), len(mapped)
 
     def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> Future[None] | None:
-        """None where it is wanted now: whoever leases it reads it."""
+        """Start reading ahead, or return None if the weight is needed now: then :meth:`buffers` reads it."""
         return None if at is self else self.store.read_ahead(self)
 
     def buffers(self, fetched: Future[None] | None, device: torch.device) -> Buffers:
@@ -113,19 +112,20 @@ class DiskWeight(FetchedHandle[Future[None] | None]):
         return dict(self._buffers)
 
     def populate(self) -> None:
-        """Bring the file's pages into this process, without holding Python's lock."""
+        """Map the file's pages into this process, without holding the GIL."""
         if _madvise(*self._range, _POPULATE_READ):
             _madvise(*self._range, mmap.MADV_WILLNEED)
 
     def drop_unused(self, _: object = None) -> None:
-        """Take the pages out of this process unless they are leased. The system may keep them as cache, for as long as
-        nobody needs the memory.
+        """Unmap the pages from this process unless they are leased.
+
+        The system may keep them in its cache as long as the memory is not needed.
         """
         if not self.leases:
             _madvise(*self._range, mmap.MADV_DONTNEED)
 
 
-_libc = ctypes.CDLL(None, use_errno=True)  # mmap.madvise holds Python's lock; foreign functions do not
+_libc = ctypes.CDLL(None, use_errno=True)  # mmap.madvise holds the GIL; foreign functions do not
 
 
 def _madvise(start: int, length: int, advice: int) -> int:

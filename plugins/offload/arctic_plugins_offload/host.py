@@ -1,6 +1,6 @@
-"""Weights in pinned host memory, copied to the device on a stream of their own, ahead of use.
+"""Weights in pinned host memory, copied to the device on a separate stream, ahead of use.
 
-Checked on CPU, where a lease gives the host's own buffers; the copies need a GPU.
+Tested on CPU, where a lease returns the host's own buffers; the copies need a GPU.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ __all__ = ["HostStore", "HostWeight"]
 
 @dataclass
 class _Copy:
-    """Buffers on a device, which are there when ``ready`` has happened on the compute stream."""
+    """Buffers on a device, which may be used once the compute stream has waited for ``ready``."""
 
     buffers: dict[str, Tensor]
     ready: torch.cuda.Event
 
 
 class HostStore:
-    """Keeps weights in host memory, and copies ``ahead`` of them to the device before they are used, in the order that
-    it saw before.
+    """Store that keeps weights in host memory, and copies ``ahead`` of them to the device ahead of use.
+
+    It copies them in the order in which they were used before.
     """
 
     def __init__(self, ahead: int) -> None:
@@ -34,8 +35,9 @@ class HostStore:
         self._stream: torch.cuda.Stream | None = None
 
     def hold(self, name: str, buffers: Buffers) -> HostWeight:
-        """Keep a copy in host memory, pinned where there is a GPU; what is in host memory already and need not be
-        pinned is kept as it is.
+        """Keep a copy in host memory, pinned if there is a GPU.
+
+        Without a GPU, buffers that are already in host memory are kept without a copy.
         """
         pin = torch.cuda.is_available()
         kept = {
@@ -54,18 +56,18 @@ class HostStore:
 
 
 class HostWeight(FetchedHandle[_Copy | None]):
-    """One weight in host memory."""
+    """A weight in host memory."""
 
     def __init__(self, store: HostStore, name: str, kept: dict[str, Tensor]) -> None:
         super().__init__(name, store.prefetch)
         self.store, self.kept = store, kept
 
     def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> _Copy | None:
-        """None where there is nothing to be ahead of."""
+        """Start the copy, or return None if the device is not a GPU, where nothing is copied ahead."""
         return self.store.copy(self, device) if device.type == "cuda" else None
 
     def buffers(self, fetched: _Copy | None, device: torch.device) -> Buffers:
-        """On a GPU, in the order of the current stream."""
+        """Return the buffers on ``device``; on a GPU, ordered with respect to the current stream."""
         if fetched is None:
             if device.type == "cpu":
                 return self.kept
@@ -73,7 +75,7 @@ class HostWeight(FetchedHandle[_Copy | None]):
         compute = torch.cuda.current_stream(device)
         compute.wait_event(fetched.ready)
         for buffer in fetched.buffers.values():
-            # The allocator must not give it to the copying stream again before this one is done.
+            # The allocator must not reuse it on the copy stream before the compute stream is done with it.
             buffer.record_stream(compute)
         return fetched.buffers
 

@@ -1,4 +1,4 @@
-"""Which weights leave the device, and where to."""
+"""The placement: which weights are moved off the device, and to which store."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ __all__ = ["OffloadPlacement", "choose"]
 
 
 class OffloadPlacement(Placement):
-    """Chooses by size, and hands what it chose to a store: host memory or disk.
+    """Placement that chooses weights by size, and passes them to a store in host memory or on disk.
 
     Args:
-        options: of the plugin.
-        directory: where the files of ``to: disk`` go.
+        options: the plugin's options.
+        directory: the directory for the files of ``to: disk``.
     """
 
     def __init__(self, options: OffloadConfig, directory: Path) -> None:
@@ -30,10 +30,10 @@ class OffloadPlacement(Placement):
         )
 
     def plan(self, nbytes: Mapping[str, int]) -> dict[str, int]:
-        """Choose.
+        """Choose the weights to move; none of their bytes stay on the device.
 
         Raises:
-            ConfigError: the directory cannot be made, or its disk has no room for what would go there.
+            ConfigError: the directory cannot be created, or its disk has too little space for these weights.
         """
         chosen = choose(nbytes, self.options)
         if self.options.to == "disk":
@@ -43,8 +43,8 @@ class OffloadPlacement(Placement):
     def hold(self, name: str, buffers: Buffers, inner: Placement | None = None) -> Handle:
         if inner is not None:
             raise ClaimError(
-                f"'{inner.describe()}' comes after 'offload', which keeps nothing on the device for it",
-                expected="offload last",
+                f"'{inner.describe()}' comes after 'offload', which leaves no bytes for it on the device",
+                expected="'offload' as the last placement",
                 fix="put that placement before it",
             )
         return self.store.hold(name, buffers)
@@ -58,22 +58,22 @@ class OffloadPlacement(Placement):
             raise ConfigError(
                 f"plugins.offload.path {self.directory}: {existing} is a file",
                 expected="a directory",
-                fix="name another",
+                fix="set another path",
             )
         free = shutil.disk_usage(existing).free
         if needed > free:
             raise ConfigError(
                 f"plugins.offload.path {self.directory} has {free / 1e9:.1f} GB free",
-                expected=f"{needed / 1e9:.1f} GB for the weights that go there",
-                fix="free space, name another path, or offload less",
+                expected=f"{needed / 1e9:.1f} GB for the offloaded weights",
+                fix="free space, set another path, or offload less",
             )
 
 
 def choose(nbytes: Mapping[str, int], options: OffloadConfig) -> list[str]:
-    """The names of the weights that leave, in the order of the model.
+    """Return the names of the weights to move, in the order of the model.
 
-    By ``ratio``, the bytes that leave come as near to the fraction as whole weights allow; by ``budget``, what stays is
-    at most that.
+    With ``ratio``, the moved bytes are as close to this fraction as whole weights allow. With ``budget``, at most that
+    many bytes stay.
     """
     if isinstance(options.select, tuple):
         return list(nbytes)
@@ -88,7 +88,7 @@ def choose(nbytes: Mapping[str, int], options: OffloadConfig) -> list[str]:
             break
         if (
             options.budget is not None and options.select == "largest"
-        ):  # the last one need not be larger than what is missing
+        ):  # the last weight should not be larger than necessary
             name = min(
                 (other for other in order if other not in chosen and nbytes[other] >= missing),
                 key=lambda other: nbytes[other],
@@ -100,7 +100,7 @@ def choose(nbytes: Mapping[str, int], options: OffloadConfig) -> list[str]:
 
 
 def _largest(nbytes: Mapping[str, int]) -> list[str]:
-    """From large to small; among equals so that the first n of them are spread over the model, for any n."""
+    """Sort from large to small, and equal sizes so that the first n are spread over the model, for any n."""
     groups: dict[int, list[str]] = {}
     for name, size in nbytes.items():
         groups.setdefault(size, []).append(name)
@@ -108,7 +108,7 @@ def _largest(nbytes: Mapping[str, int]) -> list[str]:
     for size in sorted(groups, reverse=True):
         names = groups[size]
         width = max(1, (len(names) - 1).bit_length())
-        # van der Corput's sequence: positions by their bits in reverse
+        # van der Corput's sequence: positions sorted by their reversed bits
         order += [
             names[index] for index in sorted(range(len(names)), key=lambda index: int(f"{index:0{width}b}"[::-1], 2))
         ]

@@ -1,4 +1,4 @@
-"""The ``offload`` plugin: part of the frozen weights leaves the compute device, whichever codec encodes them."""
+"""The ``offload`` plugin: moves part of the frozen weights, of any codec, off the compute device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ IN_MEMORY = ("tmpfs", "ramfs")
 
 
 class Offload(Plugin):
-    """Claims ``placement`` of the modules among which it will choose when their sizes are known."""
+    """Frozen weights in host memory or on disk; claims modules, among which it chooses once their sizes are known."""
 
     name = "offload"
     config = OffloadConfig
@@ -29,14 +29,14 @@ class Offload(Plugin):
             if hardware == "cpu":
                 return [
                     (
-                        "without a GPU, 'to: host' moves nothing: the weights are in the host's memory anyway; 'to: "
-                        "disk' takes them out of it"
+                        "without a GPU, 'to: host' moves nothing: the weights are in host memory anyway; use 'to: "
+                        "disk' to move them out of it"
                     )
                 ]
             return []
         found = file_system(self.directory())
         return (
-            [f"{self.directory()} is a {found}: its files are in memory; set offload.path to a disk"]
+            [f"{self.directory()} is on a {found}, whose files are in memory; set offload.path to a disk"]
             if found in IN_MEMORY
             else []
         )
@@ -51,12 +51,12 @@ class Offload(Plugin):
         return [Claim("placement", pattern, placement) for pattern in patterns]
 
     def directory(self) -> Path:
-        """Where files go."""
+        """Return the directory for the files."""
         return Path(self.options.path).expanduser() if self.options.path else cache_directory("offload")
 
 
 def file_system(path: Path) -> str | None:
-    """The type of the file system that ``path`` is or will be on, as Linux names it; None where that cannot be told."""
+    """Return Linux's name for the type of the file system of ``path``, which need not exist; None if it is unknown."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:

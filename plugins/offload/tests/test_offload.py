@@ -68,10 +68,10 @@ def test_what_leaves(options, expected):
     ("options", "message"),
     [
         ({"ratio": 1.5}, "plugins.offload.ratio is 1.5; expected less than or equal to 1"),
-        ({"ratio": 0.5, "budget": "1GiB"}, "ratio and budget exclude each other"),
-        ({"ratio": 0.5, "select": ["**"]}, "it excludes ratio and budget"),
+        ({"ratio": 0.5, "budget": "1GiB"}, "ratio and budget are mutually exclusive"),
+        ({"ratio": 0.5, "select": ["**"]}, "cannot be combined with ratio or budget"),
         ({"budget": "lots"}, r"plugins.offload.budget is 'lots'"),
-        ({"path": "/tmp"}, "path is for to: disk"),
+        ({"path": "/tmp"}, "path requires 'to: disk'"),
         ({"rato": 0.5}, "did you mean 'ratio'"),
     ],
 )
@@ -218,7 +218,7 @@ def test_the_directory_may_go_when_weights_are_in_it(tiny_checkpoint, tmp_path):
 
 def test_no_room_is_said_before_anything_is_read(tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(ConfigError, match=r"has 0.0 GB free; expected .* GB for the weights that go there"):
+    with pytest.raises(ConfigError, match=r"has 0.0 GB free; expected .* GB for the offloaded weights"):
         load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"to": "disk", "path": str(tmp_path)}}))
 
 
@@ -246,7 +246,7 @@ def test_a_file_system_in_memory_and_a_machine_without_gpu_are_pointed_out(
     assert offload.file_system(Path("/proc/self")) == "proc"
     monkeypatch.setattr(offload, "file_system", lambda path: "tmpfs")
     load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"to": "disk", "path": str(tmp_path)}}))
-    assert "is a tmpfs: its files are in memory" in caplog.text
+    assert "is on a tmpfs, whose files are in memory" in caplog.text
     if not torch.cuda.is_available():
         load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {}}))
         assert "without a GPU, 'to: host' moves nothing" in caplog.text

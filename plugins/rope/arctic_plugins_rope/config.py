@@ -15,18 +15,18 @@ Length = Annotated[int, Field(ge=2)]
 
 
 class RoPEConfig(PluginConfig):
-    """What stands under ``rope:`` in a recipe. What is left out follows from the rest and from the model."""
+    """Options under ``rope:`` in a recipe. Defaults are derived from the other options and from the model."""
 
     type: str
-    """``llama3``, ``yarn``, ``linear``, ``dynamic``, ``longrope``, ``ntk``, or one that an installed plugin
-    registered.
+    """``llama3``, ``yarn``, ``linear``, ``dynamic``, ``longrope``, ``ntk``, or a type that an installed plugin
+    registers.
     """
     max_position_embeddings: Length | None = None
-    """The length to reach, in tokens. This or ``factor`` has to be given."""
+    """The length to reach, in tokens. Either this or ``factor`` is required."""
     factor: Annotated[float, Field(ge=1)] | None = None
-    """Left out: ``max_position_embeddings`` over the original length."""
+    """The factor by which the context grows. Left out: ``max_position_embeddings`` divided by the original length."""
     original_max_position_embeddings: Length | None = None
-    """The length that the model was trained with. Left out: what its config says."""
+    """The length that the model was trained with. Left out: that of its config."""
     rope_theta: Positive | None = None
     """Base of the frequencies. Left out: the model's."""
     attention_factor: Positive | None = None
@@ -38,20 +38,20 @@ class RoPEConfig(PluginConfig):
     beta_slow: Positive | None = None
     """yarn: those that turn less often than this are interpolated. Left out: 1."""
     truncate: bool | None = None
-    """yarn: round the borders between them to whole dimensions. Left out: true."""
+    """yarn: round the boundaries between them to whole dimensions. Left out: true."""
     low_freq_factor: Positive | None = None
-    """llama3: wavelengths beyond the original length over this are interpolated. Left out: 1."""
+    """llama3: wavelengths above the original length divided by this are interpolated. Left out: 1."""
     high_freq_factor: Positive | None = None
-    """llama3: wavelengths below the original length over this are not. Left out: 4."""
+    """llama3: wavelengths below the original length divided by this are not interpolated. Left out: 4."""
     mixed_b: Positive | None = None
     """ntk: the exponent of mixed scaling. Left out: fixed scaling."""
     long_factor: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    """longrope: a divisor for every frequency, used beyond the original length."""
+    """longrope: a divisor for each frequency, used beyond the original length."""
     short_factor: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    """longrope: the same, used up to the original length. Left out: ones."""
+    """longrope: a divisor for each frequency, used up to the original length. Left out: ones."""
     parameters: dict[str, Any] = {}
-    """Of a type that an installed plugin registered: what else it takes."""
+    """Further parameters of a type that an installed plugin registers."""
     layer_types: tuple[str, ...] | None = None
-    """Models whose layers differ (Gemma 3, for instance): which of the config's ``layer_types`` are scaled. Left out:
-    those without a window.
+    """For models whose layers differ, for example Gemma 3: which of the config's ``layer_types`` are scaled. Left out:
+    those without a sliding window.
     """

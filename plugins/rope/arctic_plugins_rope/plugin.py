@@ -1,4 +1,4 @@
-"""The ``rope`` plugin: a longer context through RoPE scaling, written into the config where both hosts read it."""
+"""The ``rope`` plugin: a longer context through RoPE scaling, written to the config that both hosts read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["RoPE"]
 
 
 class RoPE(Plugin):
-    """Fills ``rope``. Checkpoints keep what it writes into the config, so that neither host needs it again."""
+    """RoPE scaling, written to the config. Checkpoints keep it there, so hosts do not need the plugin again."""
 
     name = "rope"
     config = RoPEConfig
@@ -36,11 +36,11 @@ class RoPE(Plugin):
     def validate(self, model_config: Any) -> Iterable[str]:
         if self.options.type == "dynamic":
             length = int(model_config.max_position_embeddings * model_config.rope_parameters["factor"])
-            differ = f"below {length} tokens their answers differ; 'ntk' is the same in both"
+            differ = f"below {length} tokens their results differ; 'ntk' is the same in both"
             return [
                 (
-                    "type 'dynamic' follows the length of the text in transformers, and is that of the longest text in "
-                    f"vLLM: {differ}"
+                    "type 'dynamic' follows the length of the text in transformers, but always uses the longest length "
+                    f"in vLLM: {differ}"
                 )
             ]
         if self.options.type == "longrope":
@@ -48,7 +48,7 @@ class RoPE(Plugin):
             unless = f"unless max_model_len is at most {original}"
             return [
                 (
-                    f"type 'longrope' divides by short_factor up to {original} tokens in transformers, and always by "
+                    f"type 'longrope' divides by short_factor up to {original} tokens in transformers, but always by "
                     f"long_factor in vLLM {unless}"
                 )
             ]

@@ -1,12 +1,12 @@
-"""From options to the fields that hosts read, and the frequencies of ``ntk``. Host-free but for the names of fields,
-which are transformers'.
+"""The config fields that hosts read, computed from the options, and the frequencies of ``ntk``.
 
-Two families of types, told apart by what ``max_position_embeddings`` means beside them (transformers 5.19.0,
+This module does not depend on a host; only the names of the fields are transformers'.
+
+There are two families of types, in which ``max_position_embeddings`` has different meanings (transformers 5.19.0,
 ``modeling_rope_utils.py``; vLLM 0.32, ``config/model.py`` ``_get_and_verify_max_len``):
 
-- ``yarn``, ``llama3``, ``longrope``: the length to reach; ``original_max_position_embeddings`` stands among the
-  parameters.
-- all others: the length of training, which ``factor`` multiplies.
+- ``yarn``, ``llama3``, ``longrope``: the length to reach; the parameters contain ``original_max_position_embeddings``.
+- all others: the length used in training, which ``factor`` multiplies.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ TYPES: dict[str, frozenset[str]] = {
     "llama3": frozenset({"low_freq_factor", "high_freq_factor"}),
     "longrope": frozenset({"attention_factor", "long_factor", "short_factor"}),
 }
-"""Type -> the options that only some have."""
+"""Type -> its options that not all types have."""
 EXTENDED = frozenset({"yarn", "llama3", "longrope"})
-"""Types beside which ``max_position_embeddings`` is the length to reach."""
+"""Types for which ``max_position_embeddings`` is the length to reach."""
 _SPECIAL = frozenset().union(*TYPES.values())
 
 
 def ntk(parameters: Mapping[str, Any], dim: int) -> tuple[Tensor, float]:
-    """NTK-aware scaling, fixed or mixed, as vLLM 0.32 defines it (``rotary_embedding/ntk_scaling_rope.py``);
-    transformers has none.
+    """Compute NTK-aware scaling, fixed or mixed, as vLLM 0.32 defines it (``rotary_embedding/ntk_scaling_rope.py``).
 
-    Fixed: frequency i is divided by ``factor ** ((2i + 2) / dim)``, the lowest by ``factor``, the highest by nearly
-    nothing. Mixed, with ``mixed_b``: by ``exp(a * (i + 1) ** b)``, where ``a`` makes it ``factor`` for the lowest. Su,
-    "NTK-RoPE" (kexue.fm/archives/9706), 2023, after bloc97.
+    transformers does not have it. Fixed scaling divides frequency i by ``factor ** ((2i + 2) / dim)``: the lowest by
+    ``factor``, the highest by almost 1. Mixed scaling, with ``mixed_b``, divides by ``exp(a * (i + 1) ** b)``, where
+    ``a`` is chosen such that the lowest is divided by ``factor``. Su, "NTK-RoPE" (kexue.fm/archives/9706), 2023, after
+    bloc97.
 
     Args:
-        parameters: ``rope_theta``, ``factor`` and perhaps ``mixed_b``.
-        dim: dimensions of a head that are rotated.
+        parameters: ``rope_theta``, ``factor`` and optionally ``mixed_b``.
+        dim: number of dimensions of a head that are rotated.
 
     Returns:
-        Inverse frequencies ``[dim / 2]`` in float32, and 1.
+        Inverse frequencies ``[dim / 2]`` in float32, and the attention factor 1.
     """
     factor, mixed_b = parameters["factor"], parameters.get("mixed_b")
     number = torch.arange(1, dim // 2 + 1, dtype=torch.float32)
@@ -62,15 +62,15 @@ def ntk(parameters: Mapping[str, Any], dim: int) -> tuple[Tensor, float]:
 
 
 def configure(options: RoPEConfig, config: Any, registered: Sequence[str] = ()) -> None:
-    """Write scaling as ``options`` say into ``config``, a transformers ``PreTrainedConfig``.
+    """Write the scaling specified by ``options`` to ``config``, a transformers ``PreTrainedConfig``.
 
     Args:
-        options: of the recipe.
-        config: changed in place: ``rope_parameters`` and ``max_position_embeddings``.
-        registered: types that installed plugins add.
+        options: those of the recipe.
+        config: its ``rope_parameters`` and ``max_position_embeddings`` are changed in place.
+        registered: types that installed plugins register.
 
     Raises:
-        ConfigError: they contradict each other or the model, or hosts would differ silently.
+        ConfigError: the options contradict each other or the model, or the hosts would silently differ.
     """
     known = {**TYPES, **{name: frozenset({"parameters"}) for name in registered if name not in TYPES}}
     if options.type not in known:
@@ -85,7 +85,7 @@ def configure(options: RoPEConfig, config: Any, registered: Sequence[str] = ()) 
                 " and ".join(kind for kind, own in known.items() if name in own) or "types that other plugins register"
             )
             raise ConfigError(
-                f"plugins.rope.{name} is set, and {options.type} has none",
+                f"plugins.rope.{name} is set, but type '{options.type}' does not use it",
                 expected=f"type {owners}",
                 fix="leave it out",
             )
@@ -106,31 +106,31 @@ def configure(options: RoPEConfig, config: Any, registered: Sequence[str] = ()) 
             config.rope_parameters = parameters
         else:
             config.rope_parameters = {**config.rope_parameters, layer: parameters}
-    extended = options.type in EXTENDED or "gemma3" in config.model_type  # of which vLLM expects it, whatever the type
+    extended = options.type in EXTENDED or "gemma3" in config.model_type  # vLLM expects this of Gemma 3 for every type
     config.max_position_embeddings = length if extended else original
     setattr(config, ROPE_MARK, True)
 
 
 def _layers(options: RoPEConfig, config: Any, current: Mapping[str, Any]) -> list[str | None]:
-    """The keys of ``current`` to change; [None] when it is not nested by the type of layers."""
+    """Return the keys of ``current`` to change, or [None] if it is not nested by layer types."""
     nested = [key for key in current if isinstance(current[key], Mapping)]
     if not nested:
         if options.layer_types is not None:
             raise ConfigError(
-                f"plugins.rope.layer_types is set, and all layers of {config.model_type} rotate alike",
+                f"plugins.rope.layer_types is set, but all layers of {config.model_type} have the same RoPE",
                 fix="leave it out",
             )
         return [None]
     if options.type == "dynamic":
         raise ConfigError(
-            f"plugins.rope.type is 'dynamic', and layers of {config.model_type} differ",
-            expected="another type: hosts would disagree",
-            fix="ntk, for instance",
+            f"plugins.rope.type is 'dynamic', but the layers of {config.model_type} differ",
+            expected="another type, because the hosts would disagree",
+            fix="use 'ntk', for example",
         )
     if options.truncate is False:
         raise ConfigError(
-            f"plugins.rope.truncate is false, and layers of {config.model_type} differ",
-            expected="true: transformers would not see it",
+            f"plugins.rope.truncate is false, but the layers of {config.model_type} differ",
+            expected="true, because transformers would ignore the option",
             fix="leave it out",
         )
     layers = options.layer_types or [name for name in nested if "sliding" not in name and "chunked" not in name]
@@ -145,7 +145,7 @@ def _layers(options: RoPEConfig, config: Any, current: Mapping[str, Any]) -> lis
 
 
 def _lengths(options: RoPEConfig, config: Any, current: Sequence[Mapping[str, Any]]) -> tuple[int, float, int]:
-    """(trained length, factor, length to reach)."""
+    """Return (length used in training, factor, length to reach)."""
     scaled = next(
         (found for found in current if found.get("rope_type", "default") not in ("default", "proportional")), None
     )
@@ -153,9 +153,9 @@ def _lengths(options: RoPEConfig, config: Any, current: Sequence[Mapping[str, An
     if original is None and scaled is not None:
         if scaled["rope_type"] != options.type:
             raise ConfigError(
-                f"plugins.rope: the model is scaled already ({scaled['rope_type']}, max_position_embeddings "
+                f"plugins.rope: the model is already scaled ({scaled['rope_type']}, max_position_embeddings "
                 f"{config.max_position_embeddings})",
-                expected="a model that is not, or a decision",
+                expected="a model without scaling, or the original length",
                 fix="set plugins.rope.original_max_position_embeddings to the length that scaling starts from",
             )
         original = scaled.get("original_max_position_embeddings")
@@ -164,14 +164,14 @@ def _lengths(options: RoPEConfig, config: Any, current: Sequence[Mapping[str, An
         raise ConfigError(
             "plugins.rope has neither max_position_embeddings nor factor",
             expected="one of them",
-            fix="say how long it shall be",
+            fix="set max_position_embeddings to the length to reach",
         )
     length = options.max_position_embeddings or int(original * options.factor)  # type: ignore[operator]
     factor = options.factor or length / original
     if length <= original:
         raise ConfigError(
-            f"plugins.rope.max_position_embeddings is {length}, and the model was trained with {original}",
-            expected="more",
+            f"plugins.rope.max_position_embeddings is {length}, but the model was trained with {original}",
+            expected="a larger value",
             fix="raise it, or leave 'rope' out",
         )
     reached = int(original * factor)
@@ -179,15 +179,15 @@ def _lengths(options: RoPEConfig, config: Any, current: Sequence[Mapping[str, An
         options.type not in ("yarn", "llama3", "longrope") and reached != length
     ):
         raise ConfigError(
-            f"plugins.rope.factor {factor:g} times {original} is {reached}, and max_position_embeddings {length}",
-            expected="the same" if options.type != "yarn" else "at least so much: vLLM has no more positions",
+            f"plugins.rope.factor {factor:g} times {original} is {reached}, but max_position_embeddings is {length}",
+            expected="the same" if options.type != "yarn" else "at most the product: vLLM has no more positions",
             fix="leave one of the two out",
         )
     return original, factor, length
 
 
 def _rotated(config: Any, current: Mapping[str, Any], layer: str | None) -> int:
-    """Dimensions of a head that are rotated."""
+    """Return the number of dimensions of a head that are rotated."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return int(head * (current if layer is None else current[layer]).get("partial_rotary_factor", 1.0))
 
@@ -229,7 +229,7 @@ def _parameters(
     elif options.type == "longrope":
         if options.long_factor is None:
             expected = f"{dim // 2} divisors, found by a search (Ding et al., LongRoPE, 2024)"
-            raise ConfigError("plugins.rope.long_factor is missing", expected=expected, fix="add it, or take yarn")
+            raise ConfigError("plugins.rope.long_factor is missing", expected=expected, fix="add it, or use type yarn")
         for name, values in (
             ("long_factor", options.long_factor),
             ("short_factor", options.short_factor or (1.0,) * (dim // 2)),
@@ -237,11 +237,11 @@ def _parameters(
             if len(values) != dim // 2:
                 raise ConfigError(
                     f"plugins.rope.{name} has {len(values)} numbers",
-                    expected=f"{dim // 2}, one for each frequency",
+                    expected=f"{dim // 2}, one per frequency",
                     fix="correct it",
                 )
             parameters[name] = list(values)
-        if options.attention_factor is not None:  # vLLM calls it so, and would compute the usual one
+        if options.attention_factor is not None:  # vLLM's names; without them it computes the default
             parameters["short_mscale"] = parameters["long_mscale"] = options.attention_factor
         parameters["attention_factor"] = options.attention_factor or math.sqrt(
             1 + math.log(factor) / math.log(original)

@@ -179,7 +179,7 @@ def test_layers_with_a_window_are_left_alone(tmp_path):
     for wrong, message in [
         (options("yarn", layer_types=["full"]), r"layer_types names 'full'; expected some of .*full_attention"),
         (options("dynamic"), "layers of gemma3_text differ"),
-        (options("yarn", truncate=False), "transformers would not see it"),
+        (options("yarn", truncate=False), "transformers would ignore the option"),
     ]:
         with pytest.raises(ConfigError, match=message):
             Stack.from_dict(wrong).hf_configure_model(load_config(checkpoint))
@@ -191,19 +191,25 @@ def test_layers_with_a_window_are_left_alone(tmp_path):
         ({"type": "yarm", "factor": 4}, "type is 'yarm'; expected one of .*did you mean 'yarn'"),
         ({"type": "yarn"}, "neither max_position_embeddings nor factor"),
         ({"type": "yarn", "factor": 0.5}, r"plugins\.rope\.factor is 0.5"),
-        ({"type": "yarn", "max_position_embeddings": 256}, "is 256, and the model was trained with 512; expected more"),
+        (
+            {"type": "yarn", "max_position_embeddings": 256},
+            "is 256, but the model was trained with 512; expected a larger",
+        ),
         (
             {"type": "yarn", "factor": 2, "max_position_embeddings": 4096},
-            "factor 2 times 512 is 1024, and max_.* 4096; expected at least",
+            "factor 2 times 512 is 1024, but max_.* 4096; expected at most",
         ),
         ({"type": "linear", "factor": 2, "max_position_embeddings": 4096}, "expected the same"),
-        ({"type": "llama3", "factor": 4, "beta_fast": 3}, "beta_fast is set, and llama3 has none; expected type yarn"),
+        (
+            {"type": "llama3", "factor": 4, "beta_fast": 3},
+            "beta_fast is set, but type 'llama3' does not use it; expected type yarn",
+        ),
         ({"type": "yarn", "factor": 4, "beta_fast": 1, "beta_slow": 2}, "expected beta_fast > beta_slow"),
         ({"type": "llama3", "factor": 4, "high_freq_factor": 1}, "expected high_freq_factor > low_freq_factor"),
         ({"type": "longrope", "factor": 4}, "long_factor is missing; expected 16 divisors"),
         ({"type": "longrope", "factor": 4, "long_factor": [1, 2]}, "long_factor has 2 numbers; expected 16"),
-        ({"type": "ntk", "factor": 4, "parameters": {"a": 1}}, "parameters is set, and ntk has none"),
-        ({"type": "ntk", "factor": 4, "layer_types": ["full_attention"]}, "all layers of llama rotate alike"),
+        ({"type": "ntk", "factor": 4, "parameters": {"a": 1}}, "parameters is set, but type 'ntk' does not use it"),
+        ({"type": "ntk", "factor": 4, "layer_types": ["full_attention"]}, "all layers of llama have the same RoPE"),
         ({"factor": 4}, r"plugins\.rope\.type is missing"),
     ],
     ids=str,
@@ -216,7 +222,7 @@ def test_what_contradicts_itself_is_said(llama, rope, message):
 def test_a_model_that_is_scaled_already(llama):
     config = load_config(llama)
     Stack.from_dict(options("llama3")).hf_configure_model(config)
-    with pytest.raises(ConfigError, match=r"scaled already \(llama3, max_position_embeddings 4096\)"):
+    with pytest.raises(ConfigError, match=r"already scaled \(llama3, max_position_embeddings 4096\)"):
         Stack.from_dict(options("yarn")).hf_configure_model(config)
     Stack.from_dict(options("yarn", original_max_position_embeddings=ORIGINAL)).hf_configure_model(config)
     assert config.rope_parameters["factor"] == FACTOR
@@ -230,7 +236,7 @@ def test_a_model_without_rotation(tmp_path):
 
 def test_what_follows_the_length_of_the_text_is_said(llama, caplog):
     for name, text in (
-        ("dynamic", "below 4096 tokens their answers differ"),
+        ("dynamic", "below 4096 tokens their results differ"),
         ("longrope", "short_factor up to 512 tokens"),
     ):
         with caplog.at_level(logging.WARNING):

@@ -1,3 +1,1 @@
-"""Frozen weights spread over the processes of a run, and gathered for the moment in which they are used: the `shard`
-plugin.
-"""
+"""The `shard` plugin: frozen weights that are spread over the processes of a run and gathered just in time."""

@@ -12,17 +12,17 @@ __all__ = ["ShardConfig"]
 
 
 class ShardConfig(PluginConfig):
-    """What stands under ``shard:`` in a recipe."""
+    """Options under ``shard:`` in a recipe."""
 
     group_size: Annotated[Annotated[int, Field(ge=2)] | None, THIS_MACHINE] = None
-    """Processes that hold one copy of the weights together, neighbours by rank: the GPUs of a node, for gathers inside
-    it. Left out: all.
+    """Number of processes, neighbors by rank, that together hold one copy of the weights, for example the GPUs of a
+    node, so that gathers stay within it. Left out: all processes.
     """
     include: tuple[str, ...] = ("**",)
-    """Modules to shard, of those that are encoded: dotted names with ``*`` (within a component) and ``**`` (across
+    """Which of the encoded modules to shard: dotted names with ``*`` (within a component) and ``**`` (across
     components).
     """
     prefetch: Annotated[int, Field(ge=0, le=16)] = 1
-    """Weights that are gathered ahead."""
+    """Number of weights to gather ahead of use."""
     timeout: Annotated[float, Field(gt=0)] = 600
-    """Seconds after which a process that waits for the others to come to the same module gives up with an error."""
+    """Seconds that a process waits for the others to reach the same module before it raises an error."""

@@ -1,5 +1,6 @@
-"""Encoded bytes spread over processes. They are cut without regard to what they mean, so that any codec, shape and
-number of processes will do.
+"""Encoded bytes that are spread over processes.
+
+They are split without regard to their meaning, so any codec, shape and number of processes works.
 """
 
 from __future__ import annotations
@@ -30,27 +31,28 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 __all__ = ["ShardError", "ShardPlacement", "ShardedWeight"]
 
 ALIGNMENT = 16
-"""Bytes to multiples of which buffers and parts are padded, so that any dtype can be read where it begins."""
+"""Buffers and parts are padded to multiples of this many bytes, so that they are aligned for any dtype."""
 
 
 class ShardError(ArcticError):
-    """The processes of a run are no longer at the same module."""
+    """The processes of a run have reached different modules."""
 
 
 @dataclass
 class _Gathered:
-    """All parts of a weight, one behind the other."""
+    """All parts of a weight, concatenated."""
 
     flat: Tensor
     ready: torch.cuda.Event | None = None
 
 
 class ShardPlacement(Placement):
-    """Keeps a part of every weight in this process, and gathers the parts of all when a weight is leased.
+    """Placement that keeps a part of every weight in this process, and gathers all parts when the weight is leased.
 
-    Every gather is preceded by one of two numbers, of the weight and of the one that is computed with, so that
-    processes that are at different modules find out instead of waiting for each other. All collectives are issued by
-    one thread, in the order of leases, with what was leased next the last time issued ahead.
+    Every gather is preceded by a gather of two numbers, for the weight itself and for the weight that is being computed
+    with. Processes that have reached different modules therefore detect it instead of waiting for each other. One
+    thread issues all collectives, in the order of leases; the weights that were leased next the last time are gathered
+    ahead.
     """
 
     collective = True
@@ -67,20 +69,20 @@ class ShardPlacement(Placement):
         )
         self._worker: threading.Thread | None = None
         self._spare: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
-        self._lock = threading.Lock()  # of the spare memory
+        self._lock = threading.Lock()  # guards the spare memory
         self._stream: torch.cuda.Stream | None = None
 
     def plan(self, nbytes: Mapping[str, int]) -> dict[str, int]:
-        """All of them, or none with one process.
+        """Take all weights, or none if there is only one process.
 
         Raises:
-            ConfigError: several processes were started, and they do not know each other yet.
+            ConfigError: several processes were started, but torch.distributed is not initialized.
         """
         if not dist.is_initialized():
             if (started := world_size()) > 1:
                 raise ConfigError(
-                    f"{started} processes were started and torch.distributed is not initialized",
-                    fix="build the TrainingArguments before the model, or call torch.distributed.init_process_group()",
+                    f"{started} processes were started, but torch.distributed is not initialized",
+                    fix="create the TrainingArguments before the model, or call torch.distributed.init_process_group()",
                 )
             return {}
         if dist.get_world_size() == 1:
@@ -96,7 +98,7 @@ class ShardPlacement(Placement):
                 expected=f"a divisor of {world}",
                 fix="correct it",
             )
-        for first in range(0, world, size):  # every process takes part in making every group
+        for first in range(0, world, size):  # every process must take part in creating every group
             ranks = list(range(first, first + size))
             control, data = dist.new_group(ranks, timeout, backend="gloo"), dist.new_group(ranks, timeout)
             if dist.get_rank() in ranks:
@@ -126,9 +128,9 @@ class ShardPlacement(Placement):
         return f"1/{self.size} in each process"
 
     def gather(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> Future[_Gathered]:
-        """Start to gather the parts of ``weight``, after what was started before; ``at`` is leased now."""
+        """Start to gather the parts of ``weight``, after the gathers that were started before; ``at`` is leased now."""
         if self._worker is None:
-            # A daemon: a process that failed must end although the gather that it had begun never will.
+            # A daemon thread: a failed process must be able to exit although its gather never finishes.
             self._worker = threading.Thread(target=self._run, name="arctic-shard", daemon=True)
             self._worker.start()
             atexit.register(self._stop)
@@ -137,8 +139,9 @@ class ShardPlacement(Placement):
         return future
 
     def give_back(self, future: Future[_Gathered]) -> None:
-        """Keep the memory for the next weight of the size: fresh memory costs page faults. On GPUs the allocator does
-        that.
+        """Keep the memory for the next weight of the same size: new memory costs page faults.
+
+        On GPUs, the allocator does this.
         """
         if future.cancelled() or future.exception() is not None or (gathered := future.result()).ready is not None:
             return
@@ -154,8 +157,9 @@ class ShardPlacement(Placement):
                 future.set_exception(error)
 
     def _stop(self) -> None:
-        """Let gathers that were begun end: a thread that is in one while Python is shut down would abort the
-        process.
+        """Wait for the gathers that were started.
+
+        A thread that is in a gather while Python shuts down would abort the process.
         """
         self._work.put(None)
         assert self._worker is not None
@@ -177,17 +181,17 @@ class ShardPlacement(Placement):
             return _Gathered(flat, self._stream.record_event() if self._stream is not None else None)
 
     def _agree(self, weight: ShardedWeight, at: ShardedWeight) -> None:
-        """Check that all processes gather ``weight`` now, and that they are computing with ``at``."""
+        """Check that all processes gather ``weight`` now and compute with ``at``."""
         mine = torch.tensor([at.number, weight.number])
         everyones = torch.empty(2 * self.size, dtype=torch.int64)
         try:
             all_gather(everyones, mine, group=self._control)
         except RuntimeError as error:
             raise ShardError(
-                f"this process (rank {dist.get_rank()}) waited for the others to come to {weight.name}: "
+                f"this process (rank {dist.get_rank()}) waited for the others to reach {weight.name}: "
                 f"{str(error).splitlines()[0]}",
                 expected="every process to compute with the same modules in the same order",
-                fix="look for what one process skips, or at the error of the process that stopped",
+                fix="find what one process skips, or see the error of the process that stopped",
             ) from error
         for rank, theirs in enumerate(everyones.view(self.size, 2).tolist()):
             if theirs != mine.tolist():
@@ -197,12 +201,12 @@ class ShardPlacement(Placement):
                     f"rank {dist.get_rank()} is at {self._numbers[own]} while rank {first + rank} is at "
                     f"{self._numbers.get(other, 'another model')}",
                     expected="every process to compute with the same modules in the same order",
-                    fix="look for what one process skips",
+                    fix="find what one process skips",
                 )
 
 
 class ShardedWeight(FetchedHandle[Future[_Gathered]]):
-    """One weight, of which this process has a part."""
+    """A weight of which this process holds a part."""
 
     collective = True
 
@@ -219,7 +223,7 @@ class ShardedWeight(FetchedHandle[Future[_Gathered]]):
 
     @contextmanager
     def part(self, device: torch.device) -> Iterator[Tensor]:
-        """This process's bytes, on ``device``."""
+        """Yield this process's bytes, on ``device``."""
         if isinstance(self.kept, Handle):
             with self.kept.lease(device) as buffers:
                 yield buffers[""]
@@ -231,10 +235,10 @@ class ShardedWeight(FetchedHandle[Future[_Gathered]]):
         return self.placement.gather(self, device, cast(ShardedWeight, at))
 
     def buffers(self, fetched: Future[_Gathered], device: torch.device) -> Buffers:
-        """Of all parts.
+        """Return the buffers of the whole weight.
 
         Raises:
-            ShardError: another process is at another module, or came to none in time.
+            ShardError: another process has reached a different module, or has not reached this one in time.
         """
         gathered = fetched.result()
         if gathered.ready is not None:
@@ -247,7 +251,10 @@ class ShardedWeight(FetchedHandle[Future[_Gathered]]):
         return found
 
     def release(self, fetched: Future[_Gathered]) -> None:
-        """Also of what was gathered ahead, by all processes alike, and nobody needs: once it is there."""
+        """Give the memory back once the gather has finished.
+
+        This also applies to weights that all processes gathered ahead but do not need.
+        """
         fetched.add_done_callback(self.placement.give_back)
 
     def export(self) -> dict[str, Tensor]:
@@ -257,7 +264,7 @@ class ShardedWeight(FetchedHandle[Future[_Gathered]]):
 
 
 def _part(nbytes: int, size: int) -> int:
-    """Bytes in each of ``size`` processes."""
+    """Return the number of bytes in each of ``size`` processes."""
     return -(-nbytes // (size * ALIGNMENT)) * ALIGNMENT
 
 

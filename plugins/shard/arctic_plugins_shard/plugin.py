@@ -12,7 +12,7 @@ __all__ = ["Shard"]
 
 
 class Shard(Plugin):
-    """Claims ``placement``, before what moves a process's own bytes elsewhere."""
+    """Frozen weights spread over processes; comes before placements that move a process's own bytes elsewhere."""
 
     name = "shard"
     config = ShardConfig
@@ -26,9 +26,8 @@ class Shard(Plugin):
         if size == 1:
             return [
                 (
-                    "there is one process: nothing is sharded (arctic train --nproc, torchrun or accelerate "
-                    "launch start "
-                    "several)"
+                    "there is only one process, so nothing is sharded (to start several, use arctic train --nproc, "
+                    "torchrun or accelerate launch)"
                 )
             ]
         if group is not None and size % group:

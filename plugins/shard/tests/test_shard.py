@@ -60,7 +60,7 @@ def test_a_module_that_one_process_skips_is_named(tiny_checkpoint, prefetch):
 def test_a_process_that_waits_too_long_says_for_what(tiny_checkpoint):
     status, out, _ = run(2, "absent", tiny_checkpoint)
     assert status == 0
-    assert "waited for the others to come to model.layers.0.self_attn.q_proj.weight" in out
+    assert "waited for the others to reach model.layers.0.self_attn.q_proj.weight" in out
 
 
 def test_a_whole_model_is_saved_through_the_first_process(tiny_checkpoint, tmp_path):
@@ -75,12 +75,12 @@ def test_a_whole_model_is_saved_through_the_first_process(tiny_checkpoint, tmp_p
 def test_one_process_shards_nothing_and_says_so(tiny_checkpoint, caplog):
     model, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "shard": {}}))
     assert model.model.layers[0].mlp.up_proj.handle is None
-    assert "there is one process: nothing is sharded" in caplog.text
+    assert "there is only one process, so nothing is sharded" in caplog.text
 
 
 def test_processes_that_do_not_know_each_other(tiny_checkpoint, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ConfigError, match="4 processes were started and torch.distributed is not initialized"):
+    with pytest.raises(ConfigError, match="4 processes were started, but torch.distributed is not initialized"):
         load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "shard": {}}))
     with pytest.raises(ConfigError, match=r"group_size is 3 with 4 processes; expected a divisor of 4"):
         load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "shard": {"group_size": 3}}))

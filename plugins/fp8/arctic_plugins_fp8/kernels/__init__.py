@@ -1,10 +1,11 @@
-"""Kernels of the ``fp8`` codec, as torch operators: ``torch.ops.arctic_fp8.{encode, decode, linear, linear_fp8,
-grad_input}``, for the rows of many experts ``linear_experts`` and ``grad_input_experts``, and for plain weights in
-bfloat16 ``linear_bf16``.
+"""Kernels of the ``fp8`` codec, as torch operators.
 
-The dispatcher of torch is the table of kernels: CPU has the compiled ones (``csrc``), CUDA decoding in Triton
-(``gpu``); what is missing, and every other device, has the reference in torch (``reference``). All take an encoded
-weight as ``codes uint8 [N, G, g * bits / 8]`` and ``scale float32 [N, G]``.
+These are ``torch.ops.arctic_fp8.{encode, decode, linear, linear_fp8, grad_input}``, ``linear_experts`` and
+``grad_input_experts`` for the rows of many experts, and ``linear_bf16`` for plain weights in bfloat16.
+
+torch's dispatcher selects the kernel: CPU has compiled kernels (``csrc``), and CUDA has decoding in Triton (``gpu``).
+All other operators and devices use the reference in torch (``reference``). An encoded weight is passed as ``codes uint8
+[N, G, g * bits / 8]`` and ``scale float32 [N, G]``.
 """
 
 from arctic_plugins_fp8.kernels.ops import (

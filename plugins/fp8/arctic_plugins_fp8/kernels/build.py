@@ -1,5 +1,6 @@
-"""Builds the CPU kernels on first use, once per machine: ``csrc`` with the C++ compiler that is there, against the
-headers of the installed torch.
+"""Builds the CPU kernels in ``csrc`` on first use, once per machine.
+
+They are compiled with the available C++ compiler, against the headers of the installed torch.
 """
 
 from __future__ import annotations
@@ -34,22 +35,25 @@ X86 = {
     "amx": ("kernels.cpp", [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]),
 }
 INSTRUCTION_SETS: dict[str, tuple[str, list[str]]] = PORTABLE | (X86 if platform.machine() == "x86_64" else {})
-"""One object file each. ops.cpp, compiled for any processor of the architecture, chooses at run time, so that a shared
-home directory serves different machines."""
+"""Instruction set -> source file and compiler flags, for one object file each.
+
+ops.cpp is compiled for any processor of the architecture and chooses at run time, so that different machines can share
+a home directory.
+"""
 TORCH = "-DTORCH_TARGET_VERSION=0x020A000000000000"
-"""The oldest torch whose stable ABI has what ops.cpp uses: 2.10."""
+"""The oldest torch whose stable ABI contains what ops.cpp uses: 2.10."""
 
 
 class BuildError(Exception):
-    """The kernels could not be built; says why in a line."""
+    """The kernels could not be built; the message gives the reason in one line."""
 
 
 @cache
 def obstacle() -> str:
-    """Why the kernels cannot be built or run here, or ""."""
+    """Return the reason why the kernels cannot be built or run here, or ""."""
     if sys.platform != "linux" or sys.byteorder != "little":
         return (
-            f"the compiled kernels are for Linux on little-endian processors, this is {sys.platform} on "
+            f"the compiled kernels support only Linux on little-endian processors, and this is {sys.platform} on "
             f"{platform.machine()}"
         )
     if _compiler() is None:
@@ -58,12 +62,13 @@ def obstacle() -> str:
 
 
 def library() -> Path:
-    """The shared library with the kernels, built now if it never was for these sources, this compiler and this torch,
-    or is not what was built.
+    """Return the path of the shared library with the kernels, building it if necessary.
+
+    It is built if it does not exist for these sources, this compiler and this torch, or was modified since.
 
     Raises:
-        BuildError: the compiler failed; its output is kept beside where the library would be.
-        UserError: there is no directory for it that only this user can write to.
+        BuildError: the compiler failed; its output is kept in the directory of the library.
+        UserError: there is no directory for the library to which only this user can write.
     """
     import torch
 
@@ -79,15 +84,15 @@ def library() -> Path:
     if _is_whole(path):
         return path
     with (path.parent / f"fp8-{key}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # released by the system when the process ends, however it ends
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system releases it when the process ends, however it ends
         if not _is_whole(path):
-            logger.info("building the CPU kernels of fp8, once")
+            logger.info("building the CPU kernels of fp8 (only once)")
             _build(compiler, Path(torch.__file__).parent, path)
     return path
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the library is what :func:`_build` made: loading one that was cut can end the process."""
+    """Check that the library is the one that :func:`_build` wrote: loading a truncated one can crash the process."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest() == path.with_suffix(".sha256").read_text()
     except (OSError, ValueError):

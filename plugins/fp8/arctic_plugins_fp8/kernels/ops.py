@@ -1,6 +1,4 @@
-"""The operators: their schemas, what compilers and autograd need of them, and which kernels stand behind them on each
-device.
-"""
+"""The operators: their schemas, their fake and autograd functions, and their kernels on each device."""
 
 from __future__ import annotations
 
@@ -35,11 +33,11 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 VARIABLE = "ARCTIC_FP8_KERNELS"
-"""Environment variable: ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable`` or ``reference`` instead of the
-best that the processor has.
+"""The environment variable that selects ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable`` or ``reference``
+instead of the best instruction set of the processor.
 """
 CAPPED = {"avx2": "avx2", "default": "portable"}
-"""What the kernels use where ``ATEN_CPU_CAPABILITY`` keeps torch from using more."""
+"""The instruction sets of the kernels when ``ATEN_CPU_CAPABILITY`` limits torch."""
 
 _library = torch.library.Library("arctic_fp8", "FRAGMENT")
 _library.define(
@@ -132,7 +130,7 @@ torch.library.register_autograd("arctic_fp8::linear_fp8", _backward_fp8, setup_c
 def _decode_cuda(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
     try:
         from arctic_plugins_fp8.kernels import gpu
-    except ImportError:  # torch's CUDA builds for Linux bring Triton, others need not
+    except ImportError:  # torch's CUDA builds for Linux include Triton; others may not
         reference.decode(codes, scale, bits, out)
     else:
         gpu.decode(codes, scale, bits, out)
@@ -140,9 +138,12 @@ def _decode_cuda(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
 
 _library.impl("decode", _decode_cuda, "CUDA")
 
-# The compiled CPU kernels are built and loaded when an operator is first called; until then these stand for them.
+# The compiled CPU kernels are built and loaded when an operator is first called. Until then, these functions take their
+# place.
 _first_calls = [torch.library.Library("arctic_fp8", "IMPL", "CPU")]
-"""Their registrations live as long as the library object (torch 2.13: ``torch.library.Library``)."""
+"""The library object of these functions, which stay registered as long as it exists (torch 2.13:
+``torch.library.Library``).
+"""
 _lock = threading.Lock()
 
 
@@ -156,8 +157,10 @@ for _name in OPERATORS:
 
 
 def load() -> str:
-    """Load the compiled CPU kernels, building them if they never were; returns the instruction set in use, "" for the
-    reference.
+    """Load the compiled CPU kernels, building them if necessary.
+
+    Returns:
+        The instruction set in use, or "" for the reference.
     """
     with _lock:
         return _load()
@@ -166,37 +169,40 @@ def load() -> str:
 @cache
 def _load() -> str:
     wanted = os.environ.get(VARIABLE, "")
-    _first_calls.clear()  # what they stood for comes into view
+    _first_calls.clear()  # unregisters the placeholders
     if wanted == "reference" or build.obstacle():
         return ""
     try:
         torch.ops.load_library(build.library())
     except (build.BuildError, UserError, OSError) as error:
-        logger.warning("the CPU kernels of fp8 could not be built or loaded, slower ones in torch are used: %s", error)
+        logger.warning("the CPU kernels of fp8 could not be built or loaded; using slower ones in torch: %s", error)
         return ""
     found: str = torch.ops.arctic_fp8.use(wanted or CAPPED.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), ""))
     if wanted and not found:
-        raise ConfigError(f"{VARIABLE}={wanted}", expected="instructions that this processor has", fix="unset it")
+        raise ConfigError(
+            f"{VARIABLE}={wanted}", expected="an instruction set that this processor supports", fix="unset it"
+        )
     return found or str(torch.ops.arctic_fp8.use(""))
 
 
 def use(instruction_set: str = "") -> str:
-    """Choose the CPU kernels by name (``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable``), or the best.
+    """Choose the CPU kernels by name (``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable``), or the best ones.
 
-    Returns the name, or "" when it cannot be had.
+    Returns:
+        The name, or "" if they are not available.
     """
     return torch.ops.arctic_fp8.use(instruction_set) if load() else ""
 
 
 def describe() -> tuple[bool, str]:
-    """Whether compiled kernels are used on CPU, and a sentence about it."""
+    """Return whether compiled kernels are used on CPU, and a sentence that describes them."""
     if found := load():
         return True, f"CPU: compiled, {found} instructions"
     return False, f"CPU: reference in torch ({build.obstacle() or f'{VARIABLE} is set, or the build failed'})"
 
 
 def widening_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
-    """:data:`linear_bf16` if it is compiled; None where it would widen the whole weight, as torch does."""
+    """Return :data:`linear_bf16` if it is compiled, or None if it would widen the whole weight, as torch does."""
     return linear_bf16 if load() else None
 
 
@@ -204,34 +210,35 @@ encode = torch.ops.arctic_fp8.encode.default
 """``encode(weight [N, K], codes, scale, bits, largest, candidates) -> bool``: write the codes and scales of a
 contiguous weight (float32, bfloat16 or float16).
 
-A group's scale is that of ``s * (1 + i / candidates)``, ``0 <= i < candidates``, with the smallest squared error, where
-``s`` is its largest magnitude over the format's. False when a magnitude is beyond ``largest``, infinite or NaN.
+A group's scale is the one of ``s * (1 + i / candidates)``, ``0 <= i < candidates``, with the smallest squared error,
+where ``s`` is the group's largest magnitude divided by the format's largest value. Returns False if a magnitude is
+above ``largest``, infinite or NaN.
 """
 decode = torch.ops.arctic_fp8.decode.default
 """``decode(codes, scale, bits, out [N, K])``: write ``value(code) * scale``, rounded once from float32, to the
 contiguous ``out``.
 
-What is below 2**-126 may become zero in bfloat16.
+Magnitudes below 2**-126 may become zero in bfloat16.
 """
 linear = torch.ops.arctic_fp8.linear.default
-"""``linear(x [..., K], codes, scale, bits) -> [..., N]``: ``x @ decode(codes).T`` in the dtype of ``x``; sums are
+"""``linear(x [..., K], codes, scale, bits) -> [..., N]``: ``x @ decode(codes).T`` in the dtype of ``x``, accumulated in
 float32. Differentiable.
 """
 linear_bf16 = torch.ops.arctic_fp8.linear_bf16.default
 """``linear_bf16(x [..., K] in float32, weight [N, K] in bfloat16) -> [..., N]`` in float32: ``x @ weight.T`` without a
-copy of the whole weight in float32. The gradient is that of ``x``."""
+copy of the whole weight in float32. Differentiable with respect to ``x``."""
 linear_fp8 = torch.ops.arctic_fp8.linear_fp8.default
-"""``linear_fp8(x [..., K], codes [N, 1, K], scale [N, 1]) -> [..., N]``: like :data:`linear` of 8 bits, but each row of
-``x`` is rounded to e4m3 first, scaled so that its largest magnitude is 448. Where the device has FP8 units they
-multiply. The gradient is that of :data:`linear`."""
+"""``linear_fp8(x [..., K], codes [N, 1, K], scale [N, 1]) -> [..., N]``: like :data:`linear` with 8 bits, but each row
+of ``x`` is first rounded to e4m3, scaled so that its largest magnitude is 448. Devices with FP8 units multiply in them.
+The gradient is that of :data:`linear`."""
 grad_input = torch.ops.arctic_fp8.grad_input.default
 """``grad_input(grad [..., N], codes, scale, bits, K) -> [..., K]``: ``grad @ decode(codes)``, the gradient of
 :func:`linear`.
 """
 linear_experts = torch.ops.arctic_fp8.linear_experts.default
-"""``linear_experts(x [M, K], codes [E * N, ...], scale [E * N, G], bits, counts) -> [M, N]``: :data:`linear` of the
-rows of each expert, which are sorted by expert, ``counts[e]`` of them, with its N rows of the codes. Not differentiable
-by itself."""
+"""``linear_experts(x [M, K], codes [E * N, ...], scale [E * N, G], bits, counts) -> [M, N]``: :data:`linear` of each
+expert's rows with its N rows of the codes. The rows are sorted by expert, ``counts[e]`` for expert e. Not
+differentiable by itself."""
 grad_input_experts = torch.ops.arctic_fp8.grad_input_experts.default
 """``grad_input_experts(grad [M, N], codes, scale, bits, K, counts) -> [M, K]``: the gradient of
 :func:`linear_experts`.

@@ -1,4 +1,4 @@
-"""The kernels in plain torch, for every device; what the others are checked against."""
+"""The kernels in plain torch, for every device; the other kernels are tested against them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ __all__ = [
 ]
 
 BLOCK = 1 << 19
-"""Elements that are encoded or decoded at a time: temporaries stay in the cache and peak memory near the result's."""
+"""The number of elements that are encoded or decoded at a time, so that temporaries fit the cache and peak memory
+stays close to the size of the result.
+"""
 
 
 def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, largest: float, candidates: int) -> bool:
@@ -40,7 +42,7 @@ def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, larges
             -1, (groups, group)
         )
         top_nG = w_nGg.abs().amax(-1)
-        if not bool((top_nG <= largest).all()):  # false for NaN too
+        if not bool((top_nG <= largest).all()):  # also False for NaN
             return False
         scale_nG = torch.where(top_nG == 0, 1.0, top_nG / FORMATS[bits].max).clamp_min(torch.finfo(torch.float32).tiny)
         if candidates > 1:
@@ -51,7 +53,7 @@ def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, larges
 
 
 def _best_scale(w_nGg: Tensor, scale_nG: Tensor, bits: int, candidates: int) -> Tensor:
-    """Of ``scale * (1 + i / candidates)``, that with the smallest squared error; the first of several."""
+    """Return the first of the scales ``scale * (1 + i / candidates)`` with the smallest squared error."""
     values, best, smallest = _table(bits, w_nGg.device), scale_nG, torch.full_like(scale_nG, torch.inf)
     for at in range(candidates):
         factor = 1 + at / candidates
@@ -98,8 +100,9 @@ def linear_fp8(x: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:
 
 
 def scaled_product(x_MK: Tensor, scale_M1: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:
-    """``(x * scale) @ (codes * scale).T`` of e4m3 numbers, in bfloat16, by the library; on GPUs from compute capability
-    8.9 on in FP8 units.
+    """Return ``(x * scale) @ (codes * scale).T`` of e4m3 numbers, in bfloat16, computed by the library.
+
+    GPUs of compute capability 8.9 or later use FP8 units.
     """
     weight_NK = codes.squeeze(-2).view(torch.float8_e4m3fn)
     return torch._scaled_mm(x_MK, weight_NK.T, scale_a=scale_M1, scale_b=scale_NG.view(1, -1), out_dtype=torch.bfloat16)
@@ -136,7 +139,7 @@ def grad_input_experts(
 def _by_expert(
     rows: Tensor, codes: Tensor, scale_NG: Tensor, counts: Sequence[int]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """The rows, codes and scales of every expert that has rows."""
+    """Yield the rows, codes and scales of every expert that has rows."""
     each = len(codes) // len(counts)
     for expert, own in enumerate(rows.split(list(counts))):
         if len(own):
@@ -157,14 +160,14 @@ def _blocks(rows: int, row_size: int) -> Iterator[slice]:
 
 
 def quantize(values: Tensor, bits: int, *, top: int | None = None) -> Tensor:
-    """float32 to codes (int32): to nearest even, saturating at the code ``top`` (the format's)."""
+    """Round float32 to codes (int32), to nearest even, saturating at the code ``top`` (by default the format's)."""
     form, raw = FORMATS[bits], values.view(torch.int32)
     magnitude, shift = raw & 0x7FFFFFFF, 23 - form.mantissa
     normal = ((magnitude + ((1 << (shift - 1)) - 1) + ((magnitude >> shift) & 1)) >> shift) - (
         (127 - form.bias) << form.mantissa
     )
-    # Adding a constant whose last mantissa bit is worth one subnormal step leaves the rounded number of steps in the
-    # low bits of the sum.
+    # Adding a constant whose last mantissa bit is one subnormal step leaves the rounded number of steps in the low bits
+    # of the sum.
     offset = torch.tensor((127 + 23 + 1 - form.bias - form.mantissa) << 23, dtype=torch.int32, device=values.device)
     steps = (magnitude.view(torch.float32) + offset.view(torch.float32)).view(torch.int32) - offset
     code = torch.where(magnitude < (127 + 1 - form.bias) << 23, steps, normal).clamp_max(
@@ -174,17 +177,17 @@ def quantize(values: Tensor, bits: int, *, top: int | None = None) -> Tensor:
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes ``[..., g]`` to bytes ``[..., g * bits / 8]``, least significant bits first."""
+    """Pack codes ``[..., g]`` into bytes ``[..., g * bits / 8]``, least significant bits first."""
     if bits == 8:
         return codes.to(torch.uint8)
-    unit = FORMATS[bits].unit  # so many codes fill three bytes
+    unit = FORMATS[bits].unit  # the number of codes in three bytes
     shifts = torch.arange(unit, device=codes.device, dtype=torch.int32) * bits
     words = (codes.unflatten(-1, (-1, unit)) << shifts).sum(-1, dtype=torch.int32)
     return torch.stack([words & 0xFF, (words >> 8) & 0xFF, words >> 16], -1).to(torch.uint8).flatten(-2)
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """The reverse of :func:`pack`; int32."""
+    """Reverse :func:`pack`; return int32."""
     if bits == 8:
         return packed.int()
     three = packed.unflatten(-1, (-1, 3)).int()
@@ -194,11 +197,11 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def _values(packed: Tensor, bits: int, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """What the codes stand for, divided by the factor that is returned too, exactly.
+    """Return the values of the codes divided by a factor, exactly, and the factor.
 
-    For 8 bits the bits do the work, which is several times faster than a table: moving the 7 bits of exponent and
-    mantissa into their places of a bfloat16 gives the value divided by 2**120 (the difference of the biases, 127 - 7),
-    subnormals included.
+    For 8 bits, moving bits is several times faster than a table: the 7 bits of exponent and mantissa, moved to their
+    positions in a bfloat16, give the value divided by 2**120 (the difference of the biases, 127 - 7), including
+    subnormals.
     """
     if bits == 8:
         moved = (

@@ -1,7 +1,7 @@
 // Kernels for AVX-512, compiled once per instruction set: -DISA=avx512 | avx512_bf16 | amx, with the flags of build.py.
 //
-// Every code of every format is exactly a bfloat16, so codes are turned into bfloat16 bits, 32 at a time, and dot products accumulate in float32.
-// vdpbf16ps and the AMX unit take subnormal inputs for zero; no code becomes one, for the smallest nonzero value of a format is 2**-13.
+// Every code of every format is exactly representable in bfloat16, so codes are converted to bfloat16 bits, 32 at a time, and dot products accumulate in
+// float32. vdpbf16ps and the AMX unit treat subnormal inputs as zero, but no code becomes one: the smallest nonzero value of any format is 2**-13.
 
 #include "kernels.h"
 
@@ -23,7 +23,7 @@ constexpr int kChunk = 32;  // codes in a vector of 16-bit lanes
 
 // ---- Formats -----------------------------------------------------------------------------------------------------------------------------------
 
-constexpr uint16_t to_bf16(float value) { return static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16); }  // exact for what it is used for
+constexpr uint16_t to_bf16(float value) { return static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16); }  // exact for the values used here
 
 struct Tables {
   alignas(64) uint16_t subnormal8[32], value6[32], words6[32];
@@ -32,7 +32,7 @@ struct Tables {
   alignas(64) uint32_t words12[16];
   constexpr Tables() {
     for (int i = 0; i < 32; i++) {
-      // What to add to (code << 4) to get a bfloat16: 0x3C00 (the biases' difference, 120 << 7) except for subnormal codes.
+      // The number to add to (code << 4) to get a bfloat16: 0x3C00 (the difference of the biases, 120 << 7), except for subnormal codes.
       subnormal8[i] = i < 8 ? static_cast<uint16_t>(to_bf16(i * 0x1p-9f) - (i << 4)) : 0x3C00;
       value6[i] = to_bf16(i < 4 ? i * 0x1p-4f : (1 + (i & 3) / 4.0f) * static_cast<float>(1 << (i >> 2)) / 8);
       words6[i] = static_cast<uint16_t>(i % 8 < 3 ? 3 * (i / 8) + i % 8 : 31);
@@ -46,7 +46,7 @@ struct Tables {
     for (int i = 0; i < 16; i++) words12[i] = static_cast<uint32_t>(std::min(3 * (i / 4) + i % 4, 15));
   }
 };
-constexpr Tables tables;  // made by the compiler: nothing of this file may run while it is loaded on a processor without its instructions
+constexpr Tables tables;  // computed by the compiler: no code of this file may run at load time, as the processor may lack its instructions
 
 inline __m512i load(const void* p) { return _mm512_loadu_si512(p); }
 
@@ -69,13 +69,13 @@ template <int BITS> inline __m512i load_codes(const uint8_t* p, int64_t n = kChu
   }
 }
 
-// 6-bit codes to bfloat16 bits by the table of magnitudes.
+// Convert 6-bit codes to bfloat16 bits with the table of magnitudes.
 inline __m512i look_up6(__m512i codes, __m512i table) {
-  const __m512i magnitude = _mm512_permutexvar_epi16(codes, table);  // looks at the low 5 bits of an index
+  const __m512i magnitude = _mm512_permutexvar_epi16(codes, table);  // uses only the low 5 bits of an index
   return _mm512_or_si512(magnitude, _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x20)), 10));
 }
 
-// Codes to bfloat16 bits.
+// Convert codes to bfloat16 bits.
 template <int BITS> inline __m512i to_values(__m512i codes) {
   if constexpr (BITS == 8) {
     const __m512i moved = _mm512_and_si512(_mm512_slli_epi16(codes, 4), _mm512_set1_epi16(static_cast<short>(0x87F0)));
@@ -88,7 +88,7 @@ template <int BITS> inline __m512i to_values(__m512i codes) {
     const __m512i sign = _mm512_slli_epi16(_mm512_and_si512(codes, _mm512_set1_epi16(0x800)), 4);
     __m512i value = _mm512_add_epi16(magnitude, _mm512_set1_epi16(0x3C00));
     const __mmask32 subnormal = _mm512_testn_epi16_mask(codes, _mm512_set1_epi16(0x780));
-    if (__builtin_expect(subnormal != 0, 0)) {  // one vector in hundreds, of normally distributed weights
+    if (__builtin_expect(subnormal != 0, 0)) {  // one vector in hundreds if weights are normally distributed
       const auto fix = [](__m256i half) {
         const __m512 number = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(half)), _mm512_set1_ps(0x1p-13f));
         return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(number), 16));
@@ -103,7 +103,7 @@ template <int BITS> inline __m512i to_values(__m512i codes) {
 
 inline __m512 widen(__m256i bf16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16)); }
 
-// float32 to bfloat16, to nearest even. Magnitudes below 2**-126 may become zero.
+// Round float32 to bfloat16, to nearest even. Magnitudes below 2**-126 may become zero.
 inline __m256i narrow(__m512 value) {
 #ifdef __AVX512BF16__
   return (__m256i)_mm512_cvtneps_pbh(value);
@@ -133,7 +133,7 @@ inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
 #endif
 }
 
-// n rounded up to codes that fill whole bytes (which are there: groups do).
+// n rounded up so that the codes fill whole bytes. These bytes exist, because groups fill whole bytes.
 template <int BITS> inline int64_t whole(int64_t n) { return (n + Format<BITS>::unit - 1) / Format<BITS>::unit * Format<BITS>::unit; }
 
 inline __mmask32 lanes(int64_t n) { return n >= 32 ? ~0u : (1u << n) - 1; }
@@ -148,7 +148,7 @@ template <int BITS, Dtype D> void decode_as(const Weight& w, int64_t row0, int64
       const uint8_t* codes = w.codes + row * w.row_bytes() + group * w.group_bytes() + (k - group * w.group) * BITS / 8;
       for (; k < end; k += kChunk, codes += kChunk * BITS / 8) {
         const int64_t n = std::min<int64_t>(kChunk, end - k);
-        _mm_prefetch(reinterpret_cast<const char*>(codes) + 4 * w.row_bytes(), _MM_HINT_T0);  // the rows after next
+        _mm_prefetch(reinterpret_cast<const char*>(codes) + 4 * w.row_bytes(), _MM_HINT_T0);  // four rows ahead
         const __m512i value = to_values<BITS>(load_codes<BITS>(codes, whole<BITS>(n)));
         const __m512 low = _mm512_mul_ps(widen(_mm512_castsi512_si256(value)), scale);
         const __m512 high = _mm512_mul_ps(widen(_mm512_extracti64x4_epi64(value, 1)), scale);
@@ -195,7 +195,7 @@ template <int BITS> inline __m512i to_codes(__m512 value) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(magnitude, shift), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(magnitude, odd), _mm512_set1_epi32((1 << (shift - 1)) - 1));
   const __m512i normal = _mm512_sub_epi32(_mm512_srli_epi32(rounded, shift), _mm512_set1_epi32((127 - F::bias) << F::mantissa));
-  // Adding a constant whose last mantissa bit is worth one subnormal step leaves the rounded number of steps in the low bits of the sum.
+  // Adding a constant whose last mantissa bit is one subnormal step leaves the rounded number of steps in the low bits of the sum.
   const __m512i offset = _mm512_set1_epi32((127 + 23 + 1 - F::bias - F::mantissa) << 23);
   const __m512i steps = _mm512_sub_epi32(_mm512_castps_si512(_mm512_add_ps(_mm512_castsi512_ps(magnitude), _mm512_castsi512_ps(offset))), offset);
   const __mmask16 subnormal = _mm512_cmplt_epi32_mask(magnitude, _mm512_set1_epi32((127 + 1 - F::bias) << 23));
@@ -203,7 +203,7 @@ template <int BITS> inline __m512i to_codes(__m512 value) {
   return _mm512_or_si512(code, _mm512_slli_epi32(_mm512_srli_epi32(all, 31), BITS - 1));
 }
 
-// Store 16 codes (the first n of them, whole bytes).
+// Store the first n of 16 codes (whole bytes).
 template <int BITS> inline void store_codes(uint8_t* to, __m512i codes, int64_t n) {
   if constexpr (BITS == 8) {
     _mm_mask_storeu_epi8(to, static_cast<__mmask16>(lanes(n)), _mm512_cvtepi32_epi8(codes));
@@ -226,7 +226,7 @@ template <int BITS> inline void store_codes(uint8_t* to, __m512i codes, int64_t 
   }
 }
 
-// What the code of a magnitude stands for.
+// The value of the code of a magnitude.
 template <int BITS> inline __m512 to_grid(__m512 magnitude) {
   using F = Format<BITS>;
   constexpr int shift = 23 - F::mantissa;
@@ -239,7 +239,7 @@ template <int BITS> inline __m512 to_grid(__m512 magnitude) {
   return _mm512_min_ps(_mm512_mask_sub_ps(normal, subnormal, _mm512_add_ps(magnitude, offset), offset), _mm512_set1_ps(F::max));
 }
 
-// Of step * (1 + i / candidates), the scale with which the codes of weight[from, from + size) have the smallest squared error.
+// The scale among step * (1 + i / candidates) for which the codes of weight[from, from + size) have the smallest squared error.
 template <int BITS, Dtype D> float best_step(const void* weight, int64_t from, int64_t size, float step, int candidates) {
   float best = step, smallest = std::numeric_limits<float>::infinity();
   for (int i = 0; i < candidates; i++) {
@@ -276,7 +276,7 @@ bool encode_as(const Weight& w, int64_t row0, int64_t row1, const void* weight, 
       scale[row * w.groups + group] = step;
       const __m512 inverse = _mm512_set1_ps(1.0f / step);
       uint8_t* to = codes + row * w.row_bytes() + group * w.group_bytes();
-      for (int64_t k = 0; k < w.group; k += 16, to += 2 * BITS) {  // the padding after the last weight too, as zeros
+      for (int64_t k = 0; k < w.group; k += 16, to += 2 * BITS) {  // also the padding after the last weight, as zeros
         const __m512 value = load16<D>(weight, from + k, static_cast<__mmask16>(size > k ? lanes(size - k) : 0));
         store_codes<BITS>(to, to_codes<BITS>(_mm512_mul_ps(value, inverse)), std::min<int64_t>(16, w.group - k));
       }
@@ -305,16 +305,16 @@ inline __m128 sum_each(const std::array<__m512, 4>& v) {
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
   const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd)), high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
-  const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // in each 128 bits, a part of the four sums
+  const __m512 abcd = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));  // each 128 bits hold a part of the four sums
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 inline uint16_t rounded(float value) { return static_cast<uint16_t>(_mm256_extract_epi16(narrow(_mm512_set1_ps(value)), 0)); }
 
-// M rows of x: codes are decoded in registers, each scale multiplies its group's sum. ROWS rows of the weight at a time.
+// The product with M rows of x, for ROWS rows of the weight at a time. Codes are decoded in registers, and each scale multiplies its group's sum.
 template <int BITS, int ROWS, int M> void few_rows(const Weight& w, int64_t n0, const uint16_t* x, uint16_t* y, int64_t N) {
-  constexpr int kChains = M == 1 ? 2 : 1;  // sums that do not wait for each other, where rows of x are too few for that
+  constexpr int kChains = M == 1 ? 2 : 1;  // independent sums, if there are too few rows of x to provide them
   __m512 total[ROWS][M];
   for (auto& row : total)
     for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -368,7 +368,7 @@ template <int BITS, int ROWS, int M> void few_rows(const Weight& w, int64_t n0, 
 }
 
 template <int BITS, int M> void few_rows(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, uint16_t* y, int64_t N) {
-  // Short rows eight at a time: memory is read from several pages at once.
+  // Short rows are read eight at a time, so that memory is read from several pages at once.
   if constexpr (M <= 2)
     if (w.row_bytes() < 4096)
       for (; n0 + 8 <= n1; n0 += 8) few_rows<BITS, 8, M>(w, n0, x, y, N);
@@ -378,9 +378,9 @@ template <int BITS, int M> void few_rows(const Weight& w, int64_t n0, int64_t n1
 
 #ifndef __AMX_BF16__
 
-constexpr int kRows = 4, kColumns = 4;  // kRows * kColumns sums, kColumns vectors of x and what decodes stay in 32 registers
+constexpr int kRows = 4, kColumns = 4;  // kRows * kColumns sums, kColumns vectors of x and the temporaries of decoding fit in 32 registers
 
-// Any number of rows of x: four at a time, with codes that come from memory once.
+// The product with any number of rows of x, four at a time; codes are read from memory only once.
 template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, const uint16_t*, int64_t M, uint16_t* y, int64_t N) {
   for (; n0 < n1; n0 += kRows) {
     const int64_t end = std::min(n1, n0 + kRows);
@@ -401,7 +401,7 @@ template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, cons
 
 constexpr int kTile = 16;
 
-// A thread's own memory for decoded rows, kept between calls.
+// This thread's own memory for decoded rows, kept between calls.
 uint16_t* buffer(int64_t elements) {
   struct Free { void operator()(uint16_t* p) const { std::free(p); } };
   thread_local std::unique_ptr<uint16_t, Free> memory;
@@ -420,8 +420,9 @@ inline __m512i scaled(__m512i values, __m512 scale) {
   return narrow(_mm512_mul_ps(widen(_mm512_castsi512_si256(values)), scale), _mm512_mul_ps(widen(_mm512_extracti64x4_epi64(values, 1)), scale));
 }
 
-// Decode rows [n0, n1), columns [k0, k1) to bfloat16, zeros after K: 32 columns from k are at out[(n - n0) * row_stride + (k - k0) / 32 * chunk_stride].
-// With one scale per row the values are left unscaled; otherwise they are multiplied and rounded, as decode() does, and k0 is at a group's border.
+// Decode rows [n0, n1), columns [k0, k1) to bfloat16, with zeros after K. The 32 columns from k are written to
+// out[(n - n0) * row_stride + (k - k0) / 32 * chunk_stride].
+// With one scale per row the values are left unscaled. Otherwise they are multiplied and rounded, as in decode(), and k0 is at the start of a group.
 // `row` has room for one decoded row.
 template <int BITS>
 void values(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, uint16_t* out, int64_t row_stride, int64_t chunk_stride,
@@ -439,7 +440,7 @@ void values(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, uin
     for (int64_t k = k0; k < k1;) {
       const int64_t group = w.groups > 1 ? k / w.group : 0, end = w.groups > 1 ? std::min(k1, (group + 1) * w.group) : k1;
       const __m512 scale = _mm512_set1_ps(w.groups > 1 ? scales[group] : 1.0f);
-      const __m512i table = scaled(load(tables.value6), scale);  // for 6 bits: multiplying 32 magnitudes is less than multiplying a group
+      const __m512i table = scaled(load(tables.value6), scale);  // for 6 bits: multiplying 32 magnitudes costs less than multiplying a group
       for (; k < end; k += kChunk, codes += kChunk * BITS / 8, to += chunk_stride) {
         const __m512i found = load_codes<BITS>(codes, std::clamp<int64_t>(w.groups * w.group - k, 0, kChunk));
         __m512i value;
@@ -453,7 +454,7 @@ void values(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, uin
 
 inline float row_scale(const Weight& w, int64_t n) { return w.groups > 1 ? 1.0f : w.scale[n]; }
 
-inline void transpose(__m512i r[16]) {  // 16 x 16 of 32 bits
+inline void transpose(__m512i r[16]) {  // 16 x 16 elements of 32 bits
   __m512i t[16];
   for (int i = 0; i < 16; i += 2) {
     t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -479,7 +480,7 @@ inline void transpose(__m512i r[16]) {  // 16 x 16 of 32 bits
   }
 }
 
-// packed[block][k / 2][16 rows of x][2]: what AMX wants of its right operand, zeros where there is no row or column.
+// packed[block][k / 2][16 rows of x][2]: the layout that AMX requires for its right operand, with zeros for missing rows and columns.
 void pack(const uint16_t* x, int64_t M, int64_t K, int64_t block0, int64_t block1, uint16_t* packed) {
   for (int64_t block = block0; block < block1; block++) {
     for (int64_t k = 0; k < padded(K); k += kChunk) {
@@ -493,14 +494,14 @@ void pack(const uint16_t* x, int64_t M, int64_t K, int64_t block0, int64_t block
   }
 }
 
-// What ldtilecfg reads: palette 1, eight tiles of 16 rows of 64 bytes. Static, because gcc 12's intrinsic does not say that it reads all of it.
+// The configuration that ldtilecfg reads: palette 1, eight tiles of 16 rows of 64 bytes. Static: gcc 12 does not know that all of it is read.
 alignas(64) const struct {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 } tile_config;
 
-// The 16 x 16 sums of a tile to y[m, n], m and n within M and rows.
+// Write the 16 x 16 sums of a tile to y[m, n], m and n within M and rows.
 inline void store(const float* sums, const float* scale, int64_t rows, int64_t M, uint16_t* y, int64_t N) {
   __m512i r[kTile];
   for (int n = 0; n < kTile; n++) r[n] = _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(sums + n * kTile), _mm512_set1_ps(scale[n])));
@@ -509,7 +510,7 @@ inline void store(const float* sums, const float* scale, int64_t rows, int64_t M
     _mm256_mask_storeu_epi16(y + m * N, static_cast<__mmask16>(lanes(rows)), narrow(_mm512_castsi512_ps(r[m])));
 }
 
-// Columns that are decoded at a time, so that 32 decoded rows stay in the first-level cache: a multiple of 32 and of the group.
+// The number of columns that are decoded at a time, so that 32 decoded rows stay in the first-level cache: a multiple of 32 and of the group.
 inline int64_t block_of(const Weight& w) {
   const int64_t unit = w.groups > 1 ? std::lcm(w.group, kChunk) : kChunk, K = padded(std::max(w.K, w.group));
   return unit > 256 ? (unit > 1024 ? K : unit) : std::min(K, 256 / unit * unit);
@@ -554,7 +555,7 @@ template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, cons
   _tile_loadconfig(&tile_config);
   const int64_t ld = padded(std::max(w.K, w.group)), K = padded(w.K), step = block_of(w), pairs = (M + 2 * kTile - 1) / (2 * kTile);
   constexpr int64_t kSums = 4 * kTile * kTile;
-  // Two blocks of [step / 32][16 rows][32], a row, and the sums of each pair of blocks of x while K is not done.
+  // Memory for two blocks of [step / 32][16 rows][32], a row, and the sums of each pair of blocks of x until all of K is done.
   uint16_t* decoded = buffer(2 * kTile * step + ld + 2 * pairs * kSums);
   uint16_t* row = decoded + 2 * kTile * step;
   float* sums = reinterpret_cast<float*>(row + ld);
@@ -567,11 +568,11 @@ template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, cons
       const int64_t size = std::min(step, K - k);
       values<BITS>(w, n, n + low, k, k + size, decoded, kChunk, kTile * kChunk, row);
       if (rows > kTile) values<BITS>(w, n + kTile, n + rows, k, k + size, decoded + kTile * size, kChunk, kTile * kChunk, row);
-      const bool last = k + step >= K;  // then what comes next are other rows
+      const bool last = k + step >= K;  // then other rows come next
       Prefetch prefetch(w.codes + (last ? n + 2 * kTile : n) * w.row_bytes() + (last ? 0 : (k + step) * BITS / 8), w.row_bytes(), last ? n1 - n - 2 * kTile : rows, step * BITS / 8);
       prefetch.left = std::min<int64_t>(prefetch.left, 2 * kTile);
       const int64_t lines = (2 * kTile * step * BITS / 8 / 64) / (pairs * size / kChunk) + 1;
-      asm volatile("" ::: "memory");  // gcc 12's tile loads do not say that they read memory
+      asm volatile("" ::: "memory");  // gcc 12's tile loads do not declare that they read memory
       for (int64_t pair = 0; pair < pairs; pair++) {
         const int64_t m = pair * 2 * kTile, left = std::min<int64_t>(2 * kTile, M - m);
         const bool two = left > kTile, begin = k == 0, end = k + step >= K;
@@ -582,7 +583,7 @@ template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, cons
           _tile_zero(1);
           _tile_zero(2);
           _tile_zero(3);
-        } else if (pairs > 1) {  // one pair's sums stay in their tiles
+        } else if (pairs > 1) {  // the sums of a single pair stay in the tiles
           _tile_loadd(0, kept, 64);
           _tile_loadd(1, kept + kSums / 4, 64);
           if (two) _tile_loadd(2, kept + kSums / 2, 64);
@@ -610,10 +611,10 @@ template <int BITS> void many_rows(const Weight& w, int64_t n0, int64_t n1, cons
 
 // ---- Gradients of few rows ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int64_t kGradientColumns = 1024;  // whose sums, and whose codes in four rows, stay in a core's caches
+constexpr int64_t kGradientColumns = 1024;  // so that their sums, and their codes in four rows, stay in a core's caches
 constexpr int64_t kGradientLd = kGradientColumns + kChunk;
 
-// sum[m, k] += sum over ROWS rows of the weight of factor[m, row] * value[row, k], for `size` columns of one group. Behind them zeros are added.
+// sum[m, k] += sum over ROWS rows of the weight of factor[m, row] * value[row, k], for `size` columns of one group. Zeros are added after them.
 template <int BITS, int M, int ROWS>
 void add_rows(const uint8_t* codes, int64_t row_bytes, int64_t size, const float (*factor)[4], float* sum) {
   __m512 by[M][ROWS];

@@ -27,7 +27,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 #ifdef __x86_64__
-constexpr const char* kNames[] = {"amx", "avx512_bf16", "avx512", "avx2", "portable"};  // the best first
+constexpr const char* kNames[] = {"amx", "avx512_bf16", "avx512", "avx2", "portable"};  // best first
 #else
 constexpr const char* kNames[] = {"portable"};
 #endif
@@ -37,7 +37,7 @@ const Kernels* supported(const std::string& name) {
   const bool base = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                     __builtin_cpu_supports("avx512dq");
   const bool bf16 = base && __builtin_cpu_supports("avx512bf16");
-  // Linux gives a process the tile registers when it asks: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA (arch/x86 xstate documentation).
+  // On Linux, a process must request the tile registers: ARCH_REQ_XCOMP_PERM for XFEATURE_XTILEDATA (arch/x86 xstate documentation).
   static const bool tiles = __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, 0x1023, 18) == 0;
   if (name == "amx" && bf16 && tiles) return &amx;
   if (name == "avx512_bf16" && bf16) return &avx512_bf16;
@@ -57,7 +57,7 @@ const Kernels& kernels() {
   return *table;
 }
 
-// Choose an instruction set by name, or the best one for "". Returns its name, or "" when the processor does not have it.
+// Choose an instruction set by name, or the best one for "". Returns its name, or "" if the processor does not support it.
 std::string use(std::string name) {
   for (const char* candidate : kNames)
     if (name.empty() || name == candidate)
@@ -77,7 +77,7 @@ Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
-// The tensor, or a contiguous copy: the usual case costs no call of the dispatcher.
+// The tensor, or a contiguous copy. The usual case needs no call to the dispatcher.
 Tensor packed(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 // [..., last] as [rows, last].
@@ -86,7 +86,7 @@ Tensor matrix(const Tensor& tensor) {
   return tensor.dim() == 2 ? packed(tensor) : torch::stable::view(packed(tensor), {last ? tensor.numel() / last : 0, last});
 }
 
-// A new tensor like `like` but for the size of its last dimension.
+// A new tensor like `like`, except for the size of its last dimension.
 Tensor new_last(const Tensor& like, int64_t size) {
   std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
   sizes.back() = size;
@@ -122,7 +122,7 @@ void decode(const Tensor& codes, const Tensor& scale, int64_t bits, const Tensor
   decode_into(kernels(), w, 0, w.rows, 0, K, dtype_of(out), out.mutable_data_ptr(), K);
 }
 
-// weight [rows, K] into codes and scale; false when it holds what is not finite or beyond `largest`.
+// Encode weight [rows, K] into codes and scale; returns false if a value is not finite or above `largest`.
 bool encode(const Tensor& weight, const Tensor& codes, const Tensor& scale, int64_t bits, double largest, int64_t candidates) {
   const Weight w = weight_of(codes, scale, bits, weight.size(1));
   STD_TORCH_CHECK(weight.is_contiguous() && weight.size(0) == w.rows, "arctic_fp8: weight must be contiguous [rows, in_features]");
@@ -136,17 +136,17 @@ bool encode(const Tensor& weight, const Tensor& codes, const Tensor& scale, int6
   return fine;
 }
 
-// out = a @ b by the library; out may be a slice of columns.
+// out = a @ b, computed by the library; out may be a slice of columns.
 void matmul_into(const Tensor& out, const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(b), torch::stable::detail::from(out)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);  // takes over what the call returned
+  torch::stable::detail::to<Tensor>(stack[0]);  // takes ownership of the returned tensor
 }
 
-// Rows (or columns) that are decoded for one call of the library. With fewer its products are up to twice as slow (oneDNN of torch 2.13).
+// The number of rows (or columns) that are decoded for one call to the library. With fewer, its products are up to twice as slow (oneDNN of torch 2.13).
 constexpr int64_t kTile = 1024;
 
-// Rows of x that are multiplied with each weight that is decoded: they stay in a core's second-level cache.
+// The number of elements of x that are multiplied with each decoded weight, so that they stay in a core's second-level cache.
 constexpr int64_t kPanelElements = 1 << 19;
 
 Tensor scratch(const Tensor& like, int64_t rows, int64_t columns) {
@@ -162,7 +162,7 @@ Tensor scratch(const Tensor& like, int64_t rows, int64_t columns) {
   return torch::stable::view(torch::stable::narrow(flat, 0, 0, rows * columns), {rows, columns});
 }
 
-// This thread's memory for what is packed, kept between calls; in huge pages, without which the tiles' loads miss the translation cache.
+// This thread's memory for packed rows, kept between calls. It uses huge pages; otherwise the tile loads would miss the TLB.
 template <typename T> T* packed_memory(int64_t elements) {
   constexpr size_t kHugePage = 1 << 21;
   struct Free { void operator()(void* p) const { std::free(p); } };
@@ -172,19 +172,19 @@ template <typename T> T* packed_memory(int64_t elements) {
   if (size < wanted) {
     kept.reset(std::aligned_alloc(kHugePage, wanted));
     STD_TORCH_CHECK(kept != nullptr, "arctic_fp8: out of memory");
-    madvise(kept.get(), wanted, MADV_HUGEPAGE);  // advice: without it everything works, more slowly
+    madvise(kept.get(), wanted, MADV_HUGEPAGE);  // only a hint: without it everything works, but more slowly
     size = wanted;
   }
   return static_cast<T*>(kept.get());
 }
 
-// Rows [first, first + M) of the input, and the matrix that they are multiplied with.
+// Rows [first, first + M) of the input, and the matrix by which they are multiplied.
 struct Part {
   Weight w;
   int64_t first, M;
 };
 
-// The parts of an input sorted by expert. `all` has the rows of every expert's matrix, one expert after the other.
+// The parts of an input that is sorted by expert. `all` contains the rows of every expert's matrix, one expert after another.
 std::vector<Part> parts_of(const Weight& all, const std::vector<int64_t>& counts, int64_t input_rows) {
   const auto experts = static_cast<int64_t>(counts.size());
   STD_TORCH_CHECK(experts > 0 && all.rows % experts == 0, "arctic_fp8: codes must have as many rows for each expert");
@@ -203,7 +203,7 @@ std::vector<Part> parts_of(const Weight& all, const std::vector<int64_t>& counts
   return parts;
 }
 
-// Call run(part, from, to) for all of `units` units of every part, on all threads.
+// Call run(part, from, to) for all `units` units of every part, on all threads.
 template <typename Run> void for_all(const std::vector<Part>& parts, int64_t units, int64_t grain_size, const Run& run) {
   torch::stable::parallel_for(0, static_cast<int64_t>(parts.size()) * units, grain_size, [&](int64_t a, int64_t b) {
     while (a < b) {
@@ -240,19 +240,19 @@ void linear_of_few(const Kernels& table, const std::vector<Part>& parts, const u
   });
 }
 
-// The kernels for float32 products beside `table`, and up to how many rows of x they are faster than decoding and the library's.
+// The kernels for float32 products to use with `table`, and the number of rows of x up to which they are faster than decoding and the library's product.
 const Kernels& floats_beside(const Kernels& table, int64_t& largest_m) {
   largest_m = table.largest_m;
 #ifdef __x86_64__
   if (!table.linear_floats) {
     largest_m = 8;
-    return avx2;  // which every processor with AVX-512 has
+    return avx2;  // which every processor with AVX-512 supports
   }
 #endif
   return table;
 }
 
-// Where the rows of each part begin in what pack_floats() makes of them, `size` columns wide.
+// Pack the rows of all parts, `size` columns wide; `at` receives the offset at which the rows of each part begin.
 float* pack_floats(const Kernels& table, const std::vector<Part>& parts, Dtype dtype, const char* x, int64_t size, bool of_linear,
                    std::vector<int64_t>& at) {
   const int64_t packed_row = (size + 15) / 16 * 16;
@@ -278,7 +278,7 @@ void linear_of_few_floats(const Kernels& table, const std::vector<Part>& parts, 
   });
 }
 
-// Call product(x, y) for float32: x itself or a widened copy, y itself or what is narrowed to it afterwards.
+// Call product(x, y) in float32, with x itself or a widened copy, and y itself or a temporary that is narrowed into it afterwards.
 template <typename Product> void in_floats(const Kernels& table, const Tensor& x, const Tensor& y, const Product& product) {
   const Dtype dtype = dtype_of(x);
   if (dtype == Dtype::f32) return product(x, y);

@@ -1,4 +1,4 @@
-// Kernels for every processor, with products in float32. Compiled as -DISA=avx2 and as -DISA=portable, see vectors.h.
+// Kernels for every processor, with products in float32. Compiled with -DISA=avx2 and with -DISA=portable, see vectors.h.
 
 #include "vectors.h"
 
@@ -23,7 +23,7 @@ float* buffer(int64_t count) {
   return memory.get();
 }
 
-// 16 codes, the first n of them (whole bytes).
+// Store the first n of 16 codes (whole bytes).
 template <int BITS> inline void store_codes(uint8_t* to, const int32_t (&codes)[kChunk], int64_t n) {
   constexpr int unit = Format<BITS>::unit;
   uint8_t bytes[kChunk * BITS / 8];
@@ -39,7 +39,7 @@ template <int BITS> inline void store_codes(uint8_t* to, const int32_t (&codes)[
   std::memcpy(to, bytes, static_cast<size_t>(std::min<int64_t>(n, kChunk) * BITS / 8));
 }
 
-// The squared error of the magnitudes value[0, size) (padded with zeros) with a scale.
+// The squared error of encoding the magnitudes value[0, size) (padded with zeros) with a scale.
 template <int BITS> float error_of(const float* value, int64_t size, float scale) {
   using F = Format<BITS>;
   const float inverse = 1.0f / scale;
@@ -65,7 +65,7 @@ bool encode_as(const Weight& w, int64_t row0, int64_t row1, Dtype dtype, const v
     for (int64_t group = 0; group < w.groups; group++) {
       const int64_t size = std::min(w.group, w.K - group * w.group);
       widen(dtype, at(weight, dtype, row * w.K + group * w.group), size, value);
-      std::fill(value + size, value + padded, 0.0f);  // the padding after the last weight too, as zeros
+      std::fill(value + size, value + padded, 0.0f);  // also the padding after the last weight, as zeros
       Ints top{};
       for (int64_t k = 0; k < padded; k += kLanes) {
         const Ints magnitude = bits_of(load<Floats>(value + k)) & 0x7FFFFFFF;  // as integers, NaN and Inf are larger than every number
@@ -114,18 +114,18 @@ bool encode(const Weight& w, int64_t r0, int64_t r1, Dtype dtype, const void* fr
 
 inline int64_t padded(int64_t size) { return (size + kChunk - 1) / kChunk * kChunk; }
 
-// Whether dots() takes rows of x that centre() moved, and what undoes the other half of that.
+// Whether dots() takes rows of x that centre() scaled, and the factor that undoes the other half of that scaling.
 template <int BITS> constexpr bool kCentred = kDotUnit<BITS> != kUnit<BITS>;
 template <int BITS> constexpr float kDotFactor = kCentred<BITS> ? kDotUnit<BITS> * 0x1p-60f : kDotUnit<BITS>;
 
-// x [M, ld] is what came, and after[m] is one; or what centre() made of that, and after[m] is 2^(60 - p).
+// x [M, ld] is the original input, and after[m] is 1; or x is the result of centre(), and after[m] is 2^(60 - p).
 template <int BITS, int ROWS, int M>
 void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype dtype, void* y, int64_t N) {
-  constexpr int kChains = M == 1 ? 2 : 1;  // sums that do not wait for each other, where rows of x are too few for that
+  constexpr int kChains = M == 1 ? 2 : 1;  // independent sums, if there are too few rows of x to provide them
   constexpr int64_t kBlock = kDotChunk<BITS>;
   const int64_t ld = padded(w.K), row_bytes = w.row_bytes();
   const uint8_t* stop = end_of(w);
-  const bool alone = w.groups == 1;  // then the scale comes last: the parts of very small sums would be rounded one by one
+  const bool alone = w.groups == 1;  // then the scale is applied last; otherwise the parts of very small sums would be rounded one by one
   Floats total[ROWS][M] = {};
   for (int64_t group = 0; group < w.groups; group++) {
     const int64_t from = group * w.group, size = std::min(w.group, w.K - from);
@@ -144,7 +144,7 @@ void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype
     }
     constexpr float factor = kUnit<BITS> / kDotUnit<BITS>;
     for (; k < size; k += kChunk) {
-      float columns[M][kChunk] = {};  // what is behind the group counts as zero
+      float columns[M][kChunk] = {};  // columns after the group count as zero
       for (int m = 0; m < M; m++) std::memcpy(columns[m], x + m * ld + from + k, static_cast<size_t>(std::min<int64_t>(kChunk, size - k)) * 4);
       for (int row = 0; row < ROWS; row++) {
         uint8_t copy[32];
@@ -172,8 +172,8 @@ void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype
   }
 }
 
-// The row x[K] with its largest magnitude moved to 2^60, as it is where that is not finite, and with whole blocks of a group in dot_values()' order;
-// returns what undoes half of dots()' share of it.
+// Write the row x[K] scaled so that its largest magnitude is near 2^60 (unscaled if that is not finite), with whole blocks of a group in the order of
+// dot_values(). Returns the factor that undoes the scaling together with kDotFactor.
 template <int BITS> float centre(const Weight& w, const float* x, float* to) {
   constexpr int64_t kBlock = kDotChunk<BITS>;
   const int64_t size = w.K;
@@ -193,12 +193,12 @@ template <int BITS> float centre(const Weight& w, const float* x, float* to) {
 }
 
 template <int BITS, int M> void dots(const Weight& w, int64_t n0, int64_t n1, const float* x, const float* after, Dtype dtype, void* y, int64_t N) {
-  constexpr int kRows = M < 4 ? 4 : 2;  // whose sums fit the registers
+  constexpr int kRows = M < 4 ? 4 : 2;  // so that the sums fit in registers
   for (; n0 + kRows <= n1; n0 += kRows) dots<BITS, kRows, M>(w, n0, x, after, dtype, y, N);
   for (; n0 < n1; n0++) dots<BITS, 1, M>(w, n0, x, after, dtype, y, N);
 }
 
-// The product with M rows of x, which go over a few rows of the weight in groups that are as even as they can be.
+// The product with M rows of x, which pass over a few rows of the weight in groups that are as even as possible.
 template <int BITS> void few(const Weight& w, int64_t n0, int64_t n1, const float* x, int64_t M, Dtype dtype, void* y, int64_t N) {
   const int64_t ld = padded(w.K), groups = (M + 3) / 4, size = (M + groups - 1) / groups;
   float after[dot_rows(BITS)];
@@ -243,7 +243,7 @@ template <int M> inline void multiply(const float* x, const float* panel, int64_
     for (int i = 0; i < 2; i++) store(sums + m * kWidth + i * kLanes, sum[m][i]);
 }
 
-// The same for M rows of what pack() made of [M, whole]: those at k.
+// The same for M rows of the result of pack() for [M, whole], starting at k.
 void multiply(const float* packed, int64_t M, int64_t whole, int64_t k, const float* panel, int64_t size, int64_t ld, float* sums) {
   const int64_t block = even_block(M);
   for (int64_t m = 0; m < M; m += block) {
@@ -261,7 +261,7 @@ void multiply(const float* packed, int64_t M, int64_t whole, int64_t k, const fl
   }
 }
 
-// Columns [k, k + n), n at most 16, of kLanes rows to panel[n][kWidth].
+// Decode columns [k, k + n), n at most 16, of kLanes rows to panel[n][kWidth].
 template <int BITS> inline void decode_across(const uint8_t* const (&rows)[kLanes], const float* scale, int64_t n, float* panel) {
 #ifdef __AVX2__
   __m256i a[8], b[8];
@@ -292,7 +292,7 @@ template <int BITS> inline void decode_across(const uint8_t* const (&rows)[kLane
 #endif
 }
 
-// Columns [k0, k1) of rows [n, n + kWidth) to panel[k1 - k0][kWidth]. Rows that are not there are the last one.
+// Decode columns [k0, k1) of rows [n, n + kWidth) to panel[k1 - k0][kWidth]. Rows past the end repeat the last one.
 template <int BITS> void fill(const Weight& w, int64_t n, int64_t k0, int64_t k1, float* panel) {
   const uint8_t* stop = end_of(w);
   for (int64_t k = k0; k < k1;) {
@@ -305,7 +305,7 @@ template <int BITS> void fill(const Weight& w, int64_t n, int64_t k0, int64_t k1
         first[i] = codes_at<BITS>(w, row, group, k);
         scale[i] = w.scale[row * w.groups + group] * kUnit<BITS>;
       }
-      const bool near_end = (w.rows - n - kWidth) * w.row_bytes() < kRead<BITS>;  // behind the panel: where a copy may be needed
+      const bool near_end = (w.rows - n - kWidth) * w.row_bytes() < kRead<BITS>;  // bytes after the panel: near the end a copy may be needed
       for (int64_t from = k; from < end; from += kChunk) {
         const uint8_t* rows[kLanes];
         uint8_t copies[kLanes][32];
@@ -321,7 +321,7 @@ template <int BITS> void fill(const Weight& w, int64_t n, int64_t k0, int64_t k1
   }
 }
 
-// sums[M][kWidth] to y[m, n], n within `width`.
+// Write sums[M][kWidth] to y[m, n], n within `width`.
 inline void finish(const float* sums, int64_t M, int64_t width, Dtype dtype, void* y, int64_t N) {
   for (int64_t m = 0; m < M; m++) narrow(dtype, sums + m * kWidth, width, at(y, dtype, m * N));
 }
@@ -351,7 +351,7 @@ void linear(const Weight& w, int64_t n0, int64_t n1, const float* packed, int64_
   product<12>(w, n0, n1, packed, M, dtype, y, N);
 }
 
-// Rows that are decoded for gradients lie along a panel's columns already: so many at a time, and more room, which spreads them over the cache.
+// For gradients, decoded rows already lie along a panel's columns. This many are decoded at a time, padded so that they are spread over the cache.
 constexpr int64_t kAcross = 64, kAcrossLd = kAcross + kWidth;
 
 template <int BITS> void gradient_of(const Weight& w, int64_t k0, int64_t k1, const float* packed, int64_t M, Dtype dtype, void* y) {

@@ -1,5 +1,5 @@
-// Small vectors, which g++ and clang turn into what the processor has, and what the portable kernels do with them: dtypes and decoding. Compiled with
-// AVX2, FMA and F16C (intrinsics where compilers do not find the instruction), and with what every processor of the architecture has.
+// Small vectors, which g++ and clang compile to the processor's instructions, and operations of the portable kernels on them: dtypes and decoding. Compiled
+// once for AVX2, FMA and F16C (with intrinsics where compilers do not find the instruction), and once for every processor of the architecture.
 #pragma once
 
 #include "kernels.h"
@@ -50,11 +50,11 @@ inline float sum_of(Floats value) {
 
 // ---- Dtypes ------------------------------------------------------------------------------------------------------------------------------------
 
-// Magnitudes (as bits) to a narrower format, to nearest even; what is too large becomes `top`.
+// Round magnitudes (as bits) to a narrower format, to nearest even; larger ones become `top`.
 template <int MANTISSA, int BIAS> inline Ints rounded(Ints magnitude, int32_t top) {
   constexpr int shift = 23 - MANTISSA;
   const Ints normal = ((magnitude + ((magnitude >> shift) & 1) + ((1 << (shift - 1)) - 1)) >> shift) - ((127 - BIAS) << MANTISSA);
-  // Adding a constant whose last mantissa bit is worth one subnormal step leaves the rounded number of steps in the low bits of the sum.
+  // Adding a constant whose last mantissa bit is one subnormal step leaves the rounded number of steps in the low bits of the sum.
   const Ints offset = all((127 + 23 + 1 - BIAS - MANTISSA) << 23);
   const Ints steps = bits_of(floats_of(magnitude) + floats_of(offset)) - offset;
   const Ints code = choose(magnitude < ((127 + 1 - BIAS) << 23), steps, normal);
@@ -105,7 +105,7 @@ template <Dtype D> inline void store_as(void* to, Floats value) {
 
 template <Dtype D> constexpr int64_t kSize = size_of(D);
 
-// n numbers from one dtype to another.
+// Convert n numbers from one dtype to another.
 template <Dtype FROM, Dtype TO> void convert(const void* from, int64_t n, void* to) {
   const auto* in = static_cast<const char*>(from);
   auto* out = static_cast<char*>(to);
@@ -136,17 +136,17 @@ inline char* at(void* p, Dtype dtype, int64_t i) { return static_cast<char*>(p) 
 
 #ifdef __AVX2__
 
-// Values come divided by a power of two: moved into the places of a float16, whose bias is larger, which widens them, subnormals included.
+// Values are divided by a power of two: the bits of a code move to their positions in a float16, whose bias is larger. This also widens subnormals correctly.
 template <int BITS> constexpr float kUnit = BITS == 16 ? 1 : BITS == 6 ? 0x1p12f : 0x1p8f;
 
-// The 16 codes at p as float16 bits, those of 16 bits as they are.
+// The 16 codes at p as float16 bits; 16-bit codes are unchanged.
 template <int BITS> inline __m256i halves(const uint8_t* p) {
   if constexpr (BITS == 16) {
     return load<__m256i>(p);
   } else if constexpr (BITS == 8) {
     const __m256i codes = _mm256_cvtepi8_epi16(load<__m128i>(p));
     return _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(static_cast<short>(0xBFFF)));
-  } else if constexpr (BITS == 6) {  // each code to the top of 16 bits, by a product, then down to its place with its sign
+  } else if constexpr (BITS == 6) {  // a product moves each code to the top of 16 bits, then it is shifted into place with its sign
     const __m256i bytes = _mm256_broadcastsi128_si256(load<__m128i>(p));
     const __m256i pairs = _mm256_shuffle_epi8(bytes, _mm256_setr_epi8(0, 1, 0, 1, 1, 2, 2, 3, 3, 4, 3, 4, 4, 5, 5, 6,  //
                                                                       6, 7, 6, 7, 7, 8, 8, 9, 9, 10, 9, 10, 10, 11, 11, 12));
@@ -161,7 +161,7 @@ template <int BITS> inline __m256i halves(const uint8_t* p) {
   }
 }
 
-// Eight of what halves() gives.
+// Widen eight of the results of halves().
 template <int BITS> inline Floats widened(__m128i half) {
   if constexpr (BITS == 16) return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
   else return _mm256_cvtph_ps(half);
@@ -172,9 +172,9 @@ template <int BITS> inline Chunk values(const uint8_t* p) {
   return {widened<BITS>(_mm256_castsi256_si128(half)), widened<BITS>(_mm256_extracti128_si256(half, 1))};
 }
 
-// What dots() multiplies, divided by kDotUnit. The codes of 8 bits, moved into the places of a bfloat16, are the values / 2^120, which takes less than
-// half of the instructions of converting from float16. (Subnormal codes are subnormal numbers then, and zeros to a thread that asked its processor for
-// that.) A block of kDotChunk values comes in another order, that of strided().
+// The values that dots() multiplies, divided by kDotUnit. 8-bit codes, moved to their positions in a bfloat16, are the values / 2^120, which takes less than
+// half of the instructions of converting from float16. (Subnormal codes are then subnormal numbers, and zeros in a thread that set its processor to flush
+// them.) A block of kDotChunk values is in a different order, which centre() gives to x as well.
 template <int BITS> constexpr float kDotUnit = BITS == 8 ? 0x1p120f : kUnit<BITS>;
 template <int BITS> constexpr int kDotChunk = BITS == 8 ? 4 * kLanes : kChunk;
 
@@ -227,12 +227,12 @@ template <int BITS> inline Chunk dot_values(const uint8_t* p) { return values<BI
 
 #endif
 
-// values() reads so many bytes.
+// The number of bytes that values() reads.
 template <int BITS> constexpr int64_t kRead = kChunk * BITS / 8 + (BITS % 8 == 0 ? 0 : 4);
 
 inline const uint8_t* end_of(const Weight& w) { return w.codes + w.rows * w.row_bytes(); }
 
-// What values() may read instead of p: p, or a copy where the codes end.
+// A pointer that values() can safely read from in place of p: p, or a copy near the end of the codes.
 template <int BITS> inline const uint8_t* readable(const uint8_t* p, const uint8_t* end, uint8_t (&copy)[32]) {
   if (end - p >= kRead<BITS>) return p;
   std::memset(copy, 0, sizeof copy);
