@@ -1,4 +1,4 @@
-"""The Hugging Face host: loading, training and saving with a stack. Importing this package loads no torch and no
+"""The Hugging Face host: loading, training and saving with a stack. Importing this package loads neither torch nor
 transformers.
 """
 
