@@ -172,7 +172,11 @@ KEY = "model.layers.0.mlp.up_proj.weight"
         ({"drop": [f"{KEY}_scale"]}, CheckpointError, f"{KEY}_scale is missing"),
         ({"drop": [KEY]}, CheckpointError, f"{KEY} is missing"),
         ({"drop": [KEY, f"{KEY}_scale"]}, CheckpointError, f"{KEY} is missing"),
-        ({"drop": ["model.norm.weight"]}, CheckpointError, "lacks 1 weights of its model, model.norm.weight"),
+        (
+            {"drop": ["model.norm.weight"]},
+            CheckpointError,
+            "lacks 1 weights of its model, for example model.norm.weight",
+        ),
         (
             {"change": {KEY: lambda t: t[:-1].clone()}},
             CheckpointError,
