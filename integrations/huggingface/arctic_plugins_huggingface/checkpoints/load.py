@@ -38,7 +38,7 @@ def load_checkpoint(
     model, tokenizer = load_model(adapter_base(adapter, base), recorded.plus(stack or Stack()))
     from arctic_plugins_huggingface.adapters.lora import load_adapter
 
-    adapted = cast("PreTrainedModel", load_adapter(model, adapter).eval())  # a PeftModel forwards to it
+    adapted = cast("PreTrainedModel", load_adapter(model, adapter).eval())  # a PeftModel forwards to one
     return adapted, own_tokenizer(adapter) or tokenizer
 
 

@@ -253,7 +253,7 @@ def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     raise CheckpointError(
         f"'{repository}' is neither a local directory nor in the Hub's cache, and {trouble}",
         expected="a checkpoint directory or a Hub id",
-        fix="correct the path, or download it first when online: hf download " + repository,
+        fix="correct the path, or go online and download it first: hf download " + repository,
     )
 
 

@@ -21,7 +21,7 @@ __all__ = ["staged", "writing"]
 def check_new(directory: str | Path) -> None:
     """Raise :class:`~arctic_plugins.errors.ConfigError` unless ``directory`` is absent or empty.
 
-    No file of the user is overwritten.
+    This keeps the user's files from being overwritten.
     """
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):

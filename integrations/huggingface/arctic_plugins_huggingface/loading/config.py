@@ -108,7 +108,7 @@ def _own_code(checkpoint: str | Path, error: BaseException) -> None:
     if "trust_remote_code" in str(error):
         raise CheckpointError(
             f"{checkpoint} contains its own code, which is not executed",
-            expected="a model that transformers or a plugin knows",
+            expected="a model that transformers or a plugin supports",
             fix="read the code and, if you trust it, set load: {trust_remote_code: true} in the recipe",
         ) from error
 
