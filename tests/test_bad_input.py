@@ -130,7 +130,7 @@ CASES = {
     "no such directory": (
         None,
         ("generate", "./nowhere", "hi"),
-        "./nowhere does not exist; expected a checkpoint directory or a hub id",
+        "./nowhere does not exist; expected a checkpoint directory or a Hub id",
     ),
     "a file": (None, ("generate", "data.jsonl", "hi"), "data.jsonl is a file; expected a checkpoint directory"),
     "an empty directory": (
@@ -176,7 +176,7 @@ CASES = {
     "an index that names an absent shard": (
         lambda here: (here / SHARD).unlink(),
         ("generate", "sharded", "hi"),
-        "index names model-00002-of-00004",
+        "index of sharded lists model-00002-of-00004",
     ),
     "a truncated shard": (
         lambda here: truncate(here / SHARD, 50_000),
@@ -212,10 +212,14 @@ CASES = {
     "config.json without model_type": (
         config(model_type=None),
         ENCODED,
-        "has model_type None; expected a model's name",
+        "has model_type None; expected a type of model",
     ),
-    "unknown model_type": (config(model_type="lama"), ENCODED, "config.json cannot be read as a model"),
-    "a bad value in config.json": (config(hidden_size="wide"), ENCODED, "config.json cannot be read as a model"),
+    "unknown model_type": (config(model_type="lama"), ENCODED, "config.json cannot be read as the config"),
+    "a bad value in config.json": (
+        config(hidden_size="wide"),
+        ENCODED,
+        "config.json cannot be read as the config",
+    ),
     "sizes that do not fit": (config(num_attention_heads=3, head_dim=None), ENCODED, "config.json|shape"),
     "another model's config.json": (config(vocab_size=300), ENCODED, "has shape|cannot be loaded"),
     "more layers than weights": (config(num_hidden_layers=3), ENCODED, r"is missing|lacks"),
@@ -304,13 +308,13 @@ CASES = {
     "an adapter whose base is gone": (
         lambda here: (here / "plain").rename(here / "moved"),
         ("merge", "adapter", "out"),
-        "no directory 'plain'",
+        "'plain' is neither a local directory nor in the Hub's cache",
     ),
     "what is no adapter": (None, ("merge", "plain", "out"), "has no adapter_config.json; expected a LoRA adapter"),
     "what is encoded already": (
         None,
         ("quantize", "encoded", "out"),
-        "encoded is encoded already; expected a plain checkpoint",
+        "encoded is already encoded; expected a plain checkpoint",
     ),
     "an output that exists": (None, ("quantize", "plain", "encoded"), "encoded exists and is not empty"),
     "plugins that encode nothing": (None, ("quantize", "plain", "out", "--plugins", "lora"), "encodes nothing"),
@@ -476,7 +480,7 @@ def test_a_hub_id_offline_is_told_at_once(offline, tmp_path, arguments):
     done = offline.arctic(*arguments, cwd=tmp_path)
     last = done.stderr.splitlines()[-1]
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
-    assert f"there is no directory '{arguments[1]}' here" in last
+    assert f"'{arguments[1]}' is neither a local directory nor in the Hub's cache" in last
     assert "http://127.0.0.1:9 cannot be reached" in last
 
 

@@ -178,9 +178,9 @@ def test_deepspeedfp_there_and_back(tmp_path, bits):
 
 
 def test_what_cannot_be_converted_is_told(encoded, tiny_checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match="does not say how it is quantized"):
+    with pytest.raises(CheckpointError, match="does not specify how it is quantized"):
         convert_checkpoint(tiny_checkpoint, tmp_path / "out", "deepspeedfp")
-    with pytest.raises(CheckpointError, match="is encoded by this project already"):
+    with pytest.raises(CheckpointError, match="is already encoded by this project"):
         convert_checkpoint(encoded, tmp_path / "out", "deepspeedfp")
     with pytest.raises(PluginNotFoundError, match="no installed plugin converts from 'deepspeed'"):
         convert_checkpoint(encoded, tmp_path / "out", "deepspeed")

@@ -163,7 +163,7 @@ def test_the_ordinary_trainer_pushes_its_adapter(hub, run, tiny_checkpoint):
 def test_what_the_hub_does_not_have_is_one_line(hub, run, tiny_checkpoint, tmp_path):
     hub.put("someone/base", tiny_checkpoint)
     for arguments, message in (
-        (("generate", "someone/absent", "hi"), "someone/absent is no directory here and cannot be had from the hub"),
+        (("generate", "someone/absent", "hi"), "someone/absent is neither a local directory nor available on the Hub"),
         (("merge", "someone/base", "out"), "someone/base has no adapter_config.json"),
     ):
         done = run(*arguments)

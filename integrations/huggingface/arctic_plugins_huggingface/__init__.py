@@ -1,5 +1,6 @@
-"""The Hugging Face host: loading, training and saving with a stack. Importing this package loads no torch and no
-transformers.
+"""The Hugging Face host: loading, training and saving with a stack.
+
+Importing this package loads neither torch nor transformers.
 """
 
 from __future__ import annotations

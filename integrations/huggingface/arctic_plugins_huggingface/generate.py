@@ -14,18 +14,16 @@ __all__ = ["Messages", "answer", "chat", "chat_prompt"]
 
 Messages = list[dict[str, str]]
 GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
-"""Whatever the checkpoint's ``generation_config.json`` says: a thousand beams take the memory of a thousand answers."""
+"""Overrides the checkpoint's ``generation_config.json``: a thousand beams take the memory of a thousand answers."""
 
 
 def chat(question: str, system: str | None = None) -> Messages:
-    """What the model is asked: a system message, if any, and the user's."""
+    """Return the messages for the model: a system message, if any, and the user's question."""
     return [*([{"role": "system", "content": system}] if system else []), {"role": "user", "content": question}]
 
 
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str, system: str | None = None) -> str:
-    """``question`` as the chat template writes it for the model to answer; the text itself when there is no
-    template.
-    """
+    """Return ``question`` formatted by the chat template for the model to answer; unchanged if there is no template."""
     if tokenizer.chat_template is None:
         return question
     return str(tokenizer.apply_chat_template(chat(question, system), tokenize=False, add_generation_prompt=True))
@@ -42,8 +40,10 @@ def answer(
     system: str | None = None,
     **kwargs: Any,
 ) -> Iterator[str]:
-    """Answer ``questions``, behind the ``system`` message if any, ``batch_size`` at a time; greedily, unless
-    ``kwargs``, those of ``generate``, say otherwise."""
+    """Yield the answers to ``questions``, each preceded by the ``system`` message if any, ``batch_size`` at a time.
+
+    Generation is greedy unless ``kwargs``, the arguments of ``generate``, specify otherwise.
+    """
     training, side = model.training, tokenizer.padding_side
     model.eval()
     tokenizer.padding_side = "left"
@@ -57,7 +57,7 @@ def answer(
                 add_special_tokens=tokenizer.chat_template is None,
             ).to(model.device)
             options = {**GREEDY, "max_new_tokens": max_new_tokens, **kwargs}
-            generate = cast("GenerationMixin", model).generate  # type: ignore[misc]  # its annotated `self` is no model
+            generate = cast("GenerationMixin", model).generate  # type: ignore[misc]  # its annotated `self` is not a model
             tokens = cast("torch.Tensor", generate(**batch, **options))
             yield from tokenizer.batch_decode(tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     finally:

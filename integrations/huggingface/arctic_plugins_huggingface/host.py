@@ -1,4 +1,7 @@
-"""transformers, described for the core. Importing this loads neither torch nor transformers. Read in 5.19.0."""
+"""Description of transformers for the core. Importing this module loads neither torch nor transformers.
+
+Read in transformers 5.19.0.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,10 @@ HOST = Host(
     integration="arctic-plugins-huggingface",
     register="arctic_plugins_huggingface:register",
     recorded=("arctic-plugins-huggingface", "torch", "transformers", "peft"),
-    # What is trained here is served there, where nothing can be changed any more: the table of arctic-plugins-vllm,
-    # which need not be installed.
+    # Models trained here are served by vLLM, where nothing can be changed any more. The table is that of
+    # arctic-plugins-vllm, which need not be installed.
     fused_siblings={"vLLM": (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))},
-    # Weights are read from another file, a pickle as well; and vLLM, where it is served, serves another model.
+    # With the first key, weights are read from another file, even a pickle; with the second, vLLM serves another model.
     refused_keys=frozenset({"transformers_weights", "speculators_config"}),
     hub_code_keys=frozenset(
         {

@@ -172,7 +172,11 @@ KEY = "model.layers.0.mlp.up_proj.weight"
         ({"drop": [f"{KEY}_scale"]}, CheckpointError, f"{KEY}_scale is missing"),
         ({"drop": [KEY]}, CheckpointError, f"{KEY} is missing"),
         ({"drop": [KEY, f"{KEY}_scale"]}, CheckpointError, f"{KEY} is missing"),
-        ({"drop": ["model.norm.weight"]}, CheckpointError, "lacks 1 weights of its model, model.norm.weight"),
+        (
+            {"drop": ["model.norm.weight"]},
+            CheckpointError,
+            "lacks 1 weights of its model, for example model.norm.weight",
+        ),
         (
             {"change": {KEY: lambda t: t[:-1].clone()}},
             CheckpointError,
@@ -206,7 +210,7 @@ def test_without_registration_transformers_refuses_the_checkpoint(encoded):
 
 
 def test_what_is_known_to_fail_fails_before_weights_are_read(encoded, tiny_checkpoint, tmp_path):
-    with pytest.raises(ClaimError, match="the checkpoint has FP8Codec.*but the stack wants FP8Codec"):
+    with pytest.raises(ClaimError, match="the checkpoint has FP8Codec.*but the stack requires FP8Codec"):
         load_model(encoded, GROUPED)
     with pytest.raises(CheckpointError, match="nowhere does not exist; expected a checkpoint directory"):
         load_model(tmp_path / "nowhere")
@@ -326,7 +330,7 @@ def test_a_pickled_checkpoint_is_not_read(tiny_checkpoint, tmp_path):
     torch.save(load_file(tiny_checkpoint / "model.safetensors"), tmp_path / "pickled" / "pytorch_model.bin")
     with pytest.raises(
         CheckpointError,
-        match="has no model.safetensors; expected weights in safetensors; convert pytorch_model.bin, a pickle",
+        match="has no model.safetensors; expected weights in safetensors; convert pytorch_model.bin; pickles are",
     ):
         load_model(tmp_path / "pickled")
 

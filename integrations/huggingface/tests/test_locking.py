@@ -17,7 +17,7 @@ def test_a_second_run_learns_whose_directory_it_is(tmp_path):
         with (
             pytest.raises(
                 ConfigError,
-                match=rf"out, ünïcode is in use by process {os.getpid()} on .*, since .*; wait until it ends",
+                match=rf"out, ünïcode is in use by process {os.getpid()} on .*, since .*; wait until that run ends",
             ),
             in_use_by_us(output),
         ):

@@ -264,7 +264,7 @@ def test_what_cannot_be_encoded_on_the_fly_is_told(base, tmp_path):
     plain, fp8 = tiny_llama(tmp_path / "plain"), Stack.from_dict({"fp8": {}})
     encoded = make(tmp_path / "encoded", ENCODED)
     save_file({}, encoded / "model.safetensors")
-    with pytest.raises(ConfigError, match="is quantized already"):
+    with pytest.raises(ConfigError, match="is already quantized"):
         server_options(str(encoded), plugins=fp8)
     with pytest.raises(ConfigError, match="the plugins change nothing"):
         server_options(str(plain), plugins=Stack.from_dict({"lora": {}}))

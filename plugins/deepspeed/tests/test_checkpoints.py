@@ -172,5 +172,5 @@ def test_a_diverged_update_and_an_existing_directory(make_run, tmp_path):
     content = torch.load(path, weights_only=True)
     content["module"]["model.layers.0.mlp.up_proj.lora_weight_2.weight"][0, 0] = float("nan")
     torch.save(content, path)
-    with pytest.raises(CodecError, match=r"model\.layers\.0\.mlp\.up_proj: the merged weight has NaN or Inf"):
+    with pytest.raises(CodecError, match=r"model\.layers\.0\.mlp\.up_proj: the merged weight contains NaN or Inf"):
         convert_deepspeed(run, tmp_path / "out")

@@ -420,5 +420,5 @@ def test_options_that_do_not_go_together(mixtral, tiny_checkpoint, tmp_path):
         with pytest.raises(ConfigError, match=message):
             load_adapter(copy.deepcopy(base), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))
-    with pytest.raises(CheckpointError, match="cannot be put on its base model"):
+    with pytest.raises(CheckpointError, match="cannot be loaded onto its base model"):
         load_adapter(base, tmp_path)

@@ -255,8 +255,8 @@ def test_a_tuner_that_needs_the_weights_is_refused_when_it_is_added(frozen, tune
     name, options = REFUSED[tuner]
     kind = tuner if "bat" in tuner else tuner.upper()
     message = (
-        rf"'default' is {kind} over encoded weights \(model.layers.0.*\.weight\), "
-        r"whose values it needs; expected one of .*LORA"
+        rf"'default' is {kind}, which needs the values of encoded weights \(model.layers.0.*\.weight\); "
+        r"expected one of .*LORA"
     )
     with pytest.raises(ConfigError, match=message):
         adapt(frozen, config_of(name, options))
@@ -409,7 +409,7 @@ def test_copies_of_encoded_modules_are_refused(frozen):
 
 def test_parameters_of_linear_modules_are_refused(frozen):
     with pytest.raises(
-        ConfigError, match=r"targets weight of encoded weights \(model\.layers\.0\.self_attn\.q_proj\.weight\)"
+        ConfigError, match=r"targets weight in encoded weights \(model\.layers\.0\.self_attn\.q_proj\.weight\)"
     ):
         get_peft_model(frozen, LoraConfig(target_modules=[], target_parameters=["q_proj.weight"]))
 
@@ -417,7 +417,7 @@ def test_parameters_of_linear_modules_are_refused(frozen):
 def test_experts_are_adapted_by_lora_alone(tmp_path):
     model_type, options = MIXTURES["qwen3_moe"]
     base, _ = load_model(tiny_model(tmp_path, model_type, **options, num_hidden_layers=1), Stack.from_dict({"fp8": {}}))
-    with pytest.raises(ConfigError, match="targets a whole module of encoded weights"):
+    with pytest.raises(ConfigError, match="targets a whole module in encoded weights"):
         get_peft_model(copy.deepcopy(base), peft.IA3Config(target_modules=["experts"], feedforward_modules=[]))
     parameters = ["experts.gate_up_proj", "experts.down_proj"]
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters))

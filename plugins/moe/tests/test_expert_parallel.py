@@ -278,7 +278,7 @@ def test_tokens_are_dropped_beyond_the_capacity(checkpoints, tmp_path):
 
 def test_what_cannot_be_divided_is_said_before_weights_are_read(checkpoints, tiny_checkpoint, monkeypatch):
     with pytest.raises(
-        ConfigError, match="experts_implementation is 'eager', and a plugin dispatches experts; expected 'arctic'"
+        ConfigError, match="experts_implementation is 'eager', but a plugin dispatches the experts; expected 'arctic'"
     ):
         load_model(
             checkpoints["arctic"], Stack.from_dict({"moe": {"capacity_factor": 1.0}}), experts_implementation="eager"

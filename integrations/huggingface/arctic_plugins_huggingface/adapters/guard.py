@@ -1,5 +1,6 @@
-"""The one change to PEFT: adapters over frozen modules are made as :mod:`arctic_plugins_huggingface.adapters.tuners`
-says. Read in peft 0.21.2.
+"""The only patch of PEFT: :mod:`arctic_plugins_huggingface.adapters.tuners` creates adapters over frozen modules.
+
+Read in peft 0.21.2.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ _MODULE = "peft.tuners.tuners_utils"
 
 
 def guard_tuners() -> None:
-    """Have every adapter that PEFT puts on a model pass through
-    :func:`arctic_plugins_huggingface.adapters.tuners.over_frozen`, now or when PEFT is imported.
+    """Make PEFT create all adapters within :func:`arctic_plugins_huggingface.adapters.tuners.over_frozen`.
 
-    All tuners that put layers in a model do it in ``BaseTuner.inject_adapter``. Models without frozen modules are left
-    to PEFT alone.
+    PEFT is patched now, or when it is imported. All tuners that put layers into a model do so in
+    ``BaseTuner.inject_adapter``. Models without frozen modules are left to PEFT alone.
     """
     if _MODULE in sys.modules:
         _guard(sys.modules[_MODULE])
@@ -38,7 +38,7 @@ def _guard(tuners_utils: ModuleType) -> None:
         patch(
             tuner,
             "inject_adapter",
-            why="adapters over frozen modules need layers that know encoded bytes; PEFT registers such for LoRA only",
+            why="PEFT's layers cannot handle the bytes of frozen modules, and it accepts other layers only for LoRA",
             read_in="peft 0.21.2",
         )(_inject_adapter)
 
@@ -51,8 +51,9 @@ def _inject_adapter(stock: Any, self: Any, model: Any, adapter_name: str, *args:
 
 
 class _WhenImported(MetaPathFinder):
-    """Finds nothing of its own; guards PEFT once it has been executed, since importing it takes seconds that most do
-    not need.
+    """Import hook that patches PEFT once it has been executed. It finds no modules itself.
+
+    Importing PEFT takes seconds, and most programs do not need it.
     """
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:

@@ -1,4 +1,4 @@
-"""LoRA over frozen weights: the one PEFT layer that merges into the bytes of any codec. Read in peft 0.21.2."""
+"""LoRA over frozen weights: PEFT layers that merge into the bytes of any codec. Read in peft 0.21.2."""
 
 from __future__ import annotations
 
@@ -54,34 +54,37 @@ class BeforeMerge:
     buffers: dict[str, Tensor]
     version: int
     bias: Tensor | None = None
-    """That beside it, where the adapter changes it."""
+    """The bias of the same layer, if the adapter changes it."""
     merged_version: int = 0
-    """That of the weight once the adapter was merged: nothing is given back over what another has merged since."""
+    """Version of the weight right after the merge, to detect whether another adapter has been merged since."""
 
     @classmethod
     def of(cls, frozen: FrozenModule, leaf: str = "weight", kept: BeforeMerge | None = None) -> BeforeMerge:
-        """To be called before a merge, and :meth:`merged` after it; ``kept`` from the merge before it is given back."""
+        """Record a weight before a merge, or return ``kept``, the record of an earlier one.
+
+        Call :meth:`merged` after the merge.
+        """
         if kept is not None:
             kept.check(frozen, leaf)
             return kept
         return cls(frozen.export(leaf), frozen.frozen[leaf].version)
 
     def merged(self, frozen: FrozenModule, leaf: str = "weight") -> BeforeMerge:
-        """The same, of a ``frozen`` weight that is merged now."""
+        """Record the version of the merged ``frozen`` weight, and return this object."""
         self.merged_version = frozen.frozen[leaf].version
         return self
 
     def check(self, frozen: FrozenModule, leaf: str = "weight") -> None:
-        """Raise ArcticError if someone else has changed the weight."""
+        """Raise ArcticError if something else has changed the weight since the merge."""
         if frozen.frozen[leaf].version != self.merged_version:
             raise ArcticError(
                 f"{frozen.frozen[leaf].name} was changed after an adapter had been merged into it",
-                expected="adapters of several layers on one module to be unmerged last first",
-                fix="unmerge the other one, or load the model again",
+                expected="adapters of several layers on one module to be unmerged in reverse order",
+                fix="unmerge the other adapter first, or load the model again",
             )
 
     def give_back(self, frozen: FrozenModule, leaf: str = "weight") -> None:
-        """Undo what was merged."""
+        """Restore the weight, and the bias if it was changed."""
         self.check(frozen, leaf)
         device = frozen.weight_device
         frozen.hold({suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}, leaf)
@@ -91,10 +94,10 @@ class BeforeMerge:
 
 
 class FrozenLoraLinear(LoraLinear):
-    """A LoRA layer over a :class:`FrozenLinear`. PEFT's own would add floats to bytes when it merges.
+    """A LoRA layer over a :class:`FrozenLinear`. PEFT's own layer would add floats to bytes when it merges.
 
-    Merging decodes, adds the update in float32 and encodes again with the same codec. The bytes from before are kept
-    until the layer is unloaded, so that unmerging gives them back exactly.
+    Merging decodes the weight, adds the update in float32 and encodes the sum with the same codec. The original bytes
+    are kept until the layer is unloaded, so that unmerging restores them exactly.
     """
 
     _before_merge: BeforeMerge | None = None
@@ -107,7 +110,7 @@ class FrozenLoraLinear(LoraLinear):
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As in PEFT; NaN and Inf are refused by the codec, whatever ``safe_merge`` says."""
+        """Merge as PEFT does; the codec refuses NaN and Inf whatever the value of ``safe_merge``."""
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not adapters:
             return
@@ -121,7 +124,7 @@ class FrozenLoraLinear(LoraLinear):
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
-        """Give back the bytes from before the first merge; undoes all merged adapters at once."""
+        """Restore the bytes from before the first merge, which undoes all merged adapters at once."""
         if self._before_merge is not None:
             self._before_merge.give_back(self.get_base_layer())
             self._before_merge = None
@@ -129,11 +132,11 @@ class FrozenLoraLinear(LoraLinear):
 
 
 class FrozenLoraExperts(ParamWrapper):
-    """A LoRA layer over one weight of :class:`FrozenExperts`: a pair of matrices per expert, with the names and shapes
-    of PEFT's ``ParamWrapper``.
+    """A LoRA layer over one weight of :class:`FrozenExperts`, with a pair of matrices per expert.
 
-    PEFT's own would add the update to the whole weight in every forward. This one is called by the experts with the
-    rows of each, and touches only experts with rows. Merging goes expert by expert; see :class:`FrozenLoraLinear`.
+    Names and shapes are those of PEFT's ``ParamWrapper``, which would add the update to the whole weight in every
+    forward pass. The experts call this layer with the rows of each expert, and it computes only experts with rows.
+    Merging proceeds expert by expert; see :class:`FrozenLoraLinear`.
     """
 
     _before_merge: BeforeMerge | None = None
@@ -166,7 +169,7 @@ class FrozenLoraExperts(ParamWrapper):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def start(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Mixture:
-        """As :meth:`FrozenExperts.start`."""
+        """Start a mixture; see :meth:`FrozenExperts.start`."""
         self._prepare(hidden_states)
         mixture: Mixture = self.base_layer.start(hidden_states, top_k_index, top_k_weights)
         return mixture
@@ -177,7 +180,7 @@ class FrozenLoraExperts(ParamWrapper):
             self.unmerge()
 
     def update(self, product_RN: Tensor, rows_RK: Tensor, counts: Sequence[int]) -> Tensor:
-        """``product + scaling * rows @ A[e].T @ B[e].T`` of active adapters, each row with its expert's pair."""
+        """Return ``product + scaling * rows @ A[e].T @ B[e].T`` for active adapters, where ``e`` is a row's expert."""
         if self.disable_adapters or self.merged or not len(rows_RK):
             return product_RN
         for adapter in self.active_adapters:
@@ -194,14 +197,14 @@ class FrozenLoraExperts(ParamWrapper):
         return product_RN
 
     def _pairs(self, adapter: str) -> tuple[Tensor, Tensor]:
-        """``A [E, r, K]`` and ``B [E, N, r]``."""
+        """Return ``A [E, r, K]`` and ``B [E, N, r]``."""
         a, b = (ExpertPairs(self.r[adapter], last) for last in (False, True))
         halves = cast("nn.Linear", self.lora_A[adapter]), cast("nn.Linear", self.lora_B[adapter])
         return a.split(halves[0].weight), b.split(halves[1].weight)
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As in PEFT, in the memory of one decoded expert."""
+        """Merge as PEFT does, with the memory of one decoded expert."""
         adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not adapters:
             return
@@ -224,7 +227,7 @@ class FrozenLoraExperts(ParamWrapper):
         self.merged_adapters.extend(adapters)
 
     def unmerge(self) -> None:
-        """Give back the bytes from before the first merge; undoes all merged adapters at once."""
+        """Restore the bytes from before the first merge, which undoes all merged adapters at once."""
         if self._before_merge is not None:
             self._before_merge.give_back(self.get_base_layer(), self.parameter_name)
             self._before_merge = None
@@ -238,31 +241,27 @@ class FrozenLoraExperts(ParamWrapper):
         return frozen
 
 
-# PEFT 0.21.2 knows wrappers that may be nested, and reused for another adapter, by the name of their class
+# PEFT 0.21.2 recognizes wrappers that can be nested, and reused for another adapter, by the name of their class
 # (tuners/tuners_utils.py).
 FrozenLoraExperts.__name__ = ParamWrapper.__name__
 
 
 @dataclass(frozen=True)
 class ExpertPairs:
-    """How an adapter's parameter holds a matrix per expert, in memory and on disk: PEFT's layout of
-    ``ParamWrapper``.
-    """
+    """PEFT's layout, in ``ParamWrapper``, of an adapter parameter with a matrix per expert, in memory and on disk."""
 
     rank: int
     last: bool
-    """True of ``lora_B [N, r * E]``, where the expert's number runs fastest; False of ``lora_A [E * r, K]``, where it
-    runs slowest.
-    """
+    """Whether the expert's number varies fastest: True for ``lora_B [N, r * E]``, False for ``lora_A [E * r, K]``."""
 
     def split(self, tensor: Tensor) -> Tensor:
-        """A view with one matrix per expert: ``[E, N, r]`` or ``[E, r, K]``."""
+        """Return a view with one matrix per expert: ``[E, N, r]`` or ``[E, r, K]``."""
         return (
             tensor.unflatten(1, (self.rank, -1)).permute(2, 0, 1) if self.last else tensor.unflatten(0, (-1, self.rank))
         )
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The parameter of all experts, from those that processes have of their own."""
+        """Return the parameter of all experts, given the parts that the processes hold."""
         return (
             torch.cat([part.unflatten(1, (self.rank, -1)) for part in parts], 2).flatten(1)
             if self.last
@@ -270,15 +269,17 @@ class ExpertPairs:
         )
 
     def part(self, whole: Tensor, experts: slice) -> Tensor:
-        """The parameter of these ``experts``, from that of all."""
+        """Return the parameter of these ``experts``, given that of all experts."""
         if self.last:
             return whole.unflatten(1, (self.rank, -1))[:, :, experts].flatten(1)
         return whole.unflatten(0, (-1, self.rank))[experts].flatten(0, 1)
 
 
 def expert_pairs(model: nn.Module) -> dict[str, ExpertPairs]:
-    """Name of every parameter that adapters add beside experts, in a model that has them -> its layout. All other
-    parameters that have something for each expert have the expert's number as their first dimension."""
+    """Map the name of every parameter that adapters add to the experts of a model to its layout.
+
+    In all other parameters with an entry per expert, the first dimension is the expert's number.
+    """
     return {
         f"{name}.{half}.{adapter}.weight": ExpertPairs(rank, half == "lora_B")
         for name, module in model.named_modules()
@@ -293,8 +294,9 @@ _EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def expert_parameters(model: nn.Module) -> list[str]:
-    """The weights of experts as PEFT's ``target_parameters``: names within a layer, such as
-    ``mlp.experts.down_proj``.
+    """Return the weights of experts for PEFT's ``target_parameters``, by their names in a layer.
+
+    For example ``mlp.experts.down_proj``.
     """
     found = set[str]()
     for name, module in model.named_modules():
@@ -327,11 +329,11 @@ VARIANTS = (
 )
 """Fields of a ``LoraConfig`` that make it more than one product per module, or share a weight between modules."""
 _PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
-"""Values of ``init_lora_weights`` that leave the base weight alone."""
+"""Values of ``init_lora_weights`` that leave the base weight unchanged."""
 
 
 def check_plain(adapter_name: str, config: LoraConfig) -> None:
-    """Raise ConfigError unless the adapter is one that is merged into encoded weights as it is computed over them."""
+    """Raise ConfigError unless the adapter computes the same over encoded weights as when it is merged into them."""
     found = next((name for name in VARIANTS if getattr(config, name, None)), None)
     if found is None and config.init_lora_weights and config.init_lora_weights not in _PLAIN_STARTS:
         found = f"init_lora_weights={config.init_lora_weights!r}"
@@ -348,19 +350,18 @@ def _check_dropout(adapter_name: str, config: LoraConfig) -> None:
     if config.lora_dropout:
         raise ConfigError(
             f"adapter '{adapter_name}' has dropout {config.lora_dropout} and adapts experts",
-            expected="0",
+            expected="dropout 0",
             fix="leave it out",
         )
 
 
 @contextmanager
 def only_modules(model: nn.Module, *, always: bool = False) -> Iterator[None]:
-    """While this lasts, PEFT adapts of a ``model`` with encoded experts no fused parameters but those that
-    ``target_parameters`` names.
+    """Keep PEFT from adapting fused parameters that ``target_parameters`` does not name, for the duration of the block.
 
-    PEFT (utils/transformers_weight_conversion.py) takes 'all-linear', and names like ``gate_proj``, in mixtures of
-    experts for the fused parameters that hold what had these names in transformers 4. With ``always``, also where no
-    experts are encoded.
+    This applies to a ``model`` with encoded experts; with ``always``, also if no experts are encoded. In mixtures of
+    experts, PEFT (utils/transformers_weight_conversion.py) takes 'all-linear', and names such as ``gate_proj``, to mean
+    the fused parameters that hold the weights which had these names in transformers 4.
     """
     with _without_bitsandbytes(), _only_modules(model, always):
         yield
@@ -378,9 +379,7 @@ def _only_modules(model: nn.Module, always: bool) -> Iterator[None]:
 
 
 def up_first(model: nn.Module) -> None:
-    """Put the parameters of encoded experts in the order in which PEFT nests its layers; the loader came across them in
-    any.
-    """
+    """Put the parameters of encoded experts, loaded in any order, in the order in which PEFT nests its layers."""
     for module in model.modules():
         if isinstance(module, FrozenExperts):
             names = sorted(module._parameters, key=lambda name: not name.startswith(module.up))
@@ -393,7 +392,7 @@ def _without_conversion() -> Iterator[None]:
         transformers_weight_conversion,
         "convert_peft_config_for_transformers",
         lambda *_, **__: None,
-        why="it takes names of modules in encoded experts for fused parameters, and no option turns it off",
+        why="it takes module names in encoded experts to mean fused parameters, and no option turns it off",
         read_in="peft 0.21.2",
     ):
         yield
@@ -401,43 +400,43 @@ def _without_conversion() -> Iterator[None]:
 
 @contextmanager
 def _without_bitsandbytes() -> Iterator[None]:
-    """While nobody has executed bitsandbytes, no layer is one of its: PEFT (tuners/lora/model.py) need not, seconds
-    long, to see that.
+    """Keep PEFT (tuners/lora/model.py) from importing bitsandbytes, which takes seconds, just to check for its layers.
+
+    While bitsandbytes has not been executed, no layer can be one of its layers.
     """
     if type(sys.modules.get("bitsandbytes")) is ModuleType:
         yield
         return
-    why = "importing bitsandbytes takes seconds, and no layer is one of its while it is not imported"
+    why = "importing bitsandbytes takes seconds, and until it is imported no layer can be one of its layers"
     with ExitStack() as stack:
         for name in ("is_bnb_available", "is_bnb_4bit_available"):
-            absent = cache(lambda: False)  # a cached one, as PEFT's
+            absent = cache(lambda: False)  # cached, like PEFT's
             stack.enter_context(replaced(lora_model, name, absent, why=why, read_in="peft 0.21.2"))
         yield
 
 
 def with_frozen_layer(config: LoraConfig) -> LoraConfig:
-    """Make PEFT use the layers of this module where the base layer is frozen. That is not saved with the adapter, so do
-    it on every load.
+    """Make PEFT use the layers of this module over frozen base layers.
+
+    This is not saved with the adapter: call this function on every load.
     """
     config._register_custom_module({FrozenLinear: FrozenLoraLinear, FrozenExperts: FrozenLoraExperts})
     return config
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Put the PEFT LoRA adapter in the directory ``adapter`` on ``model``, ready to be merged whatever its codec.
+    """Load the PEFT LoRA adapter in the directory ``adapter`` onto ``model``, ready to be merged whatever the codec.
 
     Raises:
-        CheckpointError: it does not fit the model, or lacks a tensor (of which PEFT only warns).
+        CheckpointError: the adapter does not match the model, or lacks a tensor (PEFT would only warn).
     """
     try:
         read_adapter(adapter)
         config = LoraConfig.from_pretrained(str(adapter))
-        config.init_lora_weights = (
-            True  # how it was drawn once, with a decomposition of the base for one, is not done again
-        )
-        if isinstance(config.target_modules, str) or isinstance(
-            config.exclude_modules, str
-        ):  # expressions, which would be evaluated
+        # The initialization, which may for example decompose the base weight, is not repeated.
+        config.init_lora_weights = True
+        # Strings are regular expressions, which PEFT would evaluate.
+        if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
             config.target_modules, config.exclude_modules = adapted_modules(adapter), None
         with only_modules(model, always=bool(config.target_parameters)):
             if local_parameters(model):
@@ -450,22 +449,22 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
             saved = set(file.keys())
     except ArcticError:
         raise
-    except Exception as error:  # what a damaged file does to PEFT can be anything
+    except Exception as error:  # a damaged file can make PEFT raise anything
         text = next(iter(str(error).splitlines()), "")
         raise CheckpointError(
-            f"{adapter} cannot be put on its base model: {type(error).__name__}: {text}",
-            fix="it is damaged or of another model: train it again",
+            f"{adapter} cannot be loaded onto its base model: {type(error).__name__}: {text}",
+            fix="it is damaged or belongs to another model: train it again",
         ) from error
     if missing := get_peft_model_state_dict(adapted).keys() - saved:
         raise CheckpointError(
-            f"{adapter} lacks {len(missing)} tensors, {min(missing)} for one",
+            f"{adapter} lacks {len(missing)} tensors, for example {min(missing)}",
             fix="the adapter is incomplete: save it again",
         )
     return adapted
 
 
 def _load_local(model: PreTrainedModel, adapter: str | Path, config: LoraConfig, *, trainable: bool) -> PeftModel:
-    """The adapter of all experts on a model that has some of them."""
+    """Load the adapter of all experts onto a model that holds only some of them."""
     config.inference_mode = not trainable
     adapted = get_peft_model(model, with_frozen_layer(config))
     state, layouts = load_file(Path(adapter) / WEIGHTS), expert_pairs(adapted)

@@ -1,8 +1,8 @@
-"""PEFT's tuners over frozen weights: layers that know nothing of encoded bytes never see them. Read in peft 0.21.2.
+"""PEFT's tuners over frozen weights: layers that cannot handle encoded bytes never see them. Read in peft 0.21.2.
 
-PEFT takes a :class:`FrozenLinear` for the ``nn.Linear`` that it is, too. While its layers are made and while they
-merge, ``weight`` is the decoded one, and what they made of it is encoded; while they compute, it is a tensor that has a
-shape and no values.
+PEFT treats a :class:`FrozenLinear` as an ``nn.Linear``, from which it derives. While PEFT's layers are created and
+while they merge, ``weight`` is the decoded weight, and the result is encoded. While they compute, it is a tensor with a
+shape but no values.
 """
 
 from __future__ import annotations
@@ -51,17 +51,21 @@ OVER_FROZEN = frozenset(
         "WAVEFT",
     }
 )
-"""PEFT's types of tuners whose layers compute from the product of the layer below, and change its weight only when they
-merge: ``test_tuners.py`` of the lora plugin compares each with PEFT over the decoded weights. Others read the weight in
-every forward, or change it when they are made."""
+"""PEFT's tuner types whose layers compute from the output of the base layer, and change its weight only when merging.
+
+``test_tuners.py`` of the lora plugin compares each with PEFT over the decoded weights. Other types read the weight in
+every forward pass, or change it when they are created.
+"""
 
 
 @contextmanager
 def over_frozen(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """While this lasts, the layers that ``tuner`` puts over frozen modules of ``model`` leave their bytes alone.
+    """Make the layers that ``tuner`` puts over frozen modules of ``model`` leave the encoded bytes alone.
+
+    This applies to layers created in the block.
 
     Raises:
-        ConfigError: the tuner, or an option of it, needs plain weights.
+        ConfigError: the tuner, or one of its options, needs plain weights.
     """
     if not any(isinstance(module, FrozenModule) for module in model.modules()):
         yield
@@ -87,7 +91,7 @@ def over_frozen(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterat
             return
         _check(adapter_name, peft_config, frozen, kwargs.get("parameter_name"))
         if isinstance(frozen, FrozenLinear):
-            is_lora = peft_config.peft_type == PeftType.LORA  # whose layers know frozen ones, and start from no weight
+            is_lora = peft_config.peft_type == PeftType.LORA  # its layers handle frozen ones, and read no weight
             with frozen.as_unread() if is_lora else frozen.as_plain(frozen.decode(frozen.compute_dtype), frozen.bias):
                 create(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
             if not is_lora:
@@ -97,7 +101,7 @@ def over_frozen(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterat
         else:
             create(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
 
-    tuner._create_and_replace = create_and_replace  # type: ignore[method-assign]  # this tuner's, for a while
+    tuner._create_and_replace = create_and_replace  # type: ignore[method-assign]  # only for this tuner, for the time of the block
     try:
         yield
     finally:
@@ -111,9 +115,9 @@ def _check(adapter_name: str, config: Any, frozen: FrozenModule, parameter: str 
         kind = "MISS with init_weights 'bat'"
     if kind not in OVER_FROZEN:
         raise ConfigError(
-            f"adapter '{adapter_name}' is {kind} over {where}, whose values it needs",
+            f"adapter '{adapter_name}' is {kind}, which needs the values of {where}",
             expected=f"one of {', '.join(sorted(OVER_FROZEN))}",
-            fix="train one of these, or load the weights plain",
+            fix="use one of these, or load the weights without encoding them",
         )
     if kind == "LORA":
         check_plain(adapter_name, config)
@@ -121,9 +125,9 @@ def _check(adapter_name: str, config: Any, frozen: FrozenModule, parameter: str 
         parameter is not None and parameter not in frozen.frozen
     ):
         raise ConfigError(
-            f"adapter '{adapter_name}' targets {parameter or 'a whole module'} of {where}",
-            expected="linear modules in target_modules, weights of experts in target_parameters",
-            fix="correct the two; LORA alone adapts experts",
+            f"adapter '{adapter_name}' targets {parameter or 'a whole module'} in {where}",
+            expected="linear modules in target_modules and weights of experts in target_parameters",
+            fix="correct these options; only LORA adapts experts",
         )
 
 
@@ -136,14 +140,15 @@ def _check_copies(model: nn.Module, adapter_name: str, config: Any) -> None:
             raise ConfigError(
                 f"adapter '{adapter_name}' trains a copy of {name}, which is encoded",
                 expected="plain modules in modules_to_save and trainable_token_indices",
-                fix="exclude the module from the codec, or leave it out here",
+                fix="exclude the module from the codec, or remove it from these options",
             )
 
 
 @cache
 def _over_frozen(kind: Any) -> type:
-    """``kind``, a layer of PEFT, over a :class:`FrozenLinear`. It derives from ``kind`` alone, so that a layer that
-    exists can be made one.
+    """Return a subclass of ``kind``, a layer of PEFT, that works over a :class:`FrozenLinear`.
+
+    It derives from ``kind`` alone, so that the class of an existing layer can be changed to it.
     """
     if hasattr(kind, "_before_merge"):
         return kind
@@ -175,9 +180,8 @@ def _over_frozen(kind: Any) -> type:
                 with frozen.as_plain(frozen.decode(torch.float32), bias):
                     super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
                     weight, bias = frozen.weight, frozen.bias
-                if not torch.equal(
-                    weight, frozen.decode(torch.float32)
-                ):  # what is not changed is not rounded once more
+                # An unchanged weight is not rounded again.
+                if not torch.equal(weight, frozen.decode(torch.float32)):
                     frozen.encode(weight.detach())
             except BaseException:
                 self.merged_adapters[:] = already
@@ -194,13 +198,10 @@ def _over_frozen(kind: Any) -> type:
             self.merged_adapters.clear()
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            return (
-                _again,
-                (kind,),
-                self.__dict__,
-            )  # pickle finds classes by their names, and this one has that of another
+            # pickle finds classes by name, and this class has the name of another.
+            return (_again, (kind,), self.__dict__)
 
-    if not hasattr(kind, "get_delta_weight"):  # PEFT looks for it
+    if not hasattr(kind, "get_delta_weight"):  # PEFT checks whether it exists
         del OverFrozen.get_delta_weight
     OverFrozen.__name__, OverFrozen.__qualname__, OverFrozen.__module__ = (
         kind.__name__,
@@ -211,6 +212,6 @@ def _over_frozen(kind: Any) -> type:
 
 
 def _again(kind: Any) -> Any:
-    """A layer of :func:`_over_frozen` without anything, for pickle and copy."""
+    """Return an empty layer of :func:`_over_frozen`, for pickle and copy."""
     found: Any = _over_frozen(kind)
     return found.__new__(found)

@@ -1,4 +1,4 @@
-"""Whole checkpoints: saving, loading, merging, exporting and converting them."""
+"""Saving, loading, merging, exporting and converting whole checkpoints."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""``arctic export`` and ``arctic convert``: encoded checkpoints to and from other libraries' formats, rewritten file by
-file.
-"""
+"""``arctic export`` and ``arctic convert``: encoded checkpoints to and from other libraries' formats, file by file."""
 
 from __future__ import annotations
 
@@ -30,15 +28,14 @@ __all__ = ["convert_checkpoint", "export_checkpoint"]
 
 
 def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name: str) -> Path:
-    """Write the encoded ``checkpoint`` (a directory) in the format that a plugin registered as ``format_name``, with
-    the same files.
+    """Write the encoded ``checkpoint`` in the format that a plugin registered as ``format_name``.
 
-    Memory is bounded by the largest safetensors file.
+    ``checkpoint`` is a directory; the result has the same files. Memory is bounded by the largest safetensors file.
 
     Raises:
-        PluginNotFoundError: nobody exports to ``format_name``, or a codec's plugin is not installed.
-        CheckpointError: ``checkpoint`` is not one that this project encoded, or is damaged.
-        CodecError: the format cannot hold what a module is encoded as; names the module. Nothing is left behind.
+        PluginNotFoundError: no plugin exports to ``format_name``, or a codec's plugin is not installed.
+        CheckpointError: ``checkpoint`` was not encoded by this project, or is damaged.
+        CodecError: the format cannot represent the encoding of a module; names the module. No files are left behind.
         ConfigError: ``directory`` exists and is not empty.
     """
     source = Path(checkpoint)
@@ -48,7 +45,7 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise CheckpointError(
             f"{source} is not encoded",
-            expected="a checkpoint that 'arctic quantize' or 'arctic merge' wrote",
+            expected="a checkpoint written by 'arctic quantize' or 'arctic merge'",
             fix="quantize it",
         )
     check_checkpoint(source)
@@ -69,26 +66,26 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name
 
 
 def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_name: str) -> list[str]:
-    """Write ``checkpoint`` (a directory), in a format that a plugin registered as ``format_name``, as an encoded
-    checkpoint.
+    """Convert ``checkpoint`` from the format that a plugin registered as ``format_name`` to an encoded checkpoint.
 
-    Modules whose stored weight is floating point stay plain. Memory is bounded by the largest safetensors file.
+    ``checkpoint`` is a directory. Modules whose stored weights are floating point stay plain. Memory is bounded by the
+    largest safetensors file.
 
     Returns:
-        A line for every module (layers that are encoded alike share one) and its codec.
+        A line for every module and its codec; layers that are encoded alike share a line.
 
     Raises:
-        PluginNotFoundError: nobody converts from ``format_name``.
-        CheckpointError: ``checkpoint`` is damaged, or does not say what the format needs to know.
-        CodecError: a weight is not what the format says, or no codec can hold it; names the module. Nothing is left
-            behind.
+        PluginNotFoundError: no plugin converts from ``format_name``.
+        CheckpointError: ``checkpoint`` is damaged, or lacks information that the format needs.
+        CodecError: a weight does not follow the format, or no codec can represent it; names the module. No files are
+            left behind.
         ConfigError: ``directory`` exists and is not empty.
     """
     source = Path(checkpoint)
     converter_class: type[Converter] = process_registry().load_converter(format_name)
     config = _config(source)
     if config.get("quantization_config", {}).get("quant_method") == METHOD:
-        raise CheckpointError(f"{source} is encoded by this project already", fix="use it as it is")
+        raise CheckpointError(f"{source} is already encoded by this project", fix="use it as it is")
     converter = converter_class(_quantization(source, config, converter_class.config_files))
     shapes, stored = _shapes(source), _dtypes(source)
     encoded: dict[str, Codec] = {}
@@ -123,21 +120,19 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
 
 def _config(source: Path) -> dict[str, Any]:
     if not (source / "config.json").is_file():
-        raise CheckpointError(
-            f"{source} has no config.json", expected="the directory of a checkpoint", fix="correct the path"
-        )
+        raise CheckpointError(f"{source} has no config.json", expected="a checkpoint directory", fix="correct the path")
     return read_json(source / "config.json")
 
 
 def _quantization(source: Path, config: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """What a checkpoint says of its quantization, in ``config.json`` or in another file."""
+    """Return a checkpoint's quantization settings, from ``config.json`` or one of the other files ``names``."""
     found = config.get("quantization_config")
     for name in names:
         if not isinstance(found, dict) and (source / name).is_file():
             found = read_json(source / name)
     if not isinstance(found, dict):
         raise CheckpointError(
-            f"{source} does not say how it is quantized",
+            f"{source} does not specify how it is quantized",
             expected=f"quantization_config in config.json{''.join(f', or {name}' for name in names)}",
             fix="add it",
         )

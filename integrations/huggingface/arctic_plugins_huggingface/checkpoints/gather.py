@@ -1,4 +1,4 @@
-"""What processes have parts of, whole: to save it."""
+"""Gathering tensors of which each process holds a part, to save them whole."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ __all__ = ["is_adapted", "is_spread", "whole_weights"]
 
 
 def is_adapted(model: nn.Module) -> TypeGuard[PeftModel]:
-    """Whether ``model`` is PEFT's. Does not import it: whoever made it so has."""
+    """Return whether ``model`` is a PEFT model, without importing PEFT: if it is one, PEFT is already imported."""
     peft = sys.modules.get("peft")
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
 def is_spread(model: nn.Module) -> bool:
-    """Whether processes share the experts of ``model``."""
+    """Return whether the experts of ``model`` are spread over processes."""
     return bool(local_parameters(model))
 
 
 @contextmanager
 def whole_weights(model: nn.Module, directory: Path, *, only_trainable: bool = False) -> Iterator[dict[str, Tensor]]:
-    """Name -> whatever processes have parts of, whole, in the first process; nothing in the others. Collective, unless
-    there is no such thing.
+    """Gather the tensors of which each process holds a part: name -> tensor in the first process, empty in the others.
 
-    One tensor after the other is gathered and written to a file in the new ``directory``, from which it is mapped, for
-    the time of the block.
+    Collective, unless there are no such tensors. They are gathered one at a time, written to files in the new
+    ``directory`` and mapped from there for the duration of the block.
     """
     whole: dict[str, Tensor] = {}
     try:
@@ -57,7 +56,7 @@ def whole_weights(model: nn.Module, directory: Path, *, only_trainable: bool = F
 
 
 def _whole(model: nn.Module, only_trainable: bool) -> Iterator[tuple[str, Tensor | None]]:
-    """Of weights that are shared out by a placement, and of experts, wherever their bytes are."""
+    """Yield the tensors of weights that a placement has split, and those of experts, wherever their bytes are."""
     local, pairs = local_parameters(model), {}
     if "peft" in sys.modules:  # without it there are no adapters
         from arctic_plugins_huggingface.adapters.lora import expert_pairs

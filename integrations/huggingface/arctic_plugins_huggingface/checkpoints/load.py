@@ -1,4 +1,4 @@
-"""Loading what this project saved: a model, or an adapter on its base."""
+"""Loading a model, or an adapter on its base model."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["adapter_base", "load_checkpoint", "own_tokenizer"]
 def load_checkpoint(
     checkpoint: str | Path, stack: Stack | None = None, *, base: str | Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load what this project saved, or any model: an adapter directory comes back on its base, encoded as in training.
+    """Load a model, or an adapter on its base model, which is encoded as in training.
 
     Args:
-        checkpoint: directory or hub id.
-        stack: what to apply beside that: placements, which are never taken from a checkpoint.
-        base: of an adapter, if it is not where its config says.
+        checkpoint: directory or Hub id.
+        stack: further plugins to apply: placements, which are never taken from a checkpoint.
+        base: base model of an adapter; by default, the one that the adapter's config names.
 
     Raises:
         CheckpointError: see :func:`~arctic_plugins_huggingface.load_model` and :func:`adapter_base`.
@@ -38,30 +38,28 @@ def load_checkpoint(
     model, tokenizer = load_model(adapter_base(adapter, base), recorded.plus(stack or Stack()))
     from arctic_plugins_huggingface.adapters.lora import load_adapter
 
-    adapted = cast("PreTrainedModel", load_adapter(model, adapter).eval())  # to which a PeftModel forwards
+    adapted = cast("PreTrainedModel", load_adapter(model, adapter).eval())  # a PeftModel forwards to one
     return adapted, own_tokenizer(adapter) or tokenizer
 
 
 def own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that was saved with an adapter: training may have given it another chat template than the
-    base's.
-    """
+    """Return the tokenizer saved with an adapter, if any: training may have given it a different chat template."""
     return load_tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
 
 
 def adapter_base(adapter: Path, base: str | Path | None = None) -> str:
-    """The model that the PEFT adapter in the directory ``adapter`` was trained on, or ``base`` if it is given.
+    """Return the model that the PEFT adapter in the directory ``adapter`` was trained on, or ``base`` if given.
 
     Raises:
-        CheckpointError: its config does not name a base, or one inside of ``adapter``.
+        CheckpointError: the adapter's config names no base, or one inside ``adapter``.
     """
     if base is not None:
         return str(base)
     base = base_of(adapter)
     if Path(base).resolve().is_relative_to(Path(adapter).resolve()):
         raise CheckpointError(
-            f"{adapter} brings {base} as its own base",
+            f"{adapter} contains its own base model, {base}",
             expected="a model that you chose",
-            fix=f"--base {base}, if you trust it",
+            fix=f"pass --base {base} if you trust it",
         )
     return base

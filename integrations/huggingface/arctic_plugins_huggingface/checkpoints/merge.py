@@ -1,4 +1,4 @@
-"""Merging: a LoRA adapter into its base, one safetensors file after the other. Read in peft 0.21.2."""
+"""Merging a LoRA adapter into its base model, one safetensors file at a time. Read in peft 0.21.2."""
 
 from __future__ import annotations
 
@@ -38,58 +38,58 @@ __all__ = ["Update", "merge_adapter"]
 
 _PREFIX = "base_model.model."
 _OTHER_KINDS = (*VARIANTS, "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
-"""Fields of a ``LoraConfig`` that make it more than one product per linear module, or that PEFT had better
-interpret.
-"""
+"""Fields of a ``LoraConfig`` that make it more than one product per linear module, or that are left to PEFT."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to one weight: ``scaling * up [N, r] @ down [r, K]``."""
+    """The update of one weight: ``scaling * up [N, r] @ down [r, K]``."""
 
     down: Tensor
     up: Tensor
     scaling: float
 
     def add_to(self, weight_NK: Tensor) -> Tensor:
-        """The sum, in float32.
+        """Return the sum of the weight and the update, in float32.
 
         Raises:
-            CodecError: the shapes do not fit, or the sum is not finite.
+            CodecError: the shapes do not match, or the sum is not finite.
         """
         shape = self.up.shape[0], self.down.shape[1]
         if tuple(weight_NK.shape) != shape:
             raise CodecError(
-                f"the weight is {tuple(weight_NK.shape)} and the update {shape}", fix="the adapter is of another model"
+                f"the weight has shape {tuple(weight_NK.shape)}, but the update has {shape}",
+                fix="use the model that the adapter was trained on",
             )
         merged = weight_NK.float().addmm(self.up.float(), self.down.float(), alpha=self.scaling)
         if not bool(merged.isfinite().all()):
-            raise CodecError("the merged weight has NaN or Inf", fix="the adapter is damaged, or its training diverged")
+            raise CodecError(
+                "the merged weight contains NaN or Inf", fix="the adapter is damaged, or its training diverged"
+            )
         return merged
 
 
 def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Path | None = None) -> Path:
-    """Merge a LoRA adapter into its base model and write the result, encoded as the adapter's stack says, as a
-    checkpoint of its own.
+    """Merge a LoRA adapter into its base model and write a checkpoint, encoded as the adapter's stack specifies.
 
-    A head that shares its weight with the embedding gets one of its own if the adapter changes either.
+    If the adapter changes the head or the embedding and the two share a weight, the head gets a weight of its own.
 
-    From a plain base the update is added to the weights as they were before encoding, and the sum is encoded: encoding
-    first would round small updates away, since the encoded weights lie on the grid to which the sum is rounded. From an
-    encoded base there is no such weight, and the update is added to the decoded one. Sums are in float32.
+    If the base is plain, the update is added to the original weights and the sum is encoded. Encoding first would round
+    small updates away, because encoded weights lie on the grid to which the sum is rounded. If the base is encoded, the
+    original weights are not available, and the update is added to the decoded ones. Sums are computed in float32.
 
-    Memory is bounded by the largest safetensors file of a base that is a directory, with LoRA or rsLoRA on linear
-    modules and experts. For a base that comes from the hub, other adapters of PEFT, and stacks whose plugins change the
-    model, the whole model is loaded.
+    If the base is a directory and the adapter is LoRA or rsLoRA on linear modules and experts, memory is bounded by the
+    largest safetensors file of the base. For a base from the Hub, other PEFT adapters, and stacks whose plugins change
+    the model, the whole model is loaded.
 
     Args:
-        adapter: directory or hub id.
-        directory: a new one.
-        base: directory or hub id of the base model, if it is not where the adapter's config says.
+        adapter: directory or Hub id.
+        directory: new directory for the result.
+        base: directory or Hub id of the base model; by default, the one that the adapter's config names.
 
     Raises:
-        CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing, or does not fit its base.
-        CodecError: a merged weight holds NaN or Inf; names the module.
+        CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing, or does not match its base.
+        CodecError: a merged weight contains NaN or Inf; names the module.
         ConfigError: ``directory`` exists and is not empty.
     """
     check_new(directory)
@@ -97,8 +97,8 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
     if found is None:
         raise CheckpointError(
             f"{adapter} has no adapter_config.json",
-            expected="a LoRA adapter that 'arctic train' wrote",
-            fix="name its directory",
+            expected="a LoRA adapter written by 'arctic train'",
+            fix="pass its directory",
         )
     stack, base = stack_from_checkpoint(found), adapter_base(found, base)
     codecs = stack.only("weight_codec")
@@ -107,7 +107,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
         check_checkpoint(base)
         config = load_config(base)
         if is_encoded(config) or getattr(config, "quantization_config", None) is None:
-            # check_checkpoint compared the files just now.
+            # check_checkpoint has just compared the files.
             plan = plan_model(base, Stack() if is_encoded(config) else codecs, checked=True, config=config)
             claimed = plan.weights
             updates = _updates(found, halves, claimed)
@@ -129,11 +129,9 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
 
 @torch.no_grad()
 def _untie(model: PreTrainedModel, adapter: Path) -> None:
-    """Give the head a weight of its own, and say so in the config, if the adapter changes it or the embedding that it
-    is tied to.
+    """Give the head its own weight, also in the config, if the adapter changes it or the embedding it is tied to.
 
-    The adapter changed one of the two while it was trained. Merged into the weight that they share, it would change
-    both.
+    In training, the adapter changed only one of the two. Merged into the shared weight, it would change both.
     """
     changed = {*adapted_modules(adapter), *(read_adapter(adapter).modules_to_save or ())}
     for head, embedding in dict(model.all_tied_weights_keys).items():
@@ -153,7 +151,7 @@ def _untie(model: PreTrainedModel, adapter: Path) -> None:
 
 
 def _halves(adapter: Path) -> dict[str, dict[str, Tensor]] | None:
-    """Module -> "A" and "B" of the adapter in a directory; None when it is of a kind that only PEFT knows to merge."""
+    """Return module -> "A" and "B" of an adapter; None if only PEFT can merge an adapter of this kind."""
     config = LoraConfig.from_pretrained(str(adapter))
     if any(getattr(config, name, None) for name in _OTHER_KINDS) or config.bias != "none":
         return None
@@ -166,13 +164,13 @@ def _halves(adapter: Path) -> dict[str, dict[str, Tensor]] | None:
         halves.setdefault(module, {})[half[0]] = tensor
     if lacking := [module for module, pair in halves.items() if len(pair) < 2]:
         raise CheckpointError(
-            f"{adapter} has only half of the update of {lacking[0]}", fix="the adapter is incomplete: save it again"
+            f"{adapter} holds only half of the update of {lacking[0]}", fix="the adapter is incomplete: save it again"
         )
     return halves
 
 
 def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed: WeightPlan) -> dict[str, Update]:
-    """Module of the base's files -> what is added to its weight."""
+    """Return the update of each module in the base's files."""
     config = LoraConfig.from_pretrained(str(adapter))
     scaling = config.lora_alpha / (math.sqrt if config.use_rslora else float)(
         config.r
@@ -187,9 +185,9 @@ def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed:
         shapes = (config.r * spec.shape[0], spec.in_features), (spec.out_features, config.r * spec.shape[0])
         if (tuple(pair["A"].shape), tuple(pair["B"].shape)) != shapes:
             raise CheckpointError(
-                f"{adapter} has {tuple(pair['A'].shape)} and {tuple(pair['B'].shape)} for {name}",
+                f"{adapter} has shapes {tuple(pair['A'].shape)} and {tuple(pair['B'].shape)} for {name}",
                 expected=f"{shapes[0]} and {shapes[1]}",
-                fix="the adapter is of another model",
+                fix="use the model that the adapter was trained on",
             )
         downs, ups = (
             ExpertPairs(config.r, last=False).split(pair["A"]),
@@ -202,7 +200,9 @@ def _updates(adapter: Path, halves: Mapping[str, Mapping[str, Tensor]], claimed:
 
 
 def _expert_weight(module: str, claimed: WeightPlan, targets: Collection[str]) -> str | None:
-    """The experts' weight that PEFT's wrapper ``module`` adapts: of several in one place, the first is innermost,
+    """Return the experts' weight that PEFT's wrapper ``module`` adapts.
+
+    If several weights of the same experts are adapted, their wrappers are nested: the first is innermost, the
     ``base_layer`` of the next.
     """
     path = module

@@ -1,4 +1,4 @@
-"""Saving: checkpoints that describe themselves, and that appear whole or not at all."""
+"""Saving checkpoints that describe themselves, and that appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from arctic_plugins_huggingface.files.staging import staged
 __all__ = ["save_checkpoint"]
 
 SHARD_SIZE = "5GB"
-"""Of a checkpoint's files: what is saved passes through memory in pieces of this size (transformers' own default is ten
-times that).
+"""Maximum size of a checkpoint's files. Tensors pass through memory in pieces of this size when they are saved.
+
+transformers' own default is ten times as large.
 """
 
 
 def save_checkpoint(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path, stack: Stack
 ) -> Path:
-    """Write ``model`` (safetensors and JSON only), its tokenizer and, last, ``arctic_plugins.json`` into the new
-    ``directory``.
+    """Write ``model``, its tokenizer and, last, ``arctic_plugins.json`` to the new ``directory``.
 
-    A model whose weights are spread over processes is saved by all of them together: one weight after the other is
-    gathered, and the first process writes it to a file in ``directory`` from which it is mapped, so that none ever
-    holds the whole. An adapter needs none of that.
+    Only safetensors and JSON are written. A model whose weights are spread over processes is saved by all of them
+    together: the weights are gathered one at a time, and the first process writes each to a file in ``directory`` and
+    maps it from there, so that no process ever holds the whole model. An adapter does not need this.
 
     Raises:
         ConfigError: ``directory`` exists and is not empty.
@@ -61,7 +61,7 @@ def save_checkpoint(
             tokenizer.save_pretrained(draft)
             write_provenance(draft, stack.to_dict())
     if together:
-        torch.distributed.barrier()  # until the first process has written it
+        torch.distributed.barrier()  # wait until the first process has written it
     return directory
 
 
@@ -72,7 +72,7 @@ def _is_shared_out(module: FrozenModule, leaf: str) -> bool:
 
 @contextmanager
 def _exporting(model: PreTrainedModel | PeftModel, whole: dict[str, Tensor]) -> Iterator[None]:
-    """Let the quantizer, which is asked for what is saved, know of ``whole`` tensors, for the time of the block."""
+    """Give the ``whole`` tensors to the quantizer, which provides what is saved, for the duration of the block."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
         yield
@@ -86,8 +86,9 @@ def _exporting(model: PreTrainedModel | PeftModel, whole: dict[str, Tensor]) -> 
 
 @contextmanager
 def _in_stored_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """With ``model`` in the dtype of the checkpoint that it was loaded from, where the processor made it compute in a
-    wider one.
+    """Convert ``model`` to the dtype of its checkpoint for the duration of the block.
+
+    Does nothing unless the model computes in a wider dtype because of the processor.
     """
     stored = None if is_adapted(model) else getattr(model, "arctic_stored_dtype", None)
     if stored is None:
@@ -115,7 +116,10 @@ def _in_stored_dtype(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 @contextmanager
 def _says_what_is_encoded(config: PreTrainedConfig) -> Iterator[None]:
-    """Without a ``quantization_config`` when nothing is encoded: a placement alone leaves nothing in a checkpoint."""
+    """Remove the ``quantization_config`` for the duration of the block if nothing is encoded.
+
+    A placement alone leaves no trace in a checkpoint.
+    """
     quantization = getattr(config, "quantization_config", None)
     if not isinstance(quantization, ArcticQuantizationConfig) or quantization.to_dict()["modules"]:
         yield

@@ -1,4 +1,4 @@
-"""Subcommands of ``arctic`` for the Hugging Face host. Modules here import nothing heavy until a command runs."""
+"""Subcommands of ``arctic`` for the Hugging Face host. These modules import nothing heavy until a command runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ __all__ = ["importing", "quiet_hosts"]
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For commands that import hosts: no garbage collection until it has, which takes a fifth of the time, and no
-    bitsandbytes.
+    """Speed up the imports of hosts in the block: turn off garbage collection, and postpone bitsandbytes.
+
+    Garbage collection takes a fifth of the import time.
     """
     _postpone_bitsandbytes()
     gc.disable()
@@ -28,8 +29,10 @@ def importing() -> Iterator[None]:
 
 
 def quiet_hosts() -> None:
-    """No progress bars of the hosts where nobody sees them move: not a terminal. Libraries that plugins know are told
-    what they would otherwise find out aloud.
+    """Turn off the hosts' progress bars if standard error is not a terminal.
+
+    Also set the environment variables that plugins register. They tell libraries what these would otherwise detect, and
+    print, when they are imported.
     """
     from arctic_plugins.discovery import process_registry
 
@@ -42,7 +45,7 @@ def quiet_hosts() -> None:
 
 
 class _Postponed(ModuleType):
-    """A module that is executed when something of it is used for the first time."""
+    """A module that is executed when one of its attributes is first used."""
 
     def __getattr__(self, name: str) -> Any:
         self.__class__ = ModuleType  # type: ignore[assignment]
@@ -54,9 +57,11 @@ class _Postponed(ModuleType):
 
 
 def _postpone_bitsandbytes() -> None:
-    """Execute bitsandbytes when something of it is used: where it is installed PEFT imports it (peft/helpers.py,
-    0.21.2), and it torch's compiler, which takes longer than all of PEFT. Python's ``LazyLoader`` does it at the next
-    ``import`` already (3.11)."""
+    """Postpone executing bitsandbytes until one of its attributes is used.
+
+    If it is installed, PEFT imports it (peft/helpers.py, 0.21.2). It imports torch's compiler, which takes longer than
+    all of PEFT. Python's ``LazyLoader`` would already execute it at the next ``import`` (3.11).
+    """
     if "bitsandbytes" not in sys.modules and (spec := find_spec("bitsandbytes")) is not None:
         module = sys.modules["bitsandbytes"] = _Postponed("bitsandbytes")
         module.__spec__, module.__loader__, module.__file__ = spec, spec.loader, spec.origin

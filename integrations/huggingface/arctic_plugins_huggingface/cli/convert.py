@@ -1,4 +1,4 @@
-"""``arctic convert``. Its formats are those of installed plugins, and so are the options that a format has."""
+"""``arctic convert``. Installed plugins provide the formats and the options of each format."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["convert"]
 
 
 class _Convert(click.Command):
-    """Has the options of every importer, and says in its help which formats there are."""
+    """Command with the options of every importer, and a help text that lists the formats."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        if __name__ not in ctx.meta:  # click asks several times, and wants the same objects
+        if __name__ not in ctx.meta:  # click calls this several times, and needs the same objects
             ctx.meta[__name__] = _options()
         *own, help_option = super().get_params(ctx)
         return [*own, *ctx.meta[__name__], help_option]
@@ -27,7 +27,7 @@ class _Convert(click.Command):
         given = list(args)
         try:
             return super().parse_args(ctx, args)
-        except click.NoSuchOption:  # perhaps one of a format whose plugin is not installed, which is better said
+        except click.NoSuchOption:  # if it belongs to a format whose plugin is not installed, report that
             ctx.ignore_unknown_options = True
             values, _, _ = self.make_parser(ctx).parse_args(given)
             if format_name := values.get("format_name"):
@@ -44,12 +44,12 @@ class _Convert(click.Command):
         super().format_options(ctx, formatter)
 
 
-@click.command(cls=_Convert, short_help="Read a checkpoint of another library: a quantized model, or a training run.")
+@click.command(cls=_Convert, short_help="Convert another library's checkpoint: a quantized model, or a training run.")
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--from", "format_name", required=True, help="Its format, one of those above.")
+@click.option("--from", "format_name", required=True, help="Format of CHECKPOINT, one of those above.")
 def convert(checkpoint: str, out: str, format_name: str, **given: Any) -> None:
-    """Write CHECKPOINT (a directory) of another library's format as OUT.
+    """Convert CHECKPOINT (a directory) from another library's format and write the result to OUT.
 
     \b
     Example:
@@ -81,7 +81,7 @@ def _registry() -> Registry:
 
 
 def _options() -> list[click.Parameter]:
-    """The options of all importers; one that several have is there once."""
+    """Return the options of all importers; an option that several importers have appears once."""
     fields: dict[str, list[tuple[str, Any]]] = {}
     for format_name, importer in sorted(_registry().importers.items()):
         for name, field in importer.options.model_fields.items():
@@ -89,7 +89,7 @@ def _options() -> list[click.Parameter]:
     found: list[click.Parameter] = []
     for name, owners in fields.items():
         texts = [f"{format_name}: {field.description or ''}".replace("``", "") for format_name, field in owners]
-        # Whatever click makes of it, the options of the chosen importer check it.
+        # Whatever value click parses, the options of the chosen importer validate it.
         kind = _kind(owners[0][1].annotation) if len(owners) == 1 else str
         found.append(
             click.Option(
@@ -100,7 +100,7 @@ def _options() -> list[click.Parameter]:
 
 
 def _kind(annotation: Any) -> Any:
-    """The type of a field for click: its own if that is a plain one, a choice, otherwise a text."""
+    """Return click's type for a field: the field's own type if it is a simple one, a choice, or else a string."""
     kinds = [kind for kind in get_args(annotation) if kind is not type(None)] or [annotation]
     if get_origin(annotation) is Literal:
         return click.Choice(get_args(annotation))
@@ -112,10 +112,10 @@ def _flag(name: str) -> str:
 
 
 def _chosen(format_name: str, given: Mapping[str, Any]) -> PluginConfig | None:
-    """The options of the importer called ``format_name``; None if there is no such importer.
+    """Return the options of the importer ``format_name``; None if there is no such importer.
 
     Raises:
-        ConfigError: an option of another one is given, or a value is refused.
+        ConfigError: an option of another importer is given, or a value is refused.
     """
     from pydantic import ValidationError
 

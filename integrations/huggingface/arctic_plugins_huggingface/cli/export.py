@@ -14,10 +14,10 @@ __all__ = ["export"]
     "--format",
     "format_name",
     required=True,
-    help="compressed-tensors, fp8-block, or a format that another plugin adds.",
+    help="compressed-tensors, fp8-block, or a format that another plugin provides.",
 )
 def export(checkpoint: str, out: str, format_name: str) -> None:
-    """Write the encoded CHECKPOINT (a directory) as OUT, which transformers and vLLM read without this project.
+    """Convert the encoded CHECKPOINT (a directory) to OUT, which transformers and vLLM read without this project.
 
     \b
     Example:

@@ -11,16 +11,18 @@ __all__ = ["generate"]
 @click.argument("checkpoint")
 @click.argument("prompt")
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Length of the answer at most."
+    "--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Maximum length of the answer."
 )
 @click.option(
     "--plugins",
-    help="What to apply while loading, 'offload' for one: names, separated by commas, or JSON as for 'arctic "
+    help="Plugins to apply while loading, such as 'offload': names separated by commas, or JSON as for 'arctic "
     "quantize'.",
 )
-@click.option("--base", help="An adapter's base model, a directory or hub id, if it is not where the adapter says.")
+@click.option(
+    "--base", help="Base model of an adapter: a directory or Hub id. By default, the one that the adapter names."
+)
 def generate(checkpoint: str, prompt: str, max_new_tokens: int, plugins: str | None, base: str | None) -> None:
-    """Answer PROMPT greedily with CHECKPOINT: a model (plain or encoded, a directory or hub id) or an adapter
+    """Answer PROMPT greedily with CHECKPOINT: a model (plain or encoded, a directory or Hub id) or an adapter
     directory.
 
     \b

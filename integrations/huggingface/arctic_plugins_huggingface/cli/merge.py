@@ -10,10 +10,13 @@ __all__ = ["merge"]
 @click.command(short_help="Merge a LoRA adapter into its base model.")
 @click.argument("adapter", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--base", help="The adapter's base model, a directory or hub id, if it is not where the adapter says.")
+@click.option(
+    "--base", help="The adapter's base model: a directory or Hub id. By default, the one that the adapter names."
+)
 def merge(adapter: str, out: str, base: str | None) -> None:
-    """Merge ADAPTER (a directory that 'arctic train' wrote) into its base model and write the checkpoint OUT, encoded
-    as in training.
+    """Merge ADAPTER (a directory written by 'arctic train') into its base model and write the checkpoint OUT.
+
+    The weights are encoded as in training.
 
     \b
     Example:

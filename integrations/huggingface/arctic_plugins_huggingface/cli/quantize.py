@@ -14,17 +14,17 @@ __all__ = ["quantize"]
     "--plugins",
     default="fp8",
     show_default=True,
-    help='Plugin names, separated by commas, or JSON: \'{"fp8": {"group_size": 128}}\'.',
+    help='Plugin names separated by commas, or JSON: \'{"fp8": {"group_size": 128}}\'.',
 )
 @click.option(
     "--tensor-parallel",
     type=click.IntRange(min=1),
     metavar="N",
-    help="For serving only: write what each of N processes of vLLM holds to files of its own. Needs vLLM, and "
-    "neither N devices nor N processes.",
+    help="For serving only: write a separate set of files for each of N vLLM processes. Needs vLLM, but neither "
+    "N devices nor N processes.",
 )
 def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) -> None:
-    """Encode MODEL (a directory or hub id) with the given plugins and write the checkpoint OUT.
+    """Encode MODEL (a directory or Hub id) with the given plugins and write the checkpoint OUT.
 
     \b
     Example:
@@ -53,9 +53,9 @@ def quantize(model: str, out: str, plugins: str, tensor_parallel: int | None) ->
     quiet_hosts()
     check_new(out)
     if is_encoded(config := load_config(model)):
-        raise ConfigError(f"{model} is encoded already", expected="a plain checkpoint")
+        raise ConfigError(f"{model} is already encoded", expected="a plain checkpoint")
     if tensor_parallel is not None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it logs to standard output
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to standard output
         try:
             on_the_fly, check_shares = service("on_the_fly"), service("check_shares")
             shard_checkpoint = service("shard_checkpoint")

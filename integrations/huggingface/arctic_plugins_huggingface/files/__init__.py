@@ -1,4 +1,4 @@
-"""What is on disk: checking checkpoints and adapters, rewriting them, and writing a directory whole or not at all."""
+"""Files on disk: checking and rewriting checkpoints and adapters, and writing a directory completely or not at all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Finding a checkpoint, and everything wrong with one that can be known before its weights are read. Read in
-transformers 5.19.0.
+"""Finding a checkpoint, and everything wrong with it that can be known before its weights are read.
 
-Importing this loads neither torch nor transformers, and a checkpoint in a directory is checked without them.
+Importing this module loads neither torch nor transformers, and a checkpoint in a directory is checked without them.
+Read in transformers 5.19.0.
 """
 
 from __future__ import annotations
@@ -55,25 +55,24 @@ _DTYPES = {
     "float64": "F64",
     "bool": "BOOL",
 }
-"""As safetensors names them; a codec's buffer of another dtype is compared by shape alone."""
+"""safetensors' names of dtypes. A codec's buffer of any other dtype is compared by shape alone."""
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
 def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs: Any) -> dict[str, Any]:
-    """Check what is known of a checkpoint before its weights are read: that it is there, whole, unchanged, and not of a
-    newer version.
+    """Check a checkpoint before its weights are read: that it exists, is complete and unchanged, and not too new.
 
     Args:
-        checkpoint: directory or hub id.
-        contents: whether to read all of the files once, to compare their digests; the rest takes no time.
+        checkpoint: directory or Hub id.
+        contents: whether to read all files once to compare their digests; the other checks take no time.
         **kwargs: arguments of ``from_pretrained``.
 
     Returns:
-        ``kwargs``, with ``local_files_only`` for a hub id that is in the cache when the hub cannot be reached.
+        ``kwargs``, with ``local_files_only`` if a Hub id is in the cache and the Hub cannot be reached.
 
     Raises:
         CheckpointError: names the file, what is wrong with it and what to do.
-        PluginNotFoundError: it was made with a plugin that is not installed; names the distribution.
+        PluginNotFoundError: the checkpoint was created with a plugin that is not installed; names the distribution.
     """
     directory = Path(checkpoint) / kwargs.get("subfolder", "")
     if not is_directory(checkpoint):
@@ -88,14 +87,14 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
     if not isinstance(config.get("model_type"), str):
         raise CheckpointError(
             f"{directory / 'config.json'} has model_type {config.get('model_type')!r}",
-            expected="a model's name, 'llama' for one",
+            expected="a type of model, for example 'llama'",
             fix="correct it",
         )
     check_keys(config, directory / "config.json")
-    if (directory / ADAPTER).exists():  # which transformers would put on the model without a word
+    if (directory / ADAPTER).exists():  # transformers would silently add it to the model
         raise CheckpointError(
             f"{directory} holds a model and an adapter",
-            expected="one of them",
+            expected="only one of them",
             fix=f"move {ADAPTER} to a directory of its own",
         )
     check_unchanged(directory, contents=contents)
@@ -111,10 +110,10 @@ def check_encoded(
 ) -> None:
     """Compare the headers of a checkpoint's files with ``encoded``: module -> its codec and the weight's (N, K).
 
-    The loader does not: it casts what has another dtype.
+    The loader does not do this: it casts tensors of another dtype.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape or dtype; names it.
+        CheckpointError: a tensor is missing or has the wrong shape or dtype; names it.
     """
     headers: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in _weight_files(directory, variant):
@@ -127,7 +126,7 @@ def check_encoded(
             name = f"{module}.weight{suffix}"
             if name not in headers:
                 raise CheckpointError(
-                    f"{name} is missing from {directory}", fix="the checkpoint is incomplete: make it again"
+                    f"{name} is missing from {directory}", fix="the checkpoint is incomplete: create it again"
                 )
             shape, dtype = headers[name]
             expected = _DTYPES.get(dtype_name(spec.dtype), dtype)
@@ -135,16 +134,17 @@ def check_encoded(
                 raise CheckpointError(
                     f"{name} is {dtype} {shape}",
                     expected=f"{expected} {spec.shape} for {codec}",
-                    fix="the checkpoint does not fit its config.json: make it again",
+                    fix="the checkpoint does not match its config.json: create it again",
                 )
 
 
 def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
-    """The local directory of a LoRA adapter (a hub id's is downloaded), checked as by :func:`check_checkpoint`; None if
-    it is a model.
+    """Return the local directory of a LoRA adapter; None if ``checkpoint`` is a model.
+
+    An adapter with a Hub id is downloaded. The adapter is checked as by :func:`check_checkpoint`.
 
     Raises:
-        CheckpointError: neither is there, or it is damaged.
+        CheckpointError: there is neither an adapter nor a model, or it is damaged.
     """
     if not is_directory(checkpoint):
         from huggingface_hub import snapshot_download
@@ -179,55 +179,62 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
 
 
 def by_step(output: Path) -> list[tuple[int, Path]]:
-    """The checkpoints that a Trainer left in ``output``, complete or not: (step, directory), in the order of steps."""
+    """Return the checkpoints that a Trainer left in ``output``, complete or not: (step, directory), ordered by step."""
     named = [(path.name.rpartition("-")[2], path) for path in output.glob("checkpoint-*")]
     return sorted((int(step), path) for step, path in named if step.isdecimal())
 
 
 def complete_checkpoints(output: Path) -> list[Path]:
-    """Those of :func:`by_step` whose save was finished."""
+    """Return the checkpoints of :func:`by_step` that were saved completely."""
     return [path for _, path in by_step(output) if (path / FILE_NAME).is_file()]
 
 
 def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of ``from_pretrained``'s arguments that says where files come from."""
+    """Return the ``from_pretrained`` arguments that determine where files come from."""
     shared = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     return {key: kwargs[key] for key in shared if key in kwargs}
 
 
 def hub_trouble() -> str | None:
-    """Why the hub cannot be asked, or None if it can; one attempt, where the libraries retry for half a minute."""
+    """Return why the Hub is not available; None if it is.
+
+    This makes one attempt; the libraries would retry for half a minute.
+    """
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
-        return "the hub is not asked (HF_HUB_OFFLINE)"
+        return "the Hub is not contacted (HF_HUB_OFFLINE)"
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # whichever HTTP library the hub's client uses
+    except Exception as error:  # its class depends on the HTTP library that the Hub's client uses
         return f"{constants.ENDPOINT} cannot be reached ({one_line(error)})"
     return None
 
 
 def is_directory(checkpoint: str | Path) -> bool:
-    """True for a local directory, False for what may be a hub id; CheckpointError for anything else."""
+    """Return True for a local directory and False for a possible Hub id.
+
+    Raises:
+        CheckpointError: ``checkpoint`` is neither.
+    """
     if Path(checkpoint).is_dir():
         return True
     if Path(checkpoint).exists():
         raise CheckpointError(
             f"{checkpoint} is a file",
-            expected="a checkpoint directory or a hub id",
-            fix="name the directory that holds it",
+            expected="a checkpoint directory or a Hub id",
+            fix="pass the directory that contains it",
         )
     if not isinstance(checkpoint, str) or not _HUB_ID.fullmatch(checkpoint) or checkpoint.startswith("."):
         raise CheckpointError(
-            f"{checkpoint} does not exist", expected="a checkpoint directory or a hub id", fix="correct the path"
+            f"{checkpoint} does not exist", expected="a checkpoint directory or a Hub id", fix="correct the path"
         )
     return False
 
 
 def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Ask the hub once, where transformers would retry for half a minute; fall back to the cache."""
-    trouble = "the hub is not asked (local_files_only)" if kwargs.get("local_files_only") else hub_trouble()
+    """Contact the Hub once, where transformers would retry for half a minute, and fall back to the cache."""
+    trouble = "the Hub is not contacted (local_files_only)" if kwargs.get("local_files_only") else hub_trouble()
     if trouble is None:
         return kwargs
     from transformers.utils.hub import cached_file
@@ -244,28 +251,28 @@ def _check_hub(repository: str, kwargs: dict[str, Any]) -> dict[str, Any]:
             logger.warning("%s comes from the cache: %s", repository, trouble)
             return local
     raise CheckpointError(
-        f"there is no directory '{repository}' here, no model of that name in the hub's cache, and {trouble}",
-        expected="a checkpoint directory or a hub id",
-        fix="correct the path, or connect and download it first: hf download " + repository,
+        f"'{repository}' is neither a local directory nor in the Hub's cache, and {trouble}",
+        expected="a checkpoint directory or a Hub id",
+        fix="correct the path, or go online and download it first: hf download " + repository,
     )
 
 
 def _hub_file(repository: str, name: str, kwargs: Mapping[str, Any]) -> str | None:
-    """The local copy of a file of a hub repository; None if the repository has none of that name."""
+    """Return the local copy of a file of a Hub repository; None if the repository has no such file."""
     from transformers.utils.hub import cached_file
 
     try:
         return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **hub_arguments(kwargs))
     except OSError as error:
         raise CheckpointError(
-            f"{repository} is no directory here and cannot be had from the hub: {one_line(error)}",
-            expected="a checkpoint directory or a hub id",
+            f"{repository} is neither a local directory nor available on the Hub: {one_line(error)}",
+            expected="a checkpoint directory or a Hub id",
             fix="correct the name or the revision, or log in: hf auth login",
         ) from error
 
 
 def check_unchanged(directory: Path, *, contents: bool = True) -> None:
-    """Compare the files of a checkpoint of ours with what was saved; one process of each machine does."""
+    """Check that the files of a checkpoint are as this project saved them; one process per machine reads them."""
     if (directory / FILE_NAME).is_file():
         check_plugins(read_provenance(directory))
         if contents and is_first_here():
@@ -273,7 +280,7 @@ def check_unchanged(directory: Path, *, contents: bool = True) -> None:
 
 
 def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
-    """File of a checkpoint -> the tensors that its index, if any, says it holds."""
+    """Map each weight file of a checkpoint to the tensors that the index, if any, lists for it."""
     infix = f".{variant}" if variant else ""
     whole, index = directory / f"model{infix}.safetensors", directory / f"model.safetensors.index{infix}.json"
     if whole.is_file():
@@ -286,7 +293,7 @@ def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
             if path.name != "training_args.bin"
         )
         fix = (
-            f"convert {pickled[0]}, a pickle, which is not read unasked (load: {{use_safetensors: false}})"
+            f"convert {pickled[0]}; pickles are read only with load: {{use_safetensors: false}}"
             if pickled
             else "the checkpoint is incomplete"
         )
@@ -295,8 +302,8 @@ def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(
             f"{index} has no valid 'weight_map'",
-            expected="an object of tensor -> file",
-            fix="make the checkpoint again",
+            expected="an object that maps tensors to files",
+            fix="create the checkpoint again",
         )
     held: dict[str, set[str]] = {}
     for tensor, name in weight_map.items():
@@ -305,32 +312,30 @@ def _weight_files(directory: Path, variant: str | None) -> dict[Path, set[str]]:
 
 
 def _check_weights(directory: Path, files: Mapping[Path, set[str]]) -> None:
-    """Check that the files of weights are whole, and hold what the index says."""
+    """Check that the weight files are complete and hold the tensors that the index lists."""
     for path, tensors in files.items():
         if not path.is_file():
             raise CheckpointError(
-                f"{directory}'s index names {path.name}, which is absent",
-                fix="copy the missing shard, or make the checkpoint again",
+                f"the index of {directory} lists {path.name}, which is missing",
+                fix="copy the missing shard, or create the checkpoint again",
             )
         if missing := tensors - _open(path):
             raise CheckpointError(
-                f"{path} lacks {min(missing)}, which the index says it holds", fix="make the checkpoint again"
+                f"{path} lacks {min(missing)}, which the index lists for it", fix="create the checkpoint again"
             )
 
 
 def _open(path: Path) -> set[str]:
-    """The names of the tensors in a safetensors file, whose header and length are checked by the library."""
+    """Return the names of the tensors in a safetensors file; the library checks its header and length."""
     check_regular(path)
     try:
         with safe_open(path, "np") as file:
             return set(file.keys())
     except FileNotFoundError:
-        raise CheckpointError(
-            f"{path} is missing", fix="the checkpoint is incomplete: copy it again, or save it again"
-        ) from None
+        raise CheckpointError(f"{path} is missing", fix="the checkpoint is incomplete: copy or save it again") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or truncated: {one_line(error).removeprefix('SafetensorError: ')}",
-            expected="a whole safetensors file",
+            expected="a complete safetensors file",
             fix="copy or download it again, or save the checkpoint again",
         ) from error

@@ -1,4 +1,4 @@
-"""One run at a time in an output directory."""
+"""A lock that allows only one run at a time in an output directory."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ from arctic_plugins.processes import is_first
 __all__ = ["LOCK", "in_use_by_us"]
 
 LOCK = ".arctic_plugins.lock"
-"""In an output directory for as long as a run writes to it; says who does. What counts is the system's lock, which ends
-with its process.
+"""File in an output directory while a run writes to it; it names the run.
+
+What counts is the system's lock on the file, which ends with its process.
 """
 
 
 @contextmanager
 def in_use_by_us(output: Path) -> Iterator[None]:
-    """Keep other runs out of ``output``, which is made if it is not there, for the time of the block; the first of
-    several processes does.
+    """Keep other runs out of ``output`` for the duration of the block; create the directory if it does not exist.
+
+    The first of several processes holds the lock for all.
 
     Raises:
-        ConfigError: another run has it; names its process and host.
+        ConfigError: another run uses the directory; names its process and host.
     """
     if not is_first():
         yield
@@ -43,12 +45,12 @@ def in_use_by_us(output: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
             file.close()
         if new:
-            with suppress(OSError):  # something is in it
+            with suppress(OSError):  # it is not empty
                 output.rmdir()
 
 
 def _lock(path: Path) -> IO[str] | None:
-    """The locked file; None where the system or the file system has no locks."""
+    """Return the locked file; None if the system or the file system has no locks."""
     try:
         import fcntl
     except ImportError:
@@ -56,9 +58,9 @@ def _lock(path: Path) -> IO[str] | None:
     while True:
         try:
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+", encoding="utf-8")
-        except OSError as error:  # a link, for one, which would have another file written
+        except OSError as error:  # for example a link, which would redirect the writes to another file
             raise ConfigError(
-                f"{path} cannot be opened: {error.strerror}", fix="remove it, if no run is in that directory"
+                f"{path} cannot be opened: {error.strerror}", fix="remove it if no run is using that directory"
             ) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -68,7 +70,7 @@ def _lock(path: Path) -> IO[str] | None:
             file.close()
             raise ConfigError(
                 f"training.output_dir {path.parent} is in use by {owner}",
-                fix="wait until it ends, or name another directory",
+                fix="wait until that run ends, or choose another directory",
             ) from None
         except OSError:
             file.close()
@@ -77,7 +79,7 @@ def _lock(path: Path) -> IO[str] | None:
             current = path.stat().st_ino == os.fstat(file.fileno()).st_ino
         except FileNotFoundError:
             current = False
-        if current:  # and not one that its owner removed in the meantime
+        if current:  # and not a file that its owner has removed in the meantime
             break
         file.close()
     file.truncate(0)

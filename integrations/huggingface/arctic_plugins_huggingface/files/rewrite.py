@@ -1,4 +1,4 @@
-"""Checkpoints that are rewritten file by file, so that memory is bounded by one file, without building a model."""
+"""Rewriting checkpoints file by file without building a model, so that memory is bounded by one file."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ __all__ = ["INDEX", "Read", "open_files", "rewrite"]
 
 INDEX = "model.safetensors.index.json"
 Read = Callable[[str], Tensor]
-"""``weight_scale`` -> that tensor of a module."""
+"""Function that reads a tensor of a module by its name in the module, such as ``weight_scale``."""
 
 
 def open_files(source: Path, stack: ExitStack) -> dict[str, Any]:
-    """File name -> the open safetensors files of a checkpoint, for as long as ``stack`` lasts."""
+    """Open the safetensors files of a checkpoint for as long as ``stack`` lasts; return file name -> file."""
     files = {}
     for path in sorted(source.glob("*.safetensors")):
         try:
             files[path.name] = stack.enter_context(safe_open(path, "pt"))
-        except Exception as error:  # safetensors raises an exception class of its own
+        except Exception as error:  # safetensors raises its own exception class
             raise CheckpointError(f"{path} cannot be read: {error}", fix="copy or download it again") from error
     if not files:
         raise CheckpointError(f"{source} has no safetensors files", fix="convert the checkpoint to safetensors")
@@ -43,13 +43,14 @@ def rewrite(
     modules: Container[str],
     tensors: Callable[[str, Read], Mapping[str, Tensor]],
 ) -> None:
-    """Write every file of ``source`` into ``draft``: for ``modules`` what ``tensors(module, read)`` gives (part of the
-    name -> tensor) in place of all that is called after their weight, and ``config`` as ``config.json``; all else as it
-    is.
+    """Write every file of ``source`` to ``draft``, with new tensors for ``modules`` and ``config`` as ``config.json``.
+
+    For each of ``modules``, the tensors that ``tensors(module, read)`` returns (name in the module -> tensor) replace
+    all tensors whose names start with that of its weight. Everything else is copied unchanged.
 
     Raises:
         CheckpointError: a file cannot be read, or lacks a tensor.
-        CodecError: what ``tensors`` raises, with the module's name.
+        CodecError: raised by ``tensors``; the module's name is added.
     """
     with ExitStack() as stack:
         files = open_files(source, stack)
@@ -59,7 +60,7 @@ def rewrite(
             name, _, suffix = key.rpartition(".weight")
             if name not in modules:
                 yield key, where[key].get_tensor(key)
-            elif not suffix:  # the module's other buffers come with its codes
+            elif not suffix:  # the module's other buffers are written with its codes
                 with named(name, CodecError):
                     yield from (
                         (f"{name}.{part}", tensor)
@@ -86,6 +87,6 @@ def rewrite(
 def _read(where: Mapping[str, Any], key: str) -> Tensor:
     if key not in where:
         raise CheckpointError(
-            f"{key} is missing from the checkpoint", fix="the checkpoint is incomplete: make it again"
+            f"{key} is missing from the checkpoint", fix="the checkpoint is incomplete: create it again"
         )
     return where[key].get_tensor(key)

@@ -1,4 +1,4 @@
-"""Writing a directory whole or not at all, and saying in one line why it cannot be written."""
+"""Writing a directory completely or not at all, and reporting in one line why it cannot be written."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ __all__ = ["staged", "writing"]
 
 
 def check_new(directory: str | Path) -> None:
-    """Raise :class:`~arctic_plugins.errors.ConfigError` unless ``directory`` is absent or empty: nothing the user has
-    is overwritten.
+    """Raise :class:`~arctic_plugins.errors.ConfigError` unless ``directory`` is absent or empty.
+
+    This keeps the user's files from being overwritten.
     """
     path = Path(directory)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ConfigError(
-            f"{path} exists and is not empty", expected="a new directory", fix="remove it or name another"
+            f"{path} exists and is not empty", expected="a new directory", fix="remove it or choose another"
         )
 
 
 @contextmanager
 def staged(directory: str | Path) -> Iterator[Path]:
-    """Give a directory beside ``directory`` to write into, and rename it to ``directory`` when the block ends well;
-    otherwise remove it.
+    """Yield a directory next to ``directory`` to write to, and rename it to ``directory`` if the block succeeds.
+
+    If the block fails, the new directory is removed.
 
     Raises:
         ConfigError: ``directory`` exists and is not empty.
-        UserError: the disk is full, or may not be written to.
+        UserError: the disk is full or not writable.
     """
     check_new(directory)
     path = Path(directory)
@@ -57,11 +59,10 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCE
 
 
 @contextmanager
-def writing(directory: Path, fix: str = "free space or name another directory") -> Iterator[None]:
-    """Turn what libraries raise when a disk is full, or may not be written to, into one UserError that names
-    ``directory``.
+def writing(directory: Path, fix: str = "free some space or choose another directory") -> Iterator[None]:
+    """Turn the errors that libraries raise for a full or read-only disk into one UserError that names ``directory``.
 
-    safetensors and torch say it in the text of errors of their own.
+    safetensors and torch report the cause only in the text of their own errors.
     """
     try:
         yield
@@ -78,6 +79,6 @@ def writing(directory: Path, fix: str = "free space or name another directory") 
             "PytorchStreamWriter failed" in text or "unexpected pos" in text
         ):  # torch/serialization.py, 2.13: torch.save on a full disk
             raise UserError(
-                f"{directory} cannot be written: torch.save could not write all of a file", fix=fix
+                f"{directory} cannot be written: torch.save could not write a complete file", fix=fix
             ) from error
         raise

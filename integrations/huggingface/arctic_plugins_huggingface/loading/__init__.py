@@ -1,4 +1,4 @@
-"""From a checkpoint and a stack to a model."""
+"""Loading a model from a checkpoint and a stack."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading what a checkpoint says of itself: its config, its tokenizer, its dtype, and the model without data."""
+"""The config, tokenizer and dtype of a checkpoint, and its model without data."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ __all__ = [
 
 
 def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
-    """Read the config of a checkpoint directory or hub id.
+    """Read the config of a checkpoint directory or Hub id.
 
     Raises:
-        CheckpointError: there is none, or it is not a model's.
+        CheckpointError: the config is missing, or is not the config of a model.
     """
     register()
     directory, where = Path(checkpoint) / kwargs.get("subfolder", ""), f"{checkpoint}/config.json"
@@ -54,68 +54,71 @@ def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(checkpoint, **{"trust_remote_code": False, **kwargs})
     except ArcticError:
         raise
-    except Exception as error:  # configs are code: a bad value can raise anything
+    except Exception as error:  # config classes run code: a bad value can raise anything
         _own_code(checkpoint, error)
         raise CheckpointError(
-            f"{where} cannot be read as a model: {one_line(error)}",
+            f"{where} cannot be read as the config of a model: {one_line(error)}",
             expected="a causal language model",
-            fix="correct the key it names",
+            fix="correct the key that the error names",
         ) from error
     return config
 
 
 def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """Read the tokenizer of a checkpoint directory or hub id; raises CheckpointError when there is none or it is
-    damaged.
+    """Read the tokenizer of a checkpoint directory or Hub id.
+
+    Raises:
+        CheckpointError: the tokenizer is missing or damaged.
     """
     path = Path(checkpoint) / kwargs.get("subfolder", "") / "tokenizer_config.json"
     if path.is_file():
         _check_tokenizer(path)
     try:
         return AutoTokenizer.from_pretrained(checkpoint, **{"trust_remote_code": False, **kwargs})
-    except BaseException as error:  # tokenizers raises bare Exceptions, and of a panic of its Rust code a BaseException
+    except BaseException as error:  # tokenizers raises bare Exceptions, and a BaseException if its Rust code panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         _own_code(checkpoint, error)
         raise CheckpointError(
-            f"the tokenizer of {checkpoint} cannot be read: {one_line(error)}", fix="save it beside the model again"
+            f"the tokenizer of {checkpoint} cannot be read: {one_line(error)}", fix="save it next to the model again"
         ) from error
 
 
 def _check_tokenizer(path: Path) -> None:
-    """Raise CheckpointError if a ``tokenizer_config.json`` names a class of transformers that is no tokenizer, or
-    another file.
-    """
+    """Raise CheckpointError if a ``tokenizer_config.json`` names a class that is not a tokenizer, or other files."""
     config = read_json(path)
     named = config.get("tokenizer_class")
     if named is not None and not re.fullmatch(r"\w*(Tokenizer|TokenizerFast|Backend)", str(named)):
         raise CheckpointError(
-            f"{path} has tokenizer_class {named!r}", expected="the name of a tokenizer", fix="correct it"
+            f"{path} has tokenizer_class {named!r}", expected="the name of a tokenizer class", fix="correct it"
         )
     if config.get("sp_model_kwargs"):
         raise CheckpointError(
-            f"{path} has sp_model_kwargs", expected="none: they name files", fix="remove them, if you trust the rest"
+            f"{path} has sp_model_kwargs",
+            expected="no such key: it can name files",
+            fix="remove it if you trust the rest",
         )
 
 
 def _own_code(checkpoint: str | Path, error: BaseException) -> None:
-    """Say what to set if the error is that the checkpoint brings code of its own; the library's default would be to ask
-    on the terminal.
+    """Raise CheckpointError, naming the option to set, if ``error`` arose because the checkpoint contains its own code.
+
+    By default, transformers would ask on the terminal.
     """
     if "trust_remote_code" in str(error):
         raise CheckpointError(
-            f"{checkpoint} brings code of its own, which is not executed",
-            expected="a model that transformers or a plugin knows",
-            fix="read the code, and if you trust it set load: {trust_remote_code: true} in the recipe",
+            f"{checkpoint} contains its own code, which is not executed",
+            expected="a model that transformers or a plugin supports",
+            fix="read the code and, if you trust it, set load: {trust_remote_code: true} in the recipe",
         ) from error
 
 
 STORED = "stored"
-"""As ``dtype``: that of the checkpoint, whatever the device; for a model that is saved again and not computed with."""
+"""Value of ``dtype`` that keeps the checkpoint's dtype on any device, for models that are saved, not computed with."""
 
 
 def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """The dtype that a checkpoint says it has."""
+    """Return the dtype that the checkpoint's config names; float32 if it names none."""
     found = getattr(config, "dtype", None)
     if isinstance(found, str):
         found = getattr(torch, found.removeprefix("torch."), None)
@@ -125,10 +128,10 @@ def stored_dtype(config: PreTrainedConfig) -> torch.dtype:
 def resolve_dtype(
     stored: torch.dtype, dtype: torch.dtype | str | None = "auto", device: str | None = None
 ) -> tuple[torch.dtype, str]:
-    """What ``dtype`` stands for with a checkpoint in ``stored``, and a line to tell where that is not the obvious.
+    """Return the dtype to use for a checkpoint in ``stored``, and a line that explains it unless it is the obvious one.
 
     Raises:
-        ConfigError: ``dtype`` is not the name of a floating dtype.
+        ConfigError: ``dtype`` is not the name of a floating-point dtype.
     """
     if dtype in ("auto", None):
         chosen = compute_dtype(stored, device)
@@ -139,15 +142,16 @@ def resolve_dtype(
     if not isinstance(named, torch.dtype) or not named.is_floating_point:
         raise ConfigError(
             f"dtype is {dtype!r}",
-            expected="'auto', or the name of a floating dtype such as 'float32'",
+            expected="'auto', or the name of a floating-point dtype such as 'float32'",
             fix="correct load.dtype",
         )
-    return named, warning_for(named, "dtype", "leave it out, or say float32", device)
+    return named, warning_for(named, "dtype", "leave it out, or set it to float32", device)
 
 
 def device_of(kwargs: Mapping[str, Any]) -> str:
-    """Where the model will be computed: where ``device_map`` puts it, else where the Trainer does, on the accelerator
-    if there is one.
+    """Return the type of the device that will compute the model.
+
+    It is the device that ``device_map`` names, else the one that the Trainer uses: the accelerator if there is one.
     """
     device_map = kwargs.get("device_map")
     if isinstance(device_map, (str, torch.device)) and str(device_map) not in (
@@ -161,7 +165,7 @@ def device_of(kwargs: Mapping[str, Any]) -> str:
 
 
 def is_encoded(config: PreTrainedConfig) -> bool:
-    """Whether the checkpoint of ``config`` holds weights encoded by this project."""
+    """Return whether the checkpoint of ``config`` holds weights encoded by this project."""
     quantization = getattr(config, "quantization_config", None)
     method = (
         quantization.get("quant_method")
@@ -172,19 +176,21 @@ def is_encoded(config: PreTrainedConfig) -> bool:
 
 
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of ``config`` on the meta device: shapes without data. ``dtype`` defaults to the checkpoint's.
+    """Build the model of ``config`` on the meta device, as shapes without data.
+
+    ``dtype`` defaults to the checkpoint's dtype.
 
     Raises:
-        CheckpointError: no causal language model can be built from it.
+        CheckpointError: no causal language model can be built from ``config``.
     """
     chosen = stored_dtype(config) if dtype is None else dtype
     try:
         with torch.device("meta"):
-            # A config whose class is the checkpoint's own code was loaded with trust_remote_code; without it, the
-            # library would ask on the terminal.
+            # If the config's class is the checkpoint's own code, trust_remote_code was set. Without it, transformers
+            # would ask on the terminal.
             trusted = type(config).__module__.startswith("transformers_modules")
             return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trusted)
-    except Exception as error:  # models are code: a bad size can raise anything
+    except Exception as error:  # model classes run code: a bad size can raise anything
         raise CheckpointError(
             f"no causal language model can be built from config.json (model_type {config.model_type}): "
             f"{one_line(error)}",
@@ -193,7 +199,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreT
 
 
 def only_hub(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of ``from_pretrained``'s arguments that also says where a config and a tokenizer come from."""
+    """Return the ``from_pretrained`` arguments that also determine where a config and a tokenizer come from."""
     return {
         **hub_arguments(kwargs),
         **{key: kwargs[key] for key in ("trust_remote_code", "gguf_file") if key in kwargs},

@@ -1,4 +1,4 @@
-"""Conversions for the host's loader: encoded experts, stacked or one by one, and the experts of this process alone."""
+"""Conversions for transformers' loader: stack and unstack encoded experts, and load only those of this process."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from arctic_plugins.frozen import ExpertsDispatch
 __all__ = ["EXPERT", "LocalExperts", "StackExperts", "UnstackExperts", "expert_conversions"]
 
 EXPERT = "*"
-"""Stands for an expert's number in the names of modules in a checkpoint."""
+"""Placeholder for an expert's number in the module names of a checkpoint."""
 
 
 class StackExperts(MergeModulelist):
-    """Loader step: matrices of experts, one below the other in a new first dimension."""
+    """Loader step that stacks the matrices of experts along a new first dimension."""
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -32,8 +32,9 @@ class StackExperts(MergeModulelist):
 
 
 class UnstackExperts(ConversionOps):
-    """Saver step, in place of transformers' own, which also drops other dimensions of size one: those of codes with one
-    group, for instance.
+    """Saver step that splits stacked experts into one matrix per expert.
+
+    transformers' own step also drops other dimensions of size one, for example that of codes with a single group.
     """
 
     def __init__(self, dim: int = 0) -> None:
@@ -58,13 +59,13 @@ class UnstackExperts(ConversionOps):
 
 
 class LocalExperts(WeightConverter):
-    """Stacks only the experts of this process; the others are not read."""
+    """Converter that stacks only the experts of this process; the others are not read."""
 
     dispatch: ExpertsDispatch | None = None
 
     @classmethod
     def of(cls, converter: WeightConverter, dispatch: ExpertsDispatch) -> LocalExperts:
-        """``converter`` for the experts that ``dispatch`` leaves here."""
+        """Return ``converter``, restricted to the experts that ``dispatch`` keeps in this process."""
         local = cls(converter.source_patterns, converter.target_patterns, converter.operations)
         for slot in {slot for base in type(converter).__mro__ for slot in getattr(base, "__slots__", ())}:
             if slot not in ("source_patterns", "target_patterns") and hasattr(converter, slot):
@@ -73,10 +74,10 @@ class LocalExperts(WeightConverter):
         return local
 
     def materialize_tensors(self) -> dict[str, list[Tensor]]:
-        for pattern, tensors in self.collected_tensors.items():  # one for each expert, in their order
+        for pattern, tensors in self.collected_tensors.items():  # one per expert, in order
             kept = (
                 slice(0, None) if self.dispatch is None else self.dispatch.local(len(tensors))
-            )  # None when saving: then all are there
+            )  # None when saving: all experts are present then
             for other in [*tensors[: kept.start], *tensors[kept.stop or len(tensors) :]]:
                 if isinstance(other, Future):
                     other.cancel()
@@ -88,8 +89,9 @@ class LocalExperts(WeightConverter):
 def expert_conversions(
     conversions: Iterable[WeightTransform], dispatches: Iterable[ExpertsDispatch] = ()
 ) -> list[WeightTransform]:
-    """The same conversions between checkpoint and model, with steps that encoded experts survive; with a dispatch, of
-    this process's experts.
+    """Return the conversions between checkpoint and model, with steps that keep encoded experts intact.
+
+    With a dispatch, they load only the experts of this process.
     """
     conversions, dispatch = list(conversions), next(iter(dispatches), None)
     if dispatch is not None and dispatch.size > 1:

@@ -1,4 +1,4 @@
-"""Loading: a checkpoint and a stack become a model, encoded tensor by tensor as the bytes come off the disk."""
+"""Loading a model through a stack, encoded tensor by tensor as the bytes are read from disk."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from transformers.core_model_loading import WeightTransform
 
     class _Model(PreTrainedModel):
-        """What models have that transformers (``modeling_utils.py``, ``quantizers/base.py``) declares nowhere."""
+        """Attributes of models that transformers (``modeling_utils.py``, ``quantizers/base.py``) does not declare."""
 
         hf_quantizer: ArcticQuantizer | None
         is_quantized: bool
         quantization_method: str
         _weight_conversions: list[WeightTransform]
         arctic_stored_dtype: torch.dtype | None
-        """Ours: of the checkpoint, where the model's is a wider one."""
+        """Set by this project: the checkpoint's dtype, if the model's dtype is wider."""
 
 
 __all__ = ["encoding_report", "freeze", "load_model"]
@@ -56,31 +56,31 @@ def load_model(
     """Load a causal language model through ``stack``: configured, encoded and transformed by its plugins.
 
     Args:
-        checkpoint: directory or hub id; plain, or encoded by :func:`~arctic_plugins_huggingface.save_checkpoint`. Or a
-            :class:`~arctic_plugins_huggingface.ModelPlan`, which says all the rest.
-        stack: what to apply; ``None`` applies nothing, and loads an encoded checkpoint as it is.
-        dtype: compute dtype, and that of what is not encoded; ``"auto"`` is the checkpoint's where the device
-            multiplies it natively, otherwise float32 (:mod:`arctic_plugins.compute`);
-            :data:`~arctic_plugins_huggingface.loading.config.STORED` the checkpoint's in any case, for what is not
-            computed with. :func:`~arctic_plugins_huggingface.save_checkpoint` writes what ``"auto"`` made wider in the
-            checkpoint's dtype again.
+        checkpoint: directory or Hub id; plain, or encoded by :func:`~arctic_plugins_huggingface.save_checkpoint`. Or a
+            :class:`~arctic_plugins_huggingface.ModelPlan`, which specifies everything else.
+        stack: the plugins to apply; ``None`` applies none, and loads an encoded checkpoint as it is.
+        dtype: compute dtype, and dtype of weights that are not encoded. ``"auto"`` is the checkpoint's dtype where the
+            device multiplies it natively, and float32 elsewhere (:mod:`arctic_plugins.compute`).
+            :data:`~arctic_plugins_huggingface.loading.config.STORED` is always the checkpoint's dtype, for models that
+            are not computed with. Where ``"auto"`` chose a wider dtype,
+            :func:`~arctic_plugins_huggingface.save_checkpoint` converts the weights back to the checkpoint's dtype.
         **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim.
 
     Returns:
         The model (a ``PeftModel`` if a plugin adds an adapter), in evaluation mode, and its tokenizer.
 
     Raises:
-        UserError: everything that can be known to fail is raised before weights are read; see
+        UserError: raised before weights are read, for everything that is known to fail; see
             :func:`~arctic_plugins_huggingface.plan_model`.
         CheckpointError: weights are missing, or a tensor does not fit.
-        TypeError: further arguments beside a plan.
+        TypeError: a plan is passed together with further arguments.
     """
     if not isinstance(checkpoint, ModelPlan):
         plan = plan_model(checkpoint, stack, dtype=dtype, **kwargs)
     elif stack is None and dtype == "auto" and not kwargs:
         plan = checkpoint
     else:
-        raise TypeError("a ModelPlan says how it is loaded: pass stack, dtype and further arguments to plan_model")
+        raise TypeError("a ModelPlan specifies how it is loaded: pass stack, dtype and further arguments to plan_model")
     tokenizer = plan.tokenizer
     if not plan.contents_checked and is_directory(plan.checkpoint):
         check_unchanged(Path(plan.checkpoint) / plan.load.get("subfolder", ""))
@@ -89,7 +89,7 @@ def load_model(
             logger.warning(line)
     quantization = None
     if plan.encoded:
-        # The host builds its quantizer from this dict; an argument of from_pretrained it would only compare.
+        # transformers builds its quantizer from this dict. It would only compare an argument of from_pretrained to it.
         plan.config.quantization_config = plan.weights.stored_quantization()
     elif getattr(plan.config, "quantization_config", None) is None:
         quantization = plan.weights.quantization()
@@ -104,17 +104,17 @@ def load_model(
         )
     except (ArcticError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # what a damaged file does to the loader can be anything
+    except Exception as error:  # a damaged file can make the loader raise anything
         if quantization is not None and quantization.failure is not None:
-            raise quantization.failure from error  # the loader collects errors and reports that there were some
+            raise quantization.failure from error  # the loader collects errors and only reports that there were some
         raise CheckpointError(
-            f"{plan.checkpoint} cannot be loaded: {one_line(error)}", fix="'--traceback' shows more"
+            f"{plan.checkpoint} cannot be loaded: {one_line(error)}", fix="use '--traceback' for details"
         ) from error
     model, report = cast("tuple[_Model, dict[str, Any]]", loaded)  # a pair because of output_loading_info
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
-            f"{plan.checkpoint} lacks {len(missing)} weights of its model, {missing[0]} for one",
-            fix="the checkpoint is incomplete: make it again",
+            f"{plan.checkpoint} lacks {len(missing)} weights of its model, for example {missing[0]}",
+            fix="the checkpoint is incomplete: create it again",
         )
     _forget_empty_quantization(model)
     widened = plan.asked_dtype == "auto" and plan.stored_dtype != plan.dtype
@@ -127,8 +127,9 @@ def load_model(
 
 
 def _forget_empty_quantization(model: _Model) -> None:
-    """The loader was told to keep some experts only, and nothing is encoded or placed: the model is a plain one, which
-    can be trained as it is.
+    """Remove the quantization config if nothing is encoded or placed.
+
+    It only told the loader to keep this process's experts. The model is a plain one, which can be trained as it is.
     """
     quantization = getattr(model.config, "quantization_config", None)
     if isinstance(quantization, ArcticQuantizationConfig) and not quantization.codecs.modules:
@@ -139,8 +140,9 @@ def _forget_empty_quantization(model: _Model) -> None:
 
 @torch.no_grad()
 def _let_go_of_files(model: nn.Module) -> None:
-    """Copy what is still mapped from the checkpoint: one small tensor keeps all of its file mapped, and what was read
-    of it in memory.
+    """Copy tensors that are still mapped from the checkpoint's files.
+
+    One small tensor keeps its whole file mapped, and all that was read of the file in memory.
     """
     for tensor in [*model.parameters(), *model.buffers()]:
         if tensor.device.type == "cpu":
@@ -148,7 +150,7 @@ def _let_go_of_files(model: nn.Module) -> None:
 
 
 def encoding_report(model: nn.Module) -> list[str]:
-    """A line for every weight and how it is encoded; layers that are encoded alike share one."""
+    """Return a line for every weight and how it is encoded; layers that are encoded alike share a line."""
     kinds: dict[str, str] = {}
     for name, spec in weight_specs(model).items():
         path, leaf = split_weight(name, spec)
@@ -162,19 +164,19 @@ def encoding_report(model: nn.Module) -> list[str]:
 
 
 def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
-    """Encode a loaded, plain model in place, one module at a time, as loading it through ``stack`` would have done.
+    """Encode a loaded, plain model in place, one module at a time, as if it had been loaded through ``stack``.
 
     Raises:
         ClaimError: see :meth:`arctic_plugins.stack.Stack.claim`.
-        CodecError: a weight holds NaN or Inf; names it.
+        CodecError: a weight contains NaN or Inf; names it.
     """
     register()
     plan = plan_weights(model, model.config, stack, model.dtype)
     if plan.claims.by_slot.get("experts_dispatch"):
         raise ClaimError(
-            "experts are spread over processes while they are loaded",
+            "experts can only be spread over processes while they are loaded",
             expected="load_model(checkpoint, stack)",
-            fix="use it",
+            fix="use it instead of freeze",
         )
     quantization = plan.quantization()
     if quantization is None:
@@ -185,7 +187,7 @@ def freeze(model: PreTrainedModel, stack: Stack) -> PreTrainedModel:
     freeze_modules(model, quantizer.codecs, quantization.placements, until_encoded=True)
     for module, leaf in frozen_weights(model).values():
         module.encode(module.get_parameter(leaf), leaf)
-    # What from_pretrained would have left behind: save_pretrained, the Trainer and PEFT look for these.
+    # Attributes that from_pretrained would have set: save_pretrained, the Trainer and PEFT look for them.
     frozen = cast("_Model", model)
     frozen._weight_conversions = expert_conversions(plain_conversions)
     frozen.config.quantization_config = quantization

@@ -1,5 +1,6 @@
-"""Models and experts functions that installed plugins add to transformers. Read in 5.19.0 (``models/auto``,
-``conversion_mapping.py``).
+"""Models and experts functions that installed plugins add to transformers.
+
+Read in transformers 5.19.0 (``models/auto``, ``conversion_mapping.py``).
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ __all__ = ["register_models"]
 
 
 def register_models() -> None:
-    """Call it once in a process. What transformers has under the same name stays."""
+    """Register the models and experts functions of installed plugins with transformers.
+
+    Names that transformers already has keep their meaning. Call this function once per process.
+    """
     registry = process_registry()
     for name, function in registry.experts_functions().items():
         if name not in ALL_EXPERTS_FUNCTIONS:
             ALL_EXPERTS_FUNCTIONS.register(name, function)
     for model_type, classes in registry.models.items():
-        if (
-            model_type in CONFIG_MAPPING_NAMES
-        ):  # those in-tree: the vLLM integration may have registered the config already
+        # Only transformers' own names: the vLLM integration may already have registered the config.
+        if model_type in CONFIG_MAPPING_NAMES:
             continue
         config, base = load(classes.config), load(classes.base)
         AutoConfig.register(model_type, config)

@@ -1,4 +1,4 @@
-"""What weights are called in a checkpoint, where the host renames, stacks or cuts them while loading."""
+"""Names of weights in a checkpoint, where transformers renames, stacks or splits them while loading."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = ["each_expert", "split_conversions", "stored_codecs", "stored_names", 
 
 
 def _reversed(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """What saving does to names, as ``revert_weight_conversion`` does it."""
+    """Return the conversions that saving applies to names, as ``revert_weight_conversion`` does."""
     return _split([transform.reverse_transform() for transform in weight_conversions(model)[::-1]])
 
 
 def weight_conversions(model: Any) -> list[WeightTransform]:
-    """Between checkpoint and ``model``: those it was loaded with, or those of its architecture."""
+    """Return the conversions between checkpoint and ``model``: those it was loaded with, or its architecture's."""
     conversions: list[WeightTransform] | None = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = [
@@ -43,7 +43,7 @@ def weight_conversions(model: Any) -> list[WeightTransform]:
 
 
 def split_conversions(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-    """What loading does to names."""
+    """Return the conversions that loading applies to names."""
     return _split(weight_conversions(model))
 
 
@@ -56,8 +56,9 @@ def _split(transforms: list[WeightTransform]) -> tuple[list[WeightRenaming], lis
 def _stored(
     parameter: str, renamings: list[WeightRenaming], converters: list[WeightConverter]
 ) -> tuple[str, ...] | None:
-    """The modules of a checkpoint that hold the fused parameter of experts, one below the other; None if they are not
-    one matrix per expert.
+    """Return the checkpoint modules that hold a fused parameter of experts, in the order of concatenation.
+
+    None if the checkpoint does not hold one matrix per expert.
     """
     key, pattern = rename_source_key(parameter, renamings, converters, reverse=True)
     converter = next((entry for entry in converters if pattern in entry.source_patterns), None)
@@ -73,10 +74,11 @@ def _stored(
 
 
 def stored_names(model: nn.Module, specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
-    """Name of :func:`weight_specs` -> the modules that hold it in a checkpoint, which ``quantization_config`` names.
+    """Map each name of :func:`weight_specs` to the modules that hold it in a checkpoint and in ``quantization_config``.
 
-    A linear module is held by the one of its own name; experts by ``...experts.*.w1`` and ``...experts.*.w3`` for
-    instance, of which the first holds the upper half of ``gate_up_proj``, where ``*`` stands for the expert's number.
+    A linear module has the same name in a checkpoint. Experts are held, for example, by ``...experts.*.w1`` and
+    ``...experts.*.w3``, where ``*`` stands for the expert's number and the first holds the upper half of
+    ``gate_up_proj``.
     """
     conversions: tuple[list[WeightRenaming], list[WeightConverter]] | None = None
     stored: dict[str, tuple[str, ...]] = {}
@@ -88,13 +90,13 @@ def stored_names(model: nn.Module, specs: Iterable[str]) -> dict[str, tuple[str,
         else:
             conversions = conversions or _reversed(model)
             found = _stored(name, *conversions)
-            assert found is not None, "weight_specs leaves other experts out"
+            assert found is not None, "weight_specs leaves out all other experts"
             stored[name] = found
     return stored
 
 
 def stored_shapes(specs: Mapping[str, LinearSpec], stored: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, int]]:
-    """Every module that holds a weight in a checkpoint, each expert's by its own name -> ``(N, K)``."""
+    """Map every checkpoint module that holds a weight to ``(N, K)``; each expert's module has its own name."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, spec in specs.items():
         for part in stored[name]:
@@ -105,24 +107,24 @@ def stored_shapes(specs: Mapping[str, LinearSpec], stored: Mapping[str, tuple[st
 
 
 def each_expert(stored: str, experts: int) -> list[str]:
-    """Of a name of :func:`stored_names`: that of every expert's module."""
+    """Return the module name of every expert, given a name returned by :func:`stored_names`."""
     return [stored.replace(f".{EXPERT}.", f".{expert}.") for expert in range(experts)]
 
 
 def stored_codecs(codecs: ModuleCodecs, stored: Mapping[str, tuple[str, ...]]) -> dict[str, Codec]:
-    """Name of :func:`weight_specs` -> its codec in a checkpoint.
+    """Map each name of :func:`weight_specs` to its codec in a checkpoint.
 
     Raises:
-        CheckpointError: modules that are one weight here have different codecs.
+        CheckpointError: modules that form one weight in the model have different codecs.
     """
     found: dict[str, Codec] = {}
     for name, parts in stored.items():
         here = [codecs.codec_of(part) for part in parts]
         if len(set(here)) > 1:
             raise CheckpointError(
-                f"quantization_config.modules has {' and '.join(parts)} encoded differently",
-                expected="one codec",
-                fix="make the checkpoint again",
+                f"quantization_config.modules encodes {' and '.join(parts)} differently",
+                expected="the same codec",
+                fix="create the checkpoint again",
             )
         if here[0] is not None:
             found[name] = here[0]

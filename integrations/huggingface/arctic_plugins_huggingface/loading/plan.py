@@ -1,6 +1,6 @@
-"""The plan of a model: what a stack will do to it, settled before weights are read.
+"""The plan of a model: what a stack will do to it, settled before any weights are read.
 
-:func:`plan_model` is the one place where a config is read and changed, plugins validate it, and claims are settled.
+:func:`plan_model` is the only place where a config is read and changed, plugins validate it, and claims are settled.
 """
 
 from __future__ import annotations
@@ -41,93 +41,96 @@ __all__ = ["ModelPlan", "WeightPlan", "configured", "plan_model", "plan_weights"
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """What becomes of a model's weights. Names are those of
-    :func:`~arctic_plugins_huggingface.loading.weights.weight_specs`.
+    """The plan for a model's weights.
+
+    Names are those of :func:`~arctic_plugins_huggingface.loading.weights.weight_specs`.
     """
 
     specs: dict[str, LinearSpec]
     """Every weight that can be claimed."""
     claims: SettledClaims
-    """What the plugins claim of them, slot by slot."""
+    """The plugins' claims on these weights, by slot."""
     codecs: dict[str, Codec]
-    """The claimed ones, or those of an encoded checkpoint; when nothing is encoded, the plain one of every weight that
-    a placement claims.
+    """The codec of each encoded weight, either claimed or recorded in an encoded checkpoint.
+
+    If nothing is encoded: the plain codec, for every weight that a placement claims.
     """
     stored: dict[str, tuple[str, ...]]
-    """Name -> the modules that hold it in a checkpoint."""
+    """Name -> the checkpoint modules that hold the weight."""
     placements: dict[str, Placement]
-    """Of the encoded weights that are not resident."""
+    """Placements of the encoded weights that are not resident."""
     dispatches: dict[str, ExpertsDispatch]
-    """Of the experts that are spread over processes, or whose tokens may be dropped."""
+    """Dispatches of the experts that are spread over processes, or whose tokens may be dropped."""
     resident: dict[str, int]
-    """Bytes of every encoded weight on the compute device, in this process."""
+    """Bytes that each encoded weight takes on the compute device, in this process."""
     elements: int
-    """Of all tensors of the model, decoded."""
+    """Number of elements of all tensors of the model, decoded."""
 
     def quantization(self) -> ArcticQuantizationConfig | None:
-        """The ``quantization_config`` to load a plain checkpoint with; None when its weights stay as they are."""
+        """Return the ``quantization_config`` for loading a plain checkpoint; None if its weights stay as they are."""
         if not self.codecs and not self.dispatches:
             return None
         return ArcticQuantizationConfig.from_owners(*self._owners(), self.placements, self.dispatches)
 
     def stored_quantization(self) -> dict[str, Any]:
-        """The ``quantization_config`` to load an encoded checkpoint with."""
+        """Return the ``quantization_config`` for loading an encoded checkpoint."""
         stored = ModuleCodecs.from_owners(*self._owners()).to_config()
         return {**stored, "placements": self.placements, "dispatches": self.dispatches}
 
     def on_disk(self) -> dict[str, tuple[Codec, tuple[int, int]]]:
-        """Every encoded module of a checkpoint -> its codec and the weight's (N, K)."""
+        """Map every encoded module of a checkpoint to its codec and the weight's (N, K)."""
         shapes = {name: stored_shapes({name: self.specs[name]}, self.stored) for name in self.codecs}
         return {part: (self.codecs[name], shape) for name, parts in shapes.items() for part, shape in parts.items()}
 
     def _owners(self) -> tuple[dict[str, Codec], list[str]]:
-        """A checkpoint's module name -> codec, and the names of all of its modules."""
+        """Return a map from a checkpoint's module names to codecs, and the names of all modules that hold weights."""
         owners = {part: codec for name, codec in self.codecs.items() for part in self.stored[name]}
         return owners, [part for parts in self.stored.values() for part in parts]
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What a stack will do to the model of a checkpoint. Made by :func:`plan_model`; load it once, with
-    :func:`~arctic_plugins_huggingface.load_model`.
+    """The plan of what a stack will do to the model of a checkpoint.
+
+    It is created by :func:`plan_model`. Load it once, with :func:`~arctic_plugins_huggingface.load_model`.
     """
 
     checkpoint: str
-    """Directory or hub id."""
+    """Directory or Hub id."""
     stack: Stack
     config: PreTrainedConfig
-    """The checkpoint's, as the stack changed it."""
+    """The checkpoint's config, as changed by the stack."""
     changes: dict[str, Any]
-    """What the stack changed in it: key of ``config.json`` -> value."""
+    """The stack's changes to the config: key of ``config.json`` -> value."""
     weights: WeightPlan
     skeleton: PreTrainedModel = field(repr=False)
     """The plain model on the meta device: shapes without data."""
     stored_dtype: torch.dtype
-    """That of the checkpoint."""
+    """The dtype of the checkpoint."""
     asked_dtype: torch.dtype | str
     dtype: torch.dtype
-    """That of products, and of what is not encoded."""
+    """The dtype of matrix products, and of weights that are not encoded."""
     dtype_reason: str
-    """Why it is not the checkpoint's, or why it is slow here; empty if there is nothing to say."""
+    """Why ``dtype`` differs from the checkpoint's, or why it is slow on this device; empty otherwise."""
     warnings: tuple[str, ...]
-    """Of the plugins, each behind its plugin's name."""
+    """The plugins' warnings, each prefixed with the name of its plugin."""
     load: dict[str, Any] = field(repr=False)
     """Further arguments of ``from_pretrained``."""
     contents_checked: bool
-    """Whether the digests of a directory's files were compared."""
+    """Whether the digests of the checkpoint's files were compared, if it is a directory."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer, read when it is first asked for.
+        """The checkpoint's tokenizer, read on first access.
 
         Raises:
-            CheckpointError: there is none, or it is damaged.
+            CheckpointError: the tokenizer is missing or damaged.
         """
         return load_tokenizer(self.checkpoint, config=self.config, **only_hub(self.load))
 
     @property
     def encoded(self) -> bool:
-        """Whether the checkpoint holds encoded weights already."""
+        """Whether the checkpoint already holds encoded weights."""
         return is_encoded(self.config)
 
 
@@ -139,20 +142,21 @@ def plan_model(
     checked: bool = False,
     **kwargs: Any,
 ) -> ModelPlan:
-    """Settle what ``stack`` will do to the model of ``checkpoint``. Reads no weights.
+    """Plan what ``stack`` will do to the model of ``checkpoint``, without reading any weights.
 
     Args:
-        checkpoint: directory or hub id; plain or encoded.
-        stack: what to apply; ``None`` applies nothing.
+        checkpoint: directory or Hub id; plain or encoded.
+        stack: the plugins to apply; ``None`` applies none.
         dtype: see :func:`~arctic_plugins_huggingface.load_model`.
-        checked: whether the caller has checked the files with
-            :func:`~arctic_plugins_huggingface.files.check.check_checkpoint`, and without their contents, which
+        checked: whether the caller has already checked the files with
+            :func:`~arctic_plugins_huggingface.files.check.check_checkpoint`, except for their contents, which
             ``load_model`` then compares.
         **kwargs: further arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
-        UserError: everything that can be known to fail before weights are read: host versions, a damaged checkpoint,
-            what plugins refuse, clashing claims, an encoded checkpoint that the stack would encode differently.
+        UserError: raised for everything that is known to fail before weights are read: unsupported host versions, a
+            damaged checkpoint, settings that plugins refuse, conflicting claims, or an encoded checkpoint that the
+            stack would encode differently.
     """
     register()
     stack = stack or Stack()
@@ -160,7 +164,7 @@ def plan_model(
     if is_deepspeed_zero3_enabled():
         raise ConfigError(
             "training is configured for DeepSpeed's ZeRO stage 3, which splits weights while they are loaded",
-            expected="stage 1 or 2; plugins spread frozen weights (slot 'placement') and experts ('experts_dispatch')",
+            expected="stage 1 or 2; plugins can spread frozen weights ('placement') and experts ('experts_dispatch')",
             fix="correct zero_optimization.stage",
         )
     kwargs.setdefault("trust_remote_code", False)
@@ -196,25 +200,26 @@ def plan_model(
 
 
 def configured(config: PreTrainedConfig, stack: Stack) -> dict[str, Any]:
-    """Let ``stack`` change ``config`` in place, and return what it changed: key of ``config.json`` -> value."""
+    """Change ``config`` in place as ``stack`` requires, and return the changes: key of ``config.json`` -> value."""
     before = config.to_dict()
     stack.hf_configure_model(config)
     return {key: value for key, value in config.to_dict().items() if key not in before or before[key] != value}
 
 
 def planned_config(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[str, Any]:
-    """What ``config.json`` of the plain ``checkpoint`` (directory or hub id) would say otherwise had ``stack`` been
-    applied. Reads no weights.
+    """Return the changes that ``stack`` would make to the ``config.json`` of a plain checkpoint: key -> value.
+
+    ``checkpoint`` is a directory or Hub id. No weights are read.
 
     Raises:
-        ConfigError: ``stack`` changes nothing, or the checkpoint is quantized already.
+        ConfigError: ``stack`` changes nothing, or the checkpoint is already quantized.
         UserError: see :func:`plan_model`.
     """
     kwargs = check_checkpoint(checkpoint, **kwargs)
     config = load_config(checkpoint, **only_hub(kwargs))
     if getattr(config, "quantization_config", None) is not None:
         raise ConfigError(
-            f"{checkpoint} is quantized already", expected="a plain checkpoint", fix="leave the plugins out"
+            f"{checkpoint} is already quantized", expected="a plain checkpoint", fix="leave out the plugins"
         )
     part = stack.without("placement", "experts_dispatch")
     plan = plan_model(checkpoint, part, checked=True, config=config, **kwargs)
@@ -223,9 +228,9 @@ def planned_config(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[
         changes["quantization_config"] = quantization.to_dict()
     if not changes:
         raise ConfigError(
-            "the plugins change nothing of this model",
+            "the plugins change nothing in this model",
             expected="a plugin that fills 'weight_codec' or 'rope'",
-            fix="fp8, for instance",
+            fix="add one, for example fp8",
         )
     return changes
 
@@ -233,17 +238,17 @@ def planned_config(checkpoint: str | Path, stack: Stack, **kwargs: Any) -> dict[
 def plan_weights(
     model: PreTrainedModel, config: PreTrainedConfig, stack: Stack, plain_dtype: torch.dtype
 ) -> WeightPlan:
-    """What ``stack`` claims of ``model``, with data or without, and where its weights will be.
+    """Return which weights of ``model`` the plugins of ``stack`` claim, and where they will be.
 
     Args:
-        model: of ``config``, plain.
-        config: says which weights are encoded already.
-        stack: what to apply.
-        plain_dtype: of weights that are placed without being encoded.
+        model: the plain model of ``config``, with or without data.
+        config: specifies which weights are already encoded.
+        stack: the plugins to apply.
+        plain_dtype: dtype of weights that are placed without being encoded.
 
     Raises:
-        ClaimError: plugins clash, or the stack would encode otherwise what the checkpoint has encoded already.
-        UserError: what a placement's plan raises.
+        ClaimError: plugins conflict, or the stack would encode weights differently from an encoded checkpoint.
+        UserError: raised by a placement's plan.
     """
     specs = weight_specs(model)
     names = stored_names(model, specs)
@@ -252,7 +257,8 @@ def plan_weights(
     if is_encoded(config):
         codecs = _stored_codecs(config, codecs, specs, names)
     elif not codecs:
-        # Placements move plain weights, too. The output head stays, as it does when a codec encodes the rest.
+        # Placements move plain weights as well. The output head stays where it is, as it does when a codec encodes
+        # the other weights.
         heads = {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
         plain = PlainCodec(dtype_name(plain_dtype))
         codecs = {
@@ -267,19 +273,19 @@ def plan_weights(
 
 
 def _check_quantization(config: PreTrainedConfig, stack: Stack) -> None:
-    """Raise ClaimError if the checkpoint is quantized by another method, and ``stack`` encodes or places weights."""
+    """Raise ClaimError if the checkpoint is quantized by another method and ``stack`` encodes or places weights."""
     if getattr(config, "quantization_config", None) is None or is_encoded(config):
         return
     if owners := [*stack.only("weight_codec"), *stack.only("placement")]:
         raise ClaimError(
             "the checkpoint is quantized by another method",
             expected="a plain checkpoint",
-            fix=f"leave the plugin '{owners[0].name}' out",
+            fix=f"leave out the plugin '{owners[0].name}'",
         )
 
 
 def _check_files(directory: Path, config: PreTrainedConfig, weights: WeightPlan, variant: str | None) -> None:
-    """Compare what the files of ``directory`` hold with what the model has."""
+    """Check that the files of ``directory`` hold the tensors of the model."""
     if getattr(config, "quantization_config", None) is not None and not is_encoded(config):
         return
     if files := sorted(directory.glob("*.safetensors")):
@@ -289,18 +295,18 @@ def _check_files(directory: Path, config: PreTrainedConfig, weights: WeightPlan,
 
 
 def _check_experts(implementation: str | None, weights: WeightPlan) -> None:
-    """Raise ConfigError if the user asks for another experts function than a dispatch needs."""
+    """Raise ConfigError if the user sets a different experts function from the one that a dispatch needs."""
     wanted = {dispatch.experts_implementation for dispatch in weights.dispatches.values()}
     if wanted and implementation not in {None, *wanted}:
         raise ConfigError(
-            f"experts_implementation is '{implementation}', and a plugin dispatches experts",
+            f"experts_implementation is '{implementation}', but a plugin dispatches the experts",
             expected=f"'{min(wanted)}'",
             fix="leave it out",
         )
 
 
 def _local(spec: LinearSpec, dispatch: ExpertsDispatch) -> tuple[int, ...]:
-    """Shape of this process's part of experts."""
+    """Return the shape of this process's share of the experts."""
     experts, *matrix = spec.shape
     part = dispatch.local(experts)
     return (part.stop - part.start, *matrix)
@@ -309,15 +315,16 @@ def _local(spec: LinearSpec, dispatch: ExpertsDispatch) -> tuple[int, ...]:
 def _place(
     claims: SettledClaims, codecs: Mapping[str, Codec], specs: Mapping[str, LinearSpec]
 ) -> tuple[dict[str, Placement], dict[str, int]]:
-    """Let the claimed placements choose among the encoded weights: name -> its (chain of) placement, and name -> bytes
-    on the compute device.
+    """Distribute the encoded weights among the placements that claim them.
+
+    Return name -> placement, which may be a chain, and name -> bytes on the compute device.
     """
     dispatches = claims.exclusive("experts_dispatch")
     resident = {name: codec.nbytes(specs[name].shape) for name, codec in codecs.items()}
     for name in dispatches.keys() & resident.keys():
         resident[name] = codecs[name].nbytes(_local(specs[name], dispatches[name]))
     claimed = claims.by_slot.get("placement", {})
-    position: dict[Placement, int] = {}  # in the chain: that of the stack, also where a module has only the later ones
+    position: dict[Placement, int] = {}  # in the chain: the stack's order, even for modules with only the later ones
     for placements in claimed.values():
         for index, placement in enumerate(placements):
             position[placement] = max(index, position.get(placement, 0))
@@ -328,7 +335,7 @@ def _place(
         if not wanted:
             name = next(name for name, placements in claimed.items() if placement in placements)
             raise ClaimError(
-                f"a placement is claimed for {name} and no other weight that is encoded",
+                f"a placement claims weights such as {name}, but no encoded ones",
                 expected="encoded weights",
                 fix="correct its patterns",
             )
@@ -345,19 +352,19 @@ def _stored_codecs(
     specs: Mapping[str, LinearSpec],
     stored: Mapping[str, tuple[str, ...]],
 ) -> dict[str, Codec]:
-    """The codecs of an encoded checkpoint, which have to be those that the stack claims, if it claims any."""
+    """Return the codecs of an encoded checkpoint, which must match those that the stack claims, if any."""
     quantization = config.quantization_config
     existing = ModuleCodecs.from_config(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
     found = stored_codecs(existing, stored)
     if codecs and codecs != found:
         name = next(name for name in specs if codecs.get(name) != found.get(name))
         raise ClaimError(
-            f"the checkpoint has {found.get(name) or 'a plain weight'} at {name}, but the stack wants "
+            f"the checkpoint has {found.get(name) or 'a plain weight'} for {name}, but the stack requires "
             f"{codecs.get(name) or 'a plain weight'}",
-            fix="start from the plain checkpoint, or give the codec plugin the options with which this one was made",
+            fix="start from the plain checkpoint, or give the codec plugin the options used for this checkpoint",
         )
     if existing.modules and not found:
         raise CheckpointError(
-            "quantization_config.modules matches no linear module of this model", fix="config.json is of another model"
+            "quantization_config.modules matches no linear module of this model", fix="use the model's own config.json"
         )
     return found

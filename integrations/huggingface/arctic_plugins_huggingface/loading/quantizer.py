@@ -1,9 +1,8 @@
-"""The one quantization method of the Hugging Face host, ``arctic``: which module has which codec, whoever wrote the
-codec.
+"""``arctic``, the only quantization method of the Hugging Face host: which module has which codec, of any plugin.
 
-``config.json`` says ``quantization_config: {quant_method: arctic, ...}``, read by
-:class:`arctic_plugins.frozen.ModuleCodecs`. Every detail of transformers' loader that this file relies on was read in
-5.19.0 (``transformers/core_model_loading.py``, ``quantizers/base.py``).
+``config.json`` contains ``quantization_config: {quant_method: arctic, ...}``, which
+:class:`arctic_plugins.frozen.ModuleCodecs` reads. All details of transformers' loader that this file relies on were
+read in 5.19.0 (``transformers/core_model_loading.py``, ``quantizers/base.py``).
 """
 
 from __future__ import annotations
@@ -38,18 +37,19 @@ if TYPE_CHECKING:
 
 __all__ = ["ArcticQuantizationConfig", "ArcticQuantizer", "register"]
 
-_OTHER_MODEL = "config.json and weights are of different models: make the checkpoint again"
+_OTHER_MODEL = "config.json and the weights belong to different models: create the checkpoint again"
 
 
 class ArcticQuantizationConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a checkpoint with encoded weights; see :class:`arctic_plugins.frozen.ModuleCodecs`,
-    also for the errors raised.
+    """The ``quantization_config`` of a checkpoint with encoded weights.
+
+    See :class:`arctic_plugins.frozen.ModuleCodecs`, also for the errors raised.
 
     Args:
-        placements: name of :func:`~arctic_plugins_huggingface.loading.weights.weight_specs` -> where its bytes go;
-            objects of this process, which :meth:`to_dict` leaves out.
-        dispatches: name -> how rows come to its experts; likewise.
-        **config: what stands in ``config.json``.
+        placements: name of :func:`~arctic_plugins_huggingface.loading.weights.weight_specs` -> where its bytes go.
+            These are objects of this process, and :meth:`to_dict` leaves them out.
+        dispatches: name -> how rows reach its experts; also left out by :meth:`to_dict`.
+        **config: the content of ``quantization_config`` in ``config.json``.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
         dispatches: Mapping[str, ExpertsDispatch] | None = None,
         **config: Any,
     ) -> None:
-        self.quant_method = METHOD  # type: ignore[assignment]  # registered methods are texts, not of the host's enum
+        self.quant_method = METHOD  # type: ignore[assignment]  # registered methods are strings, not enum members
         self.codecs = ModuleCodecs.from_config(config)
         self.placements, self.dispatches = dict(placements or {}), dict(dispatches or {})
         self.failure: ArcticError | None = None
-        """The first error of an encoding step: the loader collects errors, and raises one that names none."""
+        """The first error of an encoding step: the loader collects errors and raises one that names none of them."""
 
     @classmethod
     def from_owners(
@@ -72,11 +72,11 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
         placements: Mapping[str, Placement] | None = None,
         dispatches: Mapping[str, ExpertsDispatch] | None = None,
     ) -> ArcticQuantizationConfig:
-        """From a checkpoint's module name -> codec; ``modules`` are the names of all."""
+        """Create a config from checkpoint module name -> codec; ``modules`` are the names of all modules."""
         return cls(placements, dispatches, **ModuleCodecs.from_owners(owners, modules).to_config())
 
     def to_dict(self) -> dict[str, Any]:
-        """What a checkpoint says: weights that are only placed, not encoded, are ordinary ones there."""
+        """Return the dict to store in a checkpoint, where weights that are placed but not encoded are ordinary ones."""
         encoded = {
             pattern: name
             for pattern, name in self.codecs.modules.items()
@@ -88,7 +88,7 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
 
 
 class ArcticQuantizer(HfQuantizer):
-    """Encodes while loading a plain checkpoint, and loads encoded checkpoints, one tensor at a time in both cases."""
+    """Quantizer that encodes plain checkpoints while loading them, and loads encoded ones, one tensor at a time."""
 
     requires_calibration = False
 
@@ -100,19 +100,22 @@ class ArcticQuantizer(HfQuantizer):
         self.frozen: dict[str, tuple[FrozenModule, str]] = {}
         self.shapes: dict[str, torch.Size] = {}
         self.exported: dict[str, Tensor] = {}
-        """Name -> what processes have parts of, whole, while one of these is saving."""
+        """Name -> a gathered tensor of which each process holds a part, while the model is being saved."""
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
-            # transformers/core_model_loading.py offload_and_maybe_resave_param keeps the unencoded original
+            # offload_and_maybe_resave_param in transformers/core_model_loading.py keeps the original, plain weight
             raise ConfigError(
                 "device_map puts modules on 'disk' while they are being encoded",
-                fix="save an encoded checkpoint with 'arctic quantize', then load that",
+                fix="save an encoded checkpoint with 'arctic quantize', then load it",
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Put frozen modules in place: for an encoded checkpoint with its parameters; for a plain one with the plain
-        weights, because the loader casts a tensor to the dtype of the parameter it is for."""
+        """Put frozen modules into the model.
+
+        For an encoded checkpoint, they have the codec's parameters. For a plain one, they have the plain weights,
+        because the loader casts each tensor to the dtype of its target parameter.
+        """
         specs = weight_specs(model)
         self.codecs = stored_codecs(self.quantization_config.codecs, stored_names(model, specs))
         if self.quantization_config.codecs.modules and not self.codecs:
@@ -131,10 +134,10 @@ class ArcticQuantizer(HfQuantizer):
         }
         self.shapes = {name: param.shape for name, param in model.named_parameters() if name not in encoded}
         for module, _ in self.frozen.values():
-            module._is_hf_initialized = True  # type: ignore[assignment]  # or the loader would draw missing bytes at random, which cannot be done
+            module._is_hf_initialized = True  # type: ignore[assignment]  # otherwise the loader would try to initialize missing bytes at random, and fail
 
     def _parameters(self) -> Iterator[tuple[str, list[str]]]:
-        """Every encoded weight and the names, in its module, of the parameters with its buffers."""
+        """Yield every encoded weight with the names, in its module, of the parameters that hold its buffers."""
         for name, (module, leaf) in self.frozen.items():
             yield name, list((module.frozen[leaf].parameters or {"": leaf}).values())
 
@@ -159,18 +162,17 @@ class ArcticQuantizer(HfQuantizer):
             if missing or (module.frozen[leaf].parameters is None and module.frozen[leaf].handle is None):
                 raise CheckpointError(
                     f"{name.rpartition('.')[0]}.{(missing or [leaf])[0]} is missing",
-                    fix="the checkpoint is incomplete: make it again",
+                    fix="the checkpoint is incomplete: create it again",
                 )
-            if (
-                self.pre_quantized
-            ):  # encoded while loading, the others are held already; hold() compares shapes, which the loader does not
+            # Weights that were encoded while loading are held already. hold() compares shapes; the loader does not.
+            if self.pre_quantized:
                 module.hold(module.export(leaf), leaf)
         for name, param in model.named_parameters():
             if param.shape != self.shapes.get(name, param.shape):
                 raise CheckpointError(
                     f"{name} has shape {tuple(param.shape)}", expected=f"{tuple(self.shapes[name])}", fix=_OTHER_MODEL
                 )
-        self.frozen = {}  # the quantizer stays with the model, and modules may be replaced
+        self.frozen = {}  # the quantizer stays with the model, whose modules may be replaced
         return model
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
@@ -196,9 +198,8 @@ class ArcticQuantizer(HfQuantizer):
         return state, {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        thaw_modules(
-            model, getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        )  # a text once the model has been saved
+        # dtype is a string once the model has been saved.
+        thaw_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -206,7 +207,7 @@ class ArcticQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True  # with an adapter: the Trainer refuses a quantized model without one
+        return True  # if it has an adapter: the Trainer refuses a quantized model without one
 
     @property
     def is_compileable(self) -> bool:
@@ -214,14 +215,15 @@ class ArcticQuantizer(HfQuantizer):
 
 
 class _Encode(ConversionOps):
-    """Loader step: one weight in the model's dtype comes in, its frozen module takes it, and the loader is told that it
-    is done.
+    """Loader step that encodes one weight.
+
+    The weight arrives in the model's dtype, its frozen module takes it, and the loader is told that it is done.
     """
 
     def __init__(self, quantizer: ArcticQuantizer) -> None:
         self.quantizer = quantizer
 
-    # The host always says full_layer_name, and takes tensors as well as lists of them.
+    # The loader always passes full_layer_name, and accepts tensors as well as lists of them.
     def convert(  # type: ignore[override]
         self, input_dict: dict[str, Any], *, full_layer_name: str, **kwargs: Any
     ) -> dict[str, Tensor]:
@@ -233,17 +235,18 @@ class _Encode(ConversionOps):
             self.quantizer.quantization_config.failure = self.quantizer.quantization_config.failure or error
             raise
         for parameter in {leaf, *(module.frozen[leaf].parameters or {}).values()} & module._parameters.keys():
-            module._parameters[parameter]._is_hf_initialized = True  # type: ignore[union-attr]  # or the loader would draw it at random
+            module._parameters[parameter]._is_hf_initialized = True  # type: ignore[union-attr]  # otherwise the loader would initialize it at random
         return {full_layer_name: module._parameters[leaf]}  # type: ignore[dict-item]
 
 
 def register() -> None:
-    """Make transformers know the method ``arctic``, so that ``from_pretrained`` reads encoded checkpoints, and what
-    installed plugins add: models that it does not have, experts functions, RoPE types. PEFT's adapters know frozen
-    modules from then on. Idempotent.
+    """Register the method ``arctic`` with transformers, so that ``from_pretrained`` reads encoded checkpoints.
 
-    :func:`~arctic_plugins_huggingface.load_model` calls it. Without it transformers refuses such a checkpoint: the
-    encoded weights do not have the shapes that the model declares.
+    Also register what installed plugins add (models that transformers does not have, experts functions, RoPE types),
+    and make PEFT's adapters work over frozen modules. Idempotent.
+
+    :func:`~arctic_plugins_huggingface.load_model` calls this function. Without it, transformers refuses an encoded
+    checkpoint, because the encoded weights do not have the shapes that the model declares.
     """
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(ArcticQuantizationConfig)

@@ -1,5 +1,6 @@
-"""A checkpoint's weights back into a model that is there, where transformers' Trainer cannot. Read in transformers
-5.19.0.
+"""Restoring a checkpoint's weights into an existing model, where transformers' Trainer cannot.
+
+Read in transformers 5.19.0.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ __all__ = ["restore_weights"]
 
 @torch.no_grad()
 def restore_weights(model: nn.Module, directory: str | Path, skip: Collection[str] = ()) -> None:
-    """Copy the safetensors files of ``directory`` into the parameters of ``model``, where names or cuts of weights
-    differ between the two.
+    """Copy the safetensors files of ``directory`` into the parameters of ``model``.
 
-    ``Trainer._load_from_checkpoint`` calls ``load_state_dict(strict=False)`` with the names of the file: fused experts,
-    of which checkpoints have one matrix each, would silently stay as they are.
+    The two may name or split weights differently. ``Trainer._load_from_checkpoint`` calls
+    ``load_state_dict(strict=False)`` with the names in the file. Fused experts, which checkpoints store as one matrix
+    per expert, would silently stay unchanged.
 
     Args:
-        model: plain, as transformers loaded it.
-        directory: a checkpoint of it.
-        skip: names of parameters to leave alone.
+        model: the plain model, as loaded by transformers.
+        directory: a checkpoint of this model.
+        skip: names of parameters to leave unchanged.
 
     Raises:
-        CheckpointError: a parameter is not there; names it.
+        CheckpointError: a parameter is missing from the checkpoint; names it.
     """
     parameters, (renamings, converters) = dict(model.named_parameters()), split_conversions(model)
     specs = {
@@ -41,7 +42,7 @@ def restore_weights(model: nn.Module, directory: str | Path, skip: Collection[st
         for name, spec in weight_specs(model).items()
         if spec.experts is not None and name in parameters and name not in skip
     }
-    matrices: dict[str, Tensor] = {}  # in the file -> the part of a fused parameter
+    matrices: dict[str, Tensor] = {}  # name in the file -> part of a fused parameter
     for name, parts in stored_names(model, specs).items():
         for number, part in enumerate(parts):
             for expert, key in enumerate(each_expert(part, len(parameters[name]))):

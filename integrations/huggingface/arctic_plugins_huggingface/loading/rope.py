@@ -1,5 +1,6 @@
-"""RoPE types that installed plugins register, in transformers, and how far a model's positions go. Read in 5.19.0
-(``modeling_rope_utils.py``).
+"""RoPE types of installed plugins in transformers, and the number of positions of a model.
+
+Read in transformers 5.19.0 (``modeling_rope_utils.py``).
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ __all__ = ["positions", "register_rope_types"]
 
 
 def register_rope_types() -> None:
-    """Call it once in a process. What transformers has under the same name stays.
+    """Register the RoPE types of installed plugins with transformers.
+
+    Names that transformers already has keep their meaning. Call this function once per process.
 
     Raises:
-        PluginError: a name has "dynamic" in it, for which transformers computes frequencies anew whenever a text is
-            longer than those before.
+        PluginError: a name contains "dynamic". For such types, transformers recomputes the frequencies whenever a text
+            is longer than those before.
     """
     registry = process_registry()
     for name in registry.rope_types():
@@ -33,17 +36,17 @@ def register_rope_types() -> None:
         if "dynamic" in name:
             raise PluginError(
                 f"RoPE type '{name}' is registered",
-                expected="a name without 'dynamic', by which transformers knows what follows the length of a text",
+                expected="a name without 'dynamic', which marks types that depend on a text's length in transformers",
             )
         ROPE_INIT_FUNCTIONS[name] = partial(_frequencies, name)
         setattr(RotaryEmbeddingConfigMixin, f"_validate_{name}_rope_parameters", _validate)
 
 
 def positions(config: PreTrainedConfig) -> int | None:
-    """How many tokens the model of ``config`` takes at most, RoPE scaling included; None if its config names no limit.
+    """Return the maximum number of tokens that the model of ``config`` takes, including RoPE scaling.
 
-    Configs differ in whether ``max_position_embeddings`` is before or after scaling (``modeling_rope_utils.py``,
-    transformers 5.19.0): the longer.
+    None if the config sets no limit. Configs differ in whether ``max_position_embeddings`` is the limit before or after
+    scaling (``modeling_rope_utils.py``, transformers 5.19.0); the larger number is returned.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", None)
@@ -61,7 +64,7 @@ def _frequencies(
     name: str,
     config: Any,
     device: torch.device | None = None,
-    seq_len: int | None = None,  # noqa: ARG001 - transformers gives it
+    seq_len: int | None = None,  # noqa: ARG001 - transformers passes it
     layer_type: str | None = None,
 ) -> tuple[Tensor, float]:
     parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
@@ -73,4 +76,4 @@ def _frequencies(
 
 
 def _validate(self: Any, rope_parameters: dict[str, Any], ignore_keys: set[str] | None = None) -> None:
-    """Whatever the function takes may stand there; transformers would warn that it knows no rules."""
+    """Accept all parameters that the function accepts; otherwise transformers would warn that it has no rules."""

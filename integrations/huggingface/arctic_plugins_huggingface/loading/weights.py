@@ -1,9 +1,10 @@
-"""Which weights of a model can be encoded, what checkpoints call them, and putting frozen modules in the place of
-transformers' own.
+"""The weights of a model that can be encoded, and the frozen modules that replace transformers' own.
 
-Linear modules, and the experts of mixtures, which transformers holds as fused three-dimensional parameters
-(``gate_up_proj [E, 2I, K]``, ``down_proj [E, K, I]``) and writes to checkpoints as one matrix per expert. Read in
-transformers 5.19.0 (``integrations/moe.py``, ``core_model_loading.py``, ``conversion_mapping.py``).
+These weights are those of linear modules and of the experts of mixtures. transformers holds experts as fused
+three-dimensional parameters (``gate_up_proj [E, 2I, K]``, ``down_proj [E, K, I]``) and writes them to checkpoints as
+one matrix per expert.
+
+Read in transformers 5.19.0 (``integrations/moe.py``, ``core_model_loading.py``, ``conversion_mapping.py``).
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ __all__ = [
 ]
 
 _FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-"""What ``use_experts_implementation`` leaves on the experts of a model."""
+"""Attributes that ``use_experts_implementation`` sets on the experts of a model."""
 
 
 class FrozenHostExperts(FrozenExperts):
-    """The experts ``host`` of a model in transformers, whose activation it calls and which it can give back."""
+    """Frozen experts that replace transformers' module ``host``, call its activation and can restore it."""
 
     def __init__(self, host: Any, dtype: torch.dtype) -> None:
         super().__init__(
@@ -63,7 +64,7 @@ class FrozenHostExperts(FrozenExperts):
         self.__dict__["host"] = host  # not a submodule: it has no parameters left
 
     def to_host(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The module of transformers, with decoded weights."""
+        """Return transformers' module, with decoded weights."""
         host: nn.Module = self.__dict__["host"]
         for leaf in self.frozen:
             host.register_parameter(
@@ -73,8 +74,11 @@ class FrozenHostExperts(FrozenExperts):
 
 
 def weight_specs(model: nn.Module) -> dict[str, LinearSpec]:
-    """Dotted name -> shape of every weight that a plugin may claim, on the meta device or loaded: linear modules by
-    their own name, the weights of experts by that of the parameter."""
+    """Map the dotted name of every weight that a plugin may claim to its shape.
+
+    A linear module goes by its own name, the weights of experts by the name of the parameter. The model may be on the
+    meta device or loaded.
+    """
     tied = {name.removesuffix(".weight") for name in (getattr(model, "all_tied_weights_keys", None) or {})}
     specs: dict[str, LinearSpec] = {}
     conversions = _reversed(model) if any(_is_experts(module) for module in model.modules()) else ([], [])
@@ -97,7 +101,7 @@ def _experts_spec(shape: tuple[int, ...]) -> LinearSpec:
 
 
 def plain_experts(model: nn.Module) -> dict[str, str]:
-    """Dotted name of experts that cannot be encoded -> why."""
+    """Map the dotted name of experts that cannot be encoded to the reason."""
     conversions = _reversed(model) if any(_is_experts(module) for module in model.modules()) else ([], [])
     found = {name: _trouble(name, module, conversions) for name, module in model.named_modules() if _is_experts(module)}
     return {name: why for name, why in found.items() if why is not None}
@@ -112,20 +116,20 @@ def _up(experts: Any) -> str:
 
 
 def _trouble(name: str, experts: Any, conversions: tuple[list[WeightRenaming], list[WeightConverter]]) -> str | None:
-    """Why experts cannot be encoded."""
+    """Return why experts cannot be encoded; None if they can."""
     if experts.is_transposed or experts.has_bias or not experts.is_concatenated:
         return "their weights are transposed or interleaved, or have biases"
     if getattr(experts, "_is_expert_parallel", False):
         return "transformers has distributed them"
     if not all(isinstance(getattr(experts, leaf, None), Tensor) for leaf in (_up(experts), "down_proj")):
-        return "their weights have other names"
+        return "their weights have unknown names"
     if any(_stored(f"{name}.{leaf}", *conversions) is None for leaf in (_up(experts), "down_proj")):
-        return "checkpoints hold them fused"
+        return "checkpoints store them fused"
     return None
 
 
 def split_weight(name: str, spec: LinearSpec) -> tuple[str, str]:
-    """(module, name of its weight) of a name of :func:`weight_specs`."""
+    """Split a name of :func:`weight_specs` into the module's name and the name of the weight in it."""
     if spec.experts is None:
         return name, "weight"
     module, _, leaf = name.rpartition(".")
@@ -133,17 +137,17 @@ def split_weight(name: str, spec: LinearSpec) -> tuple[str, str]:
 
 
 def dispatch_experts(model: PreTrainedModel, dispatches: Mapping[str, ExpertsDispatch]) -> None:
-    """Leave room for the experts of this process only, in a ``model`` on the meta device.
+    """Reduce the experts of a ``model`` on the meta device to those of this process.
 
     Args:
-        model: to change.
-        dispatches: name of :func:`weight_specs` -> the dispatch.
+        model: the model to change.
+        dispatches: name of :func:`weight_specs` -> its dispatch.
     """
     if any(dispatch.size > 1 for dispatch in dispatches.values()):
         patch(
             model,
             "generate",
-            why="processes that share experts go on until all have finished; no config of generation says so",
+            why="processes that share experts must continue until all have finished; no generation config sets this",
             read_in="transformers 5.19.0",
         )(_generate_together)
     for name, dispatch in dispatches.items():
@@ -167,14 +171,14 @@ def freeze_modules(
     device: torch.device | str | None = None,
     until_encoded: bool = False,
 ) -> None:
-    """Replace the modules of these weights by frozen ones.
+    """Replace the modules of these weights with frozen ones.
 
     Args:
-        model: to change.
+        model: the model to change.
         codecs: name of :func:`weight_specs` -> codec.
         placements: name -> where its bytes go.
-        device: where to allocate empty buffers; default: where the plain weight is.
-        until_encoded: keep the plain weights for :meth:`FrozenModule.encode` instead.
+        device: device on which to allocate empty buffers; by default, that of the plain weight.
+        until_encoded: whether to keep the plain weights until :meth:`FrozenModule.encode`, instead of allocating.
     """
     specs = weight_specs(model)
     for name, codec in codecs.items():
@@ -199,7 +203,7 @@ def freeze_modules(
 
 
 def thaw_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Put transformers' own modules with decoded weights back."""
+    """Replace frozen modules with transformers' own modules and decoded weights."""
     for name, module in list(model.named_modules()):
         if isinstance(module, FrozenLinear):
             model.set_submodule(name, module.to_linear(dtype))
@@ -208,7 +212,7 @@ def thaw_modules(model: nn.Module, dtype: torch.dtype | None = None) -> None:
 
 
 def frozen_weights(model: nn.Module) -> dict[str, tuple[FrozenModule, str]]:
-    """Parameter name (``...q_proj.weight``, ``...experts.down_proj``) -> the frozen module and its name in there."""
+    """Map parameter names (``...q_proj.weight``, ``...experts.down_proj``) to the frozen module and the name in it."""
     return {
         f"{name}.{leaf}": (module, leaf)
         for name, module in model.named_modules()
