@@ -1,8 +1,6 @@
 """Fixtures of the tests that cross rooms."""
 
 import json
-import os
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from arctic_plugins.discovery import process_registry
+from arctic_plugins.testing import run_python
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,7 +30,6 @@ def int8_plugin(tmp_path_factory):
     site = tmp_path_factory.mktemp("site")
     source = Path(__file__).parent / "int8_plugin"
     command = [
-        sys.executable,
         "-m",
         "pip",
         "install",
@@ -43,7 +41,7 @@ def int8_plugin(tmp_path_factory):
         site,
         source,
     ]
-    subprocess.run(command, check=True, timeout=300, env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    run_python(*command, environment={"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
     sys.path.insert(0, str(site))
     process_registry.cache_clear()
     yield site

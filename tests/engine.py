@@ -13,6 +13,8 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
+from arctic_plugins.testing import say
+
 if __name__ == "__main__":
     fork_workers()
     job = json.loads(sys.argv[1])
@@ -31,7 +33,8 @@ if __name__ == "__main__":
         if job.get("adapter"):
             outputs = llm.generate(prompts, sampling, lora_request=LoRARequest("adapter", 1, job["adapter"]))
             result["adapter"] = [list(output.outputs[0].token_ids) for output in outputs]
-        print("\nRESULT " + json.dumps(result), flush=True)
+        print()  # what vLLM printed may be without its end of line
+        say(result)
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

@@ -17,6 +17,8 @@ from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.lora.request import LoRARequest
 
+from arctic_plugins.testing import say
+
 
 def answers(llm, job, *, scored=True, adapter=None):
     """Greedy tokens and their log-probabilities; those of the prompts, from the second token on (asking for them leaves
@@ -55,7 +57,8 @@ if __name__ == "__main__":
             result["cached"] = answers(llm, job, scored=False)
         if job.get("adapter"):
             result["adapter"] = answers(llm, job, adapter=LoRARequest("adapter", 1, job["adapter"]))
-        print("\nRESULT " + json.dumps(result), flush=True)
+        print()  # what vLLM printed may be without its end of line
+        say(result)
         del llm
         gc.collect()
         cleanup_dist_env_and_memory()

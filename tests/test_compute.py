@@ -3,9 +3,6 @@ it reaches the disk.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -17,7 +14,7 @@ from safetensors import safe_open
 
 from arctic_plugins import Stack, compute
 from arctic_plugins.compute import compute_dtype, is_native
-from arctic_plugins.testing import tiny_llama
+from arctic_plugins.testing import run_python, tiny_llama
 
 ORDINARY = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
@@ -43,14 +40,7 @@ def test_a_processor_with_the_instructions_of_avx2_computes_in_float32():
         "import torch; from arctic_plugins.compute import *; print([str(compute_dtype(d)) for d in "
         "(torch.bfloat16, torch.float16)])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-        env={**os.environ, **ORDINARY},
-    )
+    done = run_python("-c", code, environment=ORDINARY)
     assert json.loads(done.stdout.replace("'", '"')) == ["torch.float32"] * 2
 
 

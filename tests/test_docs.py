@@ -3,8 +3,6 @@
 import ast
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pluggy
@@ -19,6 +17,7 @@ from arctic_plugins import hookspecs
 from arctic_plugins.cli import _commands
 from arctic_plugins.discovery import installed_plugins, load_plugin, new_plugin_manager
 from arctic_plugins.resolver import host_range
+from arctic_plugins.testing import run_python
 
 ROOT = Path(__file__).parent.parent
 README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/training.md"))
@@ -50,13 +49,8 @@ def test_python_snippets_and_examples_are_python():
 def test_the_long_context_example_asks_for_keys_that_stand_in_the_text(tmp_path):
     words = [f"word{number}" for number in range(2000)]
     (tmp_path / "prose.txt").write_text(" ".join(words))
-    script = [
-        sys.executable,
-        str(ROOT / "examples" / "long_context.py"),
-        str(tmp_path / "prose.txt"),
-        str(tmp_path / "out.jsonl"),
-    ]
-    subprocess.run([*script, "--rows", "20", "--keys", "5", "--shortest", "100", "--longest", "4000"], check=True)
+    script = [ROOT / "examples" / "long_context.py", tmp_path / "prose.txt", tmp_path / "out.jsonl"]
+    run_python(*script, "--rows", 20, "--keys", 5, "--shortest", 100, "--longest", 4000)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert len(rows) == 20
     for row in rows:

@@ -3,7 +3,6 @@ tokens.
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -22,7 +21,16 @@ from transformers import AutoModelForCausalLM
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, draw_adapter, engines, tiny_llama, tiny_model
+from arctic_plugins.testing import (
+    LLAMA_LIKE,
+    MIXTURES,
+    draw_adapter,
+    engines,
+    said,
+    small_engine,
+    tiny_llama,
+    tiny_model,
+)
 
 pytestmark = [
     pytest.mark.vllm,
@@ -34,7 +42,7 @@ PROMPTS = [list(range(10, 30)), list(range(40, 47)), [9]]
 TOKENS = 24
 
 
-def run(llm, *, site=None, cache, adapter=None, models=(), tokens=TOKENS, **environment):
+def run(llm, *, site=None, cache, adapter=None, models=(), tokens=TOKENS, status=0, **environment):
     # vLLM's dtype "auto" would make bfloat16 of a float32 checkpoint (vllm/config/model.py, 0.32.0)
     models = [str(model) for model in models] or [llm["model"]]
     arguments = {key: value for key, value in llm.items() if key != "model"}
@@ -45,27 +53,13 @@ def run(llm, *, site=None, cache, adapter=None, models=(), tokens=TOKENS, **envi
         "tokens": tokens,
         "adapter": adapter,
     }
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CACHE_ROOT": str(cache),
-        "OMP_NUM_THREADS": "2",
-        "PYTHONPATH": str(site or ""),
-        **environment,
-    }
-    return engines().run(
-        [Path(__file__).with_name("engine.py"), json.dumps(job)], timeout=900, env={**os.environ, **settings}
-    )
-
-
-def results(result):
-    lines = [line for line in result.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, result.stdout[-2000:] + result.stderr[-4000:]
-    return [json.loads(line.removeprefix("RESULT ")) for line in lines]
+    environment = small_engine(cache, **{"PYTHONPATH": str(site or ""), **environment})
+    command = [Path(__file__).with_name("engine.py"), json.dumps(job)]
+    return engines().run(command, timeout=900, environment=environment, status=status)
 
 
 def tokens(result):
-    return results(result)[-1]
+    return said(result)[-1]
 
 
 @torch.no_grad()
@@ -148,21 +142,21 @@ def test_a_missing_scale_stops_the_engine_with_its_name(grouped, tmp_path, cache
     tensors = load_file(grouped / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight_scale"]
     save_file(tensors, damaged / "model.safetensors", {"format": "pt"})
-    recorded = run({"model": str(damaged), "enforce_eager": True}, cache=cache)
+    recorded = run({"model": str(damaged), "enforce_eager": True}, cache=cache, status=None)
     assert recorded.returncode != 0
     assert re.search(
         r"CheckpointError: .*damaged/model\.safetensors has \d+ bytes; expected the \d+ that were saved",
         recorded.stderr,
     )
     (damaged / FILE_NAME).unlink()  # as if it had been so when it was saved
-    result = run({"model": str(damaged), "enforce_eager": True}, cache=cache)
+    result = run({"model": str(damaged), "enforce_eager": True}, cache=cache, status=None)
     assert result.returncode != 0
     assert "model.layers.1.mlp.gate_up_proj.weight_scale is missing from the checkpoint (1 of 2 parts" in result.stderr
 
 
 def same_as_transformers(result, models, count=TOKENS, **plugins):
     """Greedy tokens of every model, and their log-probabilities, are those of transformers."""
-    served = results(result)
+    served = said(result)
     assert len(served) == len(models)
     for checkpoint, answer in zip(models, served, strict=True):
         logprobs = []
@@ -275,7 +269,7 @@ def test_stock_vllm_reads_what_is_exported(tmp_path, cache, format_name, dtype, 
         for kind, config in kinds.items()
     ]
     result = run({"enforce_eager": True, "dtype": dtype}, models=models, cache=cache, VLLM_PLUGINS="none")
-    for checkpoint, answer in zip(models, results(result), strict=True):
+    for checkpoint, answer in zip(models, said(result), strict=True):
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
         for prompt, ids, logprobs in zip(PROMPTS, answer["base"], answer["logprobs"], strict=True):
             with torch.no_grad():
@@ -305,7 +299,7 @@ def test_every_relative_of_llama_serves_what_was_trained(train_relative, cache):
     what each adds.
     """
     merged = [train_relative(name)[2] for name in LLAMA_LIKE]
-    served = results(run({"enforce_eager": True, "max_num_seqs": 4}, models=merged, cache=cache))
+    served = said(run({"enforce_eager": True, "max_num_seqs": 4}, models=merged, cache=cache))
     assert len(served) == len(LLAMA_LIKE)
     for name, checkpoint, answer in zip(LLAMA_LIKE, merged, served, strict=True):
         logprobs = []

@@ -1,8 +1,6 @@
 """Exported checkpoints are read by stock transformers in a process where this project is not imported."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError, CodecError, ConfigError, PluginNotFoundError
 from arctic_plugins.frozen import FrozenLinear
-from arctic_plugins.testing import tiny_llama
+from arctic_plugins.testing import run_python, tiny_llama
 
 STOCK = """
 import sys, torch
@@ -44,13 +42,7 @@ def encoded(tiny_checkpoint, tmp_path_factory):
 
 
 def stock_logits(path, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(path), str(tmp_path / "logits.pt")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_python("-c", STOCK, path, tmp_path / "logits.pt")
     return torch.load(tmp_path / "logits.pt")
 
 

@@ -5,8 +5,6 @@ machine.
 import importlib.util
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from textwrap import dedent
@@ -18,7 +16,7 @@ from safetensors.torch import load_file
 
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
-from arctic_plugins.testing import Forks
+from arctic_plugins.testing import Forks, run_python
 
 FP8 = Stack.from_dict({"fp8": {}})
 PLUGINS = {"fp8": {}, "lora": {"r": 4}}
@@ -53,16 +51,11 @@ def hub(server, tmp_path):
 def run(hub, server, tmp_path):
     """Run Python source, or the command line, in a process that sees the stub as the hub."""
     forks = server[2]
-    return lambda *command: (
-        forks.run(["-c", dedent(command[0])], cwd=tmp_path)
+    return lambda *command, status=0: (
+        forks.run(["-c", dedent(command[0])], cwd=tmp_path, status=status)
         if len(command) == 1
-        else forks.arctic(*command, cwd=tmp_path)
+        else forks.arctic(*command, cwd=tmp_path, status=status)
     )
-
-
-def ok(done):
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
 
 
 def logits(model):
@@ -71,33 +64,29 @@ def logits(model):
 
 
 def test_an_encoded_model_is_pushed_and_read_back_bitwise(hub, run, tiny_checkpoint):
-    ok(
-        run(f"""
-            from arctic_plugins import Stack
-            from arctic_plugins_huggingface import load_model
-            model, tokenizer = load_model({str(tiny_checkpoint)!r}, Stack.from_dict({{"fp8": {{}}}}))
-            model.push_to_hub("someone/encoded")
-            tokenizer.push_to_hub("someone/encoded")
-        """)
-    )
+    run(f"""
+        from arctic_plugins import Stack
+        from arctic_plugins_huggingface import load_model
+        model, tokenizer = load_model({str(tiny_checkpoint)!r}, Stack.from_dict({{"fp8": {{}}}}))
+        model.push_to_hub("someone/encoded")
+        tokenizer.push_to_hub("someone/encoded")
+    """)
     assert hub.files("someone/encoded") >= {"config.json", "model.safetensors", "tokenizer.json"}
     again, _ = load_model(hub.repository("someone/encoded"))
     assert torch.equal(logits(again), logits(load_model(tiny_checkpoint, FP8)[0]))
-    out = ok(
-        run("""
-            import torch
-            from arctic_plugins_huggingface import load_model, register
-            from transformers import AutoModelForCausalLM
-            model, _ = load_model("someone/encoded", revision="main")
-            register()
-            stock = AutoModelForCausalLM.from_pretrained("someone/encoded")
-            ids = torch.arange(10, 40)[None]
-            with torch.no_grad():
-                assert torch.equal(model(ids).logits, stock(ids).logits)
-                print("SUM", model(ids).logits.sum().item())
-        """)
-    )
-    assert float(out.split("SUM")[1]) == logits(again).sum().item()
+    done = run("""
+        import torch
+        from arctic_plugins_huggingface import load_model, register
+        from transformers import AutoModelForCausalLM
+        model, _ = load_model("someone/encoded", revision="main")
+        register()
+        stock = AutoModelForCausalLM.from_pretrained("someone/encoded")
+        ids = torch.arange(10, 40)[None]
+        with torch.no_grad():
+            assert torch.equal(model(ids).logits, stock(ids).logits)
+            print("SUM", model(ids).logits.sum().item())
+    """)
+    assert float(done.stdout.split("SUM")[1]) == logits(again).sum().item()
 
 
 def test_train_push_merge_and_generate_with_hub_ids_alone(hub, run, tiny_checkpoint, tmp_path):
@@ -116,7 +105,7 @@ def test_train_push_merge_and_generate_with_hub_ids_alone(hub, run, tiny_checkpo
         "training": {**training, "push_to_hub": True, "hub_model_id": "someone/adapter"},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    assert "eval loss" in ok(run("train", "recipe.yaml"))
+    assert "eval loss" in run("train", "recipe.yaml").stdout
     assert hub.files("someone/adapter") >= {
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -130,33 +119,31 @@ def test_train_push_merge_and_generate_with_hub_ids_alone(hub, run, tiny_checkpo
     local = load_file(tmp_path / "out" / "final" / "adapter_model.safetensors")
     pushed = load_file(hub.repository("someone/adapter") / "adapter_model.safetensors")
     assert all(torch.equal(pushed[name], tensor) for name, tensor in local.items())
-    generated = ok(run("generate", "someone/adapter", "hi", "--max-new-tokens", "8"))
-    ok(run("merge", "someone/adapter", "merged"))
+    generated = run("generate", "someone/adapter", "hi", "--max-new-tokens", "8").stdout
+    run("merge", "someone/adapter", "merged")
     merged, _ = load_model(tmp_path / "merged")
     assert merged.config.quantization_config.codecs.codecs
-    assert ok(run("generate", "out/final", "hi", "--max-new-tokens", "8")) == generated
-    ok(run("quantize", "someone/base", "encoded"))
+    assert run("generate", "out/final", "hi", "--max-new-tokens", "8").stdout == generated
+    run("quantize", "someone/base", "encoded")
     assert torch.equal(logits(load_model(tmp_path / "encoded")[0]), logits(load_model(tiny_checkpoint, FP8)[0]))
 
 
 def test_the_ordinary_trainer_pushes_its_adapter(hub, run, tiny_checkpoint):
-    ok(
-        run(f"""
-            from transformers import Trainer
-            from arctic_plugins import Stack
-            from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model
-            args = ArcticTrainingArguments(output_dir="out", max_steps=2, save_steps=1, use_cpu=True, report_to="none",
-                                           push_to_hub=True,
-                                           hub_model_id="someone/trained", hub_strategy="checkpoint",
-                                           plugins={PLUGINS!r})
-            stack = Stack.from_dict(args.plugins)
-            model, tokenizer = load_model({str(tiny_checkpoint)!r}, stack)
-            rows = [{{"input_ids": list(range(10, 30)), "labels": list(range(10, 30))}}] * 8
-            trainer = attach(Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer), stack)
-            trainer.train()
-            trainer.push_to_hub()
-        """)
-    )
+    run(f"""
+        from transformers import Trainer
+        from arctic_plugins import Stack
+        from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model
+        args = ArcticTrainingArguments(output_dir="out", max_steps=2, save_steps=1, use_cpu=True, report_to="none",
+                                       push_to_hub=True,
+                                       hub_model_id="someone/trained", hub_strategy="checkpoint",
+                                       plugins={PLUGINS!r})
+        stack = Stack.from_dict(args.plugins)
+        model, tokenizer = load_model({str(tiny_checkpoint)!r}, stack)
+        rows = [{{"input_ids": list(range(10, 30)), "labels": list(range(10, 30))}}] * 8
+        trainer = attach(Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer), stack)
+        trainer.train()
+        trainer.push_to_hub()
+    """)
     assert hub.files("someone/trained") >= {"adapter_config.json", "adapter_model.safetensors", "README.md"}
 
 
@@ -166,8 +153,7 @@ def test_what_the_hub_does_not_have_is_one_line(hub, run, tiny_checkpoint, tmp_p
         (("generate", "someone/absent", "hi"), "someone/absent is neither a local directory nor available on the Hub"),
         (("merge", "someone/base", "out"), "someone/base has no adapter_config.json"),
     ):
-        done = run(*arguments)
-        assert done.returncode == 2, done.stderr
+        done = run(*arguments, status=2)
         assert message in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
     recipe = {
@@ -176,8 +162,7 @@ def test_what_the_hub_does_not_have_is_one_line(hub, run, tiny_checkpoint, tmp_p
         "training": {"output_dir": "out", "use_cpu": True},
     }
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    done = run("train", "recipe.yaml")
-    assert done.returncode == 2, done.stderr
+    done = run("train", "recipe.yaml", status=2)
     assert (
         "data.path someone/nothing is not a local file and cannot be loaded as a dataset"
         in done.stderr.splitlines()[-1]
@@ -186,13 +171,11 @@ def test_what_the_hub_does_not_have_is_one_line(hub, run, tiny_checkpoint, tmp_p
 
 def test_a_model_in_the_cache_is_used_when_the_hub_is_gone(hub, server, run, tiny_checkpoint, tmp_path):
     hub.put("someone/base", tiny_checkpoint)
-    answer = ok(run("generate", "someone/base", "hi", "--max-new-tokens", "4"))
+    answer = run("generate", "someone/base", "hi", "--max-new-tokens", "4").stdout
     environment = {**hub.environment(server[1]), "HF_ENDPOINT": "http://127.0.0.1:9"}
-    command = [sys.executable, "-m", "arctic_plugins.cli", "generate", "someone/base", "hi", "--max-new-tokens", "4"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=120, env=environment, cwd=tmp_path
-    )
-    assert (done.returncode, done.stdout) == (0, answer), done.stderr
+    command = ["-m", "arctic_plugins.cli", "generate", "someone/base", "hi", "--max-new-tokens", 4]
+    done = run_python(*command, environment=environment, cwd=tmp_path)
+    assert done.stdout == answer, done.stderr
     assert "someone/base comes from the cache: http://127.0.0.1:9 cannot be reached" in done.stderr
 
 
@@ -203,8 +186,7 @@ def test_a_plugin_that_made_a_checkpoint_of_the_hub_is_named(hub, run, tiny_chec
         json.dumps({**content, "stack": {"nf3": {}}, "plugins": {"nf3": "someones-nf3==2.1"}})
     )
     hub.put("someone/encoded", checkpoint)
-    done = run("generate", "someone/encoded", "hi")
-    assert done.returncode == 2
+    done = run("generate", "someone/encoded", "hi", status=2)
     assert (
         "made with the plugin nf3, not installed here; according to the checkpoint, it is provided by "
         "'someones-nf3==2.1'" in done.stderr

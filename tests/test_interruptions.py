@@ -103,7 +103,7 @@ def test_a_signal_stops_with_a_checkpoint_and_resuming_gives_exactly_the_same_lo
         "run = sft.train; sft.train = lambda *a, **k: run(*a, callbacks=[Begun()], **k)\n"
         "from arctic_plugins.cli import main; main(sys.argv[1:])"
     )
-    process = trainers().start(["-c", code, "train", stopped], env=ENVIRONMENT)
+    process = trainers().start(["-c", code, "train", stopped], environment=ENVIRONMENT)
     wait_for(begun, process)
     process.send_signal(number)
     _, error = process.communicate(timeout=300)
@@ -126,7 +126,9 @@ def test_a_signal_stops_with_a_checkpoint_and_resuming_gives_exactly_the_same_lo
 def test_killed_twenty_times_at_random_it_loses_at_most_the_step_in_progress(recipe, tmp_path):
     killed = recipe("killed", max_steps=100_000, save_total_limit=2, lr_scheduler_type="constant")
     done = trainers().run(
-        [Path(__file__).with_name("kill_script.py"), killed, tmp_path / "killed", 20], timeout=900, env=ENVIRONMENT
+        [Path(__file__).with_name("kill_script.py"), killed, tmp_path / "killed", 20],
+        timeout=900,
+        environment=ENVIRONMENT,
     )
     kills = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(kills) == 20, done.stderr[-3000:]
@@ -231,7 +233,7 @@ def test_nothing_to_resume_starts_from_the_beginning(recipe, tmp_path):
 
 def test_one_signal_stops_both_of_two_processes_at_the_same_step(recipe, tmp_path):
     path = recipe("two", max_steps=100_000, save_strategy="no", logging_steps=1)
-    process = trainers().start(["-m", "arctic_plugins.cli", "train", path], processes=2, env=ENVIRONMENT)
+    process = trainers().start(["-m", "arctic_plugins.cli", "train", path], processes=2, environment=ENVIRONMENT)
     deadline = time.monotonic() + 300
     while "loss" not in process.texts()[0]:
         assert time.monotonic() < deadline

@@ -16,9 +16,9 @@ import pytest
 from arctic_plugins_huggingface import last_checkpoint
 
 from arctic_plugins.provenance import FILE_NAME
-from arctic_plugins.testing import trainers
+from arctic_plugins.testing import run_python, trainers
 
-ARCTIC = [sys.executable, "-m", "arctic_plugins.cli", "train"]
+ARCTIC = ["-m", "arctic_plugins.cli", "train"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 ROOT = Path(__file__).parents[1]
 
@@ -60,18 +60,14 @@ def recipe(tiny_checkpoint, tmp_path):
 
 def launched(*arguments, status=0):
     """``arctic train`` as a user types it: with --nproc it starts its processes itself."""
-    done = subprocess.run(
-        [*ARCTIC, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=900, env=ENVIRONMENT
-    )
-    assert done.returncode == status, (done.stdout + done.stderr)[-4000:]
-    return done
+    return run_python(*ARCTIC, *arguments, timeout=900, environment=ENVIRONMENT, status=status)
 
 
 def arctic(*arguments, processes=1, status=0):
     """``arctic train`` in forks, with what ``torchrun`` sets for each of several processes."""
-    done = trainers().arctic("train", *arguments, processes=processes, timeout=900, env=ENVIRONMENT)
-    assert done.returncode == status, (done.stdout + done.stderr)[-4000:]
-    return done
+    return trainers().arctic(
+        "train", *arguments, processes=processes, timeout=900, environment=ENVIRONMENT, status=status
+    )
 
 
 def losses(done):
@@ -136,7 +132,7 @@ def test_whoever_is_killed_nobody_stays_behind_and_the_run_resumes(recipe, tmp_p
     path = recipe("run", max_steps=2000, save_steps=5, lr_scheduler_type="constant")
     with (tmp_path / "log").open("w") as log:
         launcher = subprocess.Popen(
-            [*ARCTIC, str(path), "--nproc", "2"], stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT
+            [sys.executable, *ARCTIC, str(path), "--nproc", "2"], stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT
         )
     limit = time.monotonic() + 200
     while not (tmp_path / "run" / "checkpoint-5" / FILE_NAME).is_file():
@@ -271,7 +267,7 @@ def test_a_process_that_hangs_ends_the_run_in_time(recipe, tmp_path):
         ddp_timeout=20,
         use_cpu=True,
     )
-    run = trainers().start(["-m", "arctic_plugins.cli", "train", path], processes=2, env=ENVIRONMENT)
+    run = trainers().start(["-m", "arctic_plugins.cli", "train", path], processes=2, environment=ENVIRONMENT)
     deadline = time.monotonic() + 300
     while not list((tmp_path / "hung").glob(f"checkpoint-*/{FILE_NAME}")):
         assert run.poll() is None, run.communicate()

@@ -1,7 +1,6 @@
 """A prompt of 131,072 tokens through the real vLLM engine, in chunks and in bounded memory, against transformers."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ from arctic_plugins_huggingface import load_model, save_checkpoint
 
 from arctic_plugins import Stack
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import engines, tiny_llama
+from arctic_plugins.testing import engines, said, small_engine, tiny_llama
 
 ORIGINAL, LENGTH = 2048, 131072
 
@@ -42,24 +41,12 @@ def test_the_last_token_of_a_prompt_of_128k_is_that_of_transformers(tmp_path, ki
     }
     job = {"llm": {**llm, "max_num_seqs": 2}, "prompts": [ids.tolist()], "tokens": 1, "scored": False}
     (tmp_path / "jobs.json").write_text(json.dumps([job]))
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "2",
-    }
-    result = engines().run(
-        [Path(__file__).with_name("engine_jobs.py"), f"@{tmp_path / 'jobs.json'}"], timeout=1800, env=environment
-    )
-    answers = [
-        json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")
-    ]
-    assert len(answers) == 1, result.stderr[-4000:]
-    assert answers[0]["max_model_len"] == LENGTH
-    assert answers[0]["peak_mb"] < 6000
+    script, environment = Path(__file__).with_name("engine_jobs.py"), small_engine(tmp_path / "cache")
+    [answer] = said(engines().run([script, f"@{tmp_path / 'jobs.json'}"], timeout=1800, environment=environment))
+    assert answer["max_model_len"] == LENGTH
+    assert answer["peak_mb"] < 6000
     with torch.no_grad():
         expected = model.eval()(ids[None], logits_to_keep=1, use_cache=False).logits[0, -1].log_softmax(-1)
-    token = answers[0]["base"]["tokens"][0][0]
+    token = answer["base"]["tokens"][0][0]
     assert token == int(expected.argmax())
-    assert answers[0]["base"]["logprobs"][0][0] == pytest.approx(expected[token].item(), abs=2e-4)
+    assert answer["base"]["logprobs"][0][0] == pytest.approx(expected[token].item(), abs=2e-4)

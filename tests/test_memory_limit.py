@@ -2,7 +2,6 @@
 
 import json
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from arctic_plugins_huggingface import load_model, save_checkpoint
 
 from arctic_plugins import Stack
-from arctic_plugins.testing import tiny_llama
+from arctic_plugins.testing import run_python, tiny_llama
 
 pytestmark = pytest.mark.slow
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "offload.py"
@@ -34,23 +33,23 @@ def checkpoints(tmp_path_factory):
     return plain, save_checkpoint(*load_model(plain, stack), folder / "encoded", stack)
 
 
-def train(checkpoint, plugins, limit=None):
+def train(checkpoint, plugins, limit=None, status=0):
     def bound():
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
-    command = [sys.executable, str(BENCHMARK), "child", str(checkpoint), json.dumps(plugins), "8", "1"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=bound, timeout=900)
+    return run_python(
+        BENCHMARK, "child", checkpoint, json.dumps(plugins), 8, 1, status=status, timeout=900, preexec_fn=bound
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA and /proc are Linux's")
 def test_where_bf16_dies_fp8_on_disk_trains(checkpoints, tmp_path):
     plain, encoded = checkpoints
-    died = train(plain, {}, LIMIT)
+    died = train(plain, {}, LIMIT, status=None)
     assert died.returncode != 0
     assert "emory" in died.stderr, died.stderr[-2000:]
     done = train(encoded, {"offload": {"to": "disk", "path": str(tmp_path)}}, LIMIT)
-    assert done.returncode == 0, done.stderr[-2000:]
     free = train(encoded, {})
     assert json.loads(done.stdout.splitlines()[-1])["loss"] == json.loads(free.stdout.splitlines()[-1])["loss"]
 
@@ -59,6 +58,5 @@ def test_where_bf16_dies_fp8_on_disk_trains(checkpoints, tmp_path):
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_what_leaves_is_not_in_memory(checkpoints, tmp_path, ratio):
     done = train(checkpoints[0], {"fp8": {}, "offload": {"to": "disk", "ratio": ratio, "path": str(tmp_path)}})
-    assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["resident"] == pytest.approx((1 - ratio) * found["encoded"], abs=0.05 * found["encoded"])

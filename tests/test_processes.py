@@ -1,9 +1,6 @@
 """Several real processes over gloo agree with one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +8,7 @@ from arctic_plugins_huggingface import last_checkpoint
 from safetensors.torch import load_file
 
 from arctic_plugins.provenance import FILE_NAME
-from arctic_plugins.testing import trainers
+from arctic_plugins.testing import run_python, trainers
 
 PLUGINS = {"fp8": {"group_size": 64}, "lora": {"r": 4, "alpha": 8}}
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
@@ -40,6 +37,7 @@ def start(
     launcher=None,
     kill=None,
     spoil=None,
+    status=0,
 ):
     arguments = [
         str(Path(__file__).with_name("train_script.py")),
@@ -72,19 +70,16 @@ def start(
     ]
     directory.mkdir(exist_ok=True)
     environment = {
-        **os.environ,
         "OMP_NUM_THREADS": "1",
         **{name: json.dumps(what) for name, what in (("KILL", kill), ("SPOIL", spoil)) if what},
     }
     if launcher is None:
-        return trainers().run(arguments, processes=processes, env=environment)
-    command = [sys.executable, *launcher, str(processes), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+        return trainers().run(arguments, processes=processes, environment=environment, status=status)
+    return run_python(*launcher, processes, *arguments, environment=environment, status=status)
 
 
 def train(processes, checkpoint, directory, **options):
-    done = start(processes, checkpoint, directory, **options)
-    assert done.returncode == 0, done.stderr[-4000:]
+    start(processes, checkpoint, directory, **options)
     assert (directory / "checkpoint-4" / FILE_NAME).is_file()
     return json.loads((directory / "losses.json").read_text()), load_file(
         directory / "checkpoint-4" / "adapter_model.safetensors"
@@ -131,7 +126,7 @@ def test_shards_of_two_and_four_processes_train_like_one(tiny_checkpoint, tmp_pa
 def test_ranks_that_are_killed_within_a_save(tiny_checkpoint, tmp_path, ranks):
     whole = train(1, tiny_checkpoint, tmp_path / "whole", batch=4)
     options = {"batch": 2, "plugins": {**PLUGINS, "shard": {}}}
-    assert start(2, tiny_checkpoint, tmp_path / "run", kill=(4, ranks), **options).returncode != 0
+    assert start(2, tiny_checkpoint, tmp_path / "run", kill=(4, ranks), status=None, **options).returncode != 0
     newest, ignored = last_checkpoint(tmp_path / "run")
     assert newest == tmp_path / "run" / "checkpoint-2"
     assert len(ignored) == 1
@@ -140,7 +135,6 @@ def test_ranks_that_are_killed_within_a_save(tiny_checkpoint, tmp_path, ranks):
 
 
 def test_all_processes_stop_where_one_diverges(tiny_checkpoint, tmp_path):
-    done = start(2, tiny_checkpoint, tmp_path / "run", batch=2, spoil=(3, [1]))
-    assert done.returncode == 1
+    done = start(2, tiny_checkpoint, tmp_path / "run", batch=2, spoil=(3, [1]), status=1)
     assert done.stderr.count("Diverged: the gradient of step 3 is not finite") == 2
     assert last_checkpoint(tmp_path / "run")[0] == tmp_path / "run" / "checkpoint-2"

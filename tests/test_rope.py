@@ -1,9 +1,6 @@
 """Scaled models say the same in transformers and in the real vLLM engine, which is told nothing but the checkpoint."""
 
-import json
 import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +12,7 @@ from arctic_plugins_huggingface.loading.config import load_config
 from arctic_plugins import Stack
 from arctic_plugins.errors import PluginError
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import LLAMA_LIKE, tiny_llama, tiny_model
+from arctic_plugins.testing import LLAMA_LIKE, run_python, said, small_engine, tiny_llama, tiny_model
 
 ORIGINAL, LENGTH, DIM = 64, 256, 32
 OWN = """
@@ -74,21 +71,11 @@ def test_texts_of_the_new_length_are_the_same_in_both_hosts(tmp_path, install_pl
         {"llm": {**job["llm"], "dtype": "float32", "enforce_eager": True}, "prompts": [ids], "tokens": 1}
         for job in jobs
     ]
-    environment = {
-        **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CACHE_ROOT": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "2",
-        "PYTHONPATH": os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]),
-    }
+    paths = os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")])
     # Not in a fork: types of plugins have to be known before vLLM's models are imported.
-    command = [sys.executable, str(Path(__file__).with_name("engine_jobs.py")), json.dumps(jobs)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900, env=environment)
-    answers = [
-        json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")
-    ]
-    assert len(answers) == len(jobs), result.stderr[-4000:]
+    script, environment = Path(__file__).with_name("engine_jobs.py"), small_engine(tmp_path / "cache", PYTHONPATH=paths)
+    answers = said(run_python(script, jobs, timeout=900, environment=environment))
+    assert len(answers) == len(jobs)
     while_loading = answers.pop()
     assert while_loading["max_model_len"] == LENGTH
     assert while_loading["base"]["prompt"] == answers[list(models).index("yarn")]["base"]["prompt"]

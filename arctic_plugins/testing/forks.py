@@ -9,14 +9,16 @@ import json
 import os
 import runpy
 import select
+import shlex
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -25,8 +27,43 @@ from typing import Any
 
 __all__ = ["Fork", "Forks", "engines", "trainers"]
 
+SHOWN = 8000
+"""Number of trailing characters of each output that a failure shows."""
 GRACE = 5
 """Seconds that the other processes have to exit on their own after one has failed, and again after SIGTERM."""
+
+
+def check(done: subprocess.CompletedProcess[str], status: int | None) -> subprocess.CompletedProcess[str]:
+    """Return ``done`` if its exit status is ``status`` (None accepts any).
+
+    Raises:
+        AssertionError: the status differs; the message shows the ends of both outputs.
+    """
+    if status is not None and done.returncode != status:
+        command = textwrap.shorten(shlex.join(map(str, done.args)), 300)
+        raise AssertionError(
+            f"{command} ended with status {done.returncode}; expected {status}\n{_ends(done.stdout, done.stderr)}"
+        )
+    return done
+
+
+@contextlib.contextmanager
+def outputs_noted() -> Iterator[None]:
+    """Add the ends of both outputs as a note to a ``subprocess.TimeoutExpired`` of the block."""
+    try:
+        yield
+    except subprocess.TimeoutExpired as error:
+        error.add_note(_ends(error.stdout, error.stderr))
+        raise
+
+
+def _ends(output: str | bytes | None, error: str | bytes | None) -> str:
+    """Return the ends of the outputs of a program that failed."""
+    parts = []
+    for name, text in (("output", output), ("error", error)):
+        text = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
+        parts.append(f"--- standard {name}{', its end' if len(text) > SHOWN else ''}:\n{text[-SHOWN:]}")
+    return "\n".join(parts)
 
 
 class Fork:
@@ -78,7 +115,7 @@ class Fork:
                 self._connection.close()
                 self._lines.close()
                 raise subprocess.TimeoutExpired(
-                    self._program, timeout, *(path.read_bytes()[-4000:] for path in self._outputs)
+                    self._program, timeout, *(path.read_bytes()[-SHOWN:] for path in self._outputs)
                 )
             self.returncode = self._read()
         return self.returncode
@@ -111,7 +148,7 @@ class Forks:
 
     Args:
         modules: names of modules; those that are not installed are skipped.
-        environment: the environment for the imports; by default, that of this process.
+        environment: variables for the imports, in addition to those of this process.
     """
 
     def __init__(self, modules: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
@@ -130,7 +167,7 @@ class Forks:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"from {__name__} import _begin; _begin()", str(listener.fileno()), *modules],
                 stdin=subprocess.PIPE,
-                env={**(environment or os.environ), **settings},
+                env={**os.environ, **(environment or {}), **settings},
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
@@ -141,7 +178,7 @@ class Forks:
         arguments: Sequence[Any],
         *,
         processes: int = 1,
-        env: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
         cwd: Path | str | None = None,
     ) -> Fork:
         """Run ``python ARGUMENT ...`` in forks.
@@ -151,13 +188,13 @@ class Forks:
                 are converted to strings.
             processes: number of processes; several of them have the variables that ``torchrun`` sets and, as with
                 ``torchrun``, all end if one fails.
-            env: the environment; by default, that of this process.
+            environment: variables in addition to those of this process.
             cwd: the working directory; by default, that of this process.
         """
         request = {
             "arguments": list(map(str, arguments)),
             "processes": processes,
-            "environment": dict(os.environ if env is None else env),
+            "environment": {**os.environ, **(environment or {})},
             "directory": str(Path(cwd or ".").absolute()),
         }
         return Fork(request, self._address)
@@ -167,18 +204,21 @@ class Forks:
         arguments: Sequence[Any],
         *,
         processes: int = 1,
-        env: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
         cwd: Path | str | None = None,
         timeout: float = 300,
+        status: int | None = 0,
     ) -> subprocess.CompletedProcess[str]:
         """Call :meth:`start`, wait, and return the status and the outputs.
 
         Raises:
+            AssertionError: the exit status is not ``status`` (None accepts any).
             subprocess.TimeoutExpired: after ``timeout`` seconds, once all processes have been killed.
         """
-        fork = self.start(arguments, processes=processes, env=env, cwd=cwd)
-        output, error = fork.communicate(timeout)
-        return subprocess.CompletedProcess(fork._program, fork.wait(), output, error)
+        fork = self.start(arguments, processes=processes, environment=environment, cwd=cwd)
+        with outputs_noted():
+            output, error = fork.communicate(timeout)
+        return check(subprocess.CompletedProcess(fork._program, fork.wait(), output, error), status)
 
     def arctic(self, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         """Call :meth:`run` for the command ``arctic``."""

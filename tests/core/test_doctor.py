@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from contextlib import closing
 
@@ -12,6 +10,7 @@ import pytest
 from arctic_plugins import Finding, diagnosis
 from arctic_plugins.diagnosis import diagnose
 from arctic_plugins.resolver import host_version
+from arctic_plugins.testing import run_python
 from arctic_plugins.testing.fixtures import PluginSites
 
 PLUGIN = "from arctic_plugins import Finding, Plugin, hookimpl\n"
@@ -178,27 +177,23 @@ def test_a_host_out_of_range_or_absent(monkeypatch):
     )
 
 
-def arctic_doctor(*arguments, **environment):
-    command = [sys.executable, "-m", "arctic_plugins.cli", "doctor", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, check=False, timeout=500, env={**os.environ, **environment}
-    )
+def arctic_doctor(*arguments, status=0, **environment):
+    command = ["-m", "arctic_plugins.cli", "doctor", *arguments]
+    return run_python(*command, status=status, timeout=500, environment=environment)
 
 
 @pytest.mark.vllm
 @pytest.mark.skipif(host_version("vllm") is None, reason="vLLM is not installed")
 def test_the_whole_of_it_as_json_with_the_real_vllm(install_plugin, monkeypatch):
     site = install_plugin("crash", "import os; os._exit(3)")
-    done = arctic_doctor("--json", PYTHONPATH=str(site))
+    done = arctic_doctor("--json", status=1, PYTHONPATH=str(site))
     findings = [Finding(**found) for found in json.loads(done.stdout)]
-    assert done.returncode == 1
     wrong = [found.subject for found in findings if found.status == "error"]
     assert wrong == ["plugin crash", "transformers registration", "vllm worker"], done.stdout
     assert "exit status 3" in about(findings, "vllm worker")[0].text, (
         "such a plugin ends vLLM's workers too, and that is said"
     )
     sound = arctic_doctor()
-    assert sound.returncode == 0, sound.stdout
     assert "the method 'arctic' is registered" in " ".join(sound.stdout.split())
     assert "rotary_embedding.get_ropeisreplacedbyarctic_plugins_vllm.rope" in "".join(sound.stdout.split())
     monkeypatch.setenv("VLLM_PLUGINS", "")

@@ -3,8 +3,6 @@
 import ast
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from arctic_plugins.host import GROUP, Host, host_failures, hosts, service
 from arctic_plugins.provenance import read_provenance, write_provenance
 from arctic_plugins.registry import load
 from arctic_plugins.resolver import check_hosts, host_range, host_version
+from arctic_plugins.testing import run_python
 
 ROOT = Path(__file__).parents[2]
 CORE = [*Path(arctic_plugins.__file__).parent.glob("*.py"), *Path(arctic_plugins.__file__).parent.glob("cli/*.py")]
@@ -90,8 +89,7 @@ def test_descriptions_load_nothing_heavy():
     code = (
         f"import sys; from arctic_plugins.host import hosts; hosts(); print([m for m in {heavy} if m in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert run_python("-c", code).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", ["transformers", "vllm"])

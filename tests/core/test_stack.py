@@ -1,8 +1,6 @@
 """A stack is made of what the user enabled: every way in which that can go wrong is one line that says what to do."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given, settings
@@ -18,6 +16,7 @@ from arctic_plugins.errors import (
     ResolveError,
 )
 from arctic_plugins.resolver import resolve
+from arctic_plugins.testing import run_python
 
 MINIMAL = """
 from arctic_plugins import Plugin
@@ -244,9 +243,7 @@ def test_importing_the_core_loads_nothing_heavy():
         f"import sys, arctic_plugins; arctic_plugins.Stack.from_dict({{'fp8': {{}}, 'lora': {{}}}}); print([m for "
         f"m in {heavy} if m in sys.modules])"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    assert run_python("-c", code).stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(

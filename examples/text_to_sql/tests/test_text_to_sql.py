@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +13,8 @@ import pytest
 from arctic_plugins_demo.execution import accuracy, execute, extract_sql, is_correct
 from arctic_plugins_demo.sql_domains import Split
 from arctic_plugins_demo.text_to_sql import TEMPLATES, Example, generate, write_jsonl
+
+from arctic_plugins.testing import run_python
 
 SETUP = """
 CREATE TABLE pets(id int, name text, kind text, weight real);
@@ -50,14 +50,7 @@ def test_the_same_seed_gives_the_same_rows(train: list[Example]) -> None:
 
 def test_the_hash_seed_of_the_process_does_not_matter(held_out: list[Example]) -> None:
     code = "from arctic_plugins_demo.text_to_sql import *; print(generate(24, seed=3, split='test'))"
-    path = Path(__file__).parents[1]
-    made = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONHASHSEED": "7", "PYTHONPATH": str(path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    made = run_python("-c", code, environment={"PYTHONHASHSEED": "7"})
     assert made.stdout.strip() == str(held_out[:24])
 
 

@@ -1,14 +1,13 @@
 """One run at a time in an output directory."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 from arctic_plugins_huggingface.files.locking import LOCK, in_use_by_us
 from arctic_plugins_huggingface.training.check import check_output
 
 from arctic_plugins.errors import ConfigError
+from arctic_plugins.testing import run_python
 
 
 def test_a_second_run_learns_whose_directory_it_is(tmp_path):
@@ -36,9 +35,7 @@ def test_a_run_that_was_killed_leaves_no_lock(tmp_path):
         "import os, sys; from pathlib import Path; from arctic_plugins_huggingface.files.locking import in_use_by_us\n"
         "with in_use_by_us(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], timeout=300, check=False).returncode == -9
-    )
+    run_python("-c", code, tmp_path / "out", status=-9)
     assert (tmp_path / "out" / LOCK).read_text().startswith("process ")
     with in_use_by_us(tmp_path / "out"):
         pass

@@ -1,10 +1,10 @@
 """What is imported before it is needed: nothing."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+
+from arctic_plugins.testing import run_python
 
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "bitsandbytes", "deepspeed", "vllm")
 
@@ -12,8 +12,7 @@ HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "bitsandbytes", "de
 def imported(code, *arguments):
     """Which of HEAVY are imported after ``code`` in a new interpreter, and what it said on standard error."""
     code = f"import json, sys\n{code}\nprint(json.dumps([name for name in {HEAVY} if name in sys.modules]))"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", code, *arguments)
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
 

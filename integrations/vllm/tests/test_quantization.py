@@ -1,8 +1,5 @@
 """The method `arctic` in vLLM, as far as it goes without an engine."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from arctic_plugins_fp8.codec import FP8Codec
@@ -14,6 +11,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 
 from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
 from arctic_plugins.frozen import Codec
+from arctic_plugins.testing import run_python
 
 CONFIG = {
     "quant_method": "arctic",
@@ -25,9 +23,7 @@ CONFIG = {
 
 def test_importing_the_entry_point_loads_nothing_heavy():
     code = "import sys, arctic_plugins_vllm; print([m for m in ('torch', 'vllm', 'transformers') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    assert run_python("-c", code).stdout.strip() == "[]"
 
 
 def test_registering_twice_is_registering_once():

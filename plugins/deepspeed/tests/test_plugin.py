@@ -1,7 +1,5 @@
 """What the hosts are told of DeepSpeed, and what they say where nobody tells them."""
 
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +12,7 @@ from arctic_plugins import Stack, discovery
 from arctic_plugins.cli import main
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import PluginNotFoundError
+from arctic_plugins.testing import run_python
 
 MISSING = "pip install arctic-plugins-deepspeed"
 
@@ -45,7 +44,7 @@ def test_the_help_of_convert_shows_what_the_format_asks_for_and_imports_nothing_
         "import sys; from arctic_plugins.cli import arctic; arctic.main(['convert', '--help'], standalone_mode=False); "
         "print([name for name in ('torch', 'transformers', 'deepspeed') if name in sys.modules])"
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    output = run_python("-c", code).stdout
     assert output.splitlines()[-1] == "[]"
     text = " ".join(output.split())
     assert "--scaling [alpha/r|alpha/sqrt(r)] deepspeed: The factor by which updates are multiplied" in text

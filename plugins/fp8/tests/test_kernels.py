@@ -1,9 +1,7 @@
 """Every set of kernels that this machine can run, against the reference in torch."""
 
 import itertools
-import os
-import subprocess
-import sys
+from contextlib import closing
 
 import pytest
 import torch
@@ -12,6 +10,8 @@ from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_fp8.formats import FORMATS
 from arctic_plugins_fp8.kernels import build, reference
 
+from arctic_plugins.testing import Forks, run_python
+
 SHAPES = [(64, 128), (37, 77), (33, 1000), (100, 515), (5, 33), (1, 1), (48, 96), (1100, 64)]
 CODECS = [
     FP8Codec(bits=bits, group_size=group)
@@ -19,6 +19,7 @@ CODECS = [
 ]
 NAMES = [name for name in ("portable", "avx2", "avx512", "avx512_bf16", "amx") if kernels.use(name)]
 kernels.use()
+DESCRIBE = ["-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"]
 
 
 @pytest.fixture(
@@ -314,37 +315,30 @@ def test_a_compiled_function_has_no_breaks():
     torch.testing.assert_close(x.grad, expected)
 
 
+@pytest.fixture(scope="module")
+def forks():
+    """Of a process that has imported torch, and nothing of the plugin, which looks for its kernels once."""
+    with closing(Forks(["torch"])) as forks:
+        yield forks
+
+
 @pytest.mark.parametrize("environment", [{"ARCTIC_FP8_KERNELS": "reference"}, {"CXX": "/does/not/exist"}])
-def test_without_compiled_kernels_everything_works(environment, tmp_path):
+def test_without_compiled_kernels_everything_works(forks, environment, tmp_path):
     code = (
         "import torch; from arctic_plugins_fp8 import kernels; from arctic_plugins_fp8.codec import FP8Codec;"
         "w = torch.randn(24, 40); b = FP8Codec().encode(w); y = FP8Codec().linear(torch.eye(40), b, (24, 40));"
         "assert ((y.T - w).norm() / w.norm()) < 0.03; print(kernels.describe())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "XDG_CACHE_HOME": str(tmp_path), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = forks.run(["-c", code], environment={"XDG_CACHE_HOME": str(tmp_path), **environment})
     assert "(False, 'CPU: reference in torch" in done.stdout
 
 
 @pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
-def test_a_compiler_that_fails_leaves_the_reference_and_its_output(tmp_path):
+def test_a_compiler_that_fails_leaves_the_reference_and_its_output(forks, tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho version 1; [ $1 = --version ] || { echo no space left >&2; exit 3; }\n")
     compiler.chmod(0o755)
-    done = subprocess.run(
-        [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"],
-        env={**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0
+    done = forks.run(DESCRIBE, environment={"CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path)})
     assert "broken exited with 3" in done.stderr
     assert "no space left" in next((tmp_path / "arctic_plugins" / "kernels").glob("*.log")).read_text()
 
@@ -371,17 +365,14 @@ def compiler(tmp_path, monkeypatch):
     build._compiler.cache_clear()
 
 
-def test_a_library_that_cannot_be_loaded_leaves_the_reference(compiler):
+def test_a_library_that_cannot_be_loaded_leaves_the_reference(forks, compiler):
     garbage = compiler.with_name("garbage")
     garbage.write_text(
         '#!/bin/sh\nwhile [ $# -gt 0 ] && [ "$1" != -o ]; do shift; done\n[ $# -gt 0 ] && echo no library > '
         '"$2"\nexit 0\n'
     )
     garbage.chmod(0o755)
-    environment = {**os.environ, "CXX": str(garbage), "XDG_CACHE_HOME": str(compiler.parent)}
-    command = [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    done = forks.run(DESCRIBE, environment={"CXX": str(garbage), "XDG_CACHE_HOME": str(compiler.parent)})
     assert "could not be built or loaded" in done.stderr
 
 
@@ -398,17 +389,13 @@ def test_a_library_that_was_cut_is_built_again(compiler):
 @pytest.mark.parametrize(
     ("name", "message"), [("sse2", "ARCTIC_FP8_KERNELS=sse2; expected an instruction set that this processor supports")]
 )
-def test_unknown_instructions_are_told(name, message):
-    code = "from arctic_plugins_fp8 import kernels; kernels.describe()"
-    environment = {**os.environ, "ARCTIC_FP8_KERNELS": name}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
-    assert message in done.stderr
+def test_unknown_instructions_are_told(forks, name, message):
+    assert message in forks.run(DESCRIBE, environment={"ARCTIC_FP8_KERNELS": name}, status=None).stderr
 
 
-def test_processes_that_start_together_build_once(compiler):
-    command = [sys.executable, "-c", "from arctic_plugins_fp8 import kernels; print(kernels.describe())"]
-    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    assert all("(True, " in process.communicate(timeout=300)[0] for process in started)
+def test_processes_that_start_together_build_once(forks, compiler):
+    started = [forks.start(DESCRIBE) for _ in range(3)]
+    assert all("(True, " in process.communicate()[0] for process in started)
     assert compiler.read_text() == "linked\n"
 
 
@@ -417,10 +404,7 @@ def test_torchs_limit_on_instructions_is_ours():
     """Whatever of it the processor has: ``ATEN_CPU_CAPABILITY`` says how other processors would compute."""
     code = "from arctic_plugins_fp8 import kernels; print(kernels.describe()[1])"
     for capability, expected in (("default", "portable"), ("avx2", "avx2" if "avx2" in NAMES else NAMES[-1])):
-        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-        )
+        done = run_python("-c", code, environment={"ATEN_CPU_CAPABILITY": capability})
         assert f"compiled, {expected} instructions" in done.stdout, done.stderr
 
 
@@ -429,14 +413,7 @@ def test_triton_in_its_interpreter_is_bitwise_the_reference():
     the process.
     """
     pytest.importorskip("triton", reason="Triton is not installed")
-    done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_python("-c", INTERPRETED, environment={"TRITON_INTERPRET": "1"})
     assert done.stdout.split() == ["180"]
 
 

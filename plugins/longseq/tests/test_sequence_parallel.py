@@ -3,7 +3,6 @@ texts and the attention.
 """
 
 import copy
-import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from arctic_plugins_huggingface import register
 from arctic_plugins_longseq.ulysses import Heads
 
-from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, run_processes, tiny_model
+from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, run_processes, said, tiny_model
 
 SCRIPT = Path(__file__).with_name("processes.py")
 MODELS = {
@@ -65,9 +64,7 @@ def checkpoints(tmp_path_factory):
 
 def run(processes, task, *arguments):
     """``task`` of ``processes.py``: what the processes said."""
-    done = run_processes(SCRIPT, processes, task, *arguments, timeout=900)
-    assert done.returncode == 0, done.stderr[:8000] + done.stderr[-2000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    return said(run_processes(SCRIPT, processes, task, *arguments, timeout=900))
 
 
 def jobs(checkpoints, output, shared=1, **options):

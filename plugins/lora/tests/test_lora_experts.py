@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 from arctic_plugins import Stack, stack_from_checkpoint
 from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
 from arctic_plugins.frozen import FrozenExperts
-from arctic_plugins.testing import MIXTURES, run_processes, tiny_model
+from arctic_plugins.testing import MIXTURES, run_processes, said, tiny_model
 
 IDS = torch.arange(10, 42)[None]
 FP8 = {"group_size": 32}
@@ -385,9 +385,7 @@ def test_experts_of_several_processes(mixture, tmp_path, plugins):
     """Each has the pairs of its own experts; logits and gradients are those of one process."""
     pytest.importorskip("arctic_plugins_moe")
     adapted(mixture).save_pretrained(tmp_path)
-    done = run_processes(Path(__file__).with_name("processes.py"), 2, mixture, tmp_path, plugins)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = said(run_processes(Path(__file__).with_name("processes.py"), 2, mixture, tmp_path, plugins))
     assert len(found) == 2
     for process in found:
         assert process["pairs"] == 8

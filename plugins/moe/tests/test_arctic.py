@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError
+from arctic_plugins.testing import run_python
 
 IDS = torch.randint(0, 128, (24,), generator=torch.Generator().manual_seed(0))
 SIZES = {
@@ -283,15 +281,8 @@ def test_many_experts_in_many_files_are_loaded_in_little_more_than_their_size(tm
         index["weight_map"] |= dict.fromkeys(part, file)
     (large / "model.safetensors").unlink()
     (large / "model.safetensors.index.json").write_text(json.dumps(index))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(large), str(small)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    environment = {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
+    done = run_python("-c", LOAD, large, small, environment=environment)
     peak, after, size = map(float, done.stdout.split()[-3:])
     layer = size / 6
     assert size > 290

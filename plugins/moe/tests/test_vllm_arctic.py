@@ -2,10 +2,7 @@
 
 import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +15,7 @@ from transformers import AutoConfig
 
 from arctic_plugins import Stack
 from arctic_plugins.resolver import host_version
-from arctic_plugins.testing import draw_adapter, engines, tiny_model
+from arctic_plugins.testing import draw_adapter, engines, run_python, said, small_engine, tiny_model
 
 pytestmark = [
     pytest.mark.vllm,
@@ -43,14 +40,7 @@ def arctic(directory, **changes):
     return tiny_model(directory, "arctic", **{**ARCTIC, **SCALES, **changes})
 
 
-def run(jobs, cache, **environment):
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CACHE_ROOT": str(cache),
-        "OMP_NUM_THREADS": "2",
-        **environment,
-    }
+def run(jobs, cache, status=0, **environment):
     defaults = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True}
     jobs = [
         {
@@ -62,15 +52,8 @@ def run(jobs, cache, **environment):
         for job in jobs
     ]
     script = Path(__file__).parents[3] / "tests" / "engine_jobs.py"
-    return engines().run([script, json.dumps(jobs)], timeout=900, env={**os.environ, **settings})
-
-
-def results(result, count):
-    lines = [
-        json.loads(line.removeprefix("RESULT ")) for line in result.stdout.splitlines() if line.startswith("RESULT ")
-    ]
-    assert len(lines) == count, result.stdout[-2000:] + result.stderr[-6000:]
-    return lines
+    environment = small_engine(cache, **environment)
+    return engines().run([script, json.dumps(jobs)], timeout=900, environment=environment, status=status)
 
 
 @pytest.fixture
@@ -133,7 +116,7 @@ def test_every_kind_of_layer_is_that_of_the_equations(half, by_equations, tmp_pa
         models.append(arctic(tmp_path / str(len(models)), **changes, tie_word_embeddings=len(models) == 5))
     assert len(models) == 8
     for checkpoint, answer in zip(
-        models, results(run([{"llm": {"model": model}} for model in models], cache), len(models)), strict=True
+        models, said(run([{"llm": {"model": model}} for model in models], cache)), strict=True
     ):
         same(answer["base"], by_equations(checkpoint))
 
@@ -173,7 +156,7 @@ def test_caches_chunks_encoded_weights_and_adapters(plain, encoded, by_equations
         {"llm": {"model": encoded, **LORA, "lora_target_modules": attention + mlps}, "adapter": str(on_encoded)},
         {"llm": {"model": plain, "hf_overrides": overrides}},
     ]
-    chunked, lora, stored, encoding = results(run(jobs, cache), len(jobs))
+    chunked, lora, stored, encoding = said(run(jobs, cache))
     exact, fp8 = by_equations(plain), by_transformers(load_model(encoded)[0])
     for answer in ("base", "again", "cached"):
         same(chunked[answer], exact, long)
@@ -196,7 +179,7 @@ def test_two_processes_share_layers_or_experts(plain, encoded, by_equations, cac
         {"llm": {"model": plain, **TWO}, "tokens": 4},
         {"llm": {"model": encoded, **TWO, "enable_expert_parallel": True}, "tokens": 4},
     ]
-    halves, experts = results(run(jobs, cache, **MANY), 2)
+    halves, experts = said(run(jobs, cache, **MANY))
     same(halves["base"], by_equations(plain))
     same(experts["base"], by_transformers(load_model(encoded)[0]))
 
@@ -225,7 +208,9 @@ def test_two_processes_share_layers_or_experts(plain, encoded, by_equations, cac
 )
 def test_what_would_crash_or_be_wrong_is_refused(tmp_path, cache, sizes, options, message):
     environment = MANY if "tensor_parallel_size" in options else {}
-    result = run([{"llm": {"model": arctic(tmp_path / "model", **sizes), **options}}], cache, **environment)
+    result = run(
+        [{"llm": {"model": arctic(tmp_path / "model", **sizes), **options}}], cache, status=None, **environment
+    )
     assert result.returncode > 0
     assert message in result.stdout + result.stderr  # processes of the engine say it on standard output
 
@@ -233,13 +218,11 @@ def test_what_would_crash_or_be_wrong_is_refused(tmp_path, cache, sizes, options
 @pytest.mark.slow
 def test_compiled_in_one_process_and_in_two_stages(plain, encoded, by_equations, cache):
     """Pipeline stages are compiled: in eager mode vLLM 0.32 itself stops with them on CPU, with every model."""
-    whole, fp8 = results(
-        run([{"llm": {"model": model, "enforce_eager": False}} for model in (plain, encoded)], cache), 2
-    )
+    whole, fp8 = said(run([{"llm": {"model": model, "enforce_eager": False}} for model in (plain, encoded)], cache))
     same(whole["base"], by_equations(plain))
     same(fp8["base"], by_transformers(load_model(encoded)[0]))
     stages = {"model": plain, "enforce_eager": False, "pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}
-    [answer] = results(run([{"llm": stages}], cache, **MANY), 1)
+    [answer] = said(run([{"llm": stages}], cache, **MANY))
     same(answer["base"], by_equations(plain))
 
 
@@ -271,7 +254,7 @@ print(ModelRegistry.models["ArcticForCausalLM"].module_name)
 from arctic_plugins_huggingface import load_model
 print(type(load_model({str(plain)!r})[0]))
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    result = run_python("-c", code)
     kinds = ["configuration.ArcticConfig", "tokenization.ArcticTokenizer", "vllm", "hf.ArcticForCausalLM"]
     assert all(f"arctic_plugins_moe.{kind}" in result.stdout for kind in kinds), result.stdout
 

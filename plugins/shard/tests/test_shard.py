@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).with_name("processes.py")
 
 def run(processes, task, *arguments, timeout=300):
     """``task`` of ``processes.py`` in so many processes; their standard output together, and the exit status."""
-    done = run_processes(SCRIPT, processes, task, *arguments, timeout=timeout)
+    done = run_processes(SCRIPT, processes, task, *arguments, timeout=timeout, status=None)
     return done.returncode, done.stdout, done.stderr
 
 
