@@ -18,15 +18,27 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from types import MethodType, ModuleType
 from typing import Any, Literal, TypeVar
 
 from arctic_plugins.errors import PluginError
 
-__all__ = ["Patch", "patch", "patches", "private", "replaced", "temporary_patches", "undo_patches"]
+__all__ = [
+    "Patch",
+    "patch",
+    "patch_when_imported",
+    "patches",
+    "private",
+    "replaced",
+    "temporary_patches",
+    "undo_patches",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +57,7 @@ class Patch:
     """The library and the version in which the attribute was read, for example ``vllm 0.32.0``."""
     by: str
     """The module that made the change."""
-    kind: Literal["replaced", "used"] = "replaced"
+    kind: Literal["replaced", "used", "replaced once imported"] = "replaced"
     """``used``: a private attribute that is used but not changed."""
 
     def __str__(self) -> str:
@@ -81,6 +93,7 @@ class _Made:
 _made: list[_Made] = []
 _uses: dict[tuple[str, str, str], Patch] = {}
 _values: list[tuple[object, Patch]] = []
+_awaited: list[_WhenImported] = []
 
 
 def patch(owner: object, name: str, *, why: str, read_in: str, chained: bool = False) -> Callable[[Function], Function]:
@@ -124,6 +137,62 @@ def patch(owner: object, name: str, *, why: str, read_in: str, chained: bool = F
         return function
 
     return decorate
+
+
+def patch_when_imported(
+    module: str, owner: str, name: str, *, why: str, read_in: str
+) -> Callable[[Function], Function]:
+    """Like :func:`patch`, for a class of a module that takes seconds to import and that most programs do not need.
+
+    Args:
+        module: the module's dotted name; if it is imported already, the class is patched at once.
+        owner: the class's name in the module.
+        name: the method.
+        why: see :func:`patch`.
+        read_in: see :func:`patch`.
+    """
+
+    def decorate(function: Function) -> Function:
+        def make(found: ModuleType) -> None:
+            if (kind := getattr(found, owner, None)) is not None:  # None while another thread is importing the module
+                patch(kind, name, why=why, read_in=read_in)(function)
+
+        if module in sys.modules:
+            make(sys.modules[module])
+        elif not any(finder.about.owner == f"{module}.{owner}" and finder.about.name == name for finder in _awaited):
+            about = Patch(f"{module}.{owner}", name, why, read_in, _module_of(function), "replaced once imported")
+            finder = _WhenImported(module, make, about)
+            _awaited.append(finder)
+            sys.meta_path.insert(0, finder)
+        return function
+
+    return decorate
+
+
+class _WhenImported(MetaPathFinder):
+    """Import hook that calls ``make`` with a module once it has been executed. It finds no modules itself."""
+
+    def __init__(self, module: str, make: Callable[[ModuleType], None], about: Patch) -> None:
+        self.module, self.make, self.about = module, make, about
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != self.module:
+            return None
+        self.forget()
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_patch(module: ModuleType) -> None:
+                execute(module)
+                self.make(module)
+
+            spec.loader.exec_module = execute_and_patch  # type: ignore[method-assign]
+        return spec
+
+    def forget(self) -> None:
+        sys.meta_path.remove(self)
+        _awaited.remove(self)
 
 
 def replaced(owner: object, name: str, value: Any, *, why: str, read_in: str) -> AbstractContextManager[None]:
@@ -172,9 +241,13 @@ def private(owner: object, name: str, *, why: str, read_in: str) -> Any:
 
 
 def patches() -> list[Patch]:
-    """Return the patches in force in this process, in the order they were made, then the private attributes in use."""
+    """Return the patches in force in this process, in the order they were made.
+
+    The private attributes in use follow, then the patches that await an import.
+    """
     _forget_the_dead()
-    return [*(made.about for made in _made), *(about for _, about in _values), *_uses.values()]
+    awaited = (finder.about for finder in _awaited)
+    return [*(made.about for made in _made), *(about for _, about in _values), *_uses.values(), *awaited]
 
 
 def undo_patches() -> None:
@@ -183,18 +256,23 @@ def undo_patches() -> None:
     Raises:
         PluginError: other code has replaced a patched attribute since. That patch and those before it stay.
     """
+    for finder in _awaited.copy():
+        finder.forget()
     _undo([])
 
 
 @contextmanager
 def temporary_patches() -> Iterator[None]:
     """Undo the patches that are made in this context when it ends; for tests."""
-    before, used = list(_made), dict(_uses)
+    before, used, awaited = list(_made), dict(_uses), list(_awaited)
     try:
         yield
     finally:
         _uses.clear()
         _uses.update(used)
+        for finder in _awaited.copy():
+            if finder not in awaited:
+                finder.forget()
         _undo(before)
 
 
