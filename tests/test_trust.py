@@ -410,7 +410,7 @@ def test_odd_names_are_told_in_a_line(here, name):
 def test_options_that_no_command_line_takes_are_refused(here):
     with pytest.raises(
         ConfigError,
-        match="vLLM's options take .* characters, most of them 'lora_target_modules'; expected at most 100000",
+        match="vLLM's options take .* characters, most of them for 'lora_target_modules'; expected at most 100000",
     ):
         server_command({"model": "x", "lora_target_modules": ["a" * 50] * 3000}, [])
 
