@@ -2,9 +2,9 @@
 grad_input}``, for the rows of many experts ``linear_experts`` and ``grad_input_experts``, and for plain weights in
 bfloat16 ``linear_bf16``.
 
-The dispatcher of torch is the table of kernels: CPU has the compiled ones (``csrc``), CUDA decoding in Triton
-(``gpu``); what is missing, and every other device, has the reference in torch (``reference``). All take an encoded
-weight as ``codes uint8 [N, G, g * bits / 8]`` and ``scale float32 [N, G]``.
+The dispatcher of torch is the table of kernels: CPU has the compiled ones (``csrc``), CUDA decoding (``gpu``) and
+products (``gpu_products``) in Triton; what is missing, and every other device, has the reference in torch
+(``reference``). All take an encoded weight as ``codes uint8 [N, G, g * bits / 8]`` and ``scale float32 [N, G]``.
 """
 
 from arctic_plugins_fp8.kernels.ops import (

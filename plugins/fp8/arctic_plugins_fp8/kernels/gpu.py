@@ -1,78 +1,102 @@
-"""Decoding on GPUs, in Triton; products are the library's, over the decoded weight. Never ran on a GPU: checked in
-Triton's interpreter.
-"""
+"""Decoding on GPUs, in Triton, and what launching the kernels of :mod:`arctic_plugins_fp8.kernels.gpu_kernels` takes.
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+Never ran on a GPU: checked in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from arctic_plugins_fp8.formats import FORMATS
+from arctic_plugins_fp8.kernels import gpu_kernels
 
-__all__ = ["decode"]
+__all__ = ["CHANNEL", "GROUP", "INTERPRETED", "UNITS", "Encoded", "border", "constants", "decode", "on_device_of"]
 
-BLOCK = 1024
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+UNITS = {8: 4, 6: 16, 12: 8}
+"""So many codes fill whole words of 32 bits."""
+CHANNEL, GROUP, EACH = gpu_kernels.CHANNEL.value, gpu_kernels.GROUP.value, gpu_kernels.EACH.value
+SMALLEST_BLOCK = 16
+"""Along K, for matrix units."""
+DECODED, DECODED_K = 4096, 512
+"""Weights that a program decodes, and at most so many of a row."""
 
 
-@triton.jit
-def _decode(
-    codes,
-    scale,
-    out,
-    in_features,
-    groups,
-    group,
-    BITS: tl.constexpr,
-    MANTISSA: tl.constexpr,
-    BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One block of one row: ``out[row, k] = value(code) * scale``, rounded once."""
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = k < in_features
-    which = k // group
-    bit = (k - which * group) * BITS
-    group_bytes = group * BITS // 8
-    at = codes + (row * groups + which) * group_bytes + bit // 8
-    code = tl.load(at, mask=inside, other=0).to(tl.int32)
-    if BITS != 8:
-        # A code lies in two bytes at most; the second may be beyond the group, where nothing of this code is.
-        more = tl.load(at + 1, mask=inside & (bit // 8 + 1 < group_bytes), other=0).to(tl.int32)
-        code = ((code | (more << 8)) >> (bit % 8)) & ((1 << BITS) - 1)
-    magnitude = code & ((1 << (BITS - 1)) - 1)
-    normal = ((magnitude << (23 - MANTISSA)) + ((127 - BIAS) << 23)).to(tl.float32, bitcast=True)
-    step = ((127 + 1 - BIAS - MANTISSA) << 23) + tl.zeros_like(magnitude)  # what a subnormal code counts
-    value = tl.where(magnitude >> MANTISSA == 0, magnitude.to(tl.float32) * step.to(tl.float32, bitcast=True), normal)
-    value = tl.where(code >> (BITS - 1) == 1, -value, value) * tl.load(
-        scale + row * groups + which, mask=inside, other=0.0
-    )
-    if out.dtype.element_ty == tl.bfloat16:  # to nearest even, by hand: the interpreter of Triton 3.9 does not round so
-        bits = value.to(tl.int32, bitcast=True)
-        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        value = value.to(out.dtype.element_ty)
-    tl.store(out + row * in_features + k, value, mask=inside)
+class Encoded(NamedTuple):
+    """An encoded weight as kernels take it; ``row`` is the length of its rows, in words if ``words``, else in bytes."""
+
+    codes: Tensor
+    scale: Tensor
+    rows: int
+    row: int
+    groups: int
+    group: int
+    words: bool
+
+    @classmethod
+    def of(cls, codes: Tensor, scale_NG: Tensor, bits: int) -> Encoded:
+        rows, groups, size = codes.shape
+        flat, row = codes.contiguous().view(rows, groups * size), groups * size
+        words = row % 4 == 0 and flat.storage_offset() % 4 == 0 and flat.data_ptr() % 4 == 0
+        if words:
+            flat, row = flat.view(torch.int32), row // 4
+        return cls(flat, scale_NG.contiguous(), rows, row, groups, size * 8 // bits, words)
 
 
 def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:
     """See :func:`arctic_plugins_fp8.kernels.decode`."""
-    (rows, groups, size), in_features, form = codes.shape, out_NK.shape[1], FORMATS[bits]
-    grid = (rows, triton.cdiv(in_features, BLOCK))
-    with torch.cuda.device_of(out_NK):
-        _decode[grid](
-            codes.contiguous(),
-            scale_NG.contiguous(),
+    weight, in_features = Encoded.of(codes, scale_NG, bits), out_NK.shape[1]
+    cols, scales = (DECODED_K, CHANNEL) if weight.groups == 1 else border(weight.group, DECODED_K)
+    cols = DECODED_K if scales == EACH else cols
+    rows = DECODED // cols
+    with on_device_of(out_NK):
+        gpu_kernels.decode[(-(-weight.rows // rows), -(-in_features // cols))](
+            weight.codes,
+            weight.scale,
             out_NK,
+            weight.rows,
             in_features,
-            groups,
-            size * 8 // bits,
-            bits,
-            form.mantissa,
-            form.bias,
-            BLOCK,
+            weight.row,
+            weight.groups,
+            weight.group,
+            **constants(bits, weight.words, scales),
+            BLOCK_N=rows,
+            BLOCK_K=cols,
         )
+
+
+def border(group: int, size: int) -> tuple[int, int]:
+    """Blocks of at most ``size`` along K, and where scales are applied: blocks lie within a group, unless they would be
+    too small.
+    """
+    while size >= SMALLEST_BLOCK and group % size:
+        size //= 2
+    return (size, GROUP) if size >= SMALLEST_BLOCK else (2 * SMALLEST_BLOCK, EACH)
+
+
+@cache
+def constants(bits: int, words: bool, scales: int) -> dict[str, Any]:
+    """What all kernels have to know when they are compiled."""
+    form = FORMATS[bits]
+    return {
+        "BITS": bits,
+        "MANTISSA": form.mantissa,
+        "BIAS": form.bias,
+        "UNIT": UNITS[bits],
+        "WORDS": words,
+        "SCALES": scales,
+        "INTERPRETED": INTERPRETED,
+    }
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
