@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 TESTS = (
     "plugins/fp8/tests/test_kernels.py",
+    "plugins/fp8/tests/test_triton.py",
     "plugins/longseq/tests/test_longseq.py",
     "plugins/offload/tests/test_offload.py",
 )

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 VARIABLE = "ARCTIC_FP8_KERNELS"
 """The environment variable that selects ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable`` or ``reference``
-instead of the best instruction set of the processor.
+instead of the best instruction set of the processor. On CUDA, ``reference`` disables Triton and the rest has no effect.
 """
 CAPPED = {"avx2": "avx2", "default": "portable"}
 """The instruction sets of the kernels when ``ATEN_CPU_CAPABILITY`` limits torch."""
@@ -127,16 +127,25 @@ torch.library.register_autograd("arctic_fp8::linear_bf16", _backward_bf16, setup
 torch.library.register_autograd("arctic_fp8::linear_fp8", _backward_fp8, setup_context=_save_fp8, lib=_library)
 
 
-def _decode_cuda(codes: Tensor, scale: Tensor, bits: int, out: Tensor) -> None:
+@cache
+def _cuda(name: str) -> Callable[..., Any]:
+    reference_: Callable[..., Any] = getattr(reference, name)
+    if os.environ.get(VARIABLE) == "reference":
+        return reference_
     try:
-        from arctic_plugins_fp8.kernels import gpu
+        from arctic_plugins_fp8.kernels import gpu, gpu_products
     except ImportError:  # torch's CUDA builds for Linux include Triton; others may not
-        reference.decode(codes, scale, bits, out)
-    else:
-        gpu.decode(codes, scale, bits, out)
+        return reference_
+    found: Callable[..., Any] = getattr(gpu if name == "decode" else gpu_products, name)
+    return found
 
 
-_library.impl("decode", _decode_cuda, "CUDA")
+def _call_cuda(name: str, *args: Any) -> Any:
+    return _cuda(name)(*args)
+
+
+for _name in ("decode", "linear", "grad_input", "linear_experts", "grad_input_experts"):
+    _library.impl(_name, partial(_call_cuda, _name), "CUDA")
 
 # The compiled CPU kernels are built and loaded when an operator is first called. Until then, these functions take their
 # place.

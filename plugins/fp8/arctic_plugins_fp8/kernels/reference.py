@@ -93,7 +93,7 @@ def linear_fp8(x: Tensor, codes: Tensor, scale_NG: Tensor) -> Tensor:
     top_M1 = rows_MK.abs().amax(-1, keepdim=True)
     scale_M1 = torch.where(top_M1 == 0, 1.0, top_M1 / FORMATS[8].max)
     rounded_MK = (rows_MK / scale_M1).clamp(-FORMATS[8].max, FORMATS[8].max).to(torch.float8_e4m3fn)
-    if _has_fp8_units(x.device) and all(size % 16 == 0 for size in (x.shape[-1], codes.shape[0])):
+    if len(rows_MK) and _has_fp8_units(x.device) and all(size % 16 == 0 for size in (x.shape[-1], codes.shape[0])):
         y_MN = scaled_product(rounded_MK, scale_M1, codes, scale_NG)
         return y_MN.to(x.dtype).view(*x.shape[:-1], codes.shape[0])
     return torch.ops.arctic_fp8.linear((rounded_MK.float() * scale_M1).to(x.dtype).view(x.shape), codes, scale_NG, 8)
@@ -109,7 +109,15 @@ def scaled_product(x_MK: Tensor, scale_M1: Tensor, codes: Tensor, scale_NG: Tens
 
 
 def _has_fp8_units(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Whether the library multiplies e4m3 with a scale per row there.
+
+    Not on cards of capability 12.0 (pytorch/pytorch#192707), nor on AMD's, whose capabilities mean something else.
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and (8, 9) <= torch.cuda.get_device_capability(device) < (12, 0)
+    )
 
 
 def grad_input(grad: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:
