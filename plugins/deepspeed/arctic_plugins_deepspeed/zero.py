@@ -123,7 +123,7 @@ class SpreadOverZero(SpreadExperts, OverDeepSpeed):
                 raise CheckpointError(
                     f"{name} has the shape {list(saved.shape)} in the checkpoint and {list(parameter.shape)} in this "
                     "process",
-                    expected="as many processes for one copy of the experts as when it was saved",
+                    expected="as many processes per copy of the experts as when it was saved",
                     fix=f"set {self.dispatch.option} to the value that it had then",
                 )
             if saved is not None:
