@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import platformdirs
-
 from arctic_plugins.errors import UserError
 
 __all__ = ["cache_directory"]
@@ -53,6 +51,8 @@ def cache_directory(name: str) -> Path:
 
 
 def _places() -> Iterator[Path]:
+    import platformdirs
+
     with contextlib.suppress(RuntimeError):  # neither HOME nor a passwd entry for the user
         own = platformdirs.user_cache_path("arctic_plugins", appauthor=False)
         if own.is_absolute():  # earlier versions give "~/.cache" then

@@ -68,7 +68,7 @@ class _Made:
     """A patch in force. For an object, it keeps nothing alive: what it replaced disappears with the object."""
 
     def __init__(self, about: Patch, owner: object, installed: Any, original: Any, function: Any = None) -> None:
-        lasting = isinstance(owner, ModuleType | type)
+        lasting = _lasts(owner)
         hold: Callable[[Any], Callable[[], Any]] = (lambda thing: lambda: thing) if lasting else weakref.ref
         self.about = about
         self.own = _is_own(owner, about.name)
@@ -128,8 +128,7 @@ def patch(owner: object, name: str, *, why: str, read_in: str, chained: bool = F
         original = _read(owner, name)
         if isinstance(original, property) or not callable(getattr(owner, name, None)):
             raise _missing(about, "function ")
-        lasting = isinstance(owner, ModuleType | type)
-        installed = _calling(function, original) if lasting else _calling_for_one(function, original)
+        installed = (_calling if _lasts(owner) else _calling_for_one)(function, original)
         made = _Made(about, owner, installed, original, function)
         setattr(owner, name, installed)
         _made.append(made)
@@ -286,9 +285,14 @@ def _undo(keep: list[_Made]) -> None:
 _ABSENT = object()
 
 
+def _lasts(owner: object) -> bool:
+    """Return whether ``owner`` is a module or a class, which stays, and not an object, which may disappear."""
+    return isinstance(owner, ModuleType | type)
+
+
 def _read(owner: object, name: str) -> Any:
     """Return the attribute; of a class, as it is stored there: a function, not a method."""
-    if isinstance(owner, ModuleType | type):
+    if _lasts(owner):
         return inspect.getattr_static(owner, name, _ABSENT)
     return getattr(owner, name, _ABSENT)
 

@@ -175,6 +175,12 @@ class Finding:
     fix: str = ""
 
 
+def expectation(error: ValidationError) -> str:
+    """Return what pydantic expected where it found the first problem, without its own introductions."""
+    message: str = error.errors()[0]["msg"]
+    return message.removeprefix("Value error, ").removeprefix("Input should be ")
+
+
 def config_error(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:
     """Turn pydantic's report into one line about its first problem; ``where`` is the key that contains the options."""
     first = error.errors()[0]
@@ -183,6 +189,5 @@ def config_error(error: ValidationError, where: str, model: type[BaseModel]) -> 
         return ConfigError(f"{key} is not an option", fix=suggest(str(first["loc"][-1]), model.model_fields))
     if first["type"] == "missing":
         return ConfigError(f"{key} is missing", fix="add it")
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return ConfigError(f"{key} is {first['input']!r}", expected=message + more, fix="correct the value")
+    return ConfigError(f"{key} is {first['input']!r}", expected=expectation(error) + more, fix="correct the value")

@@ -29,7 +29,7 @@ from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.check import adapter_directory, check_checkpoint
 from arctic_plugins_huggingface.files.rewrite import Read, open_files, rewrite
 from arctic_plugins_huggingface.files.staging import check_new, staged
-from arctic_plugins_huggingface.loading.config import STORED, is_encoded, load_config
+from arctic_plugins_huggingface.loading.config import STORED, is_encoded, is_quantized_otherwise, load_config
 from arctic_plugins_huggingface.loading.conversions import EXPERT
 from arctic_plugins_huggingface.loading.load import freeze, load_model
 from arctic_plugins_huggingface.loading.plan import WeightPlan, plan_model
@@ -106,7 +106,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
     if not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:
         check_checkpoint(base)
         config = load_config(base)
-        if is_encoded(config) or getattr(config, "quantization_config", None) is None:
+        if not is_quantized_otherwise(config):
             # check_checkpoint has just compared the files.
             plan = plan_model(base, Stack() if is_encoded(config) else codecs, checked=True, config=config)
             claimed = plan.weights

@@ -120,6 +120,7 @@ def _chosen(format_name: str, given: Mapping[str, Any]) -> PluginConfig | None:
     from pydantic import ValidationError
 
     from arctic_plugins.errors import ConfigError
+    from arctic_plugins.plugin import expectation
 
     importers = dict(sorted(_registry().importers.items()))
     chosen = importers[format_name].options if format_name in importers else None
@@ -138,8 +139,9 @@ def _chosen(format_name: str, given: Mapping[str, Any]) -> PluginConfig | None:
         flag = _flag(str(first["loc"][0])) if first["loc"] else f"--from {format_name}"
         if first["type"] == "missing":
             raise ConfigError(f"--from {format_name} needs {flag}", fix="add it") from error
-        expected = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-        raise ConfigError(f"{flag} is {first['input']!r}", expected=expected, fix="correct the value") from error
+        raise ConfigError(
+            f"{flag} is {first['input']!r}", expected=expectation(error), fix="correct the value"
+        ) from error
 
 
 def _flags(options: type[PluginConfig]) -> str:

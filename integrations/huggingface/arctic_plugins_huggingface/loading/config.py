@@ -30,6 +30,7 @@ __all__ = [
     "STORED",
     "device_of",
     "is_encoded",
+    "is_quantized_otherwise",
     "load_config",
     "load_tokenizer",
     "only_hub",
@@ -162,6 +163,11 @@ def device_of(kwargs: Mapping[str, Any]) -> str:
     ):
         return torch.device(device_map).type
     return default_device()
+
+
+def is_quantized_otherwise(config: PreTrainedConfig) -> bool:
+    """Return whether the checkpoint of ``config`` is quantized by another method than this project's."""
+    return getattr(config, "quantization_config", None) is not None and not is_encoded(config)
 
 
 def is_encoded(config: PreTrainedConfig) -> bool:

@@ -15,6 +15,7 @@ from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, one_
 from arctic_plugins.frozen import METHOD, FrozenModule
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import check_unchanged, is_directory
+from arctic_plugins_huggingface.loading.config import is_quantized_otherwise
 from arctic_plugins_huggingface.loading.conversions import expert_conversions
 from arctic_plugins_huggingface.loading.names import stored_codecs, weight_conversions
 from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model, plan_weights
@@ -91,7 +92,7 @@ def load_model(
     if plan.encoded:
         # transformers builds its quantizer from this dict. It would only compare an argument of from_pretrained to it.
         plan.config.quantization_config = plan.weights.stored_quantization()
-    elif getattr(plan.config, "quantization_config", None) is None:
+    elif not is_quantized_otherwise(plan.config):
         quantization = plan.weights.quantization()
     try:
         loaded: object = AutoModelForCausalLM.from_pretrained(

@@ -25,6 +25,7 @@ from arctic_plugins_huggingface.files.check import check_checkpoint, check_encod
 from arctic_plugins_huggingface.loading.config import (
     device_of,
     is_encoded,
+    is_quantized_otherwise,
     load_config,
     load_tokenizer,
     only_hub,
@@ -274,9 +275,7 @@ def plan_weights(
 
 def _check_quantization(config: PreTrainedConfig, stack: Stack) -> None:
     """Raise ClaimError if the checkpoint is quantized by another method and ``stack`` encodes or places weights."""
-    if getattr(config, "quantization_config", None) is None or is_encoded(config):
-        return
-    if owners := [*stack.only("weight_codec"), *stack.only("placement")]:
+    if is_quantized_otherwise(config) and (owners := [*stack.only("weight_codec"), *stack.only("placement")]):
         raise ClaimError(
             "the checkpoint is quantized by another method",
             expected="a plain checkpoint",
@@ -286,7 +285,7 @@ def _check_quantization(config: PreTrainedConfig, stack: Stack) -> None:
 
 def _check_files(directory: Path, config: PreTrainedConfig, weights: WeightPlan, variant: str | None) -> None:
     """Check that the files of ``directory`` hold the tensors of the model."""
-    if getattr(config, "quantization_config", None) is not None and not is_encoded(config):
+    if is_quantized_otherwise(config):
         return
     if files := sorted(directory.glob("*.safetensors")):
         check_elements(weights.elements, files, directory / "config.json")

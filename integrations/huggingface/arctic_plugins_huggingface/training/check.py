@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import ConfigError, DataError, PluginNotFoundError, named, suggest
+from arctic_plugins.plugin import expectation
 from arctic_plugins.processes import is_first
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import check_checkpoint, is_directory
@@ -184,8 +185,9 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
     try:
         checked = TypeAdapter(kind, config={"arbitrary_types_allowed": True}).validate_python(value)
     except ValidationError as error:
-        expected = error.errors()[0]["msg"].removeprefix("Input should be ")
-        raise ConfigError(f"training.{key} is {value!r}", expected=expected, fix="correct the value") from error
+        raise ConfigError(
+            f"training.{key} is {value!r}", expected=expectation(error), fix="correct the value"
+        ) from error
     if isinstance(checked, (int, float)) and not checked >= _AT_LEAST.get(key, checked if checked == checked else 0):
         raise ConfigError(
             f"training.{key} is {checked}", expected=f"at least {_AT_LEAST.get(key, 0)}", fix="correct the value"
