@@ -48,9 +48,9 @@ _library.define("linear(Tensor x, Tensor codes, Tensor scale, int bits) -> Tenso
 _library.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
 _library.define("linear_fp8(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 _library.define("grad_input(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features) -> Tensor")
-_library.define("linear_experts(Tensor x, Tensor codes, Tensor scale, int bits, int[] counts) -> Tensor")
+_library.define("linear_experts(Tensor x, Tensor codes, Tensor scale, int bits, Tensor counts) -> Tensor")
 _library.define(
-    "grad_input_experts(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features, int[] counts) -> Tensor"
+    "grad_input_experts(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features, Tensor counts) -> Tensor"
 )
 OPERATORS = ("encode", "decode", "linear", "linear_bf16", "grad_input", "linear_experts", "grad_input_experts")
 for _name in OPERATORS:
@@ -78,12 +78,12 @@ def _fake_grad_input(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_f
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-def _fake_linear_experts(x: Tensor, codes: Tensor, scale: Tensor, bits: int, counts: list[int]) -> Tensor:
+def _fake_linear_experts(x: Tensor, codes: Tensor, scale: Tensor, bits: int, counts: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0] // len(counts)))
 
 
 def _fake_grad_input_experts(
-    grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int, counts: list[int]
+    grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int, counts: Tensor
 ) -> Tensor:
     return grad.new_empty((grad.shape[0], in_features))
 
@@ -246,8 +246,8 @@ grad_input = torch.ops.arctic_fp8.grad_input.default
 """
 linear_experts = torch.ops.arctic_fp8.linear_experts.default
 """``linear_experts(x [M, K], codes [E * N, ...], scale [E * N, G], bits, counts) -> [M, N]``: :data:`linear` of each
-expert's rows with its N rows of the codes. The rows are sorted by expert, ``counts[e]`` for expert e. Not
-differentiable by itself."""
+expert's rows with its N rows of the codes. The rows are sorted by expert; ``counts`` is int64 ``[E]`` on the device of
+``x``, which is never waited for. Rows after those of the last expert become zero. Not differentiable by itself."""
 grad_input_experts = torch.ops.arctic_fp8.grad_input_experts.default
 """``grad_input_experts(grad [M, N], codes, scale, bits, K, counts) -> [M, K]``: the gradient of
 :func:`linear_experts`.
