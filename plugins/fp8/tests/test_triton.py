@@ -7,10 +7,15 @@ file is also a script, ``python test_triton.py CHECK``.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import itertools
+import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,9 +240,9 @@ def check_compiled():
     from arctic_plugins_fp8.kernels import gpu_blocks, gpu_kernels
 
     for capability, memory in ((80, 163), (90, 227)):
-        card = gpu_blocks.CARDS[divmod(capability, 10)]
+        card = gpu_blocks.card_of(f"{capability / 10}", 108)
         for kernel in (gpu_kernels.multiply, gpu_kernels.multiply_gradient):
-            for block in (card.blocks[0], card.blocks[-1]):
+            for block in (card.blocks[12][0], card.blocks[12][-1]):
                 found = compiled(kernel, capability, 12, block)
                 assert found.metadata.shared <= memory << 10
                 assert compiled(kernel, capability, 8, block, experts=True).metadata.shared <= memory << 10
@@ -247,7 +252,7 @@ def check_compiled():
                 assert "mul.ftz" not in found.asm["ptx"]
         assert (
             "mma.sync"
-            in compiled(gpu_kernels.multiply, capability, 6, card.blocks[0], scales=2, words=False).asm["ptx"]
+            in compiled(gpu_kernels.multiply, capability, 6, card.blocks[6][0], scales=2, words=False).asm["ptx"]
         )
         for bits in (8, 6):
             text = compiled(gpu_kernels.decode, capability, bits, None, scales=1).asm["ptx"]
@@ -271,16 +276,46 @@ def test_it_compiles_for_the_gpus_of_the_table(tmp_path):
 
 def test_blocks_follow_the_shape():
     pytest.importorskip("triton", reason="Triton is not installed")
-    from arctic_plugins_fp8.kernels.gpu_blocks import CARDS, OTHER, choose
+    from arctic_plugins_fp8.kernels.gpu_blocks import TABLE, card_of, choose
 
-    for on, dtype in itertools.product((*CARDS.values(), OTHER), DTYPES):
-        few, many = choose(on, dtype, 4, 4096, 4096), choose(on, dtype, 512, 4096, 4096)
+    choose = functools.partial(choose, bits=8)
+    cards = {name: card_of(name, 100) for name in json.loads(TABLE.read_text())}
+    assert vars(card_of("6.1", 3)) == vars(card_of("other", 3))
+
+    for on, dtype in itertools.product(cards.values(), DTYPES):
+        few, many = (choose(on, dtype, rows=rows, width=4096, depth=4096) for rows in (4, 512))
         assert (few.m, many.split) == (16, 1)
         assert few.split <= 8  # at least 512 products each
-        assert few.split > 1 or (on, dtype) == (OTHER, torch.float32)  # which has programs enough
+        assert few.split > 1 or (on, dtype) == (cards["other"], torch.float32)  # which has programs enough
         assert many.m > few.m
-        assert choose(on, dtype, 4, 4096, 256).split == 1
-        assert choose(on, dtype, 4, 64, 4096, tiles=3).split == 1
+        assert choose(on, dtype, rows=4, width=4096, depth=256).split == 1
+        assert choose(on, dtype, rows=4, width=64, depth=4096, tiles=3).split == 1
+
+
+def test_the_tuner_finds_the_fastest_blocks(capsys):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from arctic_plugins_fp8.kernels.gpu_blocks import TABLE, Block, card_of
+
+    path = Path(__file__).parents[3] / "benchmarks" / "gpu_tune.py"
+    spec = importlib.util.spec_from_file_location("gpu_tune", path)
+    tuner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tuner)
+    assert tuner.as_text(json.loads(TABLE.read_text())) == TABLE.read_text()
+
+    def time_of(on, rows):
+        if rows == 1:
+            return 1 + abs(on.rows[6][0] - 2) + on.rows[6][1]
+        (block,) = on.blocks[6]
+        if block.stages * block.n * block.k > 4 * 128 * 128:  # as if the card had no more memory
+            return float("inf")
+        return 1 + abs(block.n - 128) + abs(block.k - 64) + abs(block.warps - 8) + (block.stages != 3)
+
+    start = card_of("9.0", 100)
+    on = tuner.tuned(start, 6, time_of, time.monotonic() + 60)
+    assert on.rows == {**start.rows, 6: (2, 1)}
+    assert on.blocks == {**start.blocks, 6: tuple(Block(m, 128, 64, 8, 3) for m in (16, 32, 64, 128))}
+    assert tuner.tuned(start, 6, time_of, 0).blocks == start.blocks  # no time left
+    capsys.readouterr()
 
 
 def test_cuda_has_triton_or_the_reference(monkeypatch):

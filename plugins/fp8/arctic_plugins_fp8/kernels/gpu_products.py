@@ -50,7 +50,7 @@ def linear_experts(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, cou
     weight, width = Encoded.of(codes, scale_NG, bits), len(codes) // len(counts)
     y_MN = x_MK.new_empty(len(x_MK), width)
     if y_MN.numel():
-        block = _expert_block(x_MK, width, x_MK.shape[1], len(counts))
+        block = _expert_block(x_MK, bits, width, x_MK.shape[1], len(counts))
         tiles = _tiles(counts, len(x_MK), block.m)
         _multiply(_even(x_MK), weight, y_MN, bits, width, x_MK.shape[1], block, tiles)
     return y_MN
@@ -64,7 +64,7 @@ def grad_input_experts(
     weight, width = Encoded.of(codes, scale_NG, bits), len(codes) // len(counts)
     result_MK = grad_MN.new_empty(len(grad_MN), in_features)
     if result_MK.numel():
-        block = _expert_block(grad_MN, in_features, width, len(counts))
+        block = _expert_block(grad_MN, bits, in_features, width, len(counts))
         tiles = _tiles(counts, len(grad_MN), block.m)
         _multiply_gradient(_even(grad_MN), weight, result_MK, bits, width, in_features, block, tiles)
     return result_MK
@@ -88,7 +88,7 @@ def fused_linear(
     if isinstance(block, RowBlock):
         _multiply_row(x_MK, weight, y, bits, block)
     else:
-        block = block or choose(on, x.dtype, len(x_MK), weight.rows, in_features)
+        block = block or choose(on, x.dtype, bits, len(x_MK), weight.rows, in_features)
         _multiply(x_MK, weight, y, bits, weight.rows, in_features, block, None)
     return y
 
@@ -101,7 +101,7 @@ def fused_grad_input(
     result = grad.new_empty(*grad.shape[:-1], in_features)
     if result.numel():
         grad_MN = _even(grad.reshape(-1, weight.rows))
-        block = block or choose(card(grad.device), grad.dtype, len(grad_MN), in_features, weight.rows)
+        block = block or choose(card(grad.device), grad.dtype, bits, len(grad_MN), in_features, weight.rows)
         _multiply_gradient(grad_MN, weight, result, bits, weight.rows, in_features, block, None)
     return result
 
@@ -225,10 +225,10 @@ def _check(rows: Tensor, codes: Tensor, counts: Tensor) -> None:
         raise RuntimeError("arctic_fp8: counts must be int64 [experts] on the device of the input")
 
 
-def _expert_block(rows: Tensor, width: int, depth: int, experts: int) -> Block:
+def _expert_block(rows: Tensor, bits: int, width: int, depth: int, experts: int) -> Block:
     """Choose the block for experts that get the same number of rows, or one each as far as the rows go."""
     active = min(experts, len(rows))
-    return choose(card(rows.device), rows.dtype, -(-len(rows) // active), width, depth, tiles=active)
+    return choose(card(rows.device), rows.dtype, bits, -(-len(rows) // active), width, depth, tiles=active)
 
 
 def _tiles(counts: Tensor, rows: int, size: int) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -204,10 +205,20 @@ def use(instruction_set: str = "") -> str:
 
 
 def describe() -> tuple[bool, str]:
-    """Return whether compiled kernels are used on CPU, and a sentence that describes them."""
+    """Return whether compiled kernels are used on CPU, and a sentence about those of CPUs and NVIDIA GPUs."""
+    if os.environ.get(VARIABLE) == "reference" or find_spec("triton") is None:
+        gpu = "reference in torch"
+    elif not torch.cuda.is_available():
+        gpu = "Triton"
+    else:
+        from arctic_plugins_fp8.kernels.gpu_blocks import card
+
+        measured = card(torch.device("cuda")).measured_on
+        gpu = f"Triton, blocks {f'measured on {measured}' if measured else 'not measured on this kind of card'}"
     if found := load():
-        return True, f"CPU: compiled, {found} instructions"
-    return False, f"CPU: reference in torch ({build.obstacle() or f'{VARIABLE} is set, or the build failed'})"
+        return True, f"CPU: compiled, {found} instructions; GPU: {gpu}"
+    why = build.obstacle() or f"{VARIABLE} is set, or the build failed"
+    return False, f"CPU: reference in torch ({why}); GPU: {gpu}"
 
 
 def widening_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
