@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-BUDGETS = {"tests": 60, "kernels": 110, "step": 60, "offload": 80, "mixture": 50, "headline": 120}
+BUDGETS = {"tests": 110, "kernels": 100, "step": 50, "offload": 70, "mixture": 40, "headline": 110}
 """Section -> its seconds of the default ``--time``. The last one gets all that the others leave."""
 NEEDED = (
     *("torch", "transformers", "peft", "accelerate", "pytest"),
@@ -125,15 +125,24 @@ class Report:
         console.print(escape(f"{self.content['card']}; {versions}; {seconds}; written to {self.path}"))
 
 
-def watch(command: Sequence[str], seconds: float, add: Callable[[Figure], None]) -> tuple[str, str]:
+def watch(command: Sequence[str], seconds: float, add: Callable[[Figure], None], log: Path) -> tuple[str, str]:
     """Run a section in a process of its own, and pass on its figures as it prints them.
+
+    Args:
+        command: what to run.
+        seconds: when to end it.
+        add: takes each figure.
+        log: where all its output goes.
 
     Returns:
         Its status (``done``, ``failed`` or ``out of time``), and why, if it is not done.
     """
-    tail: list[str] = []
+    last = "no output"
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    with subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process:
+    with (
+        log.open("w", buffering=1) as output,
+        subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes) as process,
+    ):
         assert process.stdout is not None
         expired = threading.Event()
 
@@ -145,10 +154,11 @@ def watch(command: Sequence[str], seconds: float, add: Callable[[Figure], None])
         timer.start()
         try:
             for line in process.stdout:
+                output.write(line)
                 if line.startswith(MARK):
                     add(json.loads(line.removeprefix(MARK)))
                 elif line.strip():
-                    tail = [*tail[-40:], line.rstrip()]
+                    last = line.strip()
             process.wait()
         finally:
             timer.cancel()
@@ -156,8 +166,7 @@ def watch(command: Sequence[str], seconds: float, add: Callable[[Figure], None])
     if expired.is_set():
         return "out of time", f"ended after {seconds:.0f} s; the figures above are complete"
     if process.returncode:
-        print(*tail, sep="\n", file=sys.stderr, flush=True)
-        return "failed", f"exit status {process.returncode}: {tail[-1] if tail else 'no output'}"
+        return "failed", f"exit status {process.returncode}: {last}; see {log}"
     return "done", ""
 
 
@@ -168,7 +177,8 @@ def run_section(
     arguments = ["--device", options.device, "--memory", str(options.memory), "--until", str(time.time() + seconds)]
     arguments += ["--small"] if options.small else []
     if options.device == "cuda" or name == "tests":  # pytest cannot run within the test of this script
-        return watch([sys.executable, str(Path(__file__).with_name("gpu_sections.py")), name, *arguments], seconds, add)
+        command = [sys.executable, str(Path(__file__).with_name("gpu_sections.py")), name, *arguments]
+        return watch(command, seconds, add, options.json.with_name(f"{options.json.stem}-{name}.log"))
     import gpu_sections
 
     try:

@@ -68,14 +68,16 @@ def test_figures_outlive_a_section_that_fails(tmp_path, monkeypatch, capsys):
         ("import subprocess; subprocess.Popen(['sleep', '600']); os.abort()", 0.5, "out of time", "ended after"),
     ],
 )
-def test_a_section_in_a_process_of_its_own(then, seconds, status, why):
+def test_a_section_in_a_process_of_its_own(tmp_path, then, seconds, status, why):
     import gpu
 
     figures = []
     line = gpu.MARK + json.dumps(FIGURE)
     program = f"import os; print('loading'); print({line!r}, flush=True); {then}"
-    found, explained = gpu.watch([sys.executable, "-S", "-c", program], seconds, figures.append)
+    log = tmp_path / "section.log"
+    found, explained = gpu.watch([sys.executable, "-S", "-c", program], seconds, figures.append, log)
     assert (found, figures) == (status, [FIGURE])
+    assert log.read_text().startswith(f"loading\n{line}\n")
     assert explained.startswith(why)
 
 
@@ -100,6 +102,10 @@ def test_the_tests_for_gpus_are_found_by_collection(tmp_path, monkeypatch):
     assert "No module named 'a_library_that_is_not_here'" in broken["text"]
     assert broken["name"] == "d/tests/test_broken.py"
     assert (counts["text"], counts["met"]) == ("1 passed, 2 failed", False)
+    figures.clear()
+    (tmp_path / "d/tests/test_broken.py").unlink()
+    gpu_sections.tests(gpu_sections.Bench("cuda", False, 80, 0, figures.append))
+    assert [(figure["text"], figure["met"]) for figure in figures] == [("2 not run", False)]
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral"])
