@@ -66,7 +66,7 @@ def load_model(
             are not computed with. Where ``"auto"`` chose a wider dtype,
             :func:`~arctic_plugins_huggingface.save_checkpoint` converts the weights back to the checkpoint's dtype.
         **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim. With ``state_dict``, which has the names
-            of a checkpoint, weights come from there. Of ``checkpoint``, only the config and the tokenizer are then read,
+            of a checkpoint, weights come from there; only the config and the tokenizer of ``checkpoint`` are then read,
             not a generation config.
 
     Returns:
