@@ -26,9 +26,9 @@ __all__ = [
     "unpack",
 ]
 
-BLOCK = 1 << 19
-"""The number of elements that are encoded or decoded at a time, so that temporaries fit the cache and peak memory
-stays close to the size of the result.
+BLOCK, GPU_BLOCK = 1 << 19, 1 << 24
+"""The number of elements that are encoded or decoded at a time, so that temporaries fit the cache and peak memory stays
+close to the size of the result. Each block waits for a GPU, so there a block is larger.
 """
 
 
@@ -37,7 +37,7 @@ def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, larges
     in_features = weight_NK.shape[1]
     rows, groups, size = codes.shape
     group = size * 8 // bits
-    for block in _blocks(rows, groups * group):
+    for block in _blocks(rows, groups * group, codes.device):
         w_nGg = torch.nn.functional.pad(weight_NK[block].float(), (0, groups * group - in_features)).unflatten(
             -1, (groups, group)
         )
@@ -68,7 +68,7 @@ def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:
     (rows, groups, size), (_, in_features) = codes.shape, out_NK.shape
     group = size * 8 // bits
     padded = groups * group != in_features
-    for block in _blocks(rows, groups * group):
+    for block in _blocks(rows, groups * group, codes.device):
         values, factor = _values(codes[block], bits, out_NK.dtype)
         scale_nG1 = (scale_NG[block] * factor)[..., None]
         if padded:
@@ -161,8 +161,8 @@ def _scratch(like: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_featur
     return weight_NK
 
 
-def _blocks(rows: int, row_size: int) -> Iterator[slice]:
-    step = max(1, BLOCK // row_size)
+def _blocks(rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
+    step = max(1, (BLOCK if device.type == "cpu" else GPU_BLOCK) // row_size)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
