@@ -166,7 +166,8 @@ class FetchedHandle(Handle, Generic[Fetched]):
     def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> Fetched:
         """Start fetching the bytes to ``device``, without waiting.
 
-        ``at`` is the weight that is being leased: this one, or another one ahead of which this one is fetched.
+        ``at`` is the weight that is being leased: this one, or another one ahead of which this one is fetched. In the
+        latter case, None means that it cannot be fetched yet; the next lease asks again.
         """
 
     @abstractmethod
@@ -227,6 +228,6 @@ class Prefetch:
         for other in [other for other in self.pending if other not in upcoming]:
             other.drop(self.pending.pop(other))
         for other in upcoming:
-            if other not in self.pending:
-                self.pending[other] = other.fetch(device, weight)
+            if other not in self.pending and (ahead := other.fetch(device, weight)) is not None:
+                self.pending[other] = ahead
         return fetched
