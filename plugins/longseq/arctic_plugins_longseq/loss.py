@@ -72,6 +72,7 @@ class _TiledLoss(torch.autograd.Function):
             for parameter in trained
         ]
         total = torch.zeros((), dtype=torch.float32, device=hidden_MK.device)
+        # nonzero waits for the device, once per call; computing the logits of tokens that do not count would cost more.
         for rows in (labels_M != ignore_index).nonzero().squeeze(1).split(tile):
             if not len(rows):
                 continue
@@ -93,13 +94,15 @@ class _TiledLoss(torch.autograd.Function):
             for sum_, part in zip(sums, found, strict=True):
                 sum_ += part
         ctx.for_hidden, ctx.needed = for_hidden, ctx.needs_input_grad[5:]
-        ctx.save_for_backward(
-            *([grad_MK] if grad_MK is not None else []), *(s.to(p.dtype) for s, p in zip(sums, trained, strict=True))
-        )
+        # Not with save_for_backward, whose hooks may move them to host memory: the backward pass begins here.
+        ctx.found = [
+            *([grad_MK] if grad_MK is not None else []),
+            *(s.to(p.dtype) for s, p in zip(sums, trained, strict=True)),
+        ]
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found = [saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors]
+        found = [gradient * grads[0].to(gradient.dtype) for gradient in ctx.found]
         hidden = found.pop(0) if ctx.for_hidden else None
         return (hidden, None, None, None, None, *(found.pop(0) if needed else None for needed in ctx.needed))
