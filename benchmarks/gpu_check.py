@@ -30,6 +30,7 @@ TESTS = (
     "plugins/fp8/tests/test_triton.py",
     "plugins/longseq/tests/test_longseq.py",
     "plugins/offload/tests/test_offload.py",
+    "tests/test_waiting.py",
 )
 ROWS = (1, 8, 64, 512, 4096)
 CODECS: dict[str, dict[str, Any]] = {

@@ -233,7 +233,7 @@ def offload_activations(model: nn.Module) -> AbstractContextManager[Any]:
     """
     from trl.models.activation_offloading import OffloadActivations, get_act_offloading_ctx_manager
 
-    class Offloading(OffloadActivations):  # type: ignore[misc]  # without types
+    class Offloading(OffloadActivations):
         def __exit__(self, *args: Any) -> Any:
             compute, copies = self.s0, self.s1
             compute.wait_stream(copies)  # for activations that are still being copied

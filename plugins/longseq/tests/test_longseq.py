@@ -301,17 +301,18 @@ def test_offloaded_activations_need_no_wait_for_the_device(checkpoints, monkeypa
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_on_a_gpu_waits_for_nothing_but_the_labels(checkpoints):
-    """With activations and weights in host memory; the tiled loss waits once, to leave out ignored tokens."""
+def test_a_step_with_activations_in_host_memory_waits_for_nothing(checkpoints):
+    """Nor with weights there. The tiled loss is left out: it waits once, to find the tokens that count."""
     plugins = {"fp8": {}, "lora": {"r": 4}, "offload": {}, "longseq": {"recompute": 1, "tiled_loss": False}}
     model = loaded(checkpoints["untied"], plugins).cuda()
     context, inputs = offload_activations(model), {key: value.cuda() for key, value in batch().items()}
-    del inputs["attention_mask"]  # transformers looks at it to see whether there is padding
+    # With a mask of two dimensions, transformers looks for padding, and waits for that.
+    inputs["attention_mask"] = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool, device="cuda").tril()
     for step in range(10):
         torch.cuda.set_sync_debug_mode("error" if step > 7 else "default")
         try:
             with context:
-                model(**inputs, use_cache=False, num_items_in_batch=torch.tensor(50, device="cuda")).loss.backward()
+                model(**inputs, use_cache=False).loss.backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -410,10 +410,12 @@ def test_a_step_with_host_memory_on_a_gpu(tiny_checkpoint, ratio):
         trained = [each for each in model.parameters() if each.requires_grad]
         optimizer = torch.optim.SGD(trained, lr=0.1)
         ids, losses, memory = IDS.cuda(), [], []
+        # With a mask of two dimensions, transformers looks for padding, and waits for that.
+        mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device="cuda").tril()
         for step in range(12):
             torch.cuda.set_sync_debug_mode("error" if step >= 8 else "default")
             try:
-                loss = model(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids), use_cache=False).loss
+                loss = model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()

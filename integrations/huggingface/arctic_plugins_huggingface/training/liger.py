@@ -15,6 +15,7 @@ import logging
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
@@ -82,7 +83,7 @@ def settle_liger(trainer: Trainer) -> None:
 def _bypassed(model: nn.Module) -> dict[tuple[str, ...], str]:
     """Return Liger's kernels that cannot be used, with the reason."""
     found: dict[tuple[str, ...], str] = {}
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if "forward" in vars(base):
         found[LOSS] = f"{type(base).__name__} computes its loss in another way already"
     else:
