@@ -222,11 +222,11 @@ class Prefetch:
         are not among them.
         """
         self.order.leased(weight.name)
-        fetched: Fetched = self.pending.pop(weight) if weight in self.pending else weight.fetch(device, weight)
         names = self.order.upcoming(self.ahead)
         upcoming = [other for name in names if (other := self._weights.get(name)) is not None and not other.leases]
-        for other in [other for other in self.pending if other not in upcoming]:
+        for other in [other for other in self.pending if other is not weight and other not in upcoming]:
             other.drop(self.pending.pop(other))
+        fetched: Fetched = self.pending.pop(weight) if weight in self.pending else weight.fetch(device, weight)
         for other in upcoming:
             if other not in self.pending and (ahead := other.fetch(device, weight)) is not None:
                 self.pending[other] = ahead

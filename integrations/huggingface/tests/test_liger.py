@@ -69,6 +69,7 @@ def trainer(checkpoint, output, plugins, **options):
 def test_what_would_be_bypassed_is_left_to_the_model(tiny_checkpoint, tmp_path, caplog, asked, plugins, off):
     run = trainer(tiny_checkpoint, tmp_path, plugins, use_liger_kernel=True)
     run.train()
+    assert run.evaluate(ROWS, metric_key_prefix="eval")["eval_loss"] > 0, "transformers asks for no logits"
     assert asked == [off]
     assert ("fused_linear_cross_entropy is off" in caplog.text) == bool(off)
 

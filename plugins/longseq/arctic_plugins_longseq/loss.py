@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["default_tile", "tiled_cross_entropy"]
 
@@ -18,6 +19,7 @@ def default_tile(vocabulary: int) -> int:
     return max(1, TILE_BYTES // (4 * vocabulary))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of tokens that count depends on the data
 def tiled_cross_entropy(
     hidden: Tensor,
     labels: Tensor,
@@ -43,15 +45,19 @@ def tiled_cross_entropy(
     Returns:
         The sum over tokens, in float32.
     """
-    total: Tensor = _TiledLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), head, tile, ignore_index, *parameters
-    )
+    with saved_tensors_hooks(_as_it_is, _as_it_is):  # others would move them to host memory, and at once back
+        total: Tensor = _TiledLoss.apply(
+            hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), head, tile, ignore_index, *parameters
+        )
     return total
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of tokens that count depends on the data
     def forward(
         ctx: Any,
         hidden_MK: Tensor,
@@ -94,15 +100,13 @@ class _TiledLoss(torch.autograd.Function):
             for sum_, part in zip(sums, found, strict=True):
                 sum_ += part
         ctx.for_hidden, ctx.needed = for_hidden, ctx.needs_input_grad[5:]
-        # Not with save_for_backward, whose hooks may move them to host memory: the backward pass begins here.
-        ctx.found = [
-            *([grad_MK] if grad_MK is not None else []),
-            *(s.to(p.dtype) for s, p in zip(sums, trained, strict=True)),
-        ]
+        ctx.save_for_backward(
+            *([grad_MK] if grad_MK is not None else []), *(s.to(p.dtype) for s, p in zip(sums, trained, strict=True))
+        )
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        found = [gradient * grads[0].to(gradient.dtype) for gradient in ctx.found]
+        found = [saved * grads[0].to(saved.dtype) for saved in ctx.saved_tensors]
         hidden = found.pop(0) if ctx.for_hidden else None
         return (hidden, None, None, None, None, *(found.pop(0) if needed else None for needed in ctx.needed))

@@ -99,7 +99,7 @@ class Pace:
 
     def is_over(self) -> bool:
         """Return whether everything has been measured, without waiting for it."""
-        return len(self._uses) == self.window and bool(self._uses[-1].after.query())
+        return len(self._uses) == self.window and all(use.after.query() for use in reversed(self._uses))
 
     def decide(self, limit: int) -> tuple[list[int], int]:
         """Return the sizes of all weights in their order of use, and how many to copy ahead within ``limit`` bytes."""

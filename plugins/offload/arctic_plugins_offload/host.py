@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -119,6 +120,8 @@ class HostStore:
         if self._pins and nbytes:
             error = self.gpu.pin(memory)
             if error is None:
+                # Linux would give forked processes, such as workers that load data, their own copy of locked pages.
+                pages.madvise(mmap.MADV_DONTFORK)
                 pages.unpin, self._pinned = _unpinning(self.gpu, memory.data_ptr()), self._pinned + nbytes
             else:
                 self._pins = False
@@ -175,7 +178,7 @@ class _Pages(mmap.mmap):
     unpin: Callable[[], None] | None = None
 
     def __del__(self) -> None:
-        if self.unpin is not None:
+        if self.unpin is not None and not sys.is_finalizing():  # then CUDA may be gone, and the memory soon is
             self.unpin()
 
 
