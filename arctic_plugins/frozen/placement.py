@@ -218,8 +218,8 @@ class Prefetch:
     def take(self, weight: FetchedHandle[Fetched], device: torch.device) -> Fetched:
         """Return the result of fetching ``weight``, which is being leased. The caller holds the lock.
 
-        Also start fetching the weights that were leased next the last time, and drop those that were fetched ahead but
-        are not among them.
+        Also start fetching the weights that were leased next the last time. Those that were fetched ahead but are not
+        among them are dropped first, to make room.
         """
         self.order.leased(weight.name)
         names = self.order.upcoming(self.ahead)

@@ -148,10 +148,11 @@ class Staging:
         self.gpu, self.device = gpu, device
         self.stream = gpu.new_stream(device)
         self._lock = threading.Lock()
+        self._slots: list[int] = []
         self._free: list[_Slot] = []
         self._releases = 0
         self.ring: Tensor | None = None
-        """All slots together, ``[bytes]``."""
+        """All slots together, ``[bytes]``; None until something is fetched."""
         self._home: Any = None
         self.resize(sizes, ahead)
 
@@ -161,19 +162,21 @@ class Staging:
         return sum(slot_sizes(sizes, ahead + 1))
 
     def resize(self, sizes: Sequence[int], ahead: int) -> None:
-        """Use a new ring. What is in the old one stays valid until it is released; then its memory is freed."""
-        found = slot_sizes(sizes, ahead + 1)
+        """Use a new ring, allocated at the next fetch.
+
+        What is in the old one stays valid until it is released; then its memory is freed.
+        """
         with self._lock:
             for slot in self._free:
                 for event in slot.free:
                     self._home.wait_event(event)  # the allocator hands the memory to this stream next
-            self._free, self.ring = [], None  # first, so that the old ring's memory can be allocated again
-        ring, home = self.gpu.empty(sum(found), self.device), self.gpu.current(self.device)
-        self.gpu.share(ring, self.stream)
-        allocated = self.gpu.record(home)
-        with self._lock:
-            self.ring, self._home = ring, home
-            self._free = [_Slot(memory, ring, [allocated]) for memory in ring.split(found)]
+            self._slots, self._free, self.ring = slot_sizes(sizes, ahead + 1), [], None
+
+    def _allocate(self) -> None:
+        self.ring, self._home = self.gpu.empty(sum(self._slots), self.device), self.gpu.current(self.device)
+        self.gpu.share(self.ring, self.stream)
+        allocated = self.gpu.record(self._home)
+        self._free = [_Slot(memory, self.ring, [allocated]) for memory in self.ring.split(self._slots)]
 
     def fetch(
         self,
@@ -247,6 +250,8 @@ class Staging:
     def _take(self, nbytes: int) -> _Slot | None:
         """Return the smallest free slot that is large enough; of equal ones, the one that was released first."""
         with self._lock:
+            if self.ring is None:
+                self._allocate()
             fitting = [slot for slot in self._free if len(slot.memory) >= nbytes]
             if not fitting:
                 return None
