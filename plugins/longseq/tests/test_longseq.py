@@ -303,6 +303,7 @@ def test_offloaded_activations_need_no_wait_for_the_device(checkpoints, monkeypa
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_step_with_activations_in_host_memory_waits_for_nothing(checkpoints):
     """Nor with weights there. The tiled loss is left out: it waits once, to find the tokens that count."""
+    pytest.importorskip("trl")
     plugins = {"fp8": {}, "lora": {"r": 4}, "offload": {}, "longseq": {"recompute": 1, "tiled_loss": False}}
     model = loaded(checkpoints["untied"], plugins).cuda()
     context, inputs = offload_activations(model), {key: value.cuda() for key, value in batch().items()}
@@ -320,6 +321,7 @@ def test_a_step_with_activations_in_host_memory_waits_for_nothing(checkpoints):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_activations_in_host_memory_change_nothing(checkpoints, tmp_path):
+    pytest.importorskip("trl")
     plugins = {"lora": {"r": 4}, "longseq": {"recompute": 1}}
     expected = run(checkpoints["untied"], tmp_path, plugins, use_cpu=False)
     found = run(

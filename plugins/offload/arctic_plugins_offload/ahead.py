@@ -88,7 +88,7 @@ class Pace:
     def use(self, name: str, staged: Staged) -> Tensor:
         """Call ``staging.use(staged)`` at the beginning of a lease of the weight ``name``, and measure it."""
         self._leases += 1
-        if self._leases <= self.window or len(self._uses) == self.window or staged.ready is None:
+        if self._leases <= self.window or len(self._uses) == self.window or self.gpu.capturing():
             return staged.staging.use(staged)
         stream = self.gpu.current(staged.staging.device)
         before = self.gpu.record(stream, timed=True)

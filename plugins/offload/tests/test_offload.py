@@ -360,6 +360,16 @@ def test_the_measured_ring_takes_a_fraction_of_the_device():
     assert len(store.staging[CPU].ring) <= 4700
 
 
+def test_a_graph_that_is_captured_while_the_depth_is_measured():
+    gpu = TracedGpu(bandwidth=1e6)
+    store, weights = host_weights(gpu, None, [1000] * 4)
+    for number in range(20):
+        gpu.in_graph = number in (2, 3)
+        pass_over(store, gpu, weights, 2e-3)
+    assert not gpu.errors
+    assert store.prefetch.ahead == 1, "and it is measured outside"
+
+
 def traced(monkeypatch, **options):
     """Make the plugin find a GPU that is traced."""
     gpu = TracedGpu(**options)
