@@ -356,6 +356,11 @@ CASES = {
     "a bad training argument": (recipe(training__lr_scheduler_type="zigzag"), TRAIN, "training is not valid: .*zigzag"),
     "a training argument of another type": (recipe(training__max_steps="many"), TRAIN, "training"),
     "a negative learning rate": (recipe(training__learning_rate=-1.0), TRAIN, "learning_rate|Invalid"),
+    "Liger's kernels without a GPU or their package": (
+        recipe(training__use_liger_kernel=True),
+        TRAIN,
+        "use_liger_kernel is on, but (liger-kernel is not installed|training runs on the CPU); expected",
+    ),
     "a tracker that is not installed": (
         recipe(training__report_to=["comet_ml"]),
         TRAIN,

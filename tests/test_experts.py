@@ -82,7 +82,9 @@ def test_they_compute_the_sum_and_its_gradients(codec, tokens):
     torch.testing.assert_close(weights.grad.double(), again_weights.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_experts_of_other_processes_add_nothing():
+@pytest.mark.parametrize("far", [False, True], ids=["on the host", "on a device"])
+def test_experts_of_other_processes_add_nothing(monkeypatch, far):
+    monkeypatch.setattr("arctic_plugins.frozen.experts._count_is_far", lambda device: far)
     module = experts()
     x, (index, weights) = torch.randn(9, K), routing(9)
     index[2], index[5, 0], index[7, 1] = E, -1, E + 3

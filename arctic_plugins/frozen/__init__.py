@@ -18,6 +18,7 @@ from arctic_plugins.frozen.module_codecs import METHOD, ModuleCodecs
 from arctic_plugins.frozen.placement import FetchedHandle, Handle, LeaseOrder, Placement, Prefetch, chain
 from arctic_plugins.frozen.plain import PlainCodec
 from arctic_plugins.frozen.scratch import take_scratch
+from arctic_plugins.frozen.staging import Gpu, Staged, Staging
 
 __all__ = [
     "METHOD",
@@ -32,6 +33,7 @@ __all__ = [
     "FrozenLinear",
     "FrozenModule",
     "FrozenWeight",
+    "Gpu",
     "Handle",
     "LeaseOrder",
     "LocalTokens",
@@ -40,6 +42,8 @@ __all__ = [
     "Placement",
     "PlainCodec",
     "Prefetch",
+    "Staged",
+    "Staging",
     "TensorSpec",
     "chain",
     "codec_from_dict",

@@ -74,7 +74,7 @@ class Mixture:
         self.order = index.argsort(stable=True)
         ends = torch.searchsorted(index[self.order], torch.arange(num_experts, device=index.device), right=True)
         counts, weights = ends.diff(prepend=ends.new_zeros(1)), weights_MT.reshape(-1)
-        if index.is_cuda and dispatch is None:  # what the device has counted is not waited for
+        if dispatch is None and _count_is_far(index.device):
             kept = torch.arange(len(index), device=index.device) < ends[-1]
             self.weights = weights[self.order].where(kept, 0)
         else:
@@ -106,6 +106,11 @@ class Mixture:
         """Run both steps, for callers with nothing to compute in between."""
         self.compute()
         return self.result()
+
+
+def _count_is_far(device: torch.device) -> bool:
+    """Return whether reading a number from ``device`` waits for it; then rows of no expert are not dropped."""
+    return device.type != "cpu"
 
 
 def _places(sizes: Sequence[int], processes: int) -> Tensor:

@@ -166,7 +166,8 @@ class FetchedHandle(Handle, Generic[Fetched]):
     def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> Fetched:
         """Start fetching the bytes to ``device``, without waiting.
 
-        ``at`` is the weight that is being leased: this one, or another one ahead of which this one is fetched.
+        ``at`` is the weight that is being leased: this one, or another one ahead of which this one is fetched. In the
+        latter case, None means that it cannot be fetched yet; the next lease asks again.
         """
 
     @abstractmethod
@@ -217,16 +218,16 @@ class Prefetch:
     def take(self, weight: FetchedHandle[Fetched], device: torch.device) -> Fetched:
         """Return the result of fetching ``weight``, which is being leased. The caller holds the lock.
 
-        Also start fetching the weights that were leased next the last time, and drop those that were fetched ahead but
-        are not among them.
+        Also start fetching the weights that were leased next the last time. Those that were fetched ahead but are not
+        among them are dropped first, to make room.
         """
         self.order.leased(weight.name)
-        fetched: Fetched = self.pending.pop(weight) if weight in self.pending else weight.fetch(device, weight)
         names = self.order.upcoming(self.ahead)
         upcoming = [other for name in names if (other := self._weights.get(name)) is not None and not other.leases]
-        for other in [other for other in self.pending if other not in upcoming]:
+        for other in [other for other in self.pending if other is not weight and other not in upcoming]:
             other.drop(self.pending.pop(other))
+        fetched: Fetched = self.pending.pop(weight) if weight in self.pending else weight.fetch(device, weight)
         for other in upcoming:
-            if other not in self.pending:
-                self.pending[other] = other.fetch(device, weight)
+            if other not in self.pending and (ahead := other.fetch(device, weight)) is not None:
+                self.pending[other] = ahead
         return fetched

@@ -7,6 +7,7 @@
 from arctic_plugins.testing.codecs import check_codec
 from arctic_plugins.testing.dispatches import check_dispatch
 from arctic_plugins.testing.forks import Fork, Forks, engines, trainers
+from arctic_plugins.testing.gpus import TracedGpu
 from arctic_plugins.testing.hostile import watched
 from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
 from arctic_plugins.testing.placements import check_placement
@@ -18,6 +19,7 @@ __all__ = [
     "QUIET_RUN",
     "Fork",
     "Forks",
+    "TracedGpu",
     "check_codec",
     "check_dispatch",
     "check_placement",

@@ -9,11 +9,13 @@ import ast
 import functools
 import inspect
 import textwrap
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -24,7 +26,15 @@ from arctic_plugins.errors import ConfigError
 from arctic_plugins.patches import patch
 from arctic_plugins_longseq.loss import default_tile, tiled_cross_entropy
 
-__all__ = ["OffloadedActivations", "TiledEvaluation", "causal_lm", "recompute", "tile_loss", "tile_mlps"]
+__all__ = [
+    "OffloadedActivations",
+    "TiledEvaluation",
+    "causal_lm",
+    "offload_activations",
+    "recompute",
+    "tile_loss",
+    "tile_mlps",
+]
 
 MLPS = ("mlp", "feed_forward", "residual_mlp")
 
@@ -204,10 +214,38 @@ class OffloadedActivations(Trainer):
         self.offloading = nullcontext()
         # TRL's own trainer does this if its arguments enable it.
         if torch.accelerator.is_available() and not getattr(self.args, "activation_offloading", False):
-            from trl.models.activation_offloading import get_act_offloading_ctx_manager
-
-            self.offloading = get_act_offloading_ctx_manager(model=self.model, warn_if_no_head=False)
+            self.offloading = offload_activations(self.model)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         with self.offloading:
             return super().training_step(*args, **kwargs)
+
+
+def offload_activations(model: nn.Module) -> AbstractContextManager[Any]:
+    """Return TRL's context in which saved activations go to pinned host memory, without its waits for the device.
+
+    Read in trl 1.16.0 (``models/activation_offloading.py``). It copies on a second stream, keeps the last five
+    activations on the device, where the backward pass begins, and leaves the head alone. When the context ends, TRL
+    waits for both streams, once per forward and backward pass. It is enough that the streams wait for each other: what
+    is freed then goes to whichever stream allocated it. When it begins, TRL returns the allocator's cache to the device
+    if bitsandbytes happens to be installed, for buffers of its 4-bit layers, which waits as well. **Never run on a
+    GPU.**
+    """
+    from trl.models.activation_offloading import OffloadActivations, get_act_offloading_ctx_manager
+
+    class Offloading(OffloadActivations):
+        def __exit__(self, *args: Any) -> Any:
+            compute, copies = self.s0, self.s1
+            compute.wait_stream(copies)  # for activations that are still being copied
+            copies.wait_stream(compute)  # for those that were brought back and are still in use
+            for stash in (self.fwd_stash, self.bwd_tensor_stash, self.bwd_ev_stash):
+                stash.clear()
+            return saved_tensors_hooks.__exit__(self, *args)
+
+    context = get_act_offloading_ctx_manager(model=model, warn_if_no_head=False)
+    context.__class__ = Offloading
+    device = context.device_module
+    context.device_module = SimpleNamespace(
+        stream=device.stream, current_stream=device.current_stream, empty_cache=lambda: None
+    )
+    return cast("AbstractContextManager[Any]", context)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 __all__ = ["default_tile", "tiled_cross_entropy"]
 
@@ -18,6 +19,7 @@ def default_tile(vocabulary: int) -> int:
     return max(1, TILE_BYTES // (4 * vocabulary))
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of tokens that count depends on the data
 def tiled_cross_entropy(
     hidden: Tensor,
     labels: Tensor,
@@ -43,15 +45,19 @@ def tiled_cross_entropy(
     Returns:
         The sum over tokens, in float32.
     """
-    total: Tensor = _TiledLoss.apply(
-        hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), head, tile, ignore_index, *parameters
-    )
+    with saved_tensors_hooks(_as_it_is, _as_it_is):  # others would move them to host memory, and at once back
+        total: Tensor = _TiledLoss.apply(
+            hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1), head, tile, ignore_index, *parameters
+        )
     return total
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _TiledLoss(torch.autograd.Function):
     @staticmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # the number of tokens that count depends on the data
     def forward(
         ctx: Any,
         hidden_MK: Tensor,
@@ -72,6 +78,7 @@ class _TiledLoss(torch.autograd.Function):
             for parameter in trained
         ]
         total = torch.zeros((), dtype=torch.float32, device=hidden_MK.device)
+        # nonzero waits for the device, once per call; computing the logits of tokens that do not count would cost more.
         for rows in (labels_M != ignore_index).nonzero().squeeze(1).split(tile):
             if not len(rows):
                 continue

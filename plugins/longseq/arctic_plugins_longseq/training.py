@@ -230,7 +230,7 @@ def _rotate(
     whole = current()
     if whole is None:
         return stock(x, position_ids, *args, **kwargs)
-    positions = whole.positions.clamp(max=int(whole.positions[:, : whole.length].max()))  # padding does not add length
+    positions = whole.positions.clamp(max=whole.positions[:, : whole.length].max())  # padding does not add length
     sequence = whole.sequence
     return tuple(part.chunk(sequence.size, 1)[sequence.rank] for part in stock(x, positions, *args, **kwargs))
 

@@ -2,10 +2,12 @@
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
 from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_model, register
+from arctic_plugins_longseq.hf import offload_activations
 from arctic_plugins_longseq.loss import tiled_cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
@@ -268,9 +270,58 @@ def test_without_a_gpu_activations_stay_where_they_are(checkpoints, tmp_path, ca
     assert "offload_activations has no effect without a GPU" in caplog.text
 
 
+def test_offloaded_activations_need_no_wait_for_the_device(checkpoints, monkeypatch):
+    """TRL's context with the CPU in place of a GPU: its streams have no synchronize()."""
+    cpu, empty_like, moved = torch.device("cpu"), torch.empty_like, []
+
+    def unpinned(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            moved.append(args[0].nbytes)
+        return empty_like(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty_like", unpinned)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    results = []
+    for offloaded in (False, True):
+        model = loaded(checkpoints["untied"], {"fp8": {}, "lora": {"r": 4}, "longseq": {"recompute": 1}})
+        with monkeypatch.context() as accelerator:
+            accelerator.setattr(torch.accelerator, "current_accelerator", lambda: cpu)
+            context = offload_activations(model) if offloaded else nullcontext()
+        for _ in range(2):
+            model.zero_grad()
+            with context:
+                results.append(gradients(model))
+    for outputs, found in results:
+        assert torch.equal(outputs.loss, results[0][0].loss)
+        assert all(torch.equal(found[name], gradient) for name, gradient in results[0][1].items())
+    layers = model.config.num_hidden_layers
+    assert len(moved) == 2 * (layers + 1), "the input of every layer and of the last norm, and nothing of the loss"
+    assert not hasattr(torch.cpu.current_stream(), "synchronize"), "or else this test cannot fail"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_with_activations_in_host_memory_waits_for_nothing(checkpoints):
+    """Nor with weights there. The tiled loss is left out: it waits once, to find the tokens that count."""
+    pytest.importorskip("trl")
+    plugins = {"fp8": {}, "lora": {"r": 4}, "offload": {}, "longseq": {"recompute": 1, "tiled_loss": False}}
+    model = loaded(checkpoints["untied"], plugins).cuda()
+    context, inputs = offload_activations(model), {key: value.cuda() for key, value in batch().items()}
+    # With a mask of two dimensions, transformers looks for padding, and waits for that.
+    inputs["attention_mask"] = torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool, device="cuda").tril()
+    for step in range(10):
+        torch.cuda.set_sync_debug_mode("error" if step > 7 else "default")
+        try:
+            with context:
+                model(**inputs, use_cache=False).loss.backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_activations_in_host_memory_change_nothing(checkpoints, tmp_path):
+    pytest.importorskip("trl")
     plugins = {"lora": {"r": 4}, "longseq": {"recompute": 1}}
     expected = run(checkpoints["untied"], tmp_path, plugins, use_cpu=False)
     found = run(

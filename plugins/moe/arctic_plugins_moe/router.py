@@ -72,7 +72,9 @@ def expert_load(index: Tensor, num_experts: int) -> Tensor:
 
     Indices out of range are not counted.
     """
-    counts = torch.bincount(index[(index >= 0) & (index < num_experts)].reshape(-1), minlength=num_experts).float()
+    chosen = index.where((index >= 0) & (index < num_experts), num_experts).reshape(-1)
+    # not bincount, which waits for the device
+    counts = chosen.new_zeros(num_experts + 1).scatter_add_(0, chosen, torch.ones_like(chosen))[:num_experts].float()
     return counts / counts.sum().clamp_min(1)
 
 

@@ -78,13 +78,17 @@ class RouterFigures:
 
     def take(self) -> dict[str, float]:
         """Return the means since the last call, under names such as ``moe/layer_3/entropy``, and reset them."""
-        taken = {
-            f"moe/{name}/{key}": (value / self._calls[name]).item()
+        means = {
+            f"moe/{name}/{key}": value / self._calls[name]
             for name, sums in self._sums.items()
             for key, value in sorted(sums.items())
         }
         self._sums, self._calls = {}, {}
-        return taken
+        if not means:
+            return {}
+        device = next(iter(means.values())).device
+        together = torch.stack([value.to(device, torch.float32) for value in means.values()])
+        return dict(zip(means, together.tolist(), strict=True))  # read from the device once
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:

@@ -29,8 +29,9 @@ class OffloadConfig(PluginConfig):
     """Directory for the files of ``disk``, on a local disk, not on a file system in memory. Left out:
     ``~/.cache/arctic_plugins/offload``.
     """
-    prefetch: Annotated[int, Field(ge=0, le=64)] = 2
-    """Number of weights to fetch ahead of use."""
+    prefetch: Literal["auto"] | Annotated[int, Field(ge=0, le=64)] = "auto"
+    """Number of weights to fetch ahead of use. ``auto``: 2 with ``disk``; with ``host``, as many as it takes to
+    hide the copies, measured during the first steps."""
 
     @model_validator(mode="after")
     def _check(self) -> OffloadConfig:

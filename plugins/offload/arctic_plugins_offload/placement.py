@@ -10,7 +10,7 @@ from arctic_plugins.errors import ClaimError, ConfigError
 from arctic_plugins.frozen import Buffers, Handle, Placement
 from arctic_plugins_offload.config import OffloadConfig
 from arctic_plugins_offload.disk import DiskStore
-from arctic_plugins_offload.host import HostStore
+from arctic_plugins_offload.host import START, HostStore
 
 __all__ = ["OffloadPlacement", "choose"]
 
@@ -25,8 +25,9 @@ class OffloadPlacement(Placement):
 
     def __init__(self, options: OffloadConfig, directory: Path) -> None:
         self.options, self.directory = options, directory
+        ahead = None if options.prefetch == "auto" else options.prefetch
         self.store: HostStore | DiskStore = (
-            DiskStore(directory, options.prefetch) if options.to == "disk" else HostStore(options.prefetch)
+            DiskStore(directory, START if ahead is None else ahead) if options.to == "disk" else HostStore(ahead)
         )
 
     def plan(self, nbytes: Mapping[str, int]) -> dict[str, int]:

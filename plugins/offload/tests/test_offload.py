@@ -1,5 +1,6 @@
 """What leaves, where it goes, that nothing changes, and that memory really is given back."""
 
+import copy
 import mmap
 from pathlib import Path
 
@@ -10,12 +11,13 @@ from arctic_plugins_huggingface import load_model, save_checkpoint
 from arctic_plugins_offload import plugin as offload
 from arctic_plugins_offload.config import OffloadConfig
 from arctic_plugins_offload.disk import DiskStore
+from arctic_plugins_offload.host import HostStore
 from arctic_plugins_offload.placement import OffloadPlacement, choose
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import ClaimError, ConfigError, UserError
 from arctic_plugins.frozen import FrozenLinear, FrozenModule
-from arctic_plugins.testing import check_placement
+from arctic_plugins.testing import TracedGpu, check_placement
 
 IDS = torch.arange(10, 42)[None]
 SIZES = {"0.q": 10, "0.up": 40, "1.q": 10, "1.up": 40, "2.q": 10, "2.up": 40, "3.q": 10, "3.up": 40}
@@ -252,13 +254,226 @@ def test_a_file_system_in_memory_and_a_machine_without_gpu_are_pointed_out(
         assert "without a GPU, 'to: host' moves nothing" in caplog.text
 
 
+# Weights in host memory, on a GPU that is traced: the store is the real one.
+
+CPU = torch.device("cpu")
+
+
+def pass_over(store, gpu, weights, seconds):
+    """Lease the weights in turn, forward and backward, with a computation of so many seconds for each."""
+    for weight in [*weights, *reversed(weights)]:
+        with weight.lease(CPU) as buffers:
+            gpu.compute(seconds, *buffers.values())
+            assert torch.equal(buffers[""], weight.kept[""])
+
+
+def host_weights(gpu, ahead, sizes):
+    store = HostStore(ahead, gpu)
+    return store, [
+        store.hold(f"layers.{index}.weight", {"": torch.full((size,), index % 251, dtype=torch.uint8)})
+        for index, size in enumerate(sizes)
+    ]
+
+
+def test_host_memory_is_pinned_once_without_a_second_copy_and_freed():
+    gpu = TracedGpu()
+    store = HostStore(0, gpu)
+    codes, scale = torch.randint(0, 255, (1000, 33), dtype=torch.uint8), torch.rand(1000, 1)
+    weight = store.hold("layer.weight", {"": codes, "_scale": scale})
+    assert sum(gpu.pinned.values()) - codes.nbytes - scale.nbytes in range(512), "nothing is rounded up"
+    exported = copy.deepcopy(weight).export()
+    [start] = gpu.pinned
+    assert start % mmap.PAGESIZE == 0
+    for suffix, buffer in (("", codes), ("_scale", scale)):
+        assert torch.equal(exported[suffix], buffer)
+        assert start <= exported[suffix].data_ptr() < start + gpu.pinned[start], "an export is a view"
+    new = store.hold("layer.weight", {"": codes + 1})
+    assert len(gpu.pinned) == 2
+    del weight
+    assert len(gpu.pinned) == 2, "a view keeps it"
+    del exported
+    assert list(gpu.pinned.values()) == [new.whole.nbytes]
+
+
+def test_memory_that_cannot_be_pinned_is_said_once(caplog):
+    gpu = TracedGpu(pins=1)
+    store, weights = host_weights(gpu, 1, [1000] * 3)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "layers.1.weight cannot be page-locked after 0.0 GB (out of memory (2))" in message
+    pass_over(store, gpu, weights, 1e-3)
+    assert not gpu.errors
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, None])
+def test_copies_never_race_with_computations_and_allocate_once(ahead):
+    gpu = TracedGpu(bandwidth=1e6)
+    store, weights = host_weights(gpu, ahead, [1000, 4000, 200] * 3)
+    pass_over(store, gpu, weights, 1e-3)
+    for _ in range(4):
+        pass_over(store, gpu, weights, 1e-3)
+    allocated = len(gpu.allocated)
+    for _ in range(3):
+        pass_over(store, gpu, weights, 1e-3)
+    assert len(gpu.allocated) == allocated
+    with weights[0].lease(CPU) as held, weights[4].lease(CPU):  # one that outlives others
+        pass_over(store, gpu, weights, 1e-3)
+        gpu.compute(1e-3, held[""])
+    del held
+    assert not gpu.errors
+    assert ahead is None or len(store.staging[CPU].ring) <= (ahead + 1) * 4096
+    assert gpu.live == len(store.staging[CPU].ring)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "compute", "expected"),
+    [
+        ([1000] * 8, 2e-3, 1),  # copies take half as long as computations: two slots in turn
+        ([1000] * 8, 0.2e-3, 1),  # five times as long: nothing hides them
+        ([100, 100, 100, 3700] * 4, 1.5e-3, 4),  # hidden on average, if the large one is begun early
+    ],
+)
+def test_the_depth_that_hides_the_copies_is_found_by_measurement(sizes, compute, expected):
+    gpu = TracedGpu(bandwidth=1e6)
+    store, weights = host_weights(gpu, None, sizes)
+    for _ in range(6):
+        pass_over(store, gpu, weights, compute)
+    assert store.prefetch.ahead == expected
+    taken = {}
+    for ahead in (store.prefetch.ahead, expected - 1, 7):
+        again = TracedGpu(bandwidth=1e6)
+        other, held = host_weights(again, ahead, sizes)
+        pass_over(other, again, held, compute)
+        pass_over(other, again, held, compute)
+        started = again.seconds
+        pass_over(other, again, held, compute)
+        taken[ahead] = again.seconds - started
+    assert taken[expected] <= 1.05 * taken[7] < taken[expected - 1]
+
+
+def test_the_measured_ring_takes_a_fraction_of_the_device():
+    sizes = [100, 100, 100, 3700] * 4
+    gpu = TracedGpu(bandwidth=1e6, total=16 * 4700)  # room for one large weight and three small ones
+    store, weights = host_weights(gpu, None, sizes)
+    for _ in range(6):
+        pass_over(store, gpu, weights, 1.5e-3)
+    assert store.prefetch.ahead == 3
+    assert len(store.staging[CPU].ring) <= 4700
+
+
+def test_a_graph_that_is_captured_while_the_depth_is_measured():
+    gpu = TracedGpu(bandwidth=1e6)
+    store, weights = host_weights(gpu, None, [1000] * 4)
+    for number in range(20):
+        gpu.in_graph = number in (2, 3)
+        pass_over(store, gpu, weights, 2e-3)
+    assert not gpu.errors
+    assert store.prefetch.ahead == 1, "and it is measured outside"
+
+
+def traced(monkeypatch, **options):
+    """Make the plugin find a GPU that is traced."""
+    gpu = TracedGpu(**options)
+    monkeypatch.setattr("arctic_plugins_offload.host.Gpu", lambda: gpu)
+    return gpu
+
+
+def test_the_contract_with_a_gpu(monkeypatch, tmp_path):
+    gpu = traced(monkeypatch)
+    check_placement(lambda: OffloadPlacement(OffloadConfig(), tmp_path))
+    assert not gpu.errors
+
+
+@pytest.mark.parametrize("ratio", [0, 0.5, 1])
+def test_training_with_weights_that_come_from_host_memory(tiny_checkpoint, monkeypatch, ratio):
+    def run(options):
+        torch.manual_seed(0)
+        model, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "lora": {"r": 4}, **options}))
+        model.train().gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], lr=0.1)
+        losses = []
+        for _ in range(8):
+            loss = model(IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    expected = run({})
+    gpu = traced(monkeypatch)
+    assert run({"offload": {"ratio": ratio}}) == expected
+    assert not gpu.errors
+    assert bool(gpu.pinned) == (ratio > 0)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_host_memory_is_pinned_and_copied_ahead(tiny_checkpoint):
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
+def test_a_step_with_host_memory_on_a_gpu(tiny_checkpoint, ratio):
+    """Pinned without a second copy, bitwise the same, no synchronization, and a ring that does not grow."""
+
+    def run(options):
+        torch.manual_seed(0)
+        stack = Stack.from_dict({"fp8": {}, "lora": {"r": 4}, **options})
+        model, _ = load_model(tiny_checkpoint, stack, dtype=torch.bfloat16)
+        model = model.cuda().train()
+        trained = [each for each in model.parameters() if each.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        ids, losses, memory = IDS.cuda(), [], []
+        # With a mask of two dimensions, transformers looks for padding, and waits for that.
+        mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool, device="cuda").tril()
+        for step in range(12):
+            torch.cuda.set_sync_debug_mode("error" if step >= 8 else "default")
+            try:
+                loss = model(input_ids=ids, labels=ids, attention_mask=mask, use_cache=False).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            losses.append(loss.detach())
+            memory.append(torch.cuda.memory_reserved())
+        assert len(set(memory[8:])) == 1, "nothing is allocated any more"
+        return model, torch.stack(losses).tolist()
+
+    _, expected = run({})
+    model, losses = run({"offload": {"ratio": ratio}})
+    assert losses == expected
+    placed = [
+        weight.handle
+        for module in model.modules()
+        if isinstance(module, FrozenModule)
+        for weight in module.frozen.values()
+        if weight.handle is not None
+    ]
+    assert bool(placed) == (ratio > 0)
+    for handle in placed:
+        assert all(buffer.is_pinned() for buffer in handle.export().values())
+        assert {buffer.untyped_storage().data_ptr() for buffer in handle.export().values()} == {handle.whole.data_ptr()}
+    for staging in placed[0].store.staging.values() if placed else ():
+        largest = max(placed[0].store.sizes.values())
+        assert len(staging.ring) <= (placed[0].prefetch.ahead + 1) * (largest + 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_generation_evaluation_and_a_graph_with_host_memory_on_a_gpu(tiny_checkpoint):
     expected, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}}))
     model, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}, "offload": {"to": "host"}}))
     expected, model = expected.cuda().eval(), model.cuda().eval()
-    for _ in range(3):
-        with torch.no_grad():
+    for context in (torch.no_grad, torch.inference_mode, torch.no_grad):
+        with context():
             assert torch.equal(model(IDS.cuda()).logits, expected(IDS.cuda()).logits)
-    assert all(buffer.is_pinned() for buffer in model.model.layers[0].mlp.up_proj.handle.export().values())
+    layer, plain = model.model.layers[0].mlp.up_proj, expected.model.layers[0].mlp.up_proj
+    x = torch.randn(4, layer.in_features, device="cuda", dtype=layer.compute_dtype)
+    with torch.no_grad():
+        layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        for _ in range(2):
+            x.normal_()
+            graph.replay()
+            assert torch.equal(y, plain(x))
+        assert torch.equal(layer(x), plain(x)), "and outside the graph again"

@@ -10,12 +10,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from hashlib import blake2b
 from queue import SimpleQueue
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from arctic_plugins import world_size
 from arctic_plugins.errors import ArcticError, ConfigError
-from arctic_plugins.frozen import Buffers, FetchedHandle, Handle, Placement, Prefetch
+from arctic_plugins.frozen import Buffers, FetchedHandle, Gpu, Handle, Placement, Prefetch, Staged, Staging
 from arctic_plugins_shard.config import ShardConfig
 
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
@@ -38,39 +38,51 @@ class ShardError(ArcticError):
     """The processes of a run have reached different modules."""
 
 
-@dataclass
-class _Gathered:
-    """All parts of a weight, concatenated."""
+@dataclass(eq=False)
+class _Gather:
+    """A weight on its way to this process."""
 
-    flat: Tensor
-    ready: torch.cuda.Event | None = None
+    agreed: Future[Tensor | None]
+    """Done once all processes have asked for it; on CPU with all parts, concatenated."""
+    staged: Staged | None = None
+    """All parts, concatenated, on a GPU."""
 
 
 class ShardPlacement(Placement):
     """Placement that keeps a part of every weight in this process, and gathers all parts when the weight is leased.
 
-    Every gather is preceded by a gather of two numbers, for the weight itself and for the weight that is being computed
-    with. Processes that have reached different modules therefore detect it instead of waiting for each other. One
-    thread issues all collectives, in the order of leases; the weights that were leased next the last time are gathered
-    ahead.
+    Every gather is accompanied by a gather of two numbers over gloo, for the weight itself and for the weight that is
+    being computed with. Processes that have reached different modules therefore detect it instead of waiting for each
+    other. The weights that were leased next the last time are gathered ahead.
+
+    On CPU, one thread issues all collectives, in the order of leases, because gloo's block.
+
+    On GPUs, NCCL's do not block the host, and the thread that leases issues them itself, into a ring of device memory
+    (:class:`arctic_plugins.frozen.Staging`). DDP's and those of other plugins are issued by the same thread. The
+    collectives of all NCCL communicators are therefore launched in the same order in every process, which NCCL requires
+    ("Using multiple NCCL communicators concurrently" in its manual); launched by a thread of their own, gathers and
+    DDP's reductions could each wait for the other in different processes. Only the numbers are exchanged in a thread.
+    The lease waits for them, not for the device: for other hosts, if they are behind, and for one message that was sent
+    when the gather was issued, ``prefetch`` leases earlier. A process that finds a difference does not use the weight.
+    **Never run on a GPU.**
     """
 
     collective = True
 
-    def __init__(self, options: ShardConfig) -> None:
+    def __init__(self, options: ShardConfig, gpu: Gpu | None = None) -> None:
         self.options = options
         self.prefetch = Prefetch(options.prefetch)
         self.rank, self.size = 0, 1
         self._numbers: dict[int, str] = {}
         self._control: dist.ProcessGroup | None = None
         self._data: dist.ProcessGroup | None = None
-        self._work: SimpleQueue[tuple[Future[_Gathered], ShardedWeight, torch.device, ShardedWeight] | None] = (
-            SimpleQueue()
-        )
+        self._work: SimpleQueue[_Task | None] = SimpleQueue()
         self._worker: threading.Thread | None = None
         self._spare: dict[tuple[int, torch.device], list[Tensor]] = defaultdict(list)
         self._lock = threading.Lock()  # guards the spare memory
-        self._stream: torch.cuda.Stream | None = None
+        self._gpu = Gpu() if gpu is None else gpu
+        self._staging: dict[torch.device, Staging] = {}
+        self._sizes: dict[str, int] = {}
 
     def plan(self, nbytes: Mapping[str, int]) -> dict[str, int]:
         """Take all weights, or none if there is only one process.
@@ -119,40 +131,78 @@ class ShardPlacement(Placement):
             if first < last:
                 part[first - start : last - start] = _bytes(buffer)[first - offset : last - offset]
         kept = part if inner is None else inner.hold(name, {"": part})
-        weight = ShardedWeight(self, name, layout, kept)
+        weight = ShardedWeight(self, name, layout, kept, length)
         self.prefetch.add(weight)
+        self._sizes[name] = length * self.size
         self._numbers[weight.number] = name
         return weight
 
     def describe(self) -> str:
         return f"1/{self.size} in each process"
 
-    def gather(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> Future[_Gathered]:
-        """Start to gather the parts of ``weight``, after the gathers that were started before; ``at`` is leased now."""
+    def gather(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> _Gather | None:
+        """Start to gather the parts of ``weight``, after the gathers that were started before; ``at`` is leased now.
+
+        Return None if there is no room to do so ahead of use, which is the case in all processes or in none.
+        """
+        agreed: Future[Tensor | None] = Future()
+        task = (agreed, weight, device, at)
+        if not self._gpu.serves(device):
+            self._issue(task)
+            return _Gather(agreed)
+        staged = self._start(weight, device, task, now=at is weight)
+        return None if staged is None else _Gather(agreed, staged)
+
+    def _issue(self, task: _Task) -> None:
         if self._worker is None:
             # A daemon thread: a failed process must be able to exit although its gather never finishes.
             self._worker = threading.Thread(target=self._run, name="arctic-shard", daemon=True)
             self._worker.start()
             atexit.register(self._stop)
-        future: Future[_Gathered] = Future()
-        self._work.put((future, weight, device, at))
-        return future
+        self._work.put(task)
 
-    def give_back(self, future: Future[_Gathered]) -> None:
-        """Keep the memory for the next weight of the same size: new memory costs page faults.
+    @torch.no_grad()
+    def _start(self, weight: ShardedWeight, device: torch.device, task: _Task, *, now: bool) -> Staged | None:
+        """Issue the gather of a weight on a GPU, in this thread."""
+        staging = self._staging.get(device)
+        if staging is None:
+            sizes = list(self._sizes.values())
+            staging = self._staging[device] = Staging(self._gpu, device, sizes, self.prefetch.ahead)
 
-        On GPUs, the allocator does this.
-        """
-        if future.cancelled() or future.exception() is not None or (gathered := future.result()).ready is not None:
+        def fill(flat: Tensor) -> None:
+            self._issue(task)
+            try:
+                with weight.part(device) as part:
+                    all_gather(flat, part, group=self._data)
+            except RuntimeError:
+                task[0].result()  # if the processes are at different modules, this is why
+                raise
+
+        # The first time, the part may still be on its way from the loader, in the stream of the computation.
+        after = None if weight.gathered else self._gpu.record(self._gpu.current(device))
+        staged = staging.fetch(weight.length * self.size, fill, now=now, after=after)
+        weight.gathered |= staged is not None
+        return staged
+
+    def give_back(self, gather: _Gather) -> None:
+        """Keep the memory for the next weight of the same size: on CPU, new memory costs page faults."""
+        if gather.staged is not None:
+            gather.staged.staging.release(gather.staged)
+        else:
+            gather.agreed.add_done_callback(self._keep)
+
+    def _keep(self, done: Future[Tensor | None]) -> None:
+        if done.cancelled() or done.exception() is not None or (flat := done.result()) is None:
             return
         with self._lock:
-            self._spare[gathered.flat.numel(), gathered.flat.device].append(gathered.flat)
+            self._spare[flat.numel(), flat.device].append(flat)
 
     def _run(self) -> None:
         while (task := self._work.get()) is not None:
             future, weight, device, at = task
             try:
-                future.set_result(self._collect(weight, device, at))
+                self._agree(weight, at)
+                future.set_result(None if self._gpu.serves(device) else self._collect(weight, device))
             except Exception as error:  # raised where the weight is leased
                 future.set_exception(error)
 
@@ -166,19 +216,13 @@ class ShardPlacement(Placement):
         self._worker.join(timeout=10)
 
     @torch.no_grad()
-    def _collect(self, weight: ShardedWeight, device: torch.device, at: ShardedWeight) -> _Gathered:
-        self._agree(weight, at)
-        if device.type == "cuda":
-            self._stream = self._stream or torch.cuda.Stream(device)
-        with (
-            torch.cuda.stream(self._stream) if self._stream is not None else nullcontext(),
-            weight.part(device) as part,
-        ):
+    def _collect(self, weight: ShardedWeight, device: torch.device) -> Tensor:
+        with weight.part(device) as part:
             with self._lock:
                 spare = self._spare[part.numel() * self.size, device]
                 flat = spare.pop() if spare else torch.empty(part.numel() * self.size, dtype=torch.uint8, device=device)
             all_gather(flat, part, group=self._data)
-            return _Gathered(flat, self._stream.record_event() if self._stream is not None else None)
+        return flat
 
     def _agree(self, weight: ShardedWeight, at: ShardedWeight) -> None:
         """Check that all processes gather ``weight`` now and compute with ``at``."""
@@ -205,7 +249,7 @@ class ShardPlacement(Placement):
                 )
 
 
-class ShardedWeight(FetchedHandle[Future[_Gathered]]):
+class ShardedWeight(FetchedHandle[_Gather | None]):
     """A weight of which this process holds a part."""
 
     collective = True
@@ -216,9 +260,14 @@ class ShardedWeight(FetchedHandle[Future[_Gathered]]):
         name: str,
         layout: dict[str, tuple[int, torch.Size, torch.dtype]],
         kept: Tensor | Handle,
+        length: int,
     ) -> None:
         super().__init__(name, placement.prefetch)
         self.placement, self.layout, self.kept = placement, layout, kept
+        self.length = length
+        """Bytes of this process's part."""
+        self.gathered = False
+        """Whether a gather on a GPU was issued before."""
         self.number = int.from_bytes(blake2b(name.encode(), digest_size=7).digest(), "little")
 
     @contextmanager
@@ -231,36 +280,41 @@ class ShardedWeight(FetchedHandle[Future[_Gathered]]):
             self.kept = self.kept.to(device)
             yield self.kept
 
-    def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> Future[_Gathered]:
+    def fetch(self, device: torch.device, at: FetchedHandle[Any]) -> _Gather | None:
         return self.placement.gather(self, device, cast(ShardedWeight, at))
 
-    def buffers(self, fetched: Future[_Gathered], device: torch.device) -> Buffers:
+    def buffers(self, fetched: _Gather | None, device: torch.device) -> Buffers:
         """Return the buffers of the whole weight.
 
         Raises:
             ShardError: another process has reached a different module, or has not reached this one in time.
         """
-        gathered = fetched.result()
-        if gathered.ready is not None:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(gathered.ready)
-            gathered.flat.record_stream(stream)
+        assert fetched is not None  # it was fetched now, or earlier
+        flat = fetched.agreed.result()
+        if fetched.staged is not None:
+            flat = fetched.staged.staging.use(fetched.staged)
+        assert flat is not None
         found = {}
         for suffix, (start, shape, dtype) in self.layout.items():
-            found[suffix] = gathered.flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+            found[suffix] = flat[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
         return found
 
-    def release(self, fetched: Future[_Gathered]) -> None:
+    def release(self, fetched: _Gather | None) -> None:
         """Give the memory back once the gather has finished.
 
         This also applies to weights that all processes gathered ahead but do not need.
         """
-        fetched.add_done_callback(self.placement.give_back)
+        assert fetched is not None
+        self.placement.give_back(fetched)
 
     def export(self) -> dict[str, Tensor]:
         device = self.kept.device if isinstance(self.kept, Tensor) else torch.device("cpu")
         with self.lease(device) as buffers:
             return {suffix: buffer.clone() for suffix, buffer in buffers.items()}
+
+
+_Task: TypeAlias = tuple[Future[Tensor | None], ShardedWeight, torch.device, ShardedWeight]
+"""What is done once all processes agree, the weight to gather, where, and the weight that is leased."""
 
 
 def _part(nbytes: int, size: int) -> int:

@@ -1,5 +1,6 @@
 """Run by ``torchrun``: ``processes.py TASK CHECKPOINT [...]``."""
 
+import importlib
 import sys
 import time
 
@@ -9,7 +10,7 @@ from arctic_plugins_huggingface import load_model, save_checkpoint
 
 from arctic_plugins import Stack
 from arctic_plugins.frozen import FrozenModule
-from arctic_plugins.testing import say
+from arctic_plugins.testing import TracedGpu, say
 
 IDS = torch.arange(10, 42)[None]
 
@@ -47,7 +48,10 @@ def compare_logits(checkpoint):
 
 
 def skip(checkpoint, prefetch):
-    model, _ = load(checkpoint, {"fp8": {}, "shard": {"timeout": 60, "prefetch": int(prefetch)}})
+    skip_in(load(checkpoint, {"fp8": {}, "shard": {"timeout": 60, "prefetch": int(prefetch)}})[0])
+
+
+def skip_in(model):
     for _ in range(3):
         logits(model)
     if dist.get_rank() == 1:
@@ -67,6 +71,35 @@ def absent(checkpoint):
         time.sleep(8)
 
 
+def on_traced_gpu(checkpoint, base, prefetch):
+    """Load with the way that GPUs take, whose streams are traced; NCCL's collectives are gloo's."""
+    gpu = TracedGpu()
+    for plugin in ("shard.placement", "offload.host"):
+        importlib.import_module(f"arctic_plugins_{plugin}").Gpu = lambda: gpu
+    model, _ = load(checkpoint, {**base, "shard": {"timeout": 60, "prefetch": int(prefetch)}})
+    return model, gpu
+
+
+def traced(checkpoint):
+    for base in ({"fp8": {}}, {"fp8": {}, "offload": {"ratio": 0.5, "prefetch": 1}}):
+        whole, _ = load(checkpoint, {"fp8": {}})
+        for prefetch in (0, 2):
+            model, gpu = on_traced_gpu(checkpoint, base, prefetch)
+            equal, live = True, set()
+            for _ in range(4):
+                equal &= torch.equal(logits(model), logits(whole))
+                live.add(gpu.live)
+            placement = next(weight.handle.placement for weight in frozen(model))
+            [staging] = placement._staging.values()
+            largest = max(placement._sizes.values())
+            bounded = len(live) == 1 and len(staging.ring) <= (prefetch + 1) * (largest + 256)
+            say({"equal": equal, "errors": gpu.errors, "bounded": bounded})
+
+
+def skip_traced(checkpoint, prefetch):
+    skip_in(on_traced_gpu(checkpoint, {"fp8": {}}, prefetch)[0])
+
+
 def save(checkpoint, directory):
     stack = Stack.from_dict({"fp8": {}, "shard": {}})
     model, tokenizer = load_model(checkpoint, stack)
@@ -76,4 +109,5 @@ def save(checkpoint, directory):
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     task, *arguments = sys.argv[1:]
-    {"logits": compare_logits, "skip": skip, "absent": absent, "save": save}[task](*arguments)
+    tasks = {"logits": compare_logits, "skip": skip, "absent": absent, "save": save}
+    {**tasks, "traced": traced, "skip_traced": skip_traced}[task](*arguments)

@@ -57,6 +57,21 @@ def test_a_module_that_one_process_skips_is_named(tiny_checkpoint, prefetch):
     )
 
 
+def test_on_a_gpu_that_is_traced_parts_arrive_in_time_and_the_ring_stays(tiny_checkpoint):
+    status, out, err = run(2, "traced", tiny_checkpoint)
+    assert status == 0, err[-3000:]
+    found = [json.loads(line) for line in out.splitlines()]
+    assert found == [{"equal": True, "errors": [], "bounded": True}] * 8
+
+
+def test_on_a_gpu_that_is_traced_a_skipped_module_is_named(tiny_checkpoint):
+    status, _, err = run(2, "skip_traced", tiny_checkpoint, 1)
+    assert status != 0
+    gate, up = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    named = [f"rank 0 is at {gate} while rank 1 is at {up}", f"rank 1 is at {up} while rank 0 is at {gate}"]
+    assert any(f"ShardError: {line}" in err for line in named), "gloo blocks, so perhaps only one of them gets there"
+
+
 def test_a_process_that_waits_too_long_says_for_what(tiny_checkpoint):
     status, out, _ = run(2, "absent", tiny_checkpoint)
     assert status == 0

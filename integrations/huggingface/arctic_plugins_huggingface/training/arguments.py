@@ -13,6 +13,7 @@ from trl import SFTConfig
 from arctic_plugins.compute import is_native, warning_for
 from arctic_plugins.errors import ConfigError, one_line
 from arctic_plugins_huggingface.training.check import check_arguments
+from arctic_plugins_huggingface.training.liger import check_liger
 from arctic_plugins_huggingface.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ def training_arguments(recipe: Recipe) -> SFTConfig:
         raise ConfigError(
             f"training is not valid: {one_line(error)}", fix="correct the value, or install the package that it names"
         ) from error
+    check_liger(arguments)
     reported = cast("list[str]", arguments.report_to)  # after __post_init__ has normalized it
     if absent := sorted({*reported} & INTEGRATION_TO_CALLBACK.keys() - {*get_available_reporting_integrations()}):
         raise ConfigError(

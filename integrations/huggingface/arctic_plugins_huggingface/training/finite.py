@@ -73,13 +73,13 @@ class FiniteGuard(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        bad, self.bad = self.bad is not None and bool(self.bad), None
+        loss, self.bad = self.bad if self.bad is not None else False, None
         gradients = (
             [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
             if model is not None
             else []
         )
-        bad, spoilt = anywhere(args.device, bad, bad if self.only_loss else not _are_finite(gradients))
+        bad, spoilt = anywhere(args.device, loss, loss if self.only_loss else _not_finite(gradients))
         if bad and not spoilt:  # for example 0 / 0 in a batch without labels, which changes nothing
             logger.warning("the loss of step %d is not finite, but its gradient is", state.global_step + 1)
         if not spoilt:
@@ -106,8 +106,8 @@ class FiniteGuard(TrainerCallback):
         last = state.global_step >= state.max_steps or control.should_training_stop
         if model is None or not (last or control.should_save):
             return
-        finite = _are_finite([parameter.detach() for parameter in model.parameters() if parameter.requires_grad])
-        if anywhere(args.device, not finite)[0]:
+        trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+        if anywhere(args.device, _not_finite(trained))[0]:
             raise _diverged("result", args, state.global_step)
 
     on_epoch_end = on_step_end  # with save_strategy "epoch", only this event shows that a checkpoint follows
@@ -124,21 +124,25 @@ class FiniteSteps(Trainer):
         return loss
 
 
-def _are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Return whether all values are finite, using maximum norms to avoid boolean tensors of the same size."""
+def _not_finite(tensors: Sequence[Tensor]) -> Tensor | bool:
+    """Return whether any value is not finite, using maximum norms to avoid boolean tensors of the same size."""
     finite = [torch.linalg.vector_norm(tensor, torch.inf).isfinite() for tensor in tensors if tensor.numel()]
-    return not finite or bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all())
+    return bool(finite) and ~torch.stack([flag.to(finite[0].device) for flag in finite]).all()
 
 
-def anywhere(device: torch.device, *flags: bool) -> list[bool]:
+def anywhere(device: torch.device, *flags: Tensor | bool) -> list[bool]:
     """Return ``flags``, each true if it is true in any process.
 
-    A process that raised alone would leave the others waiting for it.
+    A process that raised alone would leave the others waiting for it. Flags on the device are read together: the host
+    waits for it once, whatever their number, and not at all if there are none and only one process.
     """
-    if not torch.distributed.is_initialized():
-        return list(flags)
-    shared = torch.tensor(flags, dtype=torch.float32, device=device)
-    torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
+    spread = torch.distributed.is_initialized()
+    if not spread and not any(isinstance(flag, Tensor) for flag in flags):
+        return [bool(flag) for flag in flags]
+    tensors = [torch.as_tensor(flag, device=device) for flag in flags]
+    shared = torch.stack(tensors).to(torch.float32)
+    if spread:
+        torch.distributed.all_reduce(shared, op=torch.distributed.ReduceOp.MAX)
     return [bool(flag) for flag in shared.tolist()]
 
 

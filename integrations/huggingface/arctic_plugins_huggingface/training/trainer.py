@@ -34,6 +34,7 @@ from arctic_plugins_huggingface.loading.restore import restore_weights
 from arctic_plugins_huggingface.training.engines import engine_mixins
 from arctic_plugins_huggingface.training.experts_ddp import experts_mixin
 from arctic_plugins_huggingface.training.finite import FiniteGuard, FiniteSteps, anywhere
+from arctic_plugins_huggingface.training.liger import settle_liger
 from arctic_plugins_huggingface.training.mixins import compose, plugin_mixins
 
 __all__ = ["ArcticTrainingArguments", "GracefulStop", "attach", "last_checkpoint"]
@@ -110,7 +111,8 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
             :class:`~arctic_plugins.errors.Diverged`; eleven in a row still raise it.
 
     Raises:
-        ConfigError: if the trainer is already attached to a stack, or a plugin finds something wrong with it.
+        ConfigError: if the trainer is already attached to a stack, or a plugin finds something wrong with it; or if
+            Liger's kernels are asked for and cannot be used (:mod:`arctic_plugins_huggingface.training.liger`).
         PluginNotFoundError: if DeepSpeed runs its steps, its model has frozen or spread modules, and
             ``arctic-plugins-deepspeed`` is not installed.
     """
@@ -120,6 +122,7 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
         logger.warning(line)  # TRL's SFTConfig turns it on by itself
     if trainer.args.use_cpu:
         _set_timeouts(trainer.args.ddp_timeout_delta)
+    settle_liger(trainer)
     compose(trainer, [*_host_mixins(trainer), *plugin_mixins(stack)])
     guard = FiniteGuard(trainer, skip=skip_nonfinite)
     assert isinstance(trainer, FiniteSteps)  # because of compose
