@@ -12,6 +12,7 @@ from arctic_plugins_moe.router import Capacity, expert_load, load_balancing_loss
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from arctic_plugins import Stack
+from arctic_plugins.testing import MIXTURES, tiny_model
 
 WAITS = {"_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "unique_dim", "equal"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -23,6 +24,12 @@ STACKS = [
     ({**LORA, "longseq": {"recompute": 1, "tiled_mlp": True, "tiled_loss": False}}, {}),
     ({**LORA, "longseq": {}}, {"nonzero": 1}),  # to leave out ignored tokens
 ]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    model_type, config = MIXTURES["mixtral"]
+    return tiny_model(tmp_path_factory.mktemp("mixtral"), model_type, **config)
 
 
 class Waits(TorchDispatchMode):
@@ -72,6 +79,16 @@ def test_a_step_reads_nothing_from_the_device(tiny_checkpoint, plugins, expected
     assert waits.found == expected
 
 
+@pytest.mark.parametrize("lora", [{"r": 8, "experts": True}, {"r": 4}], ids=["on experts", "beside them"])
+def test_a_step_of_a_mixture_reads_nothing_from_the_device(mixture, monkeypatch, lora):
+    monkeypatch.setattr("arctic_plugins.frozen.experts._count_is_far", lambda device: True)  # as on a GPU
+    model, optimizer = trained(mixture, {"fp8": {}, "lora": lora}, "cpu")
+    batch = inputs("cpu")
+    with Waits() as waits:
+        step(model, batch, optimizer)
+    assert waits.found == {}
+
+
 def test_the_count_finds_what_it_is_for():
     with Waits() as waits:
         x = torch.arange(3)
@@ -92,7 +109,18 @@ def test_statistics_and_losses_of_routers_read_nothing_from_the_device():
 @pytest.mark.parametrize("plugins", [plugins for plugins, expected in STACKS if not expected])
 @pytest.mark.parametrize("offload", [{}, {"offload": {"ratio": 0.5}}])
 def test_a_step_on_a_gpu_waits_for_nothing(tiny_checkpoint, plugins, offload):
-    model, optimizer = trained(tiny_checkpoint, {**plugins, **offload}, "cuda")
+    check_waits_for_nothing(tiny_checkpoint, {**plugins, **offload})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_of_a_mixture_on_a_gpu_waits_for_nothing(mixture):
+    with torch.autocast("cuda", torch.bfloat16):  # grouped products in float32 would wait
+        check_waits_for_nothing(mixture, {"fp8": {}, "lora": {"r": 8, "experts": True}})
+
+
+def check_waits_for_nothing(checkpoint, plugins):
+    model, optimizer = trained(checkpoint, plugins, "cuda")
     batch = inputs("cuda")
     for number in range(10):
         torch.cuda.set_sync_debug_mode("error" if number > 7 else "default")
