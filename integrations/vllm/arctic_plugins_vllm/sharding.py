@@ -68,7 +68,7 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
             for module in model.modules():
                 method = getattr(module, "quant_method", None)
                 if isinstance(method, EncodedLinearMethod | EncodedExpertsMethod):
-                    method.process_weights_after_loading(module)  # only checks that all weights were loaded
+                    method.check_complete(module)
             ShardedStateLoader.save_model(model, str(target), max_size=FILE_SIZE)
     copy_files(source, target, lambda name: name != FILE_NAME and not name.endswith(_WEIGHTS))
     write_provenance(target, recorded_stack(source).to_dict())

@@ -27,6 +27,8 @@ class CompressedTensors(Exporter):
     in this project.
     """
 
+    exact = True
+
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
         for name, codec in codecs.items():
             if not isinstance(codec, FP8Codec) or (codec.bits, codec.group_size) != (8, "channel"):
