@@ -35,6 +35,7 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
         formats: vLLM's own formats that hold the bytes of both codecs.
 
     Attributes:
+        weights: a description of the layer's weights, for users.
         native: vLLM's own method for the layer, chosen when parameters are created; None if the codecs compute.
 
     Raises:
@@ -52,6 +53,7 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
     ) -> None:
         super().__init__(layer.moe_config)
         self.reader, self.formats = reader, formats
+        self.weights = "experts in " + " and ".join(dict.fromkeys((up.describe(), down.describe())))
         self.native: Native | None = None
         self.codecs, self.prefix, self.texts = {"w13": up, "w2": down}, prefix, (codec_text(up), codec_text(down))
         unsupported = {
@@ -122,8 +124,7 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
             sizes = (num_experts, hidden_size, intermediate_size_per_partition)
             method.create_weights(twin, *sizes, params_dtype, **extra)
 
-        described = " and ".join(dict.fromkeys(codec.describe() for codec in self.codecs.values()))
-        self.native = choose(self.formats, layer, self.prefix, f"experts, {described}", create)
+        self.native = choose(self.formats, layer, self.prefix, self.weights, create)
 
     def check_complete(self, layer: Any) -> None:
         """Raise CheckpointError if an expert's weight was not loaded since the last call."""

@@ -31,12 +31,13 @@ class EncodedLinearMethod(LinearMethodBase):
         formats: vLLM's own formats that hold the codec's bytes.
 
     Attributes:
+        weights: a description of the layer's weights, for users.
         native: vLLM's own method for the layer, chosen when parameters are created; None if the codec computes.
     """
 
     def __init__(self, codec: Codec, prefix: str, reader: Reader | None = None, formats: Sequence[Format] = ()) -> None:
         self.codec, self.prefix, self.reader, self.text = codec, prefix, reader, codec_text(codec)
-        self.formats = formats
+        self.weights, self.formats = codec.describe(), formats
         self.native: Native | None = None
 
     def create_weights(
@@ -82,7 +83,7 @@ class EncodedLinearMethod(LinearMethodBase):
             sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size)
             method.create_weights(twin, *sizes, params_dtype, **extra)
 
-        self.native = choose(self.formats, layer, self.prefix, self.codec.describe(), create)
+        self.native = choose(self.formats, layer, self.prefix, self.weights, create)
 
     def check_complete(self, layer: Any) -> None:
         """Raise CheckpointError if a weight, or a part of a fused one, was not loaded since the last call."""

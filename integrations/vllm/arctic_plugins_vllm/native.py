@@ -14,12 +14,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any
 
 from torch import Tensor, nn
 
 from arctic_plugins.discovery import process_registry
-from arctic_plugins.errors import CheckpointError, CodecError, ConfigError, one_line
+from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
 from arctic_plugins.frozen import Codec, Exporter
 from arctic_plugins_vllm.compat import (
     QuantizationConfig,
@@ -173,7 +174,8 @@ def choose(
             method = form.config.get_quant_method(twin, prefix)
             create(method, twin)
         except (AssertionError, ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-            reasons.append(f"{form.name}: {one_line(error)}")  # vLLM has no kernel for the device, dtype or shape
+            why = shorten(str(error) or type(error).__name__, 400)
+            reasons.append(f"{form.name}: {why}")  # vLLM has no kernel for the device, dtype or shape
             continue
         kernel = chosen_kernel(method, twin)
         if kernel is None:
