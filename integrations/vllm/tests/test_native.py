@@ -4,7 +4,6 @@ vLLM has no kernel on CPU for weights of which the activations are not rounded, 
 add a kernel to vLLM's list, or name one that only a GPU could run. Nothing here ran on a GPU.
 """
 
-import logging
 import shutil
 from types import SimpleNamespace
 
@@ -92,14 +91,12 @@ def kernels_here(monkeypatch):
 
 
 @pytest.fixture
-def log():
-    """Lines of the log; vLLM's loggers may keep them from pytest."""
+def log(monkeypatch):
+    """Lines of the log. vLLM sets up its loggers anew when an engine is configured, which removes handlers."""
     _print_info_once.cache_clear()
-    lines, handler = [], logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
-    native.logger.addHandler(handler)
-    yield lines
-    native.logger.removeHandler(handler)
+    lines = []
+    monkeypatch.setattr(native.logger, "handle", lambda record: lines.append(record.getMessage()))
+    return lines
 
 
 def load(checkpoint, rank=0, size=1):
