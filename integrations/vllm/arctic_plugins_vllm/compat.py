@@ -35,7 +35,6 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor, to_meta_tensor
 from vllm.model_executor.model_loader.sharded_state_loader import ShardedStateLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.utils import set_weight_attrs
@@ -69,7 +68,6 @@ __all__ = [
     "initialize_model_parallel",
     "is_registered",
     "loading",
-    "materialize_meta_tensor",
     "model_dtype",
     "note_for_compilation",
     "on_gpu_in_bfloat16",
@@ -80,7 +78,6 @@ __all__ = [
     "set_weight_attrs",
     "skips_rounding",
     "stored_dtype",
-    "to_meta_tensor",
 ]
 
 

@@ -158,7 +158,7 @@ class EncodedExpertsMethod(FusedMoEMethodBase):
 
         vLLM's names for them are those of the format after ``w13_`` and ``w2_``.
         """
-        found = {}
+        found: dict[str, Tensor] = {}
         for (leaf, names), shape in zip(layer.arctic_names.items(), layer.arctic_shapes, strict=True):
             rows = {suffix: getattr(layer, name).flatten(0, 1) for suffix, name in names.items()}
             exported = exporter.tensors(self.codecs[leaf], rows, (shape[0] * shape[1], shape[2]))

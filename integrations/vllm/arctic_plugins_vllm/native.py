@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from arctic_plugins.discovery import process_registry
@@ -27,11 +28,9 @@ from arctic_plugins_vllm.compat import (
     chosen_kernel,
     in_tree_config,
     init_logger,
-    materialize_meta_tensor,
     note_for_compilation,
     on_gpu_in_bfloat16,
     skips_rounding,
-    to_meta_tensor,
 )
 
 __all__ = ["VARIABLE", "Format", "Native", "are_wanted", "choose", "formats_of"]
@@ -95,7 +94,7 @@ class Native:
         method: vLLM's method.
         kernel: what computes, for users.
         parameters: the method's parameters, on the meta device.
-        attributes: what else the method set on the layer.
+        attributes: what else the method set on its layer, to be set on the real one.
         has_taken: whether the method computes, because it has taken the weights.
     """
 
@@ -138,10 +137,7 @@ class Native:
             delattr(layer, name)
         vars(layer).update(self.attributes)
         for name, empty in self.parameters.items():
-            with values[name].device:
-                parameter = materialize_meta_tensor(empty)
-            parameter.data.copy_(values[name])
-            layer.register_parameter(name, parameter)
+            layer.register_parameter(name, _filled(empty, values[name]))
         self.method.process_weights_after_loading(layer)
         self.has_taken = True
         return True
@@ -172,25 +168,28 @@ def choose(
         twin, before = _twin(layer), dict(vars(layer))
         try:
             method = form.config.get_quant_method(twin, prefix)
-            create(method, twin)
+            with torch.device("meta"):  # weights need no memory twice
+                create(method, twin)
         except (AssertionError, ImportError, NotImplementedError, RuntimeError, ValueError) as error:
             why = shorten(str(error) or type(error).__name__, 400)
             reasons.append(f"{form.name}: {why}")  # vLLM has no kernel for the device, dtype or shape
             continue
+        attributes = {
+            name: value
+            for name, value in vars(twin).items()
+            if name not in _OWN_TABLES and (name not in before or before[name] is not value)
+        }
         kernel = chosen_kernel(method, twin)
         if kernel is None:
             reasons.append(f"{form.name}: vLLM has no kernel for it here")
         elif skips_rounding(form.config, kernel):
             reasons.append(f"{form.name}: vLLM's {kernel} would not round activations")
+        elif any(isinstance(value, Tensor) for value in attributes.values()):
+            reasons.append(f"{form.name}: vLLM's {kernel} has tensors of its own")
         else:
             logger.info_once("%s: computed by vLLM's %s", weights, kernel)
             note_for_compilation(VARIABLE, "native")
-            attributes = {
-                name: value
-                for name, value in vars(twin).items()
-                if name not in _OWN_TABLES and (name not in before or before[name] is not value)
-            }
-            parameters = {name: to_meta_tensor(value) for name, value in twin.named_parameters(recurse=False)}
+            parameters = dict(twin.named_parameters(recurse=False))
             return Native(form.exporter, method, kernel, parameters, attributes)
     if reasons:
         logger.info_once("%s: computed by the codec (%s)", weights, "; ".join(reasons))
@@ -198,6 +197,17 @@ def choose(
 
 
 _OWN_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _filled(empty: Tensor, values: Tensor) -> nn.Parameter:
+    """Return a parameter of the class and with the attributes of ``empty``, and with the memory of ``values``.
+
+    As in ``model_loader/reload/meta.py``, because parameters of vLLM have constructors of their own.
+    """
+    parameter = nn.Parameter(values, requires_grad=False)
+    parameter.__class__ = type(empty)  # type: ignore[assignment]
+    parameter.__dict__.update(empty.__dict__)
+    return parameter
 
 
 def _twin(layer: nn.Module) -> Any:

@@ -86,7 +86,7 @@ def _kernels(codecs: list[Any]) -> Iterator[Finding]:
         (Path(directory) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         try:
             with built_as_rank(directory, 0, 1) as (model, _):
-                methods = [getattr(module, "quant_method", None) for module in model.modules()]
+                methods: list[Any] = [getattr(module, "quant_method", None) for module in model.modules()]
         except Exception as error:  # what a device or its driver raises can be anything
             yield Finding("warning", subject, f"vLLM cannot build a layer here: {one_line(error)}")
             return
