@@ -70,7 +70,7 @@ __all__ = [
     "loading",
     "model_dtype",
     "note_for_compilation",
-    "on_gpu_in_bfloat16",
+    "on_gpu",
     "register_quantization_config",
     "rotary_embedding",
     "says",
@@ -155,9 +155,9 @@ def activate_experts(activation: Mapping[str, Any], rows: Tensor) -> Tensor:
     return result
 
 
-def on_gpu_in_bfloat16() -> bool:
-    """Return whether the model that is being built computes in bfloat16 on an NVIDIA or AMD GPU."""
-    return current_platform.is_cuda_alike() and model_dtype() == torch.bfloat16
+def on_gpu() -> bool:
+    """Return whether vLLM runs on NVIDIA or AMD GPUs."""
+    return bool(current_platform.is_cuda_alike())
 
 
 def in_tree_config(method: str) -> type[QuantizationConfig] | None:

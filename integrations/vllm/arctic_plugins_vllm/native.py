@@ -28,8 +28,9 @@ from arctic_plugins_vllm.compat import (
     chosen_kernel,
     in_tree_config,
     init_logger,
+    model_dtype,
     note_for_compilation,
-    on_gpu_in_bfloat16,
+    on_gpu,
     skips_rounding,
 )
 
@@ -53,7 +54,11 @@ def are_wanted() -> bool:
     setting = os.environ.get(VARIABLE, "")
     if setting not in ("", "native", "ours"):
         raise ConfigError(f"{VARIABLE}={setting}", expected="native or ours", fix="correct it, or unset it")
-    return setting == "native" or (not setting and on_gpu_in_bfloat16())
+    if setting or not on_gpu():
+        return setting == "native"
+    if (dtype := model_dtype()) != torch.bfloat16:
+        logger.info_once("%s: encoded weights are computed by their codecs, not by vLLM (%s)", dtype, VARIABLE)
+    return dtype == torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -74,14 +79,17 @@ def formats_of(codecs: Sequence[Codec], packed_modules_mapping: Mapping[str, lis
             continue
         exporter = exporter_class()
         try:
-            described = exporter.quantization_config({str(at): codec for at, codec in enumerate(codecs)}, [])
+            stated = exporter.quantization_config({str(at): codec for at, codec in enumerate(codecs)}, [])
         except CodecError:
             continue
-        config_class = in_tree_config(described["quant_method"])
+        config_class = in_tree_config(stated["quant_method"])
         if config_class is not None:
-            config = config_class.from_config(described)
+            config = config_class.from_config(stated)
             config.packed_modules_mapping = packed_modules_mapping
             found.append(Format(name, exporter, config))
+    if not found:
+        described = " and ".join(dict.fromkeys(codec.describe() for codec in codecs))
+        logger.info_once("%s: computed by the codec (vLLM has no format with exactly these numbers)", described)
     return found
 
 

@@ -5,7 +5,6 @@ add a kernel to vLLM's list, or name one that only a GPU could run. Nothing here
 """
 
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,38 +238,36 @@ def test_files_for_each_process_keep_the_codecs_bytes(checkpoints, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("setting", "on_gpu", "formats"),
+    ("setting", "on_gpu", "dtype", "is_wanted"),
     [
-        ("", False, []),
-        ("", True, ["compressed-tensors"]),
-        ("ours", True, []),
-        ("native", False, ["compressed-tensors"]),
+        ("", False, "bfloat16", False),
+        ("", True, "bfloat16", True),
+        ("", True, "float16", False),
+        ("ours", True, "bfloat16", False),
+        ("native", False, "float32", True),
     ],
 )
-def test_the_variable_and_the_device_decide(monkeypatch, setting, on_gpu, formats):
+def test_the_variable_and_the_device_decide(monkeypatch, setting, on_gpu, dtype, is_wanted, log):
     monkeypatch.setenv(native.VARIABLE, setting)
-    monkeypatch.setattr(native, "on_gpu_in_bfloat16", lambda: on_gpu)
+    monkeypatch.setattr(native, "on_gpu", lambda: on_gpu)
+    monkeypatch.setattr(native, "model_dtype", lambda: getattr(torch, dtype))
     config = ArcticConfig.from_config({"quant_method": "arctic", "format": 1, "codecs": {}, "modules": {}})
-    assert [form.name for form in config.formats(FP8Codec())] == formats
-    for other in (FP8Codec(group_size=128), FP8Codec(bits=6), FP8Codec(bits=12)):
-        assert config.formats(other) == []  # of the formats that hold them, none does so exactly
-    assert config.formats(FP8Codec(), FP8Codec(activations="fp8")) == []
+    assert [form.name for form in config.formats(FP8Codec())] == (["compressed-tensors"] if is_wanted else [])
+    assert [line.partition(":")[0] for line in log] == (["torch.float16"] if dtype == "float16" else [])
+
+
+def test_what_vllm_has_no_exact_format_for_stays_with_the_codec(log):
+    config = ArcticConfig.from_config({"quant_method": "arctic", "format": 1, "codecs": {}, "modules": {}})
+    for other in (FP8Codec(group_size=128), FP8Codec(bits=6), FP8Codec(bits=12)):  # fp8-block would hold them, rounded
+        assert config.formats(other) == []
+        assert f"{other.describe()}: computed by the codec (vLLM has no format" in log[-1]
+    assert config.formats(FP8Codec(), FP8Codec(activations="fp8")) == []  # one experts layer
 
 
 def test_an_unknown_setting_is_an_error(monkeypatch):
     monkeypatch.setenv(native.VARIABLE, "marlin")
     with pytest.raises(ConfigError, match="ARCTIC_VLLM_KERNELS=marlin; expected native or ours"):
         native.are_wanted()
-
-
-def test_on_gpus_only_bfloat16_is_handed_over(monkeypatch):
-    from arctic_plugins_vllm import compat
-
-    monkeypatch.setattr(compat, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
-    monkeypatch.delenv(native.VARIABLE)
-    for dtype, expected in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, False)):
-        monkeypatch.setattr(compat, "model_dtype", lambda dtype=dtype: dtype)
-        assert native.are_wanted() == expected
 
 
 def test_the_doctor_reports_who_computes(monkeypatch):
