@@ -91,10 +91,11 @@ def kernels_here(monkeypatch):
 
 @pytest.fixture
 def log(monkeypatch):
-    """Lines of the log. vLLM sets up its loggers anew when an engine is configured, which removes handlers."""
+    """Lines of the log, whatever level and handlers vLLM's loggers have."""
     _print_info_once.cache_clear()
     lines = []
-    monkeypatch.setattr(native.logger, "handle", lambda record: lines.append(record.getMessage()))
+    for name in ("info", "warning"):
+        monkeypatch.setattr(native.logger, name, lambda line, *values, **_: lines.append(line % values))
     return lines
 
 
