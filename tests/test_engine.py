@@ -284,7 +284,8 @@ def test_vllms_own_kernels_answer_as_for_the_exported_checkpoint(tmp_path, cache
     fp8 = {"fp8": {"activations": "fp8"}}  # the only 8-bit weights for which vLLM has a kernel on CPU
     exported_to = exported(tmp_path, "llama", Stack.from_dict(fp8), "compressed-tensors", **BLOCKS)
     adapter, models = trained(tmp_path / "encoded", fp8, tmp_path / "adapter"), [tmp_path / "encoded", exported_to]
-    options = {"enable_lora": True, "max_lora_rank": 8}
+    # One prompt at a time: which ones are computed together differs from run to run, and rounding magnifies it.
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_num_seqs": 1}
     result = run(options, models=models, cache=cache, adapter=str(adapter), ARCTIC_VLLM_KERNELS="native")
     found, expected = said(result)
     assert re.search(
