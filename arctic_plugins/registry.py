@@ -256,6 +256,9 @@ class Registry:
     def converter_names(self) -> list[str]:
         return sorted(self._converters)
 
+    def exporter_names(self) -> list[str]:
+        return sorted(self._exporters)
+
     def check_convertible(self, format_name: str) -> None:
         """Raise PluginNotFoundError if no installed plugin has a converter or an importer called ``format_name``."""
         known = {*self._converters, *self.importers}

@@ -279,6 +279,22 @@ def test_stock_vllm_reads_what_is_exported(tmp_path, cache, format_name, dtype, 
             assert (torch.tensor(logprobs) - expected).abs().median() < tolerance
 
 
+def test_vllms_own_kernels_answer_as_for_the_exported_checkpoint(tmp_path, cache):
+    """Layers handed to vLLM's kernels (integrations/vllm/tests/test_native.py), compiled, and with an adapter."""
+    fp8 = {"fp8": {"activations": "fp8"}}  # the only 8-bit weights for which vLLM has a kernel on CPU
+    exported_to = exported(tmp_path, "llama", Stack.from_dict(fp8), "compressed-tensors", **BLOCKS)
+    adapter, models = trained(tmp_path / "encoded", fp8, tmp_path / "adapter"), [tmp_path / "encoded", exported_to]
+    # One prompt at a time: which ones are computed together differs from run to run, and rounding magnifies it.
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_num_seqs": 1}
+    result = run(options, models=models, cache=cache, adapter=str(adapter), ARCTIC_VLLM_KERNELS="native")
+    found, expected = said(result)
+    assert re.search(
+        r"activations fp8\): computed by vLLM's CompressedTensorsW8A8Fp8 with", result.stdout + result.stderr
+    )
+    assert found == expected  # tokens of the base and with the adapter, and log-probabilities to the bit
+    assert found["adapter"] != found["base"]
+
+
 def test_arctic_serve_answers_over_http_with_the_adapter_and_with_its_base(grouped, tmp_path, cache, monkeypatch):
     adapter = trained(grouped, {"fp8": {"group_size": 64}}, tmp_path / "adapter")
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")

@@ -34,6 +34,7 @@ from arctic_plugins_vllm.embedding import StoredEmbeddingMethod
 from arctic_plugins_vllm.experts import EncodedExpertsMethod
 from arctic_plugins_vllm.linear import EncodedLinearMethod
 from arctic_plugins_vllm.loaders import Reader, convert, encode
+from arctic_plugins_vllm.native import Format, are_wanted, formats_of
 from arctic_plugins_vllm.serving import made_for
 
 logger = logging.getLogger(__name__)
@@ -62,6 +63,22 @@ class CodecConfig(QuantizationConfig):
     reader: Reader | None = None
     """Converts a weight in the checkpoint to buffers; None if the checkpoint contains the buffers."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._formats: dict[tuple[Codec, ...], list[Format]] = {}
+
+    def formats(self, *codecs: Codec) -> list[Format]:
+        """Return vLLM's own formats that hold the bytes of a layer's ``codecs``; none where the codecs are to compute.
+
+        Raises:
+            ConfigError: see :func:`arctic_plugins_vllm.native.are_wanted`.
+        """
+        if not are_wanted():
+            return []
+        if codecs not in self._formats:
+            self._formats[codecs] = formats_of(codecs, self.packed_modules_mapping)
+        return self._formats[codecs]
+
     def linear_codec(self, layer: nn.Module, prefix: str) -> Codec | None:
         """Return the codec of a linear layer, fused or not; None if it is plain."""
         raise NotImplementedError
@@ -73,10 +90,14 @@ class CodecConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
             codecs = self.experts_codecs(layer, prefix)
-            return None if codecs is None else EncodedExpertsMethod(*codecs, layer, prefix, self.reader)
+            if codecs is None:
+                return None
+            return EncodedExpertsMethod(*codecs, layer, prefix, self.reader, self.formats(*codecs))
         codec = self.linear_codec(layer, prefix)
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod() if codec is None else EncodedLinearMethod(codec, prefix, self.reader)
+            if codec is None:
+                return UnquantizedLinearMethod()
+            return EncodedLinearMethod(codec, prefix, self.reader, self.formats(codec))
         if codec is not None and isinstance(layer, VocabParallelEmbedding):
             raise CheckpointError(
                 f"{prefix} is encoded",

@@ -37,7 +37,7 @@ from arctic_plugins_vllm.compat import (
 from arctic_plugins_vllm.experts import EncodedExpertsMethod
 from arctic_plugins_vllm.linear import EncodedLinearMethod
 
-__all__ = ["check_shares", "shard_checkpoint"]
+__all__ = ["built_as_rank", "check_shares", "shard_checkpoint"]
 
 FILE_SIZE = 5 * 10**9
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
@@ -48,7 +48,7 @@ def check_shares(checkpoint: str | Path, size: int, hf_overrides: dict[str, Any]
 
     Reads no weights.
     """
-    with _rank(checkpoint, 0, size, hf_overrides):
+    with built_as_rank(checkpoint, 0, size, hf_overrides):
         pass
 
 
@@ -63,12 +63,12 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
     """
     source, target = Path(checkpoint), Path(directory)
     for rank in range(size):
-        with _rank(source, rank, size) as (model, config):
+        with built_as_rank(source, rank, size) as (model, config):
             DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
             for module in model.modules():
                 method = getattr(module, "quant_method", None)
                 if isinstance(method, EncodedLinearMethod | EncodedExpertsMethod):
-                    method.process_weights_after_loading(module)  # only checks that all weights were loaded
+                    method.check_complete(module)
             ShardedStateLoader.save_model(model, str(target), max_size=FILE_SIZE)
     copy_files(source, target, lambda name: name != FILE_NAME and not name.endswith(_WEIGHTS))
     write_provenance(target, recorded_stack(source).to_dict())
@@ -76,7 +76,7 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
 
 
 @contextmanager
-def _rank(
+def built_as_rank(
     checkpoint: str | Path, rank: int, size: int, hf_overrides: dict[str, Any] | None = None
 ) -> Iterator[tuple[nn.Module, Any]]:
     """Yield vLLM's model with empty weights on the CPU, as rank ``rank`` of ``size`` builds it, and vLLM's config."""
