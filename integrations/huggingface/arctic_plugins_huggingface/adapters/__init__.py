@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 from arctic_plugins._lazy import lazily
 
 if TYPE_CHECKING:
+    from arctic_plugins_huggingface.adapters.embeddings import new_token_rows
     from arctic_plugins_huggingface.adapters.lora import (
         FrozenLoraExperts,
         FrozenLoraLinear,
         expert_parameters,
+        keep_base_embeddings,
         load_adapter,
         only_modules,
         with_frozen_layer,
@@ -20,7 +22,9 @@ __all__ = [
     "FrozenLoraExperts",
     "FrozenLoraLinear",
     "expert_parameters",
+    "keep_base_embeddings",
     "load_adapter",
+    "new_token_rows",
     "only_modules",
     "with_frozen_layer",
 ]
@@ -28,13 +32,15 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "embeddings": ("new_token_rows",),
         "lora": (
             "FrozenLoraExperts",
             "FrozenLoraLinear",
             "expert_parameters",
+            "keep_base_embeddings",
             "load_adapter",
             "only_modules",
             "with_frozen_layer",
-        )
+        ),
     },
 )

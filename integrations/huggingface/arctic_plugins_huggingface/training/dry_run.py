@@ -21,6 +21,7 @@ from arctic_plugins.claims import compress_names, matches
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.frozen import Codec
 from arctic_plugins.processes import world_size
+from arctic_plugins_huggingface.adapters.embeddings import add_embeddings
 from arctic_plugins_huggingface.loading.weights import freeze_modules, split_weight
 from arctic_plugins_huggingface.training.prepare import Run
 
@@ -86,6 +87,8 @@ def make_plan(run: Run) -> RunPlan:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     plain = {name: model.get_parameter(".".join(split_weight(name, spec))).nbytes for name, spec in specs.items()}
     freeze_modules(model, codecs, {}, device="meta")
+    if run.model.new_token_ids:
+        add_embeddings(model, run.model.new_token_ids)
     base += sum(weights.resident[name] - plain[name] for name in codecs)
     transformed = stack.hf_transform_model(model)
     trainable = {name: parameter for name, parameter in transformed.named_parameters() if parameter.requires_grad}
@@ -155,9 +158,10 @@ def _layers(names: Iterable[str]) -> tuple[int, ...]:
 def _trainer_rows(run: Run) -> int:
     if not isinstance(run.data.train, Dataset):
         return 0
-    if not run.arguments.packing:
+    if not run.recipe.data.packing:
         return len(run.data.train)
-    return len(pack_dataset(run.data.train, run.recipe.data.max_length, run.arguments.packing_strategy))
+    strategy = run.arguments.packing_strategy  # type: ignore[attr-defined]  # of SFTConfig, as only SFT packs rows
+    return len(pack_dataset(run.data.train, run.recipe.data.max_length, strategy))
 
 
 def _steps(run: Run, rows: int) -> int:
