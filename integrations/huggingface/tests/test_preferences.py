@@ -228,6 +228,16 @@ def test_tools_and_calls_reach_the_template(tokenizer, tmp_path):
     assert all('"name": "f"' in text for text in seen)
 
 
+def test_texts_and_messages_are_not_mixed(tokenizer, tmp_path):
+    texts = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    path, other = write(tmp_path / "data.jsonl", [PAIRS[0], texts]), write(tmp_path / "other.jsonl", [texts])
+    with pytest.raises(DataError, match=r"data\.jsonl has both texts and lists of messages, for example 'a'"):
+        load_data(DataConfig(path=str(path), format="preference"), tokenizer, trainer=TRAINERS["dpo"])
+    sources = [{"path": str(write(tmp_path / "data.jsonl", PAIRS))}, {"path": str(other)}]
+    with pytest.raises(DataError, match="some of data.sources have texts"):
+        load_data(DataConfig(sources=sources, format="preference"), tokenizer, trainer=TRAINERS["dpo"])
+
+
 def test_kto_takes_answers_with_labels(tokenizer, tmp_path):
     records = [{"prompt": "a", "completion": "b", "label": True}, {"prompt": "c", "chosen": "d", "rejected": "e"}]
     path = write(tmp_path / "data.jsonl", records)

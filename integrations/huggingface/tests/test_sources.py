@@ -162,10 +162,21 @@ def test_a_bad_record_ends_the_run_by_default(tokenizer, tmp_path, at, message):
         load_data(DataConfig(path=str(path)), tokenizer)
 
 
-def test_a_file_without_a_good_record_is_told(tokenizer, tmp_path):
+def test_what_is_skipped_of_the_evaluation_data_is_counted_too(tokenizer, tmp_path):
+    (tmp_path / "data.jsonl").write_text(BAD[0])
+    (tmp_path / "eval.jsonl").write_text("\n".join(BAD[:2]))
+    paths = {"path": str(tmp_path / "data.jsonl"), "eval_path": str(tmp_path / "eval.jsonl")}
+    data = load_data(DataConfig(**paths, on_bad_record="skip"), tokenizer)
+    assert len(data.eval) == 1
+    assert f"1 records skipped: {tmp_path}/eval.jsonl:2 has no 'output'" in str(data.counts)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_without_a_good_record_is_told(tokenizer, tmp_path, streaming):
     (tmp_path / "data.jsonl").write_text("\n".join(BAD[1:4]))
+    config = DataConfig(path=str(tmp_path / "data.jsonl"), on_bad_record="skip", streaming=streaming)
     with pytest.raises(DataError, match=r"none of the 3 records of .* can be used, for example .*:1 has no 'output'"):
-        load_data(DataConfig(path=str(tmp_path / "data.jsonl"), on_bad_record="skip"), tokenizer)
+        load_data(config, tokenizer)
 
 
 @pytest.mark.parametrize("form", ["text", "prompt_completion", "messages", "preference"])

@@ -141,8 +141,12 @@ class TrainingData:
 
     @property
     def counts(self) -> DataCounts:
-        """Counts of the training rows, including those held out for evaluation."""
-        return DataCounts.total(self.source_counts, self.shares)
+        """Counts of the training rows, including those held out for evaluation, and all records that were skipped."""
+        total = DataCounts.total(self.source_counts, self.shares)
+        if self.eval_counts is not None:  # what was left out there would otherwise show nowhere
+            total.skipped += self.eval_counts.skipped
+            total.reasons = [*total.reasons, *self.eval_counts.reasons][:_EXAMPLES]
+        return total
 
 
 def load_data(
@@ -205,7 +209,15 @@ def _arranged(tables: list[Dataset], config: DataConfig, seed: int) -> tuple[Dat
 
     Rows are held out before those of weighted sources are repeated, so that no row is in both.
     """
-    everything = concatenate_datasets(tables)
+    if any(table.features != tables[0].features for table in tables):
+        raise DataError(
+            "some of data.sources have texts and others have lists of messages",
+            expected="one of the two in all preferences",
+            fix="convert the others",
+        )
+    everything, weighted = concatenate_datasets(tables), config.train_sources[0].weight is not None
+    if config.eval_size is None and not weighted:
+        return everything, None, [len(table) for table in tables]
     rows = Dataset.from_dict(
         {"row": range(len(everything)), "source": [at for at, table in enumerate(tables) for _ in range(len(table))]}
     )
@@ -217,15 +229,18 @@ def _arranged(tables: list[Dataset], config: DataConfig, seed: int) -> tuple[Dat
             )
         parts = rows.train_test_split(test_size=config.eval_size, seed=seed)
         rows, held_out = parts["train"], everything.select(parts["test"]["row"])
-    weights = [source.weight for source in config.train_sources if source.weight is not None]
-    if weights:
-        own = [rows.filter(lambda source, at=at: source == at, input_columns="source") for at in range(len(tables))]
-        if (empty := next((at for at, part in enumerate(own) if not len(part)), None)) is not None:
+    if weighted:
+        own: list[list[int]] = [[] for _ in tables]
+        for row, at in zip(rows["row"], rows["source"], strict=True):
+            own[at].append(row)
+        if [] in own:
             raise DataError(
-                f"data.eval_size {config.eval_size} leaves no row of {config.train_sources[empty].path} to train on",
+                f"data.eval_size {config.eval_size} leaves no row of {config.train_sources[own.index([])].path} to "
+                "train on",
                 fix="lower it, or use data.eval_path",
             )
-        rows = _mixed(own, config, seed)
+        numbered = [Dataset.from_dict({"row": part, "source": [at] * len(part)}) for at, part in enumerate(own)]
+        rows = _mixed(numbered, config, seed)
     sources = Counter(rows["source"])
     return everything.select(rows["row"]), held_out, [sources[at] for at in range(len(tables))]
 
@@ -267,25 +282,30 @@ class _Reader:
 
     def table(self, source: DataSource, counts: DataCounts, most: int | None = None) -> Dataset:
         """Return the rows of ``source``, or the first ``most``."""
-        parts: list[Dataset] = []
         rows = islice(self.rows(source, counts), most)
+        if source.format == "preference":
+            return self._preferences(list(rows), source, counts)
+        batches = []
         while batch := list(islice(rows, _BATCH)):
-            if source.format != "preference":
-                parts.append(Dataset(pa.Table.from_batches([pa.RecordBatch.from_pylist(batch, schema=_SCHEMA)])))
-                continue
-            chats = isinstance(batch[0]["prompt"], list)
-            if (other := next((row for row in batch if isinstance(row["prompt"], list) != chats), None)) is not None:
-                raise DataError(
-                    f"{source.path} has both texts and lists of messages, for example {str(other['prompt'])[:80]!r}",
-                    expected="one of the two",
-                    fix="convert the others",
-                )
-            kinds = {"tools": Value("string"), "label": Value("bool")}
-            features: Any = {key: kinds.get(key, Json() if chats else Value("string")) for key in batch[0]}
-            parts.append(Dataset.from_list(batch, features=Features(features)))
-        if not parts:
+            batches.append(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+        if not batches:
             raise self._nothing_left(source, counts)
-        return concatenate_datasets(parts)
+        return Dataset(pa.Table.from_batches(batches, schema=_SCHEMA))
+
+    def _preferences(self, rows: list[Row], source: DataSource, counts: DataCounts) -> Dataset:
+        if not rows:
+            raise self._nothing_left(source, counts)
+        chats = isinstance(rows[0]["prompt"], list)
+        if (other := next((row for row in rows if isinstance(row["prompt"], list) != chats), None)) is not None:
+            raise DataError(
+                f"{source.path} has both texts and lists of messages, for example {str(other['prompt'])[:80]!r}",
+                expected="one of the two",
+                fix="convert the others",
+            )
+        # As JSON, because Arrow's structs would give every call the arguments of all others, as nulls.
+        kinds = {"tools": Value("string"), "label": Value("bool")}
+        features: Any = {key: kinds.get(key, Json() if chats else Value("string")) for key in rows[0]}
+        return Dataset.from_list(rows, features=Features(features))
 
     def _nothing_left(self, source: DataSource, counts: DataCounts) -> DataError:
         if not counts.rows:
@@ -307,7 +327,9 @@ class _Reader:
         size = self.config.eval_size if isinstance(self.config.eval_size, int) else 0
         streams = []
         for source, own in zip(sources, counts, strict=True):
-            next(self.rows(source, DataCounts()), None)  # an error in the first row is reported before weights are read
+            first = DataCounts()  # an error in the first row is reported before weights are read
+            if next(self.rows(source, first), None) is None:
+                raise self._nothing_left(source, first)
 
             def read(source: DataSource = source, own: DataCounts = own) -> Iterator[Row]:
                 vars(own).update(vars(DataCounts()))  # each pass starts counting from zero
