@@ -14,10 +14,12 @@ from arctic_plugins_huggingface.training.prepare import prepare
 from arctic_plugins_huggingface.training.recipe import DataConfig, Recipe
 from arctic_plugins_huggingface.training.run import train
 from arctic_plugins_huggingface.training.trainers import TRAINERS, trl_trainer
+from click.testing import CliRunner
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
+from arctic_plugins.cli import arctic
 from arctic_plugins.errors import ConfigError, DataError, Diverged
 from arctic_plugins.testing import MIXTURES, tiny_model
 
@@ -163,6 +165,22 @@ def test_an_adapter_that_changes_the_model_from_the_start_keeps_its_copy(tiny_ch
         assert (REFERENCE in adapted.peft_config) == kept
 
 
+def test_the_command_trains_and_says_what_it_skipped(tiny_checkpoint, tmp_path):
+    recipe(tmp_path, tiny_checkpoint, max_steps=2)
+    content = json.loads((tmp_path / "recipe.yaml").read_text())
+    content["data"]["on_bad_record"] = "skip"
+    (tmp_path / "recipe.yaml").write_text(json.dumps(content))
+    write(tmp_path / "data.jsonl", [*PAIRS, {"prompt": "a"}])
+    for options in (["--dry-run"], []):
+        done = CliRunner().invoke(arctic, ["train", str(tmp_path / "recipe.yaml"), *options])
+        assert done.exit_code == 0, done.output
+        told = "".join(done.output.split())
+        assert "1recordsskipped:" in told
+        assert "data.jsonl:9hasno'chosen'" in told
+    model, _ = load_checkpoint(tmp_path / "out" / "final")
+    assert set(model.peft_config) == {"default"}
+
+
 def test_a_dry_run_counts_pairs(tiny_checkpoint, tmp_path):
     plan = make_plan(prepare(recipe(tmp_path, tiny_checkpoint, num_train_epochs=3, max_steps=-1)))
     assert (plan.rows, plan.steps) == (8, 6)
@@ -298,6 +316,12 @@ def test_arguments_are_those_of_the_trainers_config(tiny_checkpoint, tmp_path):
         prepare(recipe(tmp_path, tiny_checkpoint, packing=True))
     with pytest.raises(ConfigError, match=r"training\.loss_type is 3; expected"):
         prepare(recipe(tmp_path, tiny_checkpoint, loss_type=3))
+
+
+def test_texts_are_not_split_over_processes(tiny_checkpoint, tmp_path):
+    plugins = {"lora": {}, "longseq": {"sequence_parallel": 2}}
+    with pytest.raises(ConfigError, match="'dpo', which compares whole texts, but the plugin 'longseq' splits them"):
+        prepare(recipe(tmp_path, tiny_checkpoint, plugins=plugins))
 
 
 def test_a_trainer_that_the_installed_trl_lacks_is_told(monkeypatch):

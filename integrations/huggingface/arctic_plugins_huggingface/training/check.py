@@ -67,6 +67,12 @@ def check_recipe(recipe: Recipe) -> Stack:
             expected="an adapter",
             fix="add 'lora: {}'",
         )
+    if trainer.preference and (splitting := next((plugin for plugin in stack if plugin.row_processes > 1), None)):
+        raise ConfigError(
+            f"training.trainer is '{trainer.name}', which compares whole texts, but the plugin '{splitting.name}' "
+            "splits them over processes",
+            fix="leave that option out, or train with sft",
+        )
     if frozen and recipe.training.get("deepspeed"):
         check_engine("deepspeed")
     if recipe.nonfinite == "skip" and recipe.training.get("deepspeed"):

@@ -189,8 +189,10 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     share = 100 * plan.trainable_parameters / max(1, plan.parameters)
     sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in plan.bytes.items())
     figures = Table.grid(padding=(0, 2))
+    figures.add_column()
+    figures.add_column(overflow="fold")
     figures.add_row("parameters", f"{plan.parameters:,}, trainable {plan.trainable_parameters:,} ({share:.2f} %)")
-    figures.add_row("data", plan.data)
+    figures.add_row("data", escape(plan.data))
     figures.add_row("dtype", plan.compute)
     figures.add_row(
         "steps",

@@ -198,7 +198,7 @@ def _train(
     recipe = run.recipe
     if not recipe.data.streaming:
         held_out = f"; {len(run.data.eval):,} rows to evaluate on" if run.data.eval is not None else ""
-        console.print(f"data: {run.data.counts}{held_out}", highlight=False)
+        console.print(f"data: {run.data.counts}{held_out}", highlight=False, markup=False)
     record = recorded(run)
     start = resume_from(run, output, record, console) if resume else None
     set_seed(run.arguments.seed)  # adapters are initialized at random
