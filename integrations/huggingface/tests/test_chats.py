@@ -10,7 +10,8 @@ import pytest
 import trl
 from arctic_plugins_huggingface.loading.config import load_tokenizer
 from arctic_plugins_huggingface.training.chats import converted, rendered, unknown_fields
-from arctic_plugins_huggingface.training.data import Limits, load_data, tokenized
+from arctic_plugins_huggingface.training.counts import Limits
+from arctic_plugins_huggingface.training.data import load_data, tokenized
 from arctic_plugins_huggingface.training.recipe import DataConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,124 +1,43 @@
-"""Turn data files into rows of tokens and labels, which TRL truncates, packs and collates.
-
-Files are read here so that an error can name the bad line: pyarrow's JSON reader, which ``datasets.load_dataset`` uses,
-names blocks instead, and infers types (a column of dates becomes timestamps).
-"""
+"""Turn records into rows of tokens and labels, which TRL truncates, packs and collates."""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import (
     Dataset,
-    DownloadConfig,
     Features,
     IterableDataset,
     Json,
     Value,
     concatenate_datasets,
     interleave_datasets,
-    load_dataset,
 )
 from transformers import PreTrainedTokenizerBase
 
-from arctic_plugins.errors import DataError, one_line, suggest
-from arctic_plugins_huggingface.files.check import hub_trouble
+from arctic_plugins.errors import DataError
 from arctic_plugins_huggingface.training.chats import Record, converted, prompted, rendered, unknown_fields
+from arctic_plugins_huggingface.training.counts import DataCounts, Limits, UnknownTokens
 from arctic_plugins_huggingface.training.recipe import DataConfig, DataSource
+from arctic_plugins_huggingface.training.records import read_records
 from arctic_plugins_huggingface.training.trainers import TRAINERS, TRLTrainer
 
-__all__ = ["DataCounts", "Limits", "TrainingData", "load_data", "tokenized"]
+__all__ = ["TrainingData", "load_data", "tokenized"]
 
 logger = logging.getLogger(__name__)
 
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 _BATCH = 1000
-_EXAMPLES = 3
 Row = dict[str, Any]
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
-
-
-@dataclass
-class DataCounts:
-    """Counts of the rows and of what happened to them; those of a stream grow while it is read."""
-
-    rows: int = 0
-    tokens: int = 0
-    """Tokens before truncation."""
-    truncated: int = 0
-    """Rows longer than ``max_length``."""
-    dropped: int = 0
-    """Rows with nothing to train on within ``max_length``."""
-    cut_tokens: int = 0
-    divided: int = 0
-    """Chats split into one row per answer, because their template renders an answer differently once others follow."""
-    skipped: int = 0
-    """Records that cannot be used."""
-    reasons: list[str] = field(default_factory=list)
-    """Why the first of these were skipped, with file and line."""
-    shares: dict[str, int] = field(default_factory=dict)
-    """The name of each of several sources, and the number of its rows in an epoch; empty for streams."""
-
-    def __str__(self) -> str:
-        parts = [f"{self.rows:,} rows, {self.tokens:,} tokens"]
-        if self.truncated + self.dropped:
-            parts.append(f"{self.truncated} of them truncated, {self.cut_tokens:,} tokens cut, {self.dropped} dropped")
-        if self.divided:
-            parts.append(
-                f"{self.divided:,} chats split into one row per answer (the template renders an answer differently "
-                "once others follow)"
-            )
-        if self.shares:
-            parts.append("an epoch has " + ", ".join(f"{rows:,} of {name}" for name, rows in self.shares.items()))
-        if self.skipped:
-            more = ", ..." if self.skipped > len(self.reasons) else ""
-            parts.append(f"{self.skipped:,} records skipped: {', '.join(self.reasons)}{more}")
-        return "; ".join(parts)
-
-    @classmethod
-    def total(cls, parts: Sequence[DataCounts], shares: Sequence[tuple[str, int]] = ()) -> DataCounts:
-        """Return the sum of the counts of several sources."""
-        numbers = ("rows", "tokens", "truncated", "dropped", "cut_tokens", "divided", "skipped")
-        return cls(
-            **{name: sum(getattr(part, name) for part in parts) for name in numbers},
-            reasons=[reason for part in parts for reason in part.reasons][:_EXAMPLES],
-            shares=dict(shares),
-        )
-
-    def skip(self, error: DataError) -> None:
-        """Count a record that cannot be used because of ``error``."""
-        self.skipped += 1
-        if len(self.reasons) < _EXAMPLES:
-            self.reasons.append(error.found)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of a model's input; None where its config specifies none."""
-
-    positions: int | None = None
-    """Maximum number of tokens in a row."""
-    embeddings: int | None = None
-    """Number of token ids: 0 to this number minus 1."""
-
-    def check(self, length: int, kept: int, where: str) -> None:
-        """Raise DataError if a row of ``length`` tokens, of which ``kept`` remain after truncation, is too long."""
-        if self.positions is not None and kept > self.positions:
-            raise DataError(
-                f"{where} has {length} tokens, but the model has {self.positions} positions",
-                expected=f"data.max_length of at most {self.positions}",
-                fix="lower it, or extend the context with the plugin 'rope'",
-            )
 
 
 @dataclass(frozen=True)
@@ -144,8 +63,7 @@ class TrainingData:
         """Counts of the training rows, including those held out for evaluation, and all records that were skipped."""
         total = DataCounts.total(self.source_counts, self.shares)
         if self.eval_counts is not None:  # what was left out there would otherwise show nowhere
-            total.skipped += self.eval_counts.skipped
-            total.reasons = [*total.reasons, *self.eval_counts.reasons][:_EXAMPLES]
+            total.skip_also(self.eval_counts)
         return total
 
 
@@ -343,8 +261,8 @@ class _Reader:
     def rows(self, source: DataSource, counts: DataCounts) -> Iterator[Row]:
         """Yield rows, count what truncation will remove, and drop rows with nothing left to train on."""
         told: set[str] = set()
-        unknown: dict[int, str] = {}
-        for where, record in _records(source, streaming=self.config.streaming):
+        unknown = UnknownTokens(self.limits, self.tokenizer)
+        for where, record in read_records(source, streaming=self.config.streaming):
             try:
                 if isinstance(record, DataError):
                     raise record
@@ -355,7 +273,7 @@ class _Reader:
                 rows = list(self._converted(converted(record, where, source), where, source))
                 for row in rows:
                     for ids in row.texts:
-                        self.limits.check(len(ids), min(len(ids), self.config.max_length), where)
+                        self.limits.check(ids, min(len(ids), self.config.max_length), where)
             except DataError as error:
                 if self.config.on_bad_record == "error":
                     raise
@@ -372,12 +290,11 @@ class _Reader:
                     counts.dropped += 1
                     continue
                 for ids in row.texts:
-                    self._check_embedded(ids[self._window], where, unknown)
-                if unknown and self.config.streaming:
-                    raise self._not_embedded(unknown)
+                    unknown.add(ids[self._window], where)
+                if self.config.streaming:  # these rows are trained on before the others are read
+                    unknown.check()
                 yield row.columns
-        if unknown:
-            raise self._not_embedded(unknown)
+        unknown.check()
 
     @property
     def _window(self) -> slice:
@@ -435,24 +352,6 @@ class _Reader:
         check_text(text, where)
         return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
-    def _check_embedded(self, ids: Sequence[int], where: str, unknown: dict[int, str]) -> None:
-        """Add the tokens among ``ids`` that the model has no embedding for: token -> where it first occurred."""
-        if self.limits.embeddings is not None and ids and max(ids) >= self.limits.embeddings:
-            for token in ids:
-                if token >= self.limits.embeddings:
-                    unknown.setdefault(token, where)
-
-    def _not_embedded(self, unknown: Mapping[int, str]) -> DataError:
-        names = [f"{self.tokenizer.convert_ids_to_tokens(token)!r} ({token})" for token in sorted(unknown)]
-        more = f" and {len(names) - _EXAMPLES} others" if len(names) > _EXAMPLES else ""
-        return DataError(
-            f"the model has no embedding for {len(names)} of the tokens in the data: {', '.join(names[:_EXAMPLES])}"
-            f"{more}, first at {next(iter(unknown.values()))}",
-            expected=f"tokens below {self.limits.embeddings}",
-            fix="list them under data.new_tokens, which adds embeddings for them and trains these, or use the model's "
-            "own tokenizer",
-        )
-
 
 @dataclass(frozen=True)
 class _Row:
@@ -482,133 +381,6 @@ def check_text(text: str, where: str) -> None:
             expected="text that can be encoded as UTF-8",
             fix="correct or remove the record, or set data.on_bad_record to skip",
         ) from error
-
-
-def _records(source: DataSource, *, streaming: bool = False) -> Iterator[tuple[str, Record | DataError]]:
-    """Yield (where, record); ``where`` locates the record in error messages: file and line, or file and record.
-
-    In place of a record that cannot be read, yield the error.
-    """
-    path = Path(source.path)
-    records = _file_records(path) if path.is_file() else _hub_records(source, streaming=streaming)
-    empty = True
-    for where, record in records:
-        empty = False
-        yield where, _mapped(record, where, source)
-    if empty:
-        raise DataError(f"data.path {source.path} is empty", expected="at least one record", fix="correct data.path")
-
-
-def _mapped(record: Any, where: str, source: DataSource) -> Record | DataError:
-    """Return ``record`` with the format's keys."""
-    if isinstance(record, DataError):
-        return record
-    if not isinstance(record, dict):
-        return DataError(f"{where} is {type(record).__name__}", expected="an object", fix="correct or remove it")
-    for key, column in source.columns.items():
-        if column not in record:
-            return DataError(
-                f"{where} has no column '{column}' (data.columns.{key})", fix=suggest(column, map(str, record))
-            )
-        record = {**record, key: record[column]}
-    return record
-
-
-def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        if path.suffix in (".csv", ".tsv"):
-            yield from _csv_records(path)
-        elif path.suffix == ".parquet":
-            number = 0
-            for batch in pq.ParquetFile(path).iter_batches(_BATCH):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: record {number}", _without_nulls(record)
-        else:
-            yield from _json_records(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}", fix="save it as UTF-8") from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"data.path {path} cannot be read: {one_line(error)}",
-            expected="a complete file of the type that its extension indicates",
-        ) from error
-
-
-def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        start = file.read(_BATCH).lstrip()
-        file.seek(0)
-        if start.startswith("["):
-            try:
-                records = json.load(file)
-            except (ValueError, RecursionError) as error:
-                line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-                raise DataError(f"{path}{line} is not valid JSON: {error}", fix="correct the line") from error
-            yield from ((f"{path}: record {number}", record) for number, record in enumerate(records, 1))
-            return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    record = DataError(f"{path}:{number} is not valid JSON: {error}", fix="correct or remove the line")
-                yield f"{path}:{number}", record
-
-
-def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        try:
-            for record in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in record or None in record.values():
-                    wanted = len(reader.fieldnames or ())
-                    yield (
-                        where,
-                        DataError(
-                            f"{where} does not have as many fields as the header, {wanted}", fix="correct the line"
-                        ),
-                    )
-                    continue
-                yield where, record
-        except csv.Error as error:
-            raise DataError(
-                f"{path}:{reader.reader.line_num} is not valid CSV: {error}", fix="correct the line"
-            ) from error
-
-
-def _hub_records(source: DataSource, *, streaming: bool) -> Iterator[tuple[str, Any]]:
-    trouble = hub_trouble()
-    how = None if trouble is None else DownloadConfig(local_files_only=True)
-    try:
-        dataset = load_dataset(  # type: ignore[call-overload]  # no overload for a non-literal `streaming`
-            source.path, source.name, split=source.split, streaming=streaming, download_config=how
-        )
-    except Exception as error:  # datasets raises its own errors and those of the Hub, httpx and the builder
-        raise DataError(
-            f"data.path {source.path} is not a local file and cannot be loaded as a dataset: "
-            f"{trouble or one_line(error)}",
-            expected="a file, or the id of an accessible dataset",
-            fix="correct data.path, data.name or data.split",
-        ) from error
-    yield from (
-        (f"{source.path}: row {number}", _without_nulls(dict(record))) for number, record in enumerate(dataset, 1)
-    )
-
-
-def _without_nulls(record: Record) -> Record:
-    """Remove nulls inside the values of ``record``.
-
-    In Arrow's columns, every call has the arguments, and every tool the parameters, that any other has.
-    """
-
-    def cleaned(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cleaned(inner) for key, inner in value.items() if inner is not None}
-        return [cleaned(inner) for inner in value] if isinstance(value, list) else value
-
-    return {key: cleaned(value) for key, value in record.items()}
 
 
 def tokenized(

@@ -17,7 +17,8 @@ from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model
 from arctic_plugins_huggingface.loading.rope import positions
 from arctic_plugins_huggingface.training.arguments import training_arguments
 from arctic_plugins_huggingface.training.check import check_recipe, check_trainer
-from arctic_plugins_huggingface.training.data import Limits, TrainingData, load_data
+from arctic_plugins_huggingface.training.counts import Limits
+from arctic_plugins_huggingface.training.data import TrainingData, load_data
 from arctic_plugins_huggingface.training.recipe import Recipe
 from arctic_plugins_huggingface.training.templates import set_template
 
