@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -68,11 +68,11 @@ def adapter_base(adapter: Path, base: str | Path | None = None) -> str:
     return base
 
 
-def ends_of(known: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ends_of(known: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens at which generation stops: the ``known`` ones and the tokenizer's end-of-text token.
 
     A chat template that training gave the tokenizer may end answers with another token than the base model's.
     """
-    ends = [] if known is None else [known] if isinstance(known, int) else list(known)
+    ends: list[int] = [known] if isinstance(known, int) else known if isinstance(known, list) else []
     own = tokenizer.eos_token_id
     return ends if own is None or own in ends else [*ends, own]

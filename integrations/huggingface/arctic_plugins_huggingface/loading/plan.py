@@ -116,10 +116,10 @@ class ModelPlan:
     """Why ``dtype`` differs from the checkpoint's, or why it is slow on this device; empty otherwise."""
     warnings: tuple[str, ...]
     """The plugins' warnings, each prefixed with the name of its plugin."""
-    contents_checked: bool
-    """Whether the digests of the checkpoint's files were compared, if it is a directory."""
     load: dict[str, Any] = field(repr=False)
     """Further arguments of ``from_pretrained``."""
+    contents_checked: bool
+    """Whether the digests of the checkpoint's files were compared, if it is a directory."""
     new_tokens: tuple[str, ...] = ()
     """Tokens whose embeddings are to be trained; those that the checkpoint's tokenizer lacks are added to it."""
 
@@ -131,7 +131,8 @@ class ModelPlan:
             CheckpointError: the tokenizer is missing or damaged.
         """
         tokenizer = load_tokenizer(self.checkpoint, config=self.config, **only_hub(self.load))
-        tokenizer.add_tokens(list(self.new_tokens))
+        if self.new_tokens:
+            tokenizer.add_tokens(list(self.new_tokens))
         return tokenizer
 
     @property
