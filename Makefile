@@ -10,7 +10,7 @@ PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plu
 # Two pytest workers with one thread each: nearly all of a test's time is spent in one process that imports, or computes something small.
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
-.PHONY: install demo test test-avx2 test-slow lint format benchmarks clean
+.PHONY: install demo test test-avx2 test-slow gpu lint format benchmarks clean
 .DEFAULT_GOAL := test
 
 # `make` installs once, and again when a requirement or a distribution's metadata changes.
@@ -38,6 +38,11 @@ test-slow: install
 # Tests that depend on the processor, run as on one with AVX2 only. The two variables make any x86-64 machine behave like that.
 test-avx2: install
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/test_compute.py plugins/fp8/tests/test_kernels.py
+
+# On a machine with a GPU, with a Python that has torch, transformers, peft and accelerate (docs/gpu.md). Installs nothing.
+GPU_PYTHON ?= python3
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py $(GPU_OPTIONS)
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,7 +2,15 @@
 
 from arctic_plugins.frozen.codec import Buffers, Codec, TensorSpec, codec_from_dict, codec_to_dict
 from arctic_plugins.frozen.dispatch import DispatchedTokens, ExpertsDispatch, LocalTokens, local_parameters
-from arctic_plugins.frozen.experts import FrozenExperts, Mixture, in_blocks, mix_experts, piece_sizes, start_experts
+from arctic_plugins.frozen.experts import (
+    FrozenExperts,
+    Mixture,
+    grouped_linear,
+    in_blocks,
+    mix_experts,
+    piece_sizes,
+    start_experts,
+)
 from arctic_plugins.frozen.exporting import Converter, Exporter
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
@@ -36,6 +44,7 @@ __all__ = [
     "chain",
     "codec_from_dict",
     "codec_to_dict",
+    "grouped_linear",
     "in_blocks",
     "local_parameters",
     "mix_experts",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, ClassVar
 
@@ -94,17 +94,18 @@ class Codec(ABC):
         """
         return grad @ self.decode(buffers, shape, grad.dtype, out=take_scratch(shape, grad.dtype, grad.device))
 
-    def linear_experts(self, x: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Sequence[int]) -> Tensor:
+    def linear_experts(self, x: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Tensor) -> Tensor:
         """Compute :meth:`linear` with one matrix per expert.
 
-        ``x [M, K]`` is sorted by expert, and ``counts`` contains the number of rows of each of the E experts.
-        ``buffers`` are those of a weight of ``shape`` ``(E, N, K)``; experts without rows are not read.
+        ``x [M, K]`` is sorted by expert; ``counts``, int64 ``[E]`` on the device of ``x``, holds the number of rows of
+        each expert. Rows after those of the last expert belong to none, and their results are zero. ``buffers`` are
+        those of a weight of ``shape`` ``(E, N, K)``; experts without rows are not read.
+
+        The default copies ``counts`` to the host, which waits for a GPU. A kernel for all experts avoids that.
         """
         return _by_expert(self.linear, x, buffers, shape, counts, shape[1])
 
-    def grad_input_experts(
-        self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Sequence[int]
-    ) -> Tensor:
+    def grad_input_experts(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Tensor) -> Tensor:
         """Compute :meth:`grad_input` in the same way: ``grad [M, N]`` -> ``[M, K]``."""
         return _by_expert(self.grad_input, grad, buffers, shape, counts, shape[2])
 
@@ -128,19 +129,20 @@ def _by_expert(
     rows: Tensor,
     buffers: Buffers,
     shape: tuple[int, int, int],
-    counts: Sequence[int],
+    counts: Tensor,
     width: int,
 ) -> Tensor:
     """Apply ``product`` to every expert's rows with its own buffers, which are slices by the row law.
 
     ``width`` is the number of columns of the result.
     """
-    results = [
-        product(own, {suffix: buffer[expert] for suffix, buffer in buffers.items()}, shape[1:])
-        for expert, own in enumerate(rows.split(list(counts)))
-        if len(own)
-    ]
-    return torch.cat(results) if results else rows.new_empty(0, width)
+    result, first = rows.new_zeros(len(rows), width), 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            own = {suffix: buffer[expert] for suffix, buffer in buffers.items()}
+            result[first : first + count] = product(rows[first : first + count], own, shape[1:])
+            first += count
+    return result
 
 
 def check_buffers(codec: Codec, buffers: Buffers, shape: tuple[int, ...], name: str) -> None:

@@ -20,11 +20,12 @@ class DispatchedTokens(ABC):
     """
 
     @abstractmethod
-    def receive(self) -> tuple[Tensor, Sequence[int]]:
+    def receive(self) -> tuple[Tensor, Tensor]:
         """Wait for the rows of this process's experts.
 
         Returns:
-            The rows, ``[rows, K]``, sorted by expert, and the number of rows of each expert.
+            The rows, ``[rows, K]``, sorted by expert, and the number of rows of each expert, int64 ``[E]`` on the same
+                device.
         """
 
     @abstractmethod
@@ -39,10 +40,10 @@ class DispatchedTokens(ABC):
 class LocalTokens(DispatchedTokens):
     """Rows whose experts are in this process: nothing travels."""
 
-    def __init__(self, rows: Tensor, counts: Sequence[int]) -> None:
+    def __init__(self, rows: Tensor, counts: Tensor) -> None:
         self.rows, self.counts = rows, counts
 
-    def receive(self) -> tuple[Tensor, Sequence[int]]:
+    def receive(self) -> tuple[Tensor, Tensor]:
         return self.rows, self.counts
 
     def combine(self, rows_RK: Tensor) -> None:
@@ -94,7 +95,7 @@ class ExpertsDispatch(ABC):
         return [here.stop - here.start]
 
     @abstractmethod
-    def dispatch(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[DispatchedTokens]:
+    def dispatch(self, rows_RK: Tensor, counts: Sequence[Tensor]) -> Sequence[DispatchedTokens]:
         """Start sending rows to the processes that hold their experts.
 
         Collective: all processes call it the same number of times, in the same order. Gradients travel back the same
@@ -103,7 +104,7 @@ class ExpertsDispatch(ABC):
         Args:
             rows_RK: sorted by piece (see :meth:`pieces`), then by expert.
             counts: for each piece, the number of rows of each of its experts in all processes, those of the first
-                process first.
+                process first; int64, on the device of the rows.
 
         Returns:
             One object for each piece. All pieces are under way; processes finish them in the same order.

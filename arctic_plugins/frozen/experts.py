@@ -7,22 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arctic_plugins.frozen.dispatch import DispatchedTokens, ExpertsDispatch, LocalTokens
 from arctic_plugins.frozen.module import FrozenModule
 
-__all__ = ["FrozenExperts", "Mixture", "in_blocks", "mix_experts", "piece_sizes", "start_experts"]
+__all__ = ["FrozenExperts", "Mixture", "grouped_linear", "in_blocks", "mix_experts", "piece_sizes", "start_experts"]
 
-Product = Callable[[Tensor, Sequence[int]], Tensor]
-"""``(rows sorted by expert, number of rows of each expert) -> rows``."""
+Product = Callable[[Tensor, Tensor], Tensor]
+"""``(rows sorted by expert, number of rows of each expert) -> rows``. The numbers are int64 ``[E]`` on the same device.
+
+Rows after those of the last expert belong to none; what they become is finite, and is multiplied by zero.
+"""
 Piece = tuple[int, Product]
 """Experts that are computed together: their number, and their product."""
-Update = Callable[[Tensor, Tensor, Sequence[int]], Tensor]
+Update = Callable[[Tensor, Tensor, Tensor], Tensor]
 """How an adapter changes a product: ``(product, rows, number of rows of each expert) -> product``. The key in
 :attr:`FrozenExperts.updates` is the leaf.
 """
@@ -62,19 +65,26 @@ class Mixture:
         dispatch: ExpertsDispatch | None = None,
     ) -> None:
         self.tokens, self.top = index_MT.shape
-        self.dtype, self.pieces, self.weights_MT = x_MK.dtype, pieces, weights_MT
+        self.dtype, self.pieces = x_MK.dtype, pieces
         index = index_MT.reshape(-1)
         index = index.where((index >= 0) & (index < num_experts), num_experts)
         sizes, processes = [size for size, _ in pieces], 1 if dispatch is None else dispatch.size
         if len(sizes) > 1:
             index = _places(sizes, processes).to(index.device)[index]
-        counts: list[int] = torch.bincount(index, minlength=num_experts + 1).tolist()[:num_experts]
-        self.order = index.argsort(stable=True)[: sum(counts)]
+        self.order = index.argsort(stable=True)
+        ends = torch.searchsorted(index[self.order], torch.arange(num_experts, device=index.device), right=True)
+        counts, weights = ends.diff(prepend=ends.new_zeros(1)), weights_MT.reshape(-1)
+        if index.is_cuda and dispatch is None:  # what the device has counted is not waited for
+            kept = torch.arange(len(index), device=index.device) < ends[-1]
+            self.weights = weights[self.order].where(kept, 0)
+        else:
+            self.order = self.order[: int(ends[-1])]
+            self.weights = weights[self.order]
         rows = x_MK[self.order // self.top]
-        ends = [0, *accumulate(size * processes for size in sizes)]
-        by_piece = [counts[first:last] for first, last in pairwise(ends)]
         self.dispatched: Sequence[DispatchedTokens] = (
-            [LocalTokens(rows, counts)] if dispatch is None else dispatch.dispatch(rows, by_piece)
+            [LocalTokens(rows, counts)]
+            if dispatch is None
+            else dispatch.dispatch(rows, counts.split([size * processes for size in sizes]))
         )
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -88,7 +98,7 @@ class Mixture:
         """Return ``[M, K]`` in the dtype of ``x_MK``. Sums are computed in the dtype of rows times routing weights."""
         returned = [tokens.combined() for tokens in self.dispatched]
         rows = returned[0] if len(returned) == 1 else torch.cat(returned)
-        rows = rows * self.weights_MT.reshape(-1)[self.order].unsqueeze(-1)
+        rows = rows * self.weights.unsqueeze(-1)
         by_token = rows.new_zeros(self.tokens * self.top, rows.shape[-1]).index_put((self.order,), rows)
         return by_token.view(self.tokens, self.top, rows.shape[-1]).sum(1).to(self.dtype)
 
@@ -110,12 +120,41 @@ def mix_experts(x_MK: Tensor, index_MT: Tensor, weights_MT: Tensor, num_experts:
     return Mixture(x_MK, index_MT, weights_MT, num_experts, [(num_experts, products)]).finish()
 
 
+def grouped_linear(rows_RK: Tensor, weight_ENK: Tensor, counts: Tensor) -> Tensor:
+    """Return ``rows @ weight[e].T`` for the rows of each expert.
+
+    Uses torch's grouped product, which requires that K and N elements each take a multiple of 16 bytes, and otherwise
+    one product per expert, which waits for a GPU.
+
+    Args:
+        rows_RK: sorted by expert.
+        weight_ENK: one matrix per expert, cast to the dtype of the rows.
+        counts: number of rows of each expert, int64 ``[E]`` on the device of the rows. Experts without rows are not
+            read, forward or backward; their gradient is zero. Rows after those of the last expert get any finite
+            result; a gradient of zero for them stays zero.
+    """
+    if any(size * rows_RK.element_size() % 16 for size in weight_ENK.shape[1:]):
+        sizes = counts.tolist()
+        own = [
+            rows @ weight_ENK[expert].to(rows.dtype).mT
+            for expert, rows in enumerate(rows_RK.split([*sizes, len(rows_RK) - sum(sizes)])[:-1])
+            if len(rows)
+        ]
+        result = torch.cat(own) if own else rows_RK[:0] @ weight_ENK[0].to(rows_RK.dtype).mT
+        return (
+            result if len(result) == len(rows_RK) else nn.functional.pad(result, (0, 0, 0, len(rows_RK) - len(result)))
+        )
+    ends = counts.cumsum(0, dtype=torch.int32)
+    ends[-1] = len(rows_RK)  # grouped_mm leaves what follows the last end undefined
+    return nn.functional.grouped_mm(rows_RK, weight_ENK.to(rows_RK.dtype).mT, offs=ends)
+
+
 BLOCK = 24 << 20
 """Bytes. glibc's malloc requests anything of 32 MiB and more from the system anew (mallopt(3), M_MMAP_THRESHOLD). The
 first use of each of its pages costs as much as the arithmetic of activations."""
 
 
-def in_blocks(products: Product, rows_RK: Tensor, counts: Sequence[int], width: int) -> Tensor:
+def in_blocks(products: Product, rows_RK: Tensor, counts: Tensor, width: int) -> Tensor:
     """Return ``products(rows, counts)``, computed on CPU for a few experts at a time.
 
     An intermediate result of ``width`` columns then has at most :data:`BLOCK` bytes, or the rows of one expert."""
@@ -124,7 +163,7 @@ def in_blocks(products: Product, rows_RK: Tensor, counts: Sequence[int], width: 
         return products(rows_RK, counts)
     blocks: list[list[int]] = []
     free = 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(counts.tolist()):
         if count and count > free:
             blocks.append([0] * len(counts))
             free = limit
@@ -133,7 +172,7 @@ def in_blocks(products: Product, rows_RK: Tensor, counts: Sequence[int], width: 
             free -= count
     return torch.cat(
         [
-            products(rows, block)
+            products(rows, torch.tensor(block))
             for rows, block in zip(rows_RK.split([sum(block) for block in blocks]), blocks, strict=True)
         ]
     )
@@ -208,16 +247,16 @@ class FrozenExperts(FrozenModule):
         pieces = [(size, partial(self._piece, first)) for size, first in zip(sizes, firsts, strict=False)]
         return start_experts(self, hidden_states, top_k_index, top_k_weights, pieces)
 
-    def _piece(self, first: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        of_all = [0] * self.frozen[self.up].shape[0]
+    def _piece(self, first: int, rows: Tensor, counts: Tensor) -> Tensor:
+        of_all = counts.new_zeros(self.frozen[self.up].shape[0])
         of_all[first : first + len(counts)] = counts
         return in_blocks(self._products, rows, of_all, self.frozen[self.up].shape[1])
 
-    def _products(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def _products(self, rows: Tensor, counts: Tensor) -> Tensor:
         """Return ``down(act(up(rows)))``, each row with its expert's matrices."""
         return self._adapted(self.act(self._adapted(rows, self.up, counts)), self.down, counts)
 
-    def _adapted(self, rows: Tensor, leaf: str, counts: Sequence[int]) -> Tensor:
+    def _adapted(self, rows: Tensor, leaf: str, counts: Tensor) -> Tensor:
         product = self.multiply(rows, leaf, counts)
         return self.updates[leaf](product, rows, counts) if leaf in self.updates else product
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -149,13 +149,14 @@ class FrozenModule(nn.Module):
                 leaf, nn.Parameter(torch.empty(0, dtype=self.compute_dtype, device=device), requires_grad=False)
             )
 
-    def multiply(self, x_MK: Tensor, leaf: str = "weight", counts: Sequence[int] | None = None) -> Tensor:
+    def multiply(self, x_MK: Tensor, leaf: str = "weight", counts: Tensor | None = None) -> Tensor:
         """Return ``x_MK @ decode(bytes).T``, in the dtype of ``x_MK``. Gradients flow through it, never into the bytes.
 
         Args:
             x_MK: ``[..., K]``; for a weight of experts ``[M, K]``, sorted by expert.
             leaf: which weight.
-            counts: for a weight of experts, the number of rows of each; only experts with rows are decoded.
+            counts: for a weight of experts, int64 ``[E]``, the number of rows of each. Only experts with rows are
+                decoded.
         """
         if (
             torch.is_grad_enabled()
@@ -168,7 +169,7 @@ class FrozenModule(nn.Module):
             x_MK, leaf, counts
         )  # also while compiling, so that compilers see the codec's operator and its gradient
 
-    def _product(self, x_MK: Tensor, leaf: str, counts: Sequence[int] | None) -> Tensor:
+    def _product(self, x_MK: Tensor, leaf: str, counts: Tensor | None) -> Tensor:
         weight = self.frozen[leaf]
         if counts is None and weight.handle is None:  # the path of every generated token: as short as possible
             return weight.codec.linear(x_MK, self._resident(weight), weight.shape)  # type: ignore[arg-type]
@@ -177,7 +178,7 @@ class FrozenModule(nn.Module):
                 return weight.codec.linear(x_MK, buffers, weight.shape)  # type: ignore[arg-type]
             return weight.codec.linear_experts(x_MK, buffers, weight.shape, counts)  # type: ignore[arg-type]
 
-    def _gradient(self, grad_MN: Tensor, leaf: str, counts: Sequence[int] | None) -> Tensor:
+    def _gradient(self, grad_MN: Tensor, leaf: str, counts: Tensor | None) -> Tensor:
         weight = self.frozen[leaf]
         with self.lease(leaf) as buffers:
             if counts is None:
@@ -222,7 +223,7 @@ class _FrozenMatmul(torch.autograd.Function):
     """A product that saves neither decoded nor fetched weights: backward leases and decodes again."""
 
     @staticmethod
-    def forward(ctx: Any, x_MK: Tensor, module: FrozenModule, leaf: str, counts: Sequence[int] | None) -> Tensor:
+    def forward(ctx: Any, x_MK: Tensor, module: FrozenModule, leaf: str, counts: Tensor | None) -> Tensor:
         ctx.module, ctx.leaf, ctx.counts, ctx.version = module, leaf, counts, module.frozen[leaf].version
         return module._product(x_MK, leaf, counts)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -99,10 +99,10 @@ def _check_rows(
 
     from arctic_plugins.frozen import Mixture
 
-    def products(first: int, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        assert sum(counts) == len(rows), "receive() returns counts that do not match its rows"
+    def products(first: int, rows: Tensor, counts: Tensor) -> Tensor:
+        assert int(counts.sum()) == len(rows), "receive() returns counts that do not match its rows"
         own = factors[first : first + len(counts)]
-        return rows * own.repeat_interleave(torch.tensor(counts)).unsqueeze(-1)
+        return rows * own.repeat_interleave(counts).unsqueeze(-1)
 
     x_MK = x_MK.requires_grad_()
     weights_MT = torch.linspace(0.5, 1.5, index_MT.numel()).view(index_MT.shape)

@@ -18,7 +18,7 @@ class Here(ExpertsDispatch):
         return [3, num_experts - 3]
 
     def dispatch(self, rows_RK, counts):
-        rows = rows_RK.split([sum(own) for own in counts])
+        rows = rows_RK.split([int(own.sum()) for own in counts])
         return [LocalTokens(own, number) for own, number in zip(rows, counts, strict=True)]
 
     def sum_over_copies(self, tensor): ...

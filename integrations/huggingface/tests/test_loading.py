@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 import torch
+from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_huggingface import freeze, load_model, merge_adapter, register, save_checkpoint
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.loading.quantizer import ArcticQuantizer
 from arctic_plugins_huggingface.loading.rope import positions
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -135,6 +137,46 @@ def test_a_tied_head_cannot_be_encoded(tmp_path):
     assert load_model(checkpoint, FP8)
     with pytest.raises(ClaimError, match="lm_head, whose weight is tied to the embedding"):
         load_model(checkpoint, Stack.from_dict({"fp8": {"exclude": []}}))
+
+
+def test_weights_from_memory(tiny_checkpoint, tmp_path):
+    without = shutil.copytree(tiny_checkpoint, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    weights = load_file(tiny_checkpoint / "model.safetensors")
+    for stack in (Stack(), Stack.from_dict({"fp8": {}})):
+        expected, _ = load_model(tiny_checkpoint, stack)
+        model, _ = load_model(without, stack, state_dict=weights)
+        assert torch.equal(logits(model), logits(expected))
+        assert model.name_or_path == model.config.name_or_path == str(without)
+    with pytest.raises(CheckpointError, match=r"lacks 1 weights of its model, for example model\.norm\.weight"):
+        load_model(without, state_dict={name: value for name, value in weights.items() if name != "model.norm.weight"})
+
+
+def test_running_out_of_memory_while_encoding_is_not_a_damaged_checkpoint(tiny_checkpoint, monkeypatch):
+    def encode(self, weight):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(FP8Codec, "encode", encode)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        load_model(tiny_checkpoint, Stack.from_dict({"fp8": {}}))
+
+
+def test_no_memory_of_the_device_is_reserved_for_weights_that_are_placed(tiny_checkpoint, tmp_path, monkeypatch):
+    reserved = {}
+    prepare = ArcticQuantizer._process_model_before_weight_loading
+
+    def prepare_and_ask(self, model, **kwargs):
+        prepare(self, model, **kwargs)
+        for name, value in model.named_parameters():
+            reserved[name] = self.param_element_size(model, name, value) * value.numel()
+
+    monkeypatch.setattr(ArcticQuantizer, "_process_model_before_weight_loading", prepare_and_ask)
+    path = str(tmp_path / "files")
+    plugins = {"fp8": {}, "offload": {"to": "disk", "path": path, "select": ["**.up_proj"]}}
+    model, _ = load_model(tiny_checkpoint, Stack.from_dict(plugins))
+    placed = {name for name, nbytes in reserved.items() if nbytes == 0}
+    assert placed == {f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(2)}
+    module = model.model.layers[0].mlp.gate_proj
+    assert reserved["model.layers.0.mlp.gate_proj.weight"] == module.codec.nbytes(module.shape)
 
 
 def test_nan_in_a_weight_names_the_tensor(tiny_checkpoint, tmp_path):

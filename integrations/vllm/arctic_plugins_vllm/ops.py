@@ -8,7 +8,7 @@ that implements its own linear is called directly: it is an operator already.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -104,7 +104,7 @@ def _experts(
 ) -> Tensor:
     def product(
         buffers: list[Tensor], suffixes: list[str], shape: list[int], text: str
-    ) -> Callable[[Tensor, Sequence[int]], Tensor]:
+    ) -> Callable[[Tensor, Tensor], Tensor]:
         named = dict(zip(suffixes, buffers, strict=True))
         return lambda rows, counts: _codec(text).linear_experts(rows, named, tuple(shape), counts)  # type: ignore[arg-type]
 
@@ -114,7 +114,7 @@ def _experts(
     )
     act = json.loads(activation)
 
-    def products(rows: Tensor, counts: Sequence[int]) -> Tensor:
+    def products(rows: Tensor, counts: Tensor) -> Tensor:
         return down_product(activate_experts(act, up_product(rows, counts)), counts)
 
     return mix_experts(

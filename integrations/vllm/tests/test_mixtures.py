@@ -87,7 +87,7 @@ def definition(weights, codec_of, x, weight, index):
 
     def product(shards):
         def run(rows, counts):
-            parts = rows.split([*counts])
+            parts = rows.split(counts.tolist())
             return torch.cat(
                 [part @ torch.cat([matrix(expert, shard) for shard in shards]).T for expert, part in enumerate(parts)]
             )

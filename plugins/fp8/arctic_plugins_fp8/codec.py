@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import ClassVar, Literal
@@ -144,17 +143,15 @@ class FP8Codec(Codec):
             return super().grad_input(grad, buffers, shape)
         return kernels.grad_input(grad, buffers[""], buffers["_scale"], self.bits, shape[1])
 
-    def linear_experts(self, x: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Sequence[int]) -> Tensor:
+    def linear_experts(self, x: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Tensor) -> Tensor:
         if x.dtype not in DTYPES or self.activations == "fp8":
             return super().linear_experts(x, buffers, shape, counts)
-        return kernels.linear_experts(x, *_flat(buffers), self.bits, list(counts))
+        return kernels.linear_experts(x, *_flat(buffers), self.bits, counts)
 
-    def grad_input_experts(
-        self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Sequence[int]
-    ) -> Tensor:
+    def grad_input_experts(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Tensor) -> Tensor:
         if grad.dtype not in DTYPES:
             return super().grad_input_experts(grad, buffers, shape, counts)
-        return kernels.grad_input_experts(grad, *_flat(buffers), self.bits, shape[2], list(counts))
+        return kernels.grad_input_experts(grad, *_flat(buffers), self.bits, shape[2], counts)
 
 
 def _flat(buffers: Buffers) -> tuple[Tensor, Tensor]:

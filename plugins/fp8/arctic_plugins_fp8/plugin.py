@@ -61,7 +61,7 @@ class FP8(Plugin):
         from arctic_plugins_fp8 import kernels
 
         compiled, sentence = kernels.describe()
-        return [Finding("ok" if compiled else "warning", "kernels", f"{sentence}; other devices: reference in torch")]
+        return [Finding("ok" if compiled else "warning", "kernels", sentence)]
 
     def _format(self, name: str) -> FP8Format:
         found = {pattern: form for pattern, form in self.options.formats.items() if matches(pattern, name)}

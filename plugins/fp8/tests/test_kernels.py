@@ -125,7 +125,8 @@ def test_products_agree_with_float64(compiled, codec):
 
 @pytest.mark.parametrize("codec", CODECS, ids=str)
 def test_products_of_experts_agree_with_float64(compiled, codec):
-    """Idle experts, experts with few rows and with many beside each other, none at all."""
+    """Idle experts, experts with few rows and with many beside each other, none at all; rows that belong to none."""
+    strays = itertools.cycle((0, 3))
     for (N, K), counts, dtype in itertools.product(
         [(37, 77), (33, 1000), (5, 33)], ([0, 1, 300, 0, 7, 16, 2, 40, 0], [3], [0, 0]), (torch.bfloat16, torch.float32)
     ):
@@ -133,31 +134,37 @@ def test_products_of_experts_agree_with_float64(compiled, codec):
         weight = torch.empty(len(counts) * N, K)
         reference.decode(codes, scale, codec.bits, weight)
         weights = weight.double().view(len(counts), N, K)
-        x, grad = torch.randn(sum(counts), K).to(dtype), torch.randn(sum(counts), N).to(dtype)
+        rows = [*counts, next(strays)]
+        x, grad = torch.randn(sum(rows), K).to(dtype), torch.randn(sum(rows), N).to(dtype)
         tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
         for found, exact in (
             (
-                kernels.linear_experts(x, codes, scale, codec.bits, counts),
-                [rows.double() @ own.T for rows, own in zip(x.split(counts), weights, strict=True)],
+                kernels.linear_experts(x, codes, scale, codec.bits, torch.tensor(counts)),
+                [own.double() @ weight.T for own, weight in zip(x.split(rows)[:-1], weights, strict=True)],
             ),
             (
-                kernels.grad_input_experts(grad, codes, scale, codec.bits, K, counts),
-                [rows.double() @ own for rows, own in zip(grad.split(counts), weights, strict=True)],
+                kernels.grad_input_experts(grad, codes, scale, codec.bits, K, torch.tensor(counts)),
+                [own.double() @ weight for own, weight in zip(grad.split(rows)[:-1], weights, strict=True)],
             ),
         ):
             assert found.dtype == dtype
-            for rows, own in zip(found.split(counts), exact, strict=True):
-                assert (rows - own).norm() <= tolerance * own.norm(), (N, K, counts, dtype)
+            *parts, last = found.split(rows)
+            for part, own in zip(parts, exact, strict=True):
+                assert (part - own).norm() <= tolerance * own.norm(), (N, K, counts, dtype)
+            assert not last.any()
 
 
 def test_experts_and_rows_that_do_not_fit_are_refused(compiled):
     codes, scale = encoded(FP8Codec(), (30, 16))
     with pytest.raises(RuntimeError, match="as many rows for each expert"):
-        kernels.linear_experts(torch.ones(4, 16), codes, scale, 8, [1, 1, 1, 1])
-    with pytest.raises(RuntimeError, match="add up to the rows"):
-        kernels.linear_experts(torch.ones(4, 16), codes, scale, 8, [2, 1, 2])
-    with pytest.raises(RuntimeError, match="add up to the rows"):
-        kernels.grad_input_experts(torch.ones(4, 10), codes, scale, 8, 16, [5, -1, 0])
+        kernels.linear_experts(torch.ones(4, 16), codes, scale, 8, torch.tensor([1, 1, 1, 1]))
+    for counts in ([2, 1, 2], [5, -1, 0]):
+        with pytest.raises(RuntimeError, match="add up to at most the rows"):
+            kernels.linear_experts(torch.ones(4, 16), codes, scale, 8, torch.tensor(counts))
+        with pytest.raises(RuntimeError, match="add up to at most the rows"):
+            kernels.grad_input_experts(torch.ones(4, 10), codes, scale, 8, 16, torch.tensor(counts))
+    with pytest.raises(RuntimeError, match="counts must be contiguous int64"):
+        kernels.linear_experts(torch.ones(4, 16), codes, scale, 8, torch.ones(3))
 
 
 @pytest.mark.parametrize("bits", [8, 6, 12])
@@ -241,8 +248,11 @@ def test_operators_pass_torchs_own_checks():
     torch.library.opcheck(operators.linear_bf16, (x, torch.randn(24, 40).bfloat16()))
     torch.library.opcheck(operators.linear_fp8, (x, codes, scale))
     torch.library.opcheck(operators.grad_input, (torch.randn(3, 24), codes, scale, 8, 40))
-    torch.library.opcheck(operators.linear_experts, (torch.randn(3, 40), codes, scale, 8, [1, 0, 2]))
-    torch.library.opcheck(operators.grad_input_experts, (torch.randn(3, 8), codes, scale, 8, 40, [1, 0, 2]))
+    counts = torch.tensor([1, 0, 2])
+    torch.library.opcheck(operators.linear_experts, (torch.randn(3, 40), codes, scale, 8, counts))
+    torch.library.opcheck(
+        operators.grad_input_experts, (torch.randn(3, 8), codes, scale, 8, 40, torch.tensor([1, 0, 2]))
+    )
     torch.library.opcheck(operators.decode, (codes, scale, 8, torch.empty(24, 40)))
 
 

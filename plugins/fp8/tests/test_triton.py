@@ -7,10 +7,15 @@ file is also a script, ``python test_triton.py CHECK``.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import itertools
+import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,29 +154,31 @@ def check_numbers(device):
 
 
 def check_experts(device):
-    """Idle experts, experts with few rows and with more than a block beside each other, none at all."""
+    """Idle experts, experts with few rows and with more than a block beside each other, none at all; rows of none."""
     from arctic_plugins_fp8.kernels import gpu_products
 
-    dtypes = itertools.cycle(DTYPES)
+    dtypes, strays = itertools.cycle(DTYPES), itertools.cycle((0, 19))
     for (bits, group), counts in itertools.product(
         ((8, "channel"), (8, 100), (6, 32), (12, 128)), ([0, 1, 20, 0, 7, 2, 0], [3], [0, 40, 33], [0, 0])
     ):
-        dtype, (N, K) = next(dtypes), (33, 130)
+        dtype, stray, (N, K) = next(dtypes), next(strays), (33, 130)
         codes, scale, weight = encoded(FP8Codec(bits=bits, group_size=group), (len(counts) * N, K), device)
-        x, grad = (torch.randn(sum(counts), size, device=device).to(dtype) for size in (K, N))
-        y = gpu_products.linear_experts(x, codes, scale, bits, counts)
-        result = gpu_products.grad_input_experts(grad, codes, scale, bits, K, counts)
-        assert (y.shape, result.shape) == ((sum(counts), N), (sum(counts), K))
-        for own, *parts in zip(weight.view(-1, N, K), *(t.split(counts) for t in (x, y, grad, result)), strict=True):
-            assert_close(parts[1], parts[0], own.T, group == 100)
-            assert_close(parts[3], parts[2], own, True)
+        x, grad = (torch.randn(sum(counts) + stray, size, device=device).to(dtype) for size in (K, N))
+        y = gpu_products.linear_experts(x, codes, scale, bits, torch.tensor(counts, device=device))
+        result = gpu_products.grad_input_experts(grad, codes, scale, bits, K, torch.tensor(counts, device=device))
+        assert (y.shape, result.shape) == ((len(x), N), (len(x), K))
+        *parts, last = zip(*(tensor.split([*counts, stray]) for tensor in (x, y, grad, result)), strict=True)
+        for own, (rows, found, grads, back) in zip(weight.view(-1, N, K), parts, strict=True):
+            assert_close(found, rows, own.T, group == 100)
+            assert_close(back, grads, own, True)
+        assert not last[1].any()
+        assert not last[3].any()
     codes, scale, _ = encoded(FP8Codec(), (30, 16), device)
+    x = torch.ones(4, 16, device=device)
     with pytest.raises(RuntimeError, match="as many rows for each expert"):
-        gpu_products.linear_experts(torch.ones(4, 16, device=device), codes, scale, 8, [1, 1, 1, 1])
-    with pytest.raises(RuntimeError, match="add up to the rows"):
-        gpu_products.linear_experts(torch.ones(4, 16, device=device), codes, scale, 8, [2, 1, 2])
-    with pytest.raises(RuntimeError, match="add up to the rows"):
-        gpu_products.grad_input_experts(torch.ones(4, 10, device=device), codes, scale, 8, 16, [5, -1, 0])
+        gpu_products.linear_experts(x, codes, scale, 8, torch.ones(4, dtype=torch.int64, device=device))
+    with pytest.raises(RuntimeError, match="counts must be int64"):
+        gpu_products.linear_experts(x, codes, scale, 8, torch.ones(3, device=device))
 
 
 CHECKS = {
@@ -192,12 +199,9 @@ def test_in_the_interpreter(name):
     assert done.stdout == f"{name} in the interpreter\n"
 
 
-def compiled(kernel, capability, bits, block, *, scales=0, words=True):
+def compiled(kernel, capability, bits, block, *, scales=0, words=True, experts=False):
     """What Triton makes of a kernel for bfloat16 inputs whose sizes are multiples of 16."""
     from arctic_plugins_fp8.kernels import gpu, gpu_blocks
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler import compile as compile_kernel
 
     constants, options = gpu.constants(bits, words, scales) | {"INTERPRETED": False}, {"num_warps": 4}
     if block is None:
@@ -207,13 +211,21 @@ def compiled(kernel, capability, bits, block, *, scales=0, words=True):
         options["num_warps"] = block.warps
     else:
         sizes = (block.n, block.k) if kernel.fn.__name__ == "multiply" else (block.k, block.n)
-        constants |= {"BLOCK_M": block.m, "BLOCK_N": sizes[0], "BLOCK_K": sizes[1], "SPLIT": 1, "EXPERTS": False}
+        constants |= {"BLOCK_M": block.m, "BLOCK_N": sizes[0], "BLOCK_K": sizes[1], "SPLIT": 1, "EXPERTS": experts}
         options |= {"num_warps": block.warps, "num_stages": block.stages}
-    pointers = {"codes": "*i32" if words else "*u8", "scale": "*fp32", "tiles": "*i32"}
+    return compile_for(kernel, capability, constants, options, words)
+
+
+def compile_for(kernel, capability, constants, options, words=True):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as compile_kernel
+
+    pointers = {"codes": "*i32" if words else "*u8", "scale": "*fp32", "tiles": "*i32", "counts": "*i64"}
     pointers |= dict.fromkeys(("x", "grad", "out"), "*bf16")
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    aligned = [name for name in names if name not in constants and name not in ("rows", "groups")]
+    aligned = [name for name in names if name not in constants and name not in ("rows", "groups", "experts")]
     source = ASTSource(
         kernel,
         signature,
@@ -228,18 +240,19 @@ def check_compiled():
     from arctic_plugins_fp8.kernels import gpu_blocks, gpu_kernels
 
     for capability, memory in ((80, 163), (90, 227)):
-        card = gpu_blocks.CARDS[divmod(capability, 10)]
+        card = gpu_blocks.card_of(f"{capability / 10}", 108)
         for kernel in (gpu_kernels.multiply, gpu_kernels.multiply_gradient):
-            for block in (card.blocks[0], card.blocks[-1]):
+            for block in (card.blocks[12][0], card.blocks[12][-1]):
                 found = compiled(kernel, capability, 12, block)
                 assert found.metadata.shared <= memory << 10
+                assert compiled(kernel, capability, 8, block, experts=True).metadata.shared <= memory << 10
                 unit = "wgmma" if capability == 90 and block.m >= 64 else "mma.sync"
                 assert f"{unit}." in found.asm["ptx"]
                 assert "cp.async" in found.asm["ptx"]
                 assert "mul.ftz" not in found.asm["ptx"]
         assert (
             "mma.sync"
-            in compiled(gpu_kernels.multiply, capability, 6, card.blocks[0], scales=2, words=False).asm["ptx"]
+            in compiled(gpu_kernels.multiply, capability, 6, card.blocks[6][0], scales=2, words=False).asm["ptx"]
         )
         for bits in (8, 6):
             text = compiled(gpu_kernels.decode, capability, bits, None, scales=1).asm["ptx"]
@@ -248,6 +261,7 @@ def check_compiled():
             text = compiled(gpu_kernels.multiply_row, capability, bits, block, scales=1).asm["ptx"]
             assert text.count("ld.global.v4.b32") == (block.n if bits == 8 else 0)
             assert "mul.ftz" not in text
+        compile_for(gpu_kernels.tiles_of_experts, capability, {"EXPERTS": 256, "BLOCK_M": 64}, {"num_warps": 4})
 
 
 def test_it_compiles_for_the_gpus_of_the_table(tmp_path):
@@ -262,16 +276,46 @@ def test_it_compiles_for_the_gpus_of_the_table(tmp_path):
 
 def test_blocks_follow_the_shape():
     pytest.importorskip("triton", reason="Triton is not installed")
-    from arctic_plugins_fp8.kernels.gpu_blocks import CARDS, OTHER, choose
+    from arctic_plugins_fp8.kernels.gpu_blocks import TABLE, card_of, choose
 
-    for on, dtype in itertools.product((*CARDS.values(), OTHER), DTYPES):
-        few, many = choose(on, dtype, 4, 4096, 4096), choose(on, dtype, 512, 4096, 4096)
+    choose = functools.partial(choose, bits=8)
+    cards = {name: card_of(name, 100) for name in json.loads(TABLE.read_text())}
+    assert vars(card_of("6.1", 3)) == vars(card_of("other", 3))
+
+    for on, dtype in itertools.product(cards.values(), DTYPES):
+        few, many = (choose(on, dtype, rows=rows, width=4096, depth=4096) for rows in (4, 512))
         assert (few.m, many.split) == (16, 1)
         assert few.split <= 8  # at least 512 products each
-        assert few.split > 1 or (on, dtype) == (OTHER, torch.float32)  # which has programs enough
+        assert few.split > 1 or (on, dtype) == (cards["other"], torch.float32)  # which has programs enough
         assert many.m > few.m
-        assert choose(on, dtype, 4, 4096, 256).split == 1
-        assert choose(on, dtype, 4, 64, 4096, tiles=3).split == 1
+        assert choose(on, dtype, rows=4, width=4096, depth=256).split == 1
+        assert choose(on, dtype, rows=4, width=64, depth=4096, tiles=3).split == 1
+
+
+def test_the_tuner_finds_the_fastest_blocks(capsys):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from arctic_plugins_fp8.kernels.gpu_blocks import TABLE, Block, card_of
+
+    path = Path(__file__).parents[3] / "benchmarks" / "gpu_tune.py"
+    spec = importlib.util.spec_from_file_location("gpu_tune", path)
+    tuner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tuner)
+    assert tuner.as_text(json.loads(TABLE.read_text())) == TABLE.read_text()
+
+    def time_of(on, rows):
+        if rows == 1:
+            return 1 + abs(on.rows[6][0] - 2) + on.rows[6][1]
+        (block,) = on.blocks[6]
+        if block.stages * block.n * block.k > 4 * 128 * 128:  # as if the card had no more memory
+            return float("inf")
+        return 1 + abs(block.n - 128) + abs(block.k - 64) + abs(block.warps - 8) + (block.stages != 3)
+
+    start = card_of("9.0", 100)
+    on = tuner.tuned(start, 6, time_of, time.monotonic() + 60)
+    assert on.rows == {**start.rows, 6: (2, 1)}
+    assert on.blocks == {**start.blocks, 6: tuple(Block(m, 128, 64, 8, 3) for m in (16, 32, 64, 128))}
+    assert tuner.tuned(start, 6, time_of, 0).blocks == start.blocks  # no time left
+    capsys.readouterr()
 
 
 def test_cuda_has_triton_or_the_reference(monkeypatch):
@@ -318,20 +362,21 @@ def test_operators_on_a_gpu(codec):
     N, K = 1536, 2048
     codes, scale, weight = encoded(codec, (N, K), "cuda")
     for rows, dtype in itertools.product((1, 2, 16, 64, 300, 2048), DTYPES):
+        sizes = [rows // 2, 0, rows - rows // 2]
+        counts = torch.tensor(sizes, device="cuda")
         x = torch.randn(rows, K, device="cuda").to(dtype).requires_grad_()
         grad = torch.randn(rows, N, device="cuda").to(dtype)
         torch.cuda.set_sync_debug_mode("error")
         try:
             y = kernels.linear(x, codes, scale, codec.bits)
             y.backward(grad)
-            counts = [rows // 2, 0, rows - rows // 2]
             parts = kernels.linear_experts(x.detach(), codes, scale, codec.bits, counts)
             back = kernels.grad_input_experts(grad[:, : N // 3], codes, scale, codec.bits, K, counts)
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert_close(y.detach(), x.detach(), weight.T, True)
         assert_close(x.grad, grad, weight, True)
-        for own, *split in zip(weight.view(3, -1, K), *(t.split(counts) for t in (x, parts, grad, back)), strict=True):
+        for own, *split in zip(weight.view(3, -1, K), *(t.split(sizes) for t in (x, parts, grad, back)), strict=True):
             assert_close(split[1], split[0].detach(), own.T, True)
             assert_close(split[3], split[2][:, : N // 3], own, True)
     torch.library.opcheck(torch.ops.arctic_fp8.linear, (x[:3].detach().requires_grad_(), codes, scale, codec.bits))

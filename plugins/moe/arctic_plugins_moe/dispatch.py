@@ -101,7 +101,7 @@ class ExpertParallel(ExpertsDispatch):
         degree = 1 if self.size == 1 else min(self.overlap_degree, whole)
         return [whole // degree + (piece < whole % degree) for piece in range(degree)]
 
-    def dispatch(self, rows_RK: Tensor, counts: Sequence[Sequence[int]]) -> Sequence[DispatchedTokens]:
+    def dispatch(self, rows_RK: Tensor, counts: Sequence[Tensor]) -> Sequence[DispatchedTokens]:
         if self.size == 1:
             return [LocalTokens(rows_RK, own) for own in counts]
         if not self.attached and _active_ddp()() is not None:
@@ -109,13 +109,13 @@ class ExpertParallel(ExpertsDispatch):
                 "DDP copied the first process's experts to all processes, because the trainer was not attached",
                 fix="call attach(trainer, stack) before trainer.train()",
             )
-        sent = torch.cat([torch.tensor(own, device=rows_RK.device).view(self.size, -1) for own in counts], 1)
+        sent = torch.cat([own.view(self.size, -1) for own in counts], 1)
         received = torch.empty_like(sent)
         # This is synchronous, because the sizes must be known before rows arrive. The sizes of all pieces are sent at
         # once; otherwise those of the second piece would wait for the rows of the first.
         dist.all_to_all_single(received, sent, group=self.parts)
         sizes = [len(own) // self.size for own in counts]
-        rows = rows_RK.split([sum(own) for own in counts])
+        rows = rows_RK.split([int(own.sum()) for own in counts])
         pieces = zip(rows, sent.split(sizes, 1), received.split(sizes, 1), strict=True)
         return [_AllToAll(*piece, self.parts) for piece in pieces]
 
@@ -160,7 +160,7 @@ class _AllToAll(DispatchedTokens):
     def __init__(self, rows: Tensor, sent: Tensor, received: Tensor, group: dist.ProcessGroup) -> None:
         self.group = group
         self.sent, self.received = sent.sum(1).tolist(), received.sum(1).tolist()
-        self.counts = received.sum(0).tolist()
+        self.counts = received.sum(0)
         # Arriving rows are sorted by sender, then by expert.
         experts = (
             torch.arange(received.shape[1], device=rows.device)
@@ -171,7 +171,7 @@ class _AllToAll(DispatchedTokens):
         self.trip = _Trip(group, self.sent, self.received)
         self.arriving: Tensor = _Start.apply(rows, self.trip)
 
-    def receive(self) -> tuple[Tensor, Sequence[int]]:
+    def receive(self) -> tuple[Tensor, Tensor]:
         rows: Tensor = _Finish.apply(self.arriving, self.trip)
         return rows[self.order], self.counts
 

@@ -5,17 +5,15 @@ Read in transformers 5.19.0 (``integrations/moe.py``).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from arctic_plugins.frozen import Mixture, in_blocks, piece_sizes, start_experts
+from arctic_plugins.frozen import Mixture, grouped_linear, in_blocks, piece_sizes, start_experts
 
-__all__ = ["IMPLEMENTATION", "grouped_linear", "mix_plain", "start_plain"]
+__all__ = ["IMPLEMENTATION", "mix_plain", "start_plain"]
 
 IMPLEMENTATION = "arctic"
 """The name for ``from_pretrained(experts_implementation=...)``."""
@@ -51,34 +49,11 @@ def start_plain(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_
     return start_experts(experts, hidden_states, top_k_index, top_k_weights, pieces)
 
 
-def _products(experts: Any, up: Tensor, down: Tensor, rows: Tensor, counts: Sequence[int]) -> Tensor:
-    def products(rows: Tensor, counts: Sequence[int]) -> Tensor:
+def _products(experts: Any, up: Tensor, down: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    def products(rows: Tensor, counts: Tensor) -> Tensor:
         inner = grouped_linear(rows, up, counts)
         return grouped_linear(experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner), down, counts)
 
     if up.requires_grad:  # with blocks, each one would have a gradient for all experts
         return products(rows, counts)
     return in_blocks(products, rows, counts, up.shape[1])
-
-
-def grouped_linear(rows_RK: Tensor, weight_ENK: Tensor, counts: Sequence[int]) -> Tensor:
-    """Return ``rows @ weight[e].T`` for the rows of each expert.
-
-    Uses torch's grouped product, which requires that K and N elements each take a multiple of 16 bytes, and otherwise
-    one product per expert.
-
-    Args:
-        rows_RK: sorted by expert.
-        weight_ENK: one matrix per expert, cast to the dtype of the rows.
-        counts: number of rows of each expert. Experts without rows are not read, forward or backward; their gradient is
-            zero.
-    """
-    if any(size * rows_RK.element_size() % 16 for size in weight_ENK.shape[1:]):
-        own = [
-            rows @ weight_ENK[expert].to(rows.dtype).mT
-            for expert, rows in enumerate(rows_RK.split(list(counts)))
-            if len(rows)
-        ]
-        return torch.cat(own) if own else rows_RK @ weight_ENK[0].to(rows_RK.dtype).mT
-    ends = torch.tensor(list(accumulate(counts)), dtype=torch.int32, device=rows_RK.device)
-    return nn.functional.grouped_mm(rows_RK, weight_ENK.to(rows_RK.dtype).mT, offs=ends)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError, named
 from arctic_plugins.frozen.dispatch import local_parameters
-from arctic_plugins.frozen.experts import FrozenExperts, Mixture
+from arctic_plugins.frozen.experts import FrozenExperts, Mixture, grouped_linear
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins.patches import patch, replaced
@@ -181,21 +181,18 @@ class FrozenLoraExperts(ParamWrapper):
         if self.disable_adapters and self.merged:
             self.unmerge()
 
-    def update(self, product_RN: Tensor, rows_RK: Tensor, counts: Sequence[int]) -> Tensor:
+    def update(self, product_RN: Tensor, rows_RK: Tensor, counts: Tensor) -> Tensor:
         """Return ``product + scaling * rows @ A[e].T @ B[e].T`` for active adapters, where ``e`` is a row's expert."""
         if self.disable_adapters or self.merged or not len(rows_RK):
             return product_RN
         for adapter in self.active_adapters:
             if adapter in self.lora_A:
-                a_ErK, b_ENr = (matrices.unbind() for matrices in self._pairs(adapter))
-                rows = rows_RK.to(a_ErK[0].dtype)
-                updates, start = [], 0
-                for expert, count in enumerate(counts):
-                    if count:
-                        inner = rows[start : start + count] @ a_ErK[expert].t() * self.scaling[adapter]
-                        updates.append(inner @ b_ENr[expert].t())
-                        start += count
-                product_RN = product_RN + torch.cat(updates).to(product_RN.dtype)
+                a_ErK, b_ENr = self._pairs(adapter)
+                kind = rows_RK.device.type
+                autocast = torch.is_autocast_enabled(kind)  # which does not know grouped products
+                rows = rows_RK.to(torch.get_autocast_dtype(kind) if autocast else a_ErK.dtype)
+                inner = grouped_linear(rows, a_ErK, counts) * self.scaling[adapter]
+                product_RN = product_RN + grouped_linear(inner, b_ENr.contiguous(), counts).to(product_RN.dtype)
         return product_RN
 
     def _pairs(self, adapter: str) -> tuple[Tensor, Tensor]:

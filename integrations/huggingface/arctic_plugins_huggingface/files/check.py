@@ -98,7 +98,7 @@ def check_checkpoint(checkpoint: str | Path, *, contents: bool = True, **kwargs:
             fix=f"move {ADAPTER} to a directory of its own",
         )
     check_unchanged(directory, contents=contents)
-    if kwargs.get("use_safetensors", True):
+    if kwargs.get("use_safetensors", True) and "state_dict" not in kwargs:
         held = _weight_files(directory, kwargs.get("variant"))
         _check_weights(directory, held)
         check_sizes(config, held, directory / "config.json")

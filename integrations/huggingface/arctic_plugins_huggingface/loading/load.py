@@ -72,7 +72,9 @@ def load_model(
             all tokens that the checkpoint has no embedding for. Missing embeddings are added, initialized by
             transformers (``mean_resizing``). The plugin ``lora`` trains these rows; in a model without an adapter,
             every row is trained.
-        **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim.
+        **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim. With ``state_dict``, which has the names
+            of a checkpoint, weights come from there; only the config and the tokenizer of ``checkpoint`` are then read,
+            not a generation config.
 
     Returns:
         The model (a ``PeftModel`` if a plugin adds an adapter), in evaluation mode, and its tokenizer.
@@ -101,9 +103,12 @@ def load_model(
         plan.config.quantization_config = plan.weights.stored_quantization()
     elif not is_quantized_otherwise(plan.config):
         quantization = plan.weights.quantization()
+    # from_pretrained takes a checkpoint or a state dict, and AutoModelForCausalLM only a checkpoint (5.19.0).
+    in_memory = "state_dict" in plan.load
+    loader: Any = type(plan.skeleton) if in_memory else AutoModelForCausalLM
     try:
-        loaded: object = AutoModelForCausalLM.from_pretrained(
-            plan.checkpoint,
+        loaded: object = loader.from_pretrained(
+            None if in_memory else plan.checkpoint,
             config=plan.config,
             dtype=plan.dtype,
             quantization_config=quantization,
@@ -119,6 +124,8 @@ def load_model(
             f"{plan.checkpoint} cannot be loaded: {one_line(error)}", fix="use '--traceback' for details"
         ) from error
     model, report = cast("tuple[_Model, dict[str, Any]]", loaded)  # a pair because of output_loading_info
+    if in_memory:
+        model.name_or_path = model.config.name_or_path = plan.checkpoint
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"{plan.checkpoint} lacks {len(missing)} weights of its model, for example {missing[0]}",

@@ -207,7 +207,8 @@ def plan_model(
     _check_quantization(config, stack)
     model = skeleton(config, computes)
     weights = plan_weights(model, config, stack, stored if dtype == "auto" else computes)
-    _check_files(Path(checkpoint) / kwargs.get("subfolder", ""), config, weights, kwargs.get("variant"))
+    if "state_dict" not in kwargs:
+        _check_files(Path(checkpoint) / kwargs.get("subfolder", ""), config, weights, kwargs.get("variant"))
     _check_experts(kwargs.get("experts_implementation"), weights)
     return ModelPlan(
         checkpoint=str(checkpoint),

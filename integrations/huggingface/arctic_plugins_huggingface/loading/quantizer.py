@@ -61,7 +61,7 @@ class ArcticQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = METHOD  # type: ignore[assignment]  # registered methods are strings, not enum members
         self.codecs = ModuleCodecs.from_config(config)
         self.placements, self.dispatches = dict(placements or {}), dict(dispatches or {})
-        self.failure: ArcticError | None = None
+        self.failure: Exception | None = None
         """The first error of an encoding step: the loader collects errors and raises one that names none of them."""
 
     @classmethod
@@ -178,6 +178,8 @@ class ArcticQuantizer(HfQuantizer):
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         if not self.pre_quantized and (found := self.frozen.get(param_name)) is not None:
             weight = found[0].frozen[found[1]]
+            if weight.placement is not None:
+                return 0.0  # the loader reserves memory on the device for what this method returns
             return weight.codec.nbytes(weight.shape) / param.numel()
         return param.element_size()
 
@@ -231,7 +233,7 @@ class _Encode(ConversionOps):
         module, leaf = self.quantizer.frozen[full_layer_name]
         try:
             module.encode(value[0] if isinstance(value, list) else value, leaf)
-        except ArcticError as error:
+        except (ArcticError, MemoryError, torch.OutOfMemoryError) as error:
             self.quantizer.quantization_config.failure = self.quantizer.quantization_config.failure or error
             raise
         for parameter in {leaf, *(module.frozen[leaf].parameters or {}).values()} & module._parameters.keys():

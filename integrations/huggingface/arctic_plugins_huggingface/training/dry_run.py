@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,8 +20,8 @@ from arctic_plugins.claims import compress_names, matches
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.frozen import Codec
 from arctic_plugins.processes import world_size
-from arctic_plugins_huggingface.adapters.embeddings import add_embeddings
-from arctic_plugins_huggingface.loading.weights import freeze_modules, split_weight
+from arctic_plugins_huggingface.loading.weights import split_weight
+from arctic_plugins_huggingface.training.memory import plan_memory
 from arctic_plugins_huggingface.training.prepare import Run
 
 __all__ = ["ModuleGroup", "RunPlan", "make_plan", "show_plan"]
@@ -82,15 +81,9 @@ def make_plan(run: Run) -> RunPlan:
     """Transform the model with the stack, without data, and count parameters and bytes."""
     stack, weights = run.stack, run.model.weights
     specs, codecs = weights.specs, weights.codecs
-    model = copy.deepcopy(run.model.skeleton)
-    base = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    model = run.model.skeleton
     plain = {name: model.get_parameter(".".join(split_weight(name, spec))).nbytes for name, spec in specs.items()}
-    freeze_modules(model, codecs, {}, device="meta")
-    if run.model.new_token_ids:
-        add_embeddings(model, run.model.new_token_ids)
-    base += sum(weights.resident[name] - plain[name] for name in codecs)
-    transformed = stack.hf_transform_model(model)
+    transformed, sizes = plan_memory(run.model, str(run.arguments.optim))
     trainable = {name: parameter for name, parameter in transformed.named_parameters() if parameter.requires_grad}
     added: dict[str, int] = defaultdict(int)
     for name, parameter in trainable.items():
@@ -122,15 +115,6 @@ def make_plan(run: Run) -> RunPlan:
         size = sum(codecs[name].nbytes(specs[name].shape) if name in codecs else plain[name] for name in members)
         resident = sum(weights.resident.get(name, plain[name]) for name in members)
         modules.append(ModuleGroup(pattern, _layers(members), len(members), *describe(members[0]), size, resident))
-    trained = sum(parameter.numel() * parameter.element_size() for parameter in trainable.values())
-    sizes = {"base": base, "trainable": trained, "gradients": trained}
-    if str(run.arguments.optim) in (
-        "adamw_torch",
-        "adamw_torch_fused",
-        "OptimizerNames.ADAMW_TORCH",
-        "OptimizerNames.ADAMW_TORCH_FUSED",
-    ):
-        sizes["optimizer"] = 2 * trained
     rows = _trainer_rows(run)
     computes = torch.bfloat16 if run.arguments.bf16 else run.model.dtype
     return RunPlan(
@@ -138,7 +122,7 @@ def make_plan(run: Run) -> RunPlan:
             {**asdict(setting), "value": getattr(setting.value, "value", setting.value)} for setting in stack.settings()
         ],
         modules=modules,
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         trainable_parameters=sum(parameter.numel() for parameter in trainable.values()),
         steps=_steps(run, rows),
         rows=rows,

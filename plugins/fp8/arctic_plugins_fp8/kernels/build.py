@@ -18,6 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
+import torch
+from packaging.version import Version
+
 from arctic_plugins import cache_directory
 
 __all__ = ["BuildError", "library", "obstacle"]
@@ -42,6 +45,8 @@ a home directory.
 """
 TORCH = "-DTORCH_TARGET_VERSION=0x020A000000000000"
 """The oldest torch whose stable ABI contains what ops.cpp uses: 2.10."""
+HEADERS = "2.13"
+"""The oldest torch whose headers contain it: those of 2.11 lack ``STABLE_TORCH_ERROR_CODE_CHECK``."""
 
 
 class BuildError(Exception):
@@ -56,6 +61,8 @@ def obstacle() -> str:
             f"the compiled kernels support only Linux on little-endian processors, and this is {sys.platform} on "
             f"{platform.machine()}"
         )
+    if Version(torch.__version__).release < Version(HEADERS).release:
+        return f"torch {torch.__version__}, and the compiled kernels need {HEADERS}"
     if _compiler() is None:
         return "no C++ compiler: install g++ or clang++, or set CXX"
     return ""
@@ -70,7 +77,6 @@ def library() -> Path:
         BuildError: the compiler failed; its output is kept in the directory of the library.
         UserError: there is no directory for the library to which only this user can write.
     """
-    import torch
 
     compiler = _compiler()
     if compiler is None:

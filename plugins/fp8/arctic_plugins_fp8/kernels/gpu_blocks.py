@@ -1,17 +1,24 @@
-"""Sizes of the Triton kernels' blocks, by compute capability and by the shape of the product.
+"""Sizes of the Triton kernels' blocks, by compute capability, format and shape of the product.
 
-Nothing here was measured: the numbers follow from what a card of the capability has (multiprocessors, registers, shared
-memory), and from the code that Triton generates for it.
+The table is ``gpu_blocks.json``, which ``benchmarks/gpu_tune.py`` writes. An entry without ``measured_on`` was not
+measured: its numbers follow from what cards of the capability have (multiprocessors, registers, shared memory), and
+from the code that Triton generates for them.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["Block", "Card", "RowBlock", "card", "choose", "choose_row"]
+__all__ = ["EXACT_LIBRARY_ROWS", "TABLE", "Block", "Card", "RowBlock", "card", "card_of", "choose", "choose_row"]
+
+TABLE = Path(__file__).with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -38,29 +45,34 @@ class RowBlock:
     warps: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Card:
-    """Properties of the cards of one compute capability."""
+    """An entry of the table, and the number of multiprocessors of a card."""
 
     processors: int
-    """Number of multiprocessors. A launch should have at least as many programs, or better, several times as many."""
-    blocks: tuple[Block, ...]
-    """Blocks by increasing ``m``. The first with ``m`` not below the number of rows is used, or the last."""
+    """A launch should have at least as many programs, or better, several times as many."""
+    blocks: Mapping[int, tuple[Block, ...]]
+    """Bits -> blocks by increasing ``m``. The first with ``m`` not below the number of rows is used, or the last."""
+    rows: Mapping[int, tuple[int, int]]
+    """Bits -> for a single row of x, the rows of codes of a program, and its warps."""
     library_rows: int
-    """From this number of rows on, it is estimated to be faster to decode the weight once and use the library."""
+    """From this number of rows on, decoding the weight once and using the library's product is faster."""
+    measured_on: str = ""
+    """The card's name and the versions used; "" if the entry was never measured."""
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], processors: int) -> Card:
+        """Read an entry of the table."""
+        blocks = {int(bits): tuple(Block(*sizes) for sizes in rows) for bits, rows in entry["blocks"].items()}
+        rows = {int(bits): (rows, warps) for bits, (rows, warps) in entry["rows"].items()}
+        return cls(processors, blocks, rows, entry["library_rows"], entry["measured_on"])
 
 
-_FEW = (Block(16, 64, 128, 4, 4), Block(32, 64, 128, 4, 4), Block(64, 64, 64, 4, 4))
-CARDS = {
-    (8, 0): Card(108, (*_FEW, Block(128, 128, 64, 8, 3)), 1024),
-    (9, 0): Card(132, (*_FEW, Block(128, 128, 64, 8, 4)), 1024),
-}
-OTHER = Card(64, (Block(16, 64, 64, 4, 3), Block(32, 64, 64, 4, 3), Block(64, 64, 64, 4, 3)), 512)
-"""For every other capability; within 64 KiB of shared memory."""
 EXACT = (Block(16, 32, 32, 4, 2), Block(32, 32, 32, 4, 2))
 """For float32, which is multiplied without matrix units."""
 EXACT_LIBRARY_ROWS = 64
-
+PROCESSORS = 64
+"""Number of multiprocessors assumed where there is no card: in Triton's interpreter."""
 PARTS, SHORTEST_PART = 16, 512
 """The most programs that share a sum, and the fewest products that each of them has."""
 PARTIAL_BYTES = 8
@@ -72,19 +84,29 @@ THREADS = 32
 
 @cache
 def card(device: torch.device) -> Card:
-    """Return the table's entry for ``device``."""
+    """Return the properties of ``device``."""
     if device.type != "cuda" or torch.version.hip is not None:  # the interpreter; AMD's capabilities are others
-        return OTHER
-    return CARDS.get(torch.cuda.get_device_capability(device), OTHER)
+        return card_of("other", PROCESSORS)
+    major, minor = torch.cuda.get_device_capability(device)
+    return card_of(f"{major}.{minor}", torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def card_of(capability: str, processors: int) -> Card:
+    """Return the table's entry for a compute capability like ``9.0``, or the one for cards that are not in the table.
+
+    That one stays within 64 KiB of shared memory.
+    """
+    table = json.loads(TABLE.read_text())
+    return Card.of(table.get(capability, table["other"]), processors)
 
 
 @cache
-def choose(on: Card, dtype: torch.dtype, rows: int, width: int, depth: int, *, tiles: int = 0) -> Block:
+def choose(on: Card, dtype: torch.dtype, bits: int, rows: int, width: int, depth: int, *, tiles: int = 0) -> Block:
     """Return the block for ``rows`` rows and ``width`` sums of ``depth`` products per row.
 
     ``tiles``: for experts, the number of blocks of rows, at least one per expert; their sums are not split.
     """
-    blocks = EXACT if dtype == torch.float32 else on.blocks
+    blocks = EXACT if dtype == torch.float32 else on.blocks[bits]
     block = next((block for block in blocks if block.m >= rows), blocks[-1])
     programs, split = (tiles or -(-rows // block.m)) * -(-width // block.n), 1
     most = 1 if tiles else min(PARTS, depth // SHORTEST_PART, depth // (PARTIAL_BYTES * rows))
@@ -96,8 +118,10 @@ def choose(on: Card, dtype: torch.dtype, rows: int, width: int, depth: int, *, t
 @cache
 def choose_row(on: Card, width: int, depth: int, bits: int, unit: int) -> RowBlock:
     """Return the block for a single row: each thread has four consecutive words of 8-bit codes, or one other unit."""
-    warps = 4 if depth >= 2048 else 2
-    rows = 8 if width >= 8 * WAVES * on.processors else 4
+    rows, warps = on.rows[bits]
+    while rows > 1 and width < rows * WAVES * on.processors:
+        rows //= 2
+    warps = warps if depth >= 2048 else max(1, warps // 2)
     units = warps * THREADS * (4 if bits == 8 else 1)
     while units > 16 and units * unit >= 2 * depth:
         units //= 2

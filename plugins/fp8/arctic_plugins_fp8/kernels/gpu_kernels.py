@@ -18,7 +18,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["CHANNEL", "EACH", "GROUP", "add_parts", "decode", "multiply", "multiply_gradient", "multiply_row"]
+__all__ = [
+    "CHANNEL",
+    "EACH",
+    "GROUP",
+    "add_parts",
+    "decode",
+    "multiply",
+    "multiply_gradient",
+    "multiply_row",
+    "tiles_of_experts",
+]
 
 CHANNEL, GROUP, EACH = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Where scales are applied: to the sums of a whole row, to those of a block, which lies within a group, or to each
@@ -176,6 +186,27 @@ def _dot(a, b, sums, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def tiles_of_experts(counts, tiles, experts, rows, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Write ``tiles [tiles, 3]``: the expert, the first row and the number of rows (at most ``BLOCK_M``) of each block.
+
+    The blocks of rows that belong to no expert, after all others, have the expert -1. One program; ``EXPERTS`` is a
+    power of two above ``experts``. The caller has filled ``tiles`` with zeros: blocks without rows.
+    """
+    expert = tl.arange(0, EXPERTS)
+    count = tl.load(counts + expert, mask=expert < experts, other=0).to(tl.int32)
+    count = tl.where(expert == experts, rows - tl.sum(count), count)
+    tile = (count + BLOCK_M - 1) // BLOCK_M
+    first, first_tile = tl.cumsum(count) - count, tl.cumsum(tile) - tile
+    number = tl.where(expert == experts, -1, expert)
+    for at in range(tl.max(tile)):
+        to = tiles + 3 * (first_tile + at)
+        there = at < tile
+        tl.store(to, number, mask=there)
+        tl.store(to + 1, first + at * BLOCK_M, mask=there)
+        tl.store(to + 2, tl.minimum(BLOCK_M, count - at * BLOCK_M), mask=there)
+
+
+@triton.jit
 def _rows_of(tiles, rows, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
     """This program's expert and rows: from the table of tiles, or one block after another."""
     tile = tl.program_id(0)
@@ -225,6 +256,8 @@ def multiply(
     x_at = x + first * stride + (m * stride)[:, None]
     blocks = tl.cdiv(in_features, BLOCK_K)
     each = tl.cdiv(blocks, SPLIT)
+    if EXPERTS:
+        blocks *= ((expert >= 0) & (inside > 0)).to(tl.int32)  # rows of no expert become zero
     sums = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for block in range(part * each, tl.minimum(blocks, part * each + each)):
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -242,7 +275,7 @@ def multiply(
         else:
             sums = _dot(a, tl.trans(w.to(a.dtype)), sums, INTERPRETED)
     if SCALES == CHANNEL:
-        sums *= tl.load(scale_at)[None, :]
+        sums *= tl.load(scale_at, mask=n_read + expert * out_features >= 0, other=0.0)[None, :]
     to = out + (part.to(tl.int64) * rows + first) * out_features + n_first + m[:, None] * out_features + n[None, :]
     mask = (m < inside)[:, None] & (n < out_features - n_first)[None, :]
     tl.store(to, _rounded(sums, out.dtype.element_ty, INTERPRETED), mask=mask)
@@ -287,6 +320,8 @@ def multiply_gradient(
     grad_at = grad + first * stride + (m * stride)[:, None]
     blocks = tl.cdiv(out_features, BLOCK_N)
     each = tl.cdiv(blocks, SPLIT)
+    if EXPERTS:
+        blocks *= ((expert >= 0) & (inside > 0)).to(tl.int32)
     sums = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for block in range(part * each, tl.minimum(blocks, part * each + each)):
         n = block * BLOCK_N + tl.arange(0, BLOCK_N)

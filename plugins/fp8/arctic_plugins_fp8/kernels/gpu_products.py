@@ -5,10 +5,10 @@ Never ran on a GPU: tested in Triton's interpreter. Nothing here waits for the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from arctic_plugins_fp8.kernels import gpu_kernels, reference
@@ -44,27 +44,28 @@ def grad_input(grad: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_feat
     return fused_grad_input(grad, codes, scale_NG, bits, in_features)
 
 
-def linear_experts(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, counts: Sequence[int]) -> Tensor:
+def linear_experts(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, counts: Tensor) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.linear_experts`."""
     _check(x_MK, codes, counts)
     weight, width = Encoded.of(codes, scale_NG, bits), len(codes) // len(counts)
     y_MN = x_MK.new_empty(len(x_MK), width)
     if y_MN.numel():
-        block = _expert_block(x_MK, width, x_MK.shape[1], counts)
-        _multiply(_even(x_MK), weight, y_MN, bits, width, x_MK.shape[1], block, _tiles(counts, block.m, x_MK.device))
+        block = _expert_block(x_MK, bits, width, x_MK.shape[1], len(counts))
+        tiles = _tiles(counts, len(x_MK), block.m)
+        _multiply(_even(x_MK), weight, y_MN, bits, width, x_MK.shape[1], block, tiles)
     return y_MN
 
 
 def grad_input_experts(
-    grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int, counts: Sequence[int]
+    grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int, counts: Tensor
 ) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.grad_input_experts`."""
     _check(grad_MN, codes, counts)
     weight, width = Encoded.of(codes, scale_NG, bits), len(codes) // len(counts)
     result_MK = grad_MN.new_empty(len(grad_MN), in_features)
     if result_MK.numel():
-        block = _expert_block(grad_MN, in_features, width, counts)
-        tiles = _tiles(counts, block.m, grad_MN.device)
+        block = _expert_block(grad_MN, bits, in_features, width, len(counts))
+        tiles = _tiles(counts, len(grad_MN), block.m)
         _multiply_gradient(_even(grad_MN), weight, result_MK, bits, width, in_features, block, tiles)
     return result_MK
 
@@ -87,7 +88,7 @@ def fused_linear(
     if isinstance(block, RowBlock):
         _multiply_row(x_MK, weight, y, bits, block)
     else:
-        block = block or choose(on, x.dtype, len(x_MK), weight.rows, in_features)
+        block = block or choose(on, x.dtype, bits, len(x_MK), weight.rows, in_features)
         _multiply(x_MK, weight, y, bits, weight.rows, in_features, block, None)
     return y
 
@@ -100,7 +101,7 @@ def fused_grad_input(
     result = grad.new_empty(*grad.shape[:-1], in_features)
     if result.numel():
         grad_MN = _even(grad.reshape(-1, weight.rows))
-        block = block or choose(card(grad.device), grad.dtype, len(grad_MN), in_features, weight.rows)
+        block = block or choose(card(grad.device), grad.dtype, bits, len(grad_MN), in_features, weight.rows)
         _multiply_gradient(grad_MN, weight, result, bits, weight.rows, in_features, block, None)
     return result
 
@@ -216,29 +217,31 @@ def _even(x_MK: Tensor) -> Tensor:
     return x_MK if x_MK.stride(1) == 1 or x_MK.shape[1] == 1 else x_MK.contiguous()
 
 
-def _check(rows: Tensor, codes: Tensor, counts: Sequence[int]) -> None:
-    if not counts or len(codes) % len(counts):
+def _check(rows: Tensor, codes: Tensor, counts: Tensor) -> None:
+    """Check shapes. That the counts add up to at most the rows cannot be checked without waiting for the device."""
+    if not len(counts) or len(codes) % len(counts):
         raise RuntimeError("arctic_fp8: codes must have as many rows for each expert")
-    if min(counts) < 0 or sum(counts) != len(rows):
-        raise RuntimeError("arctic_fp8: counts must add up to the rows of the input")
+    if counts.dtype != torch.int64 or counts.dim() != 1 or counts.device != rows.device:
+        raise RuntimeError("arctic_fp8: counts must be int64 [experts] on the device of the input")
 
 
-def _expert_block(rows: Tensor, width: int, depth: int, counts: Sequence[int]) -> Block:
-    """Choose the block for the average number of rows of the experts that have any."""
-    active = sum(count > 0 for count in counts)
-    return choose(card(rows.device), rows.dtype, -(-len(rows) // active), width, depth, tiles=active)
+def _expert_block(rows: Tensor, bits: int, width: int, depth: int, experts: int) -> Block:
+    """Choose the block for experts that get the same number of rows, or one each as far as the rows go."""
+    active = min(experts, len(rows))
+    return choose(card(rows.device), rows.dtype, bits, -(-len(rows) // active), width, depth, tiles=active)
 
 
-def _tiles(counts: Sequence[int], size: int, device: torch.device) -> Tensor:
+def _tiles(counts: Tensor, rows: int, size: int) -> Tensor:
     """Return the expert, the first row and the number of rows of each block of at most ``size`` rows.
 
     Returns:
-        int32 ``[tiles, 3]``. The copy from pinned memory is ordered on the stream, and torch keeps the memory until the
-            copy is done.
+        int32 ``[tiles, 3]``, made on the device. There are as many tiles as any distribution of the rows needs; those
+            that this one does not need have no rows.
     """
-    tiles, first = [], 0
-    for expert, count in enumerate(counts):
-        tiles += [(expert, first + at, min(size, count - at)) for at in range(0, count, size)]
-        first += count
-    table = torch.tensor(tiles, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return table.to(device, non_blocking=True)
+    experts = len(counts)
+    tiles = counts.new_zeros(min(experts + 1, rows) + rows // size, 3, dtype=torch.int32)
+    with on_device_of(tiles):
+        gpu_kernels.tiles_of_experts[(1,)](
+            counts, tiles, experts, rows, EXPERTS=triton.next_power_of_2(experts + 1), BLOCK_M=size
+        )
+    return tiles

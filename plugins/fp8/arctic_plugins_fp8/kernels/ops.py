@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ _library.define("linear(Tensor x, Tensor codes, Tensor scale, int bits) -> Tenso
 _library.define("linear_bf16(Tensor x, Tensor weight) -> Tensor")
 _library.define("linear_fp8(Tensor x, Tensor codes, Tensor scale) -> Tensor")
 _library.define("grad_input(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features) -> Tensor")
-_library.define("linear_experts(Tensor x, Tensor codes, Tensor scale, int bits, int[] counts) -> Tensor")
+_library.define("linear_experts(Tensor x, Tensor codes, Tensor scale, int bits, Tensor counts) -> Tensor")
 _library.define(
-    "grad_input_experts(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features, int[] counts) -> Tensor"
+    "grad_input_experts(Tensor grad, Tensor codes, Tensor scale, int bits, int in_features, Tensor counts) -> Tensor"
 )
 OPERATORS = ("encode", "decode", "linear", "linear_bf16", "grad_input", "linear_experts", "grad_input_experts")
 for _name in OPERATORS:
@@ -78,12 +79,12 @@ def _fake_grad_input(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_f
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-def _fake_linear_experts(x: Tensor, codes: Tensor, scale: Tensor, bits: int, counts: list[int]) -> Tensor:
+def _fake_linear_experts(x: Tensor, codes: Tensor, scale: Tensor, bits: int, counts: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], codes.shape[0] // len(counts)))
 
 
 def _fake_grad_input_experts(
-    grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int, counts: list[int]
+    grad: Tensor, codes: Tensor, scale: Tensor, bits: int, in_features: int, counts: Tensor
 ) -> Tensor:
     return grad.new_empty((grad.shape[0], in_features))
 
@@ -204,10 +205,20 @@ def use(instruction_set: str = "") -> str:
 
 
 def describe() -> tuple[bool, str]:
-    """Return whether compiled kernels are used on CPU, and a sentence that describes them."""
+    """Return whether compiled kernels are used on CPU, and a sentence about those of CPUs and NVIDIA GPUs."""
+    if os.environ.get(VARIABLE) == "reference" or find_spec("triton") is None:
+        gpu = "reference in torch"
+    elif not torch.cuda.is_available():
+        gpu = "Triton"
+    else:
+        from arctic_plugins_fp8.kernels.gpu_blocks import card
+
+        measured = card(torch.device("cuda")).measured_on
+        gpu = f"Triton, blocks {f'measured on {measured}' if measured else 'not measured on this kind of card'}"
     if found := load():
-        return True, f"CPU: compiled, {found} instructions"
-    return False, f"CPU: reference in torch ({build.obstacle() or f'{VARIABLE} is set, or the build failed'})"
+        return True, f"CPU: compiled, {found} instructions; GPU: {gpu}"
+    why = build.obstacle() or f"{VARIABLE} is set, or the build failed"
+    return False, f"CPU: reference in torch ({why}); GPU: {gpu}"
 
 
 def widening_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -246,8 +257,8 @@ grad_input = torch.ops.arctic_fp8.grad_input.default
 """
 linear_experts = torch.ops.arctic_fp8.linear_experts.default
 """``linear_experts(x [M, K], codes [E * N, ...], scale [E * N, G], bits, counts) -> [M, N]``: :data:`linear` of each
-expert's rows with its N rows of the codes. The rows are sorted by expert, ``counts[e]`` for expert e. Not
-differentiable by itself."""
+expert's rows with its N rows of the codes. The rows are sorted by expert; ``counts`` is int64 ``[E]`` on the device of
+``x``, which is never waited for. Rows after those of the last expert become zero. Not differentiable by itself."""
 grad_input_experts = torch.ops.arctic_fp8.grad_input_experts.default
 """``grad_input_experts(grad [M, N], codes, scale, bits, K, counts) -> [M, K]``: the gradient of
 :func:`linear_experts`.

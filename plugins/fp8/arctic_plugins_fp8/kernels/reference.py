@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 
 import torch
@@ -26,9 +26,9 @@ __all__ = [
     "unpack",
 ]
 
-BLOCK = 1 << 19
-"""The number of elements that are encoded or decoded at a time, so that temporaries fit the cache and peak memory
-stays close to the size of the result.
+BLOCK, GPU_BLOCK = 1 << 19, 1 << 24
+"""The number of elements that are encoded or decoded at a time, so that temporaries fit the cache and peak memory stays
+close to the size of the result. Each block waits for a GPU, so there a block is larger.
 """
 
 
@@ -37,7 +37,7 @@ def encode(weight_NK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, larges
     in_features = weight_NK.shape[1]
     rows, groups, size = codes.shape
     group = size * 8 // bits
-    for block in _blocks(rows, groups * group):
+    for block in _blocks(rows, groups * group, codes.device):
         w_nGg = torch.nn.functional.pad(weight_NK[block].float(), (0, groups * group - in_features)).unflatten(
             -1, (groups, group)
         )
@@ -68,7 +68,7 @@ def decode(codes: Tensor, scale_NG: Tensor, bits: int, out_NK: Tensor) -> None:
     (rows, groups, size), (_, in_features) = codes.shape, out_NK.shape
     group = size * 8 // bits
     padded = groups * group != in_features
-    for block in _blocks(rows, groups * group):
+    for block in _blocks(rows, groups * group, codes.device):
         values, factor = _values(codes[block], bits, out_NK.dtype)
         scale_nG1 = (scale_NG[block] * factor)[..., None]
         if padded:
@@ -125,33 +125,32 @@ def grad_input(grad: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_feat
     return grad @ _scratch(grad, codes, scale_NG, bits, in_features)
 
 
-def linear_experts(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, counts: Sequence[int]) -> Tensor:
+def linear_experts(x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, counts: Tensor) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.linear_experts`."""
-    parts = _by_expert(x_MK, codes, scale_NG, counts)
-    products = [torch.ops.arctic_fp8.linear(rows, own_codes, own_scale, bits) for rows, own_codes, own_scale in parts]
-    return torch.cat(products) if products else x_MK.new_empty(0, len(codes) // len(counts))
+    y_MN = x_MK.new_zeros(len(x_MK), len(codes) // len(counts))
+    for rows, *own in _by_expert(counts, codes, scale_NG):
+        y_MN[rows] = torch.ops.arctic_fp8.linear(x_MK[rows], *own, bits)
+    return y_MN
 
 
 def grad_input_experts(
-    grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int, counts: Sequence[int]
+    grad_MN: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int, counts: Tensor
 ) -> Tensor:
     """See :func:`arctic_plugins_fp8.kernels.grad_input_experts`."""
-    parts = _by_expert(grad_MN, codes, scale_NG, counts)
-    products = [
-        torch.ops.arctic_fp8.grad_input(rows, own_codes, own_scale, bits, in_features)
-        for rows, own_codes, own_scale in parts
-    ]
-    return torch.cat(products) if products else grad_MN.new_empty(0, in_features)
+    result_MK = grad_MN.new_zeros(len(grad_MN), in_features)
+    for rows, *own in _by_expert(counts, codes, scale_NG):
+        result_MK[rows] = torch.ops.arctic_fp8.grad_input(grad_MN[rows], *own, bits, in_features)
+    return result_MK
 
 
-def _by_expert(
-    rows: Tensor, codes: Tensor, scale_NG: Tensor, counts: Sequence[int]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield the rows, codes and scales of every expert that has rows."""
-    each = len(codes) // len(counts)
-    for expert, own in enumerate(rows.split(list(counts))):
-        if len(own):
-            yield own, codes[expert * each : (expert + 1) * each], scale_NG[expert * each : (expert + 1) * each]
+def _by_expert(counts: Tensor, codes: Tensor, scale_NG: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield which rows are its own, the codes and the scales of every expert that has rows."""
+    each, first = len(codes) // len(counts), 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            own = slice(expert * each, (expert + 1) * each)
+            yield slice(first, first + count), codes[own], scale_NG[own]
+            first += count
 
 
 def _scratch(like: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_features: int) -> Tensor:
@@ -162,8 +161,8 @@ def _scratch(like: Tensor, codes: Tensor, scale_NG: Tensor, bits: int, in_featur
     return weight_NK
 
 
-def _blocks(rows: int, row_size: int) -> Iterator[slice]:
-    step = max(1, BLOCK // row_size)
+def _blocks(rows: int, row_size: int, device: torch.device) -> Iterator[slice]:
+    step = max(1, (BLOCK if device.type == "cpu" else GPU_BLOCK) // row_size)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 

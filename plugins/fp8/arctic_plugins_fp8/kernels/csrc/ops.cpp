@@ -16,6 +16,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
@@ -185,8 +186,11 @@ struct Part {
 };
 
 // The parts of an input that is sorted by expert. `all` contains the rows of every expert's matrix, one expert after another.
-std::vector<Part> parts_of(const Weight& all, const std::vector<int64_t>& counts, int64_t input_rows) {
-  const auto experts = static_cast<int64_t>(counts.size());
+// Rows after those of the last expert belong to no part.
+std::vector<Part> parts_of(const Weight& all, const Tensor& counts_of_experts, int64_t input_rows) {
+  STD_TORCH_CHECK(counts_of_experts.dim() == 1 && counts_of_experts.is_contiguous() && counts_of_experts.scalar_type() == ScalarType::Long,
+                  "arctic_fp8: counts must be contiguous int64 [experts]");
+  const int64_t experts = counts_of_experts.size(0), *counts = counts_of_experts.const_data_ptr<int64_t>();
   STD_TORCH_CHECK(experts > 0 && all.rows % experts == 0, "arctic_fp8: codes must have as many rows for each expert");
   std::vector<Part> parts;
   int64_t first = 0;
@@ -195,12 +199,20 @@ std::vector<Part> parts_of(const Weight& all, const std::vector<int64_t>& counts
     w.rows = all.rows / experts;
     w.codes += expert * w.rows * w.row_bytes();
     w.scale += expert * w.rows * w.groups;
-    STD_TORCH_CHECK(counts[expert] >= 0 && counts[expert] <= input_rows - first, "arctic_fp8: counts must add up to the rows of the input");
+    STD_TORCH_CHECK(counts[expert] >= 0 && counts[expert] <= input_rows - first, "arctic_fp8: counts must add up to at most the rows of the input");
     if (counts[expert]) parts.push_back({w, first, counts[expert]});
     first += counts[expert];
   }
-  STD_TORCH_CHECK(first == input_rows, "arctic_fp8: counts must add up to the rows of the input");
   return parts;
+}
+
+// A result like new_last, with zeros in the rows that belong to no part.
+Tensor new_result(const std::vector<Part>& parts, const Tensor& like, int64_t size) {
+  Tensor result = new_last(like, size);
+  const int64_t rows = parts.empty() ? 0 : parts.back().first + parts.back().M;
+  const int64_t row_bytes = size * static_cast<int64_t>(size_of(dtype_of(like)));
+  std::memset(static_cast<char*>(result.mutable_data_ptr()) + rows * row_bytes, 0, (like.size(0) - rows) * row_bytes);
+  return result;
 }
 
 // Call run(part, from, to) for all `units` units of every part, on all threads.
@@ -424,21 +436,21 @@ Tensor grad_input(const Tensor& given, const Tensor& given_codes, const Tensor& 
 }
 
 // input [M, K], sorted by expert -> [M, N]; codes [experts * N, groups, bytes].
-Tensor linear_experts(const Tensor& input, const Tensor& given_codes, const Tensor& given_scale, int64_t bits, std::vector<int64_t> counts) {
+Tensor linear_experts(const Tensor& input, const Tensor& given_codes, const Tensor& given_scale, int64_t bits, const Tensor& counts) {
   const Tensor x = matrix(input), codes = packed(given_codes), scale = packed(given_scale);
   const std::vector<Part> parts = parts_of(weight_of(codes, scale, bits, x.size(1)), counts, x.size(0));
-  Tensor y = new_last(x, codes.size(0) / static_cast<int64_t>(counts.size()));
+  Tensor y = new_result(parts, x, codes.size(0) / counts.size(0));
   linear_of_parts(parts, x, y);
   return y;
 }
 
 // given [M, N], sorted by expert -> [M, K].
 Tensor grad_input_experts(const Tensor& given, const Tensor& given_codes, const Tensor& given_scale, int64_t bits, int64_t K,
-                          std::vector<int64_t> counts) {
+                          const Tensor& counts) {
   const Tensor grad = matrix(given), codes = packed(given_codes), scale = packed(given_scale);
   const std::vector<Part> parts = parts_of(weight_of(codes, scale, bits, K), counts, grad.size(0));
   STD_TORCH_CHECK(parts.empty() || grad.size(1) == parts[0].w.rows, "arctic_fp8: grad must be [rows, out_features]");
-  Tensor result = new_last(grad, K);
+  Tensor result = new_result(parts, grad, K);
   gradient_of_parts(parts, grad, result);
   return result;
 }
