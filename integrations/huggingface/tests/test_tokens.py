@@ -107,6 +107,22 @@ def test_a_resumed_run_is_the_run_that_it_continues(run, tmp_path):
     assert losses(train(again, resume=True)) == losses(whole)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_preferences_train_the_rows_too(tmp_path, tied):
+    """TRL reads the head's weight without calling it."""
+    checkpoint = tiny_model(tmp_path / "model", "llama", vocab_size=262, tie_word_embeddings=tied)
+    records = [{"prompt": f"Say {n}.", "chosen": "<new1>", "rejected": "<new2>"} for n in range(8)]
+    made = recipe(tmp_path, checkpoint, records=records, data={"format": "preference"}, trainer="dpo", max_steps=4)
+    result = train(made)
+    assert losses(result)[0] == pytest.approx(0.6931, abs=1e-3)
+    assert losses(result)[-1] < 0.5
+    rows = [module for module in result.model.modules() if hasattr(module, "trainable_tokens_delta")]
+    assert len(rows) == 2
+    for module in rows:
+        changed = module.trainable_tokens_delta["default"] != module.trainable_tokens_original["default"]
+        assert changed.any(dim=1).all()
+
+
 def test_vllm_gets_it_merged(run):
     _, result, _ = run
     with pytest.raises(CheckpointError, match=r"has trainable_token_indices .*merge the adapter with 'arctic merge'"):

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, cast
 
 from arctic_plugins_huggingface.adapters import (
     expert_parameters,
-    keep_base_embeddings,
     new_token_rows,
     only_modules,
+    prepare_new_rows,
     with_frozen_layer,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -58,4 +58,4 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     ):  # a regular expression in the recipe; the adapter's file lists names instead, the only form that is read back
         named = set(cast("BaseTuner", adapted.base_model).targeted_module_names)
         config.target_modules = named  # type: ignore[assignment]  # PEFT itself converts a list to a set
-    return keep_base_embeddings(adapted) if rows else adapted
+    return prepare_new_rows(adapted) if rows else adapted

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
         FrozenLoraExperts,
         FrozenLoraLinear,
         expert_parameters,
-        keep_base_embeddings,
         load_adapter,
         only_modules,
+        prepare_new_rows,
         with_frozen_layer,
     )
 
@@ -22,10 +22,10 @@ __all__ = [
     "FrozenLoraExperts",
     "FrozenLoraLinear",
     "expert_parameters",
-    "keep_base_embeddings",
     "load_adapter",
     "new_token_rows",
     "only_modules",
+    "prepare_new_rows",
     "with_frozen_layer",
 ]
 
@@ -37,7 +37,7 @@ __getattr__ = lazily(
             "FrozenLoraExperts",
             "FrozenLoraLinear",
             "expert_parameters",
-            "keep_base_embeddings",
+            "prepare_new_rows",
             "load_adapter",
             "only_modules",
             "with_frozen_layer",

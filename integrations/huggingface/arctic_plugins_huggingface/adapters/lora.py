@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import transformers_weight_conversion
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -42,9 +43,9 @@ __all__ = [
     "FrozenLoraLinear",
     "expert_pairs",
     "expert_parameters",
-    "keep_base_embeddings",
     "load_adapter",
     "only_modules",
+    "prepare_new_rows",
     "with_frozen_layer",
 ]
 
@@ -423,8 +424,15 @@ def with_frozen_layer(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def keep_base_embeddings(adapted: PeftModel) -> PeftModel:
-    """Save only the rows of new tokens with an adapter that trains them, not the whole embedding and head."""
+def prepare_new_rows(adapted: PeftModel) -> PeftModel:
+    """Prepare an adapter that trains the rows of new tokens, and return it.
+
+    Only these rows are saved, not the whole embedding and head. And the head has the attribute ``bias`` of a linear
+    layer, which TRL's fused head reads (``add_fused_lm_head``, trl 1.16.0), but PEFT's wrapper of it lacks.
+    """
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.register_parameter("bias", None)
 
     @patch(
         adapted,
@@ -494,7 +502,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
             f"{adapter} lacks {len(missing)} tensors, for example {min(missing)}",
             fix="the adapter is incomplete: save it again",
         )
-    return keep_base_embeddings(adapted) if grown else adapted
+    return prepare_new_rows(adapted) if grown else adapted
 
 
 def _load_local(model: PreTrainedModel, adapter: str | Path, config: LoraConfig, *, trainable: bool) -> PeftModel:
