@@ -29,6 +29,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[\w.]+$", max_length=1000)]
 crafted to run forever. This project never evaluates one.
 """
 Names = Annotated[list[Name], Field(max_length=100_000)]
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=10_000_000)]
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -73,6 +74,7 @@ class AdapterConfig(BaseModel):
         Names | None, BeforeValidator(lambda value: None if isinstance(value, str) else value)
     ] = None
     modules_to_save: Names | None = None
+    trainable_token_indices: dict[Name, Tokens] | Tokens | None = None
     layers_pattern: Annotated[
         Names | None, BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
     ] = None
@@ -91,6 +93,12 @@ class AdapterConfig(BaseModel):
     """Refused: it makes a model of any size out of a small file."""
     megatron_config: None = None
     """Refused: it makes PEFT import the module that ``megatron_core`` names."""
+
+    @property
+    def trained_tokens(self) -> frozenset[int]:
+        """The tokens whose rows in the embedding, and in the head, the adapter replaces."""
+        given = self.trainable_token_indices or []
+        return frozenset().union(*given.values()) if isinstance(given, dict) else frozenset(given)
 
 
 def read_adapter(directory: str | Path) -> AdapterConfig:

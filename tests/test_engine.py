@@ -122,7 +122,23 @@ def test_two_codecs_merged_and_compiled_with_no_option(tiny_checkpoint, int8_plu
     )
 
 
-def test_biases(tmp_path, cache):
+NEW_TOKEN = 262
+
+
+@torch.no_grad()
+def grown(directory):
+    """A merged checkpoint with an embedding more than its base, whose token is often the likeliest."""
+    stack = Stack.from_dict({"fp8": {}, "lora": {"r": 4}})
+    base = tiny_llama(directory / "small", vocab_size=NEW_TOKEN)
+    model, tokenizer = load_model(base, stack, new_tokens=["<spare>", "<new>"])
+    likeliest = reference(load_model(base)[0], tokens=1)[0][0]
+    head = model.get_output_embeddings().token_adapter
+    head.trainable_tokens_delta["default"][-1] = 2 * head.base_layer.weight[likeliest]
+    adapter = save_checkpoint(model, tokenizer, directory / "adapter", stack)
+    return merge_adapter(adapter, directory / "grown")
+
+
+def test_biases_and_merged_rows_of_new_tokens(tmp_path, cache):
     model, tokenizer = load_model(
         tiny_llama(tmp_path / "biased", attention_bias=True), stack := Stack.from_dict({"fp8": {}})
     )
@@ -131,9 +147,11 @@ def test_biases(tmp_path, cache):
             if name.endswith("bias"):
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     checkpoint = save_checkpoint(model, tokenizer, tmp_path / "out", stack)
-    assert tokens(run({"model": str(checkpoint), "enforce_eager": True}, cache=cache))["base"] == reference(
-        load_model(checkpoint)[0]
-    )
+    models = [checkpoint, grown(tmp_path)]
+    results = said(run({"model": str(checkpoint), "enforce_eager": True}, cache=cache, models=models))
+    for result, merged in zip(results, models, strict=True):
+        assert result["base"] == reference(load_model(merged)[0])
+    assert any(NEW_TOKEN in answer for answer in results[-1]["base"])
 
 
 def test_a_missing_scale_stops_the_engine_with_its_name(grouped, tmp_path, cache):

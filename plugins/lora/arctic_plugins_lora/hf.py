@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-from arctic_plugins_huggingface.adapters import expert_parameters, only_modules, with_frozen_layer
+from arctic_plugins_huggingface.adapters import (
+    expert_parameters,
+    new_token_rows,
+    only_modules,
+    prepare_new_rows,
+    with_frozen_layer,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from arctic_plugins.errors import ConfigError
@@ -27,6 +33,7 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     if options.experts and not parameters:
         raise ConfigError("plugins.lora.experts is true, but this model has no experts", fix="leave the option out")
     targets = options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules)
+    rows = new_token_rows(model)
     config = LoraConfig(
         r=options.r,
         lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r; it need not be an integer
@@ -34,6 +41,7 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
         target_modules=targets,
         target_parameters=parameters or None,
         use_rslora=options.use_rslora,
+        trainable_token_indices=rows or None,
         task_type="CAUSAL_LM",
     )
     try:
@@ -50,4 +58,4 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     ):  # a regular expression in the recipe; the adapter's file lists names instead, the only form that is read back
         named = set(cast("BaseTuner", adapted.base_model).targeted_module_names)
         config.target_modules = named  # type: ignore[assignment]  # PEFT itself converts a list to a set
-    return adapted
+    return prepare_new_rows(adapted) if rows else adapted

@@ -45,10 +45,11 @@ class LoRA(Plugin):
         if not (checkpoint / ADAPTER).is_file():
             return None
         config = read_adapter(checkpoint)
-        others = [name for name in ("use_dora", "use_qalora", "lora_bias", "modules_to_save") if getattr(config, name)]
+        kinds = ("use_dora", "use_qalora", "lora_bias", "modules_to_save", "trainable_token_indices")
+        others = [name for name in kinds if getattr(config, name)]
         others += ["bias"] if config.bias != "none" else []
         if others:
-            found = f"{checkpoint / ADAPTER} has {others[0]} {getattr(config, others[0])!r}"
+            found = f"{checkpoint / ADAPTER} has {others[0]} {getattr(config, others[0])!r:.60}"
             raise CheckpointError(
                 found,
                 expected="LoRA or rsLoRA, which vLLM supports",
@@ -58,7 +59,10 @@ class LoRA(Plugin):
         if rank > MAX_LORA_RANKS[-1]:
             found, most = f"{checkpoint / ADAPTER} has rank {rank}", f"at most {MAX_LORA_RANKS[-1]} in vLLM"
             raise CheckpointError(found, expected=most, fix="merge the adapter with 'arctic merge'")
+        # Training may have given the tokenizer a chat template, and another end of an answer.
+        own = {"tokenizer": str(checkpoint)} if (checkpoint / "tokenizer_config.json").is_file() else {}
         return {
+            **own,
             "model": base_of(checkpoint),
             "enable_lora": True,
             "max_lora_rank": next(known for known in MAX_LORA_RANKS if known >= rank),

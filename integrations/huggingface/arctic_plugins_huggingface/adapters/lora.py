@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import transformers_weight_conversion
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -29,7 +30,8 @@ from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture, grouped_linear
 from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule
-from arctic_plugins.patches import replaced
+from arctic_plugins.patches import patch, replaced
+from arctic_plugins_huggingface.adapters.embeddings import add_embeddings, embedding_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +45,7 @@ __all__ = [
     "expert_parameters",
     "load_adapter",
     "only_modules",
+    "prepare_new_rows",
     "with_frozen_layer",
 ]
 
@@ -421,6 +424,47 @@ def with_frozen_layer(config: LoraConfig) -> LoraConfig:
     return config
 
 
+def prepare_new_rows(adapted: PeftModel) -> PeftModel:
+    """Prepare an adapter that trains the rows of new tokens, and return it.
+
+    Only these rows are saved, not the whole embedding and head. And the head has the attribute ``bias`` of a linear
+    layer, which TRL's fused head reads (``add_fused_lm_head``, trl 1.16.0), but PEFT's wrapper of it lacks.
+    """
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.register_parameter("bias", None)
+
+    @patch(
+        adapted,
+        "save_pretrained",
+        why="it saves all embeddings if their number differs from the base model's; the adapter holds the new rows",
+        read_in="peft 0.21.2",
+    )
+    def save_pretrained(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        original(*args, **{"save_embedding_layers": False, **kwargs})
+
+    return adapted
+
+
+def _add_embeddings(model: PreTrainedModel, adapter: str | Path) -> bool:
+    """Add embeddings for the tokens whose rows ``adapter`` holds, and return whether there were such tokens.
+
+    Raises:
+        CheckpointError: the adapter has no rows for other tokens that would get embeddings.
+    """
+    tokens, rows = read_adapter(adapter).trained_tokens, embedding_rows(model) or 0
+    if not tokens or max(tokens) < rows:
+        return False
+    if not tokens.issuperset(range(rows, max(tokens) + 1)):
+        raise CheckpointError(
+            f"{adapter} trains the token {max(tokens)}, but its base model has {rows} embeddings",
+            expected="rows for all tokens in between",
+            fix="use the model that the adapter was trained on",
+        )
+    add_embeddings(model, tokens)
+    return True
+
+
 def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool = False) -> PeftModel:
     """Load the PEFT LoRA adapter in the directory ``adapter`` onto ``model``, ready to be merged whatever the codec.
 
@@ -435,6 +479,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
         # Strings are regular expressions, which PEFT would evaluate.
         if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
             config.target_modules, config.exclude_modules = adapted_modules(adapter), None
+        grown = _add_embeddings(model, adapter)
         with only_modules(model, always=bool(config.target_parameters)):
             if local_parameters(model):
                 adapted = _load_local(model, adapter, config, trainable=trainable)
@@ -452,12 +497,12 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
             f"{adapter} cannot be loaded onto its base model: {type(error).__name__}: {text}",
             fix="it is damaged or belongs to another model: train it again",
         ) from error
-    if missing := get_peft_model_state_dict(adapted).keys() - saved:
+    if missing := get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved:
         raise CheckpointError(
             f"{adapter} lacks {len(missing)} tensors, for example {min(missing)}",
             fix="the adapter is incomplete: save it again",
         )
-    return adapted
+    return prepare_new_rows(adapted) if grown else adapted
 
 
 def _load_local(model: PreTrainedModel, adapter: str | Path, config: LoraConfig, *, trainable: bool) -> PeftModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,7 +15,7 @@ from arctic_plugins_huggingface.files.check import adapter_directory
 from arctic_plugins_huggingface.loading.config import load_tokenizer
 from arctic_plugins_huggingface.loading.load import load_model
 
-__all__ = ["adapter_base", "load_checkpoint", "own_tokenizer"]
+__all__ = ["adapter_base", "ends_of", "load_checkpoint", "own_tokenizer"]
 
 
 def load_checkpoint(
@@ -39,7 +39,10 @@ def load_checkpoint(
     from arctic_plugins_huggingface.adapters.lora import load_adapter
 
     adapted = cast("PreTrainedModel", load_adapter(model, adapter).eval())  # a PeftModel forwards to one
-    return adapted, own_tokenizer(adapter) or tokenizer
+    own, generation = own_tokenizer(adapter), model.generation_config
+    if own is not None and generation is not None:
+        generation.eos_token_id = ends_of(generation.eos_token_id, own)
+    return adapted, own or tokenizer
 
 
 def own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
@@ -63,3 +66,13 @@ def adapter_base(adapter: Path, base: str | Path | None = None) -> str:
             fix=f"pass --base {base} if you trust it",
         )
     return base
+
+
+def ends_of(known: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens at which generation stops: the ``known`` ones and the tokenizer's end-of-text token.
+
+    A chat template that training gave the tokenizer may end answers with another token than the base model's.
+    """
+    ends: list[int] = [known] if isinstance(known, int) else known if isinstance(known, list) else []
+    own = tokenizer.eos_token_id
+    return ends if own is None or own in ends else [*ends, own]

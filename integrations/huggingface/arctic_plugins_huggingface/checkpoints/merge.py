@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.errors import CheckpointError, CodecError
@@ -24,7 +25,7 @@ from arctic_plugins.provenance import write_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.adapters.lora import VARIANTS, ExpertPairs, load_adapter
-from arctic_plugins_huggingface.checkpoints.load import adapter_base, own_tokenizer
+from arctic_plugins_huggingface.checkpoints.load import adapter_base, ends_of, own_tokenizer
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.check import adapter_directory, check_checkpoint
 from arctic_plugins_huggingface.files.rewrite import Read, open_files, rewrite
@@ -117,6 +118,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
                     _merge_files(Path(base), draft, claimed, updates, encoded=is_encoded(config))
                     if (tokenizer := own_tokenizer(found)) is not None:
                         tokenizer.save_pretrained(draft)
+                        _stop_at_end(draft, config, tokenizer)
                     write_provenance(draft, codecs.to_dict())
                 return Path(directory)
     model, base_tokenizer = load_model(base, others, dtype=STORED)
@@ -124,7 +126,19 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
     merged = load_adapter(model, found).merge_and_unload()
     if not is_encoded(merged.config):
         freeze(merged, codecs)
-    return save_checkpoint(merged, own_tokenizer(found) or base_tokenizer, directory, codecs)
+    tokenizer = own_tokenizer(found) or base_tokenizer
+    if merged.generation_config is not None:
+        merged.generation_config.eos_token_id = ends_of(merged.generation_config.eos_token_id, tokenizer)
+    return save_checkpoint(merged, tokenizer, directory, codecs)
+
+
+def _stop_at_end(directory: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make generation stop at the tokenizer's end-of-text token, with the model in ``directory``."""
+    path = directory / "generation_config.json"
+    content = read_json(path) if path.is_file() else GenerationConfig.from_model_config(config).to_diff_dict()
+    known = content.get("eos_token_id")
+    if (ends := ends_of(known, tokenizer)) not in (known, [known]):
+        path.write_text(json.dumps({**content, "eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,7 @@ from arctic_plugins.claims import compress_names
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, one_line
 from arctic_plugins.frozen import METHOD, FrozenModule
 from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.adapters.embeddings import add_embeddings
 from arctic_plugins_huggingface.files.check import check_unchanged, is_directory
 from arctic_plugins_huggingface.loading.config import is_quantized_otherwise
 from arctic_plugins_huggingface.loading.conversions import expert_conversions
@@ -52,6 +54,7 @@ def load_model(
     stack: Stack | None = None,
     *,
     dtype: torch.dtype | str = "auto",
+    new_tokens: Sequence[str] = (),
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model through ``stack``: configured, encoded and transformed by its plugins.
@@ -65,6 +68,10 @@ def load_model(
             :data:`~arctic_plugins_huggingface.loading.config.STORED` is always the checkpoint's dtype, for models that
             are not computed with. Where ``"auto"`` chose a wider dtype,
             :func:`~arctic_plugins_huggingface.save_checkpoint` converts the weights back to the checkpoint's dtype.
+        new_tokens: tokens to add to the tokenizer if it lacks them. Their embeddings are to be trained, as are those of
+            all tokens that the checkpoint has no embedding for. Missing embeddings are added, initialized by
+            transformers (``mean_resizing``). The plugin ``lora`` trains these rows; in a model without an adapter,
+            every row is trained.
         **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim. With ``state_dict``, which has the names
             of a checkpoint, weights come from there; only the config and the tokenizer of ``checkpoint`` are then read,
             not a generation config.
@@ -79,8 +86,8 @@ def load_model(
         TypeError: a plan is passed together with further arguments.
     """
     if not isinstance(checkpoint, ModelPlan):
-        plan = plan_model(checkpoint, stack, dtype=dtype, **kwargs)
-    elif stack is None and dtype == "auto" and not kwargs:
+        plan = plan_model(checkpoint, stack, dtype=dtype, new_tokens=new_tokens, **kwargs)
+    elif stack is None and dtype == "auto" and not kwargs and not new_tokens:
         plan = checkpoint
     else:
         raise TypeError("a ModelPlan specifies how it is loaded: pass stack, dtype and further arguments to plan_model")
@@ -129,6 +136,8 @@ def load_model(
     model.arctic_stored_dtype = plan.stored_dtype if widened else None
     if any(module.frozen[leaf].handle is not None for module, leaf in frozen_weights(model).values()):
         _let_go_of_files(model)
+    if plan.new_token_ids:
+        add_embeddings(model, plan.new_token_ids)
     for line in encoding_report(model):
         logger.info("%s", line)
     return plan.stack.hf_transform_model(model), tokenizer

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from arctic_plugins.errors import CheckpointError, ClaimError, ConfigError
 from arctic_plugins.files import check_elements
 from arctic_plugins.frozen import Codec, ExpertsDispatch, ModuleCodecs, Placement, PlainCodec, chain
 from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.adapters.embeddings import embedding_rows
 from arctic_plugins_huggingface.files.check import check_checkpoint, check_encoded
 from arctic_plugins_huggingface.loading.config import (
     device_of,
@@ -119,15 +120,38 @@ class ModelPlan:
     """Further arguments of ``from_pretrained``."""
     contents_checked: bool
     """Whether the digests of the checkpoint's files were compared, if it is a directory."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens whose embeddings are to be trained; those that the checkpoint's tokenizer lacks are added to it."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer, read on first access.
+        """The checkpoint's tokenizer with the new tokens, read on first access.
 
         Raises:
             CheckpointError: the tokenizer is missing or damaged.
         """
-        return load_tokenizer(self.checkpoint, config=self.config, **only_hub(self.load))
+        tokenizer = load_tokenizer(self.checkpoint, config=self.config, **only_hub(self.load))
+        if self.new_tokens:
+            tokenizer.add_tokens(list(self.new_tokens))
+        return tokenizer
+
+    @property
+    def new_token_ids(self) -> tuple[int, ...]:
+        """The ids of the new tokens, and of all other tokens that the checkpoint has no embedding for.
+
+        Empty if there are no new tokens.
+        """
+        if not self.new_tokens:
+            return ()
+        rows = embedding_rows(self.skeleton)
+        beyond = range(rows, len(self.tokenizer)) if rows is not None else ()
+        return tuple(sorted({*map(self.tokenizer.convert_tokens_to_ids, self.new_tokens), *beyond}))
+
+    @property
+    def embeddings(self) -> int | None:
+        """The number of embeddings of the model once it is loaded; None if it has no table of them."""
+        rows = embedding_rows(self.skeleton)
+        return rows if rows is None else max(rows, *(token + 1 for token in self.new_token_ids), 0)
 
     @property
     def encoded(self) -> bool:
@@ -141,6 +165,7 @@ def plan_model(
     *,
     dtype: torch.dtype | str = "auto",
     checked: bool = False,
+    new_tokens: Sequence[str] = (),
     **kwargs: Any,
 ) -> ModelPlan:
     """Plan what ``stack`` will do to the model of ``checkpoint``, without reading any weights.
@@ -152,6 +177,7 @@ def plan_model(
         checked: whether the caller has already checked the files with
             :func:`~arctic_plugins_huggingface.files.check.check_checkpoint`, except for their contents, which
             ``load_model`` then compares.
+        new_tokens: see :func:`~arctic_plugins_huggingface.load_model`.
         **kwargs: further arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Raises:
@@ -198,6 +224,7 @@ def plan_model(
         warnings=tuple(warnings),
         load=kwargs,
         contents_checked=not checked,
+        new_tokens=tuple(new_tokens),
     )
 
 

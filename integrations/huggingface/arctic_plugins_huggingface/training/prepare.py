@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from datasets import disable_progress_bars
+from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
-from trl import SFTConfig
 
 from arctic_plugins.errors import ConfigError
 from arctic_plugins.stack import Stack
@@ -15,11 +16,15 @@ from arctic_plugins_huggingface.files.check import is_directory
 from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model
 from arctic_plugins_huggingface.loading.rope import positions
 from arctic_plugins_huggingface.training.arguments import training_arguments
-from arctic_plugins_huggingface.training.check import check_recipe
-from arctic_plugins_huggingface.training.data import Limits, TrainingData, load_data
+from arctic_plugins_huggingface.training.check import check_recipe, check_trainer
+from arctic_plugins_huggingface.training.counts import Limits
+from arctic_plugins_huggingface.training.data import TrainingData, load_data
 from arctic_plugins_huggingface.training.recipe import Recipe
+from arctic_plugins_huggingface.training.templates import set_template
 
 __all__ = ["Run", "prepare"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Run:
     """A checked recipe with everything that it needs except the weights."""
 
     recipe: Recipe
-    arguments: SFTConfig
+    arguments: TrainingArguments
     model: ModelPlan
     data: TrainingData
 
@@ -56,15 +61,20 @@ def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
     arguments = training_arguments(recipe)
     stack.hf_training_arguments(arguments)
     # A directory was already checked with the recipe.
-    model = plan_model(recipe.model, stack, checked=is_directory(recipe.model), **recipe.load)
-    config = model.config
+    model = plan_model(
+        recipe.model, stack, checked=is_directory(recipe.model), new_tokens=recipe.data.new_tokens, **recipe.load
+    )
+    if recipe.data.chat_template is not None:
+        set_template(model.tokenizer, recipe.data.chat_template)
+    _check_padding(model)
     disable_progress_bars()
     data = load_data(
         recipe.data,
         model.tokenizer,
         seed=arguments.seed,
-        keep_end=arguments.truncation_mode == "keep_end",
-        limits=Limits(positions(config), getattr(config.get_text_config(), "vocab_size", None)),
+        keep_end=getattr(arguments, "truncation_mode", "") == "keep_end",
+        limits=Limits(positions(model.config), model.embeddings),
+        trainer=check_trainer(recipe),
     )
     if recipe.data.streaming and arguments.max_steps <= 0:
         raise ConfigError(
@@ -79,3 +89,14 @@ def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
             fix="set data.eval_path, data.eval_split or data.eval_size",
         )
     return Run(recipe, arguments, model, data)
+
+
+def _check_padding(model: ModelPlan) -> None:
+    """Pad with the end-of-text token if the model has no embedding for the padding token, which nothing learns from."""
+    tokenizer, rows = model.tokenizer, model.embeddings
+    if rows is not None and tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        logger.warning(
+            "the model has %s embeddings and none for the padding token %r (%s): padding with %r",
+            *(rows, tokenizer.pad_token, tokenizer.pad_token_id, tokenizer.eos_token),
+        )
+        tokenizer.pad_token = tokenizer.eos_token

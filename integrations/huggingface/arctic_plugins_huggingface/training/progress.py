@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -137,7 +138,7 @@ def show_summary(result: TrainingResult, console: Console) -> None:
         "tokens": f"{result.tokens:,}, {result.tokens / max(1e-9, result.seconds):,.0f} per second"
         if result.tokens
         else "",
-        "data": str(result.counts),
+        "data": escape(str(result.counts)),
         "trainable parameters": f"{result.trainable_parameters:,}",
         "peak memory": f"{peak_memory() / 1e9:.2f} GB",
         "saved in": str(result.directory),
