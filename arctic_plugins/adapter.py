@@ -17,17 +17,18 @@ from arctic_plugins.errors import CheckpointError
 from arctic_plugins.files import LONGEST_NAME, read_json
 from arctic_plugins.plugin import config_error
 
-__all__ = ["ADAPTER", "WEIGHTS", "AdapterConfig", "adapted_modules", "base_of", "read_adapter"]
+__all__ = ["ADAPTER", "NAME", "WEIGHTS", "AdapterConfig", "adapted_modules", "base_of", "read_adapter"]
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 
-Name = Annotated[str, StringConstraints(pattern=r"^[\w.]+$", max_length=1000)]
+NAME = r"^[\w.]+$"
 """The name of a module or parameter, or the end of such a name. PEFT also accepts regular expressions, which can be
 crafted to run forever. This project never evaluates one.
 """
+Name = Annotated[str, StringConstraints(pattern=NAME, max_length=1000)]
 Names = Annotated[list[Name], Field(max_length=100_000)]
 Rank = Annotated[int, Field(ge=1, le=65_536)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]

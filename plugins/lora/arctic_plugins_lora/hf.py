@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from arctic_plugins_huggingface.adapters import expert_parameters, only_modules, with_frozen_layer
+from arctic_plugins_huggingface.adapters import expert_parameters, only_modules
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer
 
 from arctic_plugins.errors import ConfigError
-from arctic_plugins_lora.config import LoraOptions
+from arctic_plugins_lora.config import CALLED, LoraOptions
 
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner
@@ -21,33 +22,52 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     """Wrap ``model`` in a ``PeftModel`` with a new, trainable adapter; everything else is frozen.
 
     Raises:
-        ConfigError: ``target_modules`` matches no module of the model, or ``experts`` is true and it has no experts.
+        ConfigError: ``target_modules`` matches no module of the model; ``experts`` is true and it has no experts;
+            ``lora_bias`` is true and a module has no bias to merge it into; or PEFT refuses the model or the options.
     """
     parameters = expert_parameters(model) if options.experts else []
     if options.experts and not parameters:
         raise ConfigError("plugins.lora.experts is true, but this model has no experts", fix="leave the option out")
-    targets = options.target_modules if isinstance(options.target_modules, str) else list(options.target_modules)
-    config = LoraConfig(
-        r=options.r,
-        lora_alpha=options.alpha,  # type: ignore[arg-type]  # PEFT only divides it by r; it need not be an integer
-        lora_dropout=options.dropout,
-        target_modules=targets,
-        target_parameters=parameters or None,
-        use_rslora=options.use_rslora,
-        task_type="CAUSAL_LM",
-    )
+    given = options.model_dump(mode="json", exclude={"experts"}, exclude_none=True)  # lists, as PEFT expects
+    if parameters:
+        given["target_parameters"] = parameters
+    for peft_name, name in CALLED.items():
+        given[peft_name] = given.pop(name)
     try:
-        with only_modules(model, always=options.experts):
-            adapted = get_peft_model(model, with_frozen_layer(config))
-    except ValueError as error:
-        if "not found in the base model" not in str(error) and "No modules were targeted" not in str(error):
-            raise
-        raise ConfigError(
-            f"plugins.lora.target_modules {targets!r} matches no module of this model", fix="use 'all-linear'"
-        ) from error
-    if isinstance(
-        config.target_modules, str
-    ):  # a regular expression in the recipe; the adapter's file lists names instead, the only form that is read back
+        config = LoraConfig(task_type="CAUSAL_LM", **given)
+        with only_modules(model, always="target_parameters" in given):
+            adapted = get_peft_model(model, config)
+    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+        raise _refused(error, options) from error
+    if options.lora_bias:
+        _check_biases(adapted)
+    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+        # A regular expression in the recipe; the adapter's file lists names instead, the only form that is read back.
         named = set(cast("BaseTuner", adapted.base_model).targeted_module_names)
         config.target_modules = named  # type: ignore[assignment]  # PEFT itself converts a list to a set
+        config.exclude_modules = None
     return adapted
+
+
+def _refused(error: Exception, options: LoraOptions) -> ConfigError:
+    """Return PEFT's refusal as an error of the recipe."""
+    text = str(error)
+    if "not found in the base model" in text or "No modules were targeted" in text:
+        targets: Any = options.target_modules
+        targets = targets if isinstance(targets, str) else list(targets)
+        return ConfigError(
+            f"plugins.lora.target_modules {targets!r} matches no module of this model", fix="use 'all-linear'"
+        )
+    return ConfigError(
+        f"PEFT refuses this adapter for this model: {' '.join(text.split())}",
+        fix="change the options under plugins.lora, or choose another model",
+    )
+
+
+def _check_biases(model: PeftModel) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and getattr(module.get_base_layer(), "bias", None) is None:
+            raise ConfigError(
+                f"plugins.lora.lora_bias is true, but {name.removeprefix('base_model.model.')} has no bias to merge into",
+                fix="leave the option out, or target only modules with a bias",
+            )

@@ -8,8 +8,8 @@ from typing import Any
 
 from arctic_plugins import Plugin, hookimpl
 from arctic_plugins.adapter import ADAPTER, base_of, read_adapter
-from arctic_plugins.errors import CheckpointError
-from arctic_plugins_lora.config import LoraOptions
+from arctic_plugins.errors import CheckpointError, ConfigError
+from arctic_plugins_lora.config import CALLED, REFUSED, LoraOptions
 
 __all__ = ["LoRA"]
 
@@ -26,6 +26,15 @@ class LoRA(Plugin):
     after = frozenset({"weight_codec", "placement"})
 
     options: LoraOptions
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> Plugin:
+        for name in options if isinstance(options, Mapping) else ():
+            if (why := REFUSED.get(name)) is not None:
+                raise ConfigError(f"plugins.lora.{name} cannot be set: {why}", fix="leave it out")
+            if (ours := CALLED.get(name)) is not None:
+                raise ConfigError(f"plugins.lora.{name} is not an option", fix=f"it is called {ours} here")
+        return super().from_options(options)
 
     @hookimpl
     def hf_transform_model(self, model: Any) -> Any:

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, save_checkpoint
-from arctic_plugins_huggingface.adapters.lora import FrozenLoraLinear, load_adapter
+from arctic_plugins_huggingface.adapters.layers import FrozenLoraLinear
+from arctic_plugins_huggingface.adapters.lora import load_adapter
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 from arctic_plugins._lazy import lazily
 
 if TYPE_CHECKING:
+    from arctic_plugins_huggingface.adapters.layers import FrozenLoraLinear
     from arctic_plugins_huggingface.adapters.lora import (
         FrozenLoraExperts,
-        FrozenLoraLinear,
         expert_parameters,
         load_adapter,
         only_modules,
@@ -28,13 +28,13 @@ __all__ = [
 __getattr__ = lazily(
     __name__,
     {
+        "layers": ("FrozenLoraLinear",),
         "lora": (
             "FrozenLoraExperts",
-            "FrozenLoraLinear",
             "expert_parameters",
             "load_adapter",
             "only_modules",
             "with_frozen_layer",
-        )
+        ),
     },
 )

@@ -1,4 +1,4 @@
-"""The only patch of PEFT: :mod:`arctic_plugins_huggingface.adapters.tuners` creates adapters over frozen modules.
+"""The only patches of PEFT: :mod:`arctic_plugins_huggingface.adapters.tuners` creates adapters over frozen modules.
 
 Read in peft 0.21.2.
 """
@@ -18,15 +18,12 @@ def guard_tuners() -> None:
     """Make PEFT create all adapters within :func:`arctic_plugins_huggingface.adapters.tuners.over_frozen`.
 
     PEFT is patched now, or when it is imported. All tuners that put layers into a model do so in
-    ``BaseTuner.inject_adapter``. Models without frozen modules are left to PEFT alone.
+    ``BaseTuner.inject_adapter``; some look at the weights before and after that, in ``BaseTuner.__init__``. Models
+    without frozen modules are left to PEFT alone.
     """
-    patch_when_imported(
-        _MODULE,
-        "BaseTuner",
-        "inject_adapter",
-        why="PEFT's layers cannot handle the bytes of frozen modules, and it accepts other layers only for LoRA",
-        read_in="peft 0.21.2",
-    )(_inject_adapter)
+    why = "PEFT's layers cannot handle the bytes of frozen modules, and it accepts other layers only for LoRA"
+    for name, function in (("inject_adapter", _inject_adapter), ("__init__", _init)):
+        patch_when_imported(_MODULE, "BaseTuner", name, why=why, read_in="peft 0.21.2")(function)
 
 
 def _inject_adapter(stock: Any, self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -34,3 +31,10 @@ def _inject_adapter(stock: Any, self: Any, model: Any, adapter_name: str, *args:
 
     with over_frozen(self, model, adapter_name):
         stock(self, model, adapter_name, *args, **kwargs)
+
+
+def _init(stock: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    from arctic_plugins_huggingface.adapters.tuners import decoded_weights
+
+    with decoded_weights(model):
+        stock(self, model, *args, **kwargs)

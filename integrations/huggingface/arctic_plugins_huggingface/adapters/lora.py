@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import model as lora_model
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import transformers_weight_conversion
@@ -27,108 +26,23 @@ from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError, named
 from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture
-from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins.patches import replaced
+from arctic_plugins_huggingface.adapters.layers import BeforeMerge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "VARIANTS",
     "ExpertPairs",
     "FrozenLoraExperts",
-    "FrozenLoraLinear",
+    "check_experts",
     "expert_pairs",
     "expert_parameters",
     "load_adapter",
     "only_modules",
     "with_frozen_layer",
 ]
-
-
-@dataclass
-class BeforeMerge:
-    """A frozen weight as it was before an adapter was merged into it."""
-
-    buffers: dict[str, Tensor]
-    version: int
-    bias: Tensor | None = None
-    """The bias of the same layer, if the adapter changes it."""
-    merged_version: int = 0
-    """Version of the weight right after the merge, to detect whether another adapter has been merged since."""
-
-    @classmethod
-    def of(cls, frozen: FrozenModule, leaf: str = "weight", kept: BeforeMerge | None = None) -> BeforeMerge:
-        """Record a weight before a merge, or return ``kept``, the record of an earlier one.
-
-        Call :meth:`merged` after the merge.
-        """
-        if kept is not None:
-            kept.check(frozen, leaf)
-            return kept
-        return cls(frozen.export(leaf), frozen.frozen[leaf].version)
-
-    def merged(self, frozen: FrozenModule, leaf: str = "weight") -> BeforeMerge:
-        """Record the version of the merged ``frozen`` weight, and return this object."""
-        self.merged_version = frozen.frozen[leaf].version
-        return self
-
-    def check(self, frozen: FrozenModule, leaf: str = "weight") -> None:
-        """Raise ArcticError if something else has changed the weight since the merge."""
-        if frozen.frozen[leaf].version != self.merged_version:
-            raise ArcticError(
-                f"{frozen.frozen[leaf].name} was changed after an adapter had been merged into it",
-                expected="adapters of several layers on one module to be unmerged in reverse order",
-                fix="unmerge the other adapter first, or load the model again",
-            )
-
-    def give_back(self, frozen: FrozenModule, leaf: str = "weight") -> None:
-        """Restore the weight, and the bias if it was changed."""
-        self.check(frozen, leaf)
-        device = frozen.weight_device
-        frozen.hold({suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}, leaf)
-        frozen.frozen[leaf].version = self.version
-        if self.bias is not None:
-            cast("FrozenLinear", frozen).bias.data.copy_(self.bias)
-
-
-class FrozenLoraLinear(LoraLinear):
-    """A LoRA layer over a :class:`FrozenLinear`. PEFT's own layer would add floats to bytes when it merges.
-
-    Merging decodes the weight, adds the update in float32 and encodes the sum with the same codec. The original bytes
-    are kept until the layer is unloaded, so that unmerging restores them exactly.
-    """
-
-    _before_merge: BeforeMerge | None = None
-
-    def get_base_layer(self) -> FrozenLinear:
-        return cast("FrozenLinear", super().get_base_layer())
-
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        check_plain(adapter_name, config)
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge as PEFT does; the codec refuses NaN and Inf whatever the value of ``safe_merge``."""
-        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not adapters:
-            return
-        frozen = self.get_base_layer()
-        before = BeforeMerge.of(frozen, kept=self._before_merge)
-        merged = frozen.decode(torch.float32)
-        for name in adapters:
-            merged += self.get_delta_weight(name).to(merged)
-        frozen.encode(merged)
-        self._before_merge = before.merged(frozen)
-        self.merged_adapters.extend(adapters)
-
-    def unmerge(self) -> None:
-        """Restore the bytes from before the first merge, which undoes all merged adapters at once."""
-        if self._before_merge is not None:
-            self._before_merge.give_back(self.get_base_layer())
-            self._before_merge = None
-        self.merged_adapters.clear()
 
 
 class FrozenLoraExperts(ParamWrapper):
@@ -145,7 +59,7 @@ class FrozenLoraExperts(ParamWrapper):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
     ) -> None:
-        _check_dropout(adapter_name, config)
+        check_experts(adapter_name, config)
         super().__init__(base_layer, adapter_name, parameter_name, config, **kwargs)
         self.get_base_layer().updates[parameter_name] = self.update
 
@@ -153,8 +67,7 @@ class FrozenLoraExperts(ParamWrapper):
         return cast("FrozenExperts", super().get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        check_plain(adapter_name, config)
-        _check_dropout(adapter_name, config)
+        check_experts(adapter_name, config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -314,44 +227,26 @@ def expert_parameters(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "alora_invocation_tokens",
+_NOT_OF_EXPERTS = (
+    "lora_dropout",
     "fan_in_fan_out",
-    "layer_replication",
+    "lora_bias",
+    *(field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")),
 )
-"""Fields of a ``LoraConfig`` that make it more than one product per module, or share a weight between modules."""
-_PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
-"""Values of ``init_lora_weights`` that leave the base weight unchanged."""
+_STARTS_OF_EXPERTS = (True, False, "gaussian")
+"""Values of ``init_lora_weights`` that do not look at the weights, which PEFT cannot read in experts."""
 
 
-def check_plain(adapter_name: str, config: LoraConfig) -> None:
-    """Raise ConfigError unless the adapter computes the same over encoded weights as when it is merged into them."""
-    found = next((name for name in VARIANTS if getattr(config, name, None)), None)
-    if found is None and config.init_lora_weights and config.init_lora_weights not in _PLAIN_STARTS:
-        found = f"init_lora_weights={config.init_lora_weights!r}"
+def check_experts(adapter_name: str, config: LoraConfig) -> None:
+    """Raise ConfigError unless the adapter is one that PEFT supports for experts: a product per expert."""
+    found = next((name for name in _NOT_OF_EXPERTS if getattr(config, name, None)), None)
+    if found is None and config.init_lora_weights not in _STARTS_OF_EXPERTS:
+        found = "init_lora_weights"
     if found is not None:
-        found = "DoRA" if found == "use_dora" else found
         raise ConfigError(
-            f"adapter '{adapter_name}' uses {found} over encoded weights",
-            expected="plain LoRA or rsLoRA",
-            fix="train a plain adapter",
-        )
-
-
-def _check_dropout(adapter_name: str, config: LoraConfig) -> None:
-    if config.lora_dropout:
-        raise ConfigError(
-            f"adapter '{adapter_name}' has dropout {config.lora_dropout} and adapts experts",
-            expected="dropout 0",
-            fix="leave it out",
+            f"adapter '{adapter_name}' has {found}={getattr(config, found)!r} and adapts experts",
+            expected="LoRA or rsLoRA, initialized at random, for experts",
+            fix="leave the option out, or adapt only linear modules",
         )
 
 
@@ -420,7 +315,7 @@ def with_frozen_layer(config: LoraConfig) -> LoraConfig:
 
     This is not saved with the adapter: call this function on every load.
     """
-    config._register_custom_module({FrozenLinear: FrozenLoraLinear, FrozenExperts: FrozenLoraExperts})
+    config._register_custom_module({FrozenExperts: FrozenLoraExperts})
     return config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.adapters.lora import VARIANTS, ExpertPairs, load_adapter
+from arctic_plugins_huggingface.adapters.lora import ExpertPairs, load_adapter
 from arctic_plugins_huggingface.checkpoints.load import adapter_base, own_tokenizer
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.check import adapter_directory, check_checkpoint
@@ -37,7 +37,11 @@ from arctic_plugins_huggingface.loading.plan import WeightPlan, plan_model
 __all__ = ["Update", "merge_adapter"]
 
 _PREFIX = "base_model.model."
-_OTHER_KINDS = (*VARIANTS, "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
+_OTHER_KINDS = (
+    *(field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")),
+    *("lora_bias", "fan_in_fan_out", "layer_replication"),
+    *("modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern"),
+)
 """Fields of a ``LoraConfig`` that make it more than one product per linear module, or that are left to PEFT."""
 
 
