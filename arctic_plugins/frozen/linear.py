@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from arctic_plugins.frozen.codec import Codec
+from arctic_plugins.frozen.codec import Buffers, Codec
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
 from arctic_plugins.frozen.placement import Handle, Placement
 
@@ -190,6 +190,14 @@ class FrozenLinear(FrozenModule, nn.Linear):
             yield
         finally:
             del self.__dict__["weight"]
+
+    def hold(self, buffers: Buffers, leaf: str = "weight") -> None:
+        decoded = self.__dict__.pop("weight", None)  # a module cannot register a parameter that it has as an attribute
+        try:
+            super().hold(buffers, leaf)
+        finally:
+            if decoded is not None:
+                self.__dict__["weight"] = decoded
 
     def forward(self, input: Tensor) -> Tensor:
         x_MK = input

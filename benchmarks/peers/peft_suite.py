@@ -51,10 +51,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add ``--base``."""
     parser.addoption("--base", default="{}", help="plugins as in a recipe, in JSON; none for plain models")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Load models of :data:`MODELS` where PEFT's tests load them from the Hub."""
     if find_spec("diffusers") is None:  # which the tests import for models that are not tried here
         sys.modules["diffusers"] = absent = ModuleType("diffusers")
         absent.__spec__ = ModuleSpec("diffusers", None)

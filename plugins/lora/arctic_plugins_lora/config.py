@@ -30,7 +30,7 @@ REFUSED: Mapping[str, str] = {
     "fan_in_fan_out": "PEFT sets it for the modules that need it",
     "megatron_config": "models of Megatron are not supported",
     "megatron_core": "models of Megatron are not supported",
-    "loftq_config": f"LoftQ replaces the base weights, so that the adapter would not fit the base model; {_IN_A_SCRIPT}",
+    "loftq_config": f"LoftQ changes the base weights: the adapter would not fit the base model; {_IN_A_SCRIPT}",
     "eva_config": f"EVA reads data before training; {_IN_A_SCRIPT}",
     "corda_config": f"CorDA reads data before training and changes the base weights; {_IN_A_SCRIPT}",
     "lora_ga_config": f"LoRA-GA needs gradients of the base weights before training; {_IN_A_SCRIPT}",
@@ -51,8 +51,8 @@ _OTHER_STARTS = {
     "corda": REFUSED["corda_config"],
     "lora_ga": REFUSED["lora_ga_config"],
     "loftq": REFUSED["loftq_config"],
-    "olora": f"OLoRA changes the base weights, so that the adapter would not fit the base model; {_IN_A_SCRIPT}",
-    "pissa": f"PiSSA changes the base weights, so that the adapter would not fit the base model; {_IN_A_SCRIPT}",
+    "olora": f"OLoRA changes the base weights, so the adapter would not fit the base model; {_IN_A_SCRIPT}",
+    "pissa": f"PiSSA changes the base weights, so the adapter would not fit the base model; {_IN_A_SCRIPT}",
 }
 
 

@@ -67,7 +67,8 @@ def _refused(error: Exception, options: LoraOptions) -> ConfigError:
 def _check_biases(model: PeftModel) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer) and getattr(module.get_base_layer(), "bias", None) is None:
+            name = name.removeprefix("base_model.model.")
             raise ConfigError(
-                f"plugins.lora.lora_bias is true, but {name.removeprefix('base_model.model.')} has no bias to merge into",
+                f"plugins.lora.lora_bias is true, but {name} has no bias to merge into",
                 fix="leave the option out, or target only modules with a bias",
             )

@@ -1,7 +1,6 @@
 """Options of the plugin: every field of PEFT's ``LoraConfig`` is one, or is refused with a reason."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -11,9 +10,8 @@ from arctic_plugins_lora.config import CALLED, REFUSED, LoraOptions
 from peft import LoraConfig
 
 from arctic_plugins import Stack
-from arctic_plugins.adapter import read_adapter
-from arctic_plugins.errors import CheckpointError, ConfigError
-from arctic_plugins.testing import MIXTURES, tiny_llama, tiny_model
+from arctic_plugins.errors import ConfigError
+from arctic_plugins.testing import tiny_llama
 
 IDS = torch.arange(10, 42)[None]
 SOME = ["q_proj", "down_proj"]

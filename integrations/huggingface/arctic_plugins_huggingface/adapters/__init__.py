@@ -13,7 +13,6 @@ if TYPE_CHECKING:
         expert_parameters,
         load_adapter,
         only_modules,
-        with_frozen_layer,
     )
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "expert_parameters",
     "load_adapter",
     "only_modules",
-    "with_frozen_layer",
 ]
 
 __getattr__ = lazily(
@@ -34,7 +32,6 @@ __getattr__ = lazily(
             "expert_parameters",
             "load_adapter",
             "only_modules",
-            "with_frozen_layer",
         ),
     },
 )

@@ -1,12 +1,14 @@
-"""The only patches of PEFT: :mod:`arctic_plugins_huggingface.adapters.tuners` creates adapters over frozen modules.
+"""The patches of PEFT: :mod:`arctic_plugins_huggingface.adapters.tuners` creates adapters over frozen modules.
 
 Read in peft 0.21.2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from arctic_plugins.errors import ConfigError
 from arctic_plugins.patches import patch_when_imported
 
 __all__ = ["guard_tuners"]
@@ -24,6 +26,13 @@ def guard_tuners() -> None:
     why = "PEFT's layers cannot handle the bytes of frozen modules, and it accepts other layers only for LoRA"
     for name, function in (("inject_adapter", _inject_adapter), ("__init__", _init)):
         patch_when_imported(_MODULE, "BaseTuner", name, why=why, read_in="peft 0.21.2")(function)
+    why = "it reads the weights of modules before PEFT adapts them"
+    for module, name, function in (
+        ("peft.tuners.lora.corda", "collect_eigens_for_layer", _collect_eigens_for_layer),
+        ("peft.tuners.lora.corda", "target_modules", _target_modules),
+        ("peft.tuners.lora.loraga", "estimate_gradients", _estimate_gradients),
+    ):
+        patch_when_imported(module, None, name, why=why, read_in="peft 0.21.2")(function)
 
 
 def _inject_adapter(stock: Any, self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -38,3 +47,31 @@ def _init(stock: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
 
     with decoded_weights(model):
         stock(self, model, *args, **kwargs)
+
+
+def _collect_eigens_for_layer(stock: Any, linear: Any, config: Any) -> Any:
+    from arctic_plugins_huggingface.adapters.tuners import decoded_weights
+
+    with decoded_weights(linear):
+        return stock(linear, config)
+
+
+def _target_modules(stock: Any, model: Any, config: Any) -> Iterator[tuple[str, Any]]:
+    from arctic_plugins_huggingface.adapters.tuners import decoded_weights
+
+    for name, module in stock(model, config):
+        with decoded_weights(module):
+            yield name, module
+
+
+def _estimate_gradients(stock: Any, model: Any, lora_config: Any, train_step: Any) -> None:
+    from arctic_plugins.frozen.module import FrozenModule
+
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenModule):
+            raise ConfigError(
+                f"LoRA-GA needs gradients of the base weights, and {name} is encoded",
+                expected="an initialization without gradients",
+                fix="use init_lora_weights='eva' or 'corda', or load plain weights",
+            )
+    stock(model, lora_config, train_step)

@@ -109,7 +109,11 @@ def over_frozen_layer(kind: Any) -> Any:
                 return
             frozen, already = self.get_base_layer(), list(self.merged_adapters)
             before = BeforeMerge.of(frozen, kept=self._before_merge)
-            bias = None if before.bias is None else nn.Parameter(before.bias.to(torch.float32, copy=True), requires_grad=False)
+            bias = (
+                None
+                if before.bias is None
+                else nn.Parameter(before.bias.to(torch.float32, copy=True), requires_grad=False)
+            )
             original = before.decode(frozen)
             self.merged_adapters.clear()
             try:

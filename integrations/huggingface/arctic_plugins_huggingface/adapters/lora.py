@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import cache
@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import model as lora_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
+from arctic_plugins.adapter import WEIGHTS, AdapterConfig, adapted_modules, read_any_adapter
 from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError, named
 from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture
@@ -41,7 +41,8 @@ __all__ = [
     "expert_parameters",
     "load_adapter",
     "only_modules",
-    "with_frozen_layer",
+    "up_first",
+    "with_frozen_experts",
 ]
 
 
@@ -310,38 +311,37 @@ def _without_bitsandbytes() -> Iterator[None]:
         yield
 
 
-def with_frozen_layer(config: LoraConfig) -> LoraConfig:
-    """Make PEFT use the layers of this module over frozen base layers.
-
-    This is not saved with the adapter: call this function on every load.
-    """
+def with_frozen_experts(config: LoraConfig) -> None:
+    """Make PEFT put :class:`FrozenLoraExperts` over encoded experts. This is not saved with the adapter."""
     config._register_custom_module({FrozenExperts: FrozenLoraExperts})
-    return config
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Load the PEFT LoRA adapter in the directory ``adapter`` onto ``model``, ready to be merged whatever the codec.
+    """Load the PEFT adapter in the directory ``adapter`` onto ``model``, ready to be merged whatever the codec.
+
+    If the adapter holds an embedding with more or fewer tokens, the model's is resized.
 
     Raises:
         CheckpointError: the adapter does not match the model, or lacks a tensor (PEFT would only warn).
+        ConfigError: the embedding is to be resized, and the output head is encoded.
     """
     try:
-        read_adapter(adapter)
-        config = LoraConfig.from_pretrained(str(adapter))
-        # The initialization, which may for example decompose the base weight, is not repeated.
-        config.init_lora_weights = True
-        # Strings are regular expressions, which PEFT would evaluate.
-        if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
-            config.target_modules, config.exclude_modules = adapted_modules(adapter), None
-        with only_modules(model, always=bool(config.target_parameters)):
+        is_lora = isinstance(read_any_adapter(adapter), AdapterConfig)
+        config = PeftConfig.from_pretrained(str(adapter))
+        if is_lora:
+            # The initialization, which may for example decompose the base weight, is not repeated.
+            config.init_lora_weights = True
+            # Strings are regular expressions, which PEFT would evaluate.
+            if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+                config.target_modules, config.exclude_modules = adapted_modules(adapter), None
+        with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
+            saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+        _resize_embedding(model, saved, adapter)
+        with only_modules(model, always=bool(getattr(config, "target_parameters", None))):
             if local_parameters(model):
                 adapted = _load_local(model, adapter, config, trainable=trainable)
             else:
-                adapted = PeftModel.from_pretrained(
-                    model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable
-                )
-        with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
-            saved = set(file.keys())
+                adapted = PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=trainable)
     except ArcticError:
         raise
     except Exception as error:  # a damaged file can make PEFT raise anything
@@ -350,7 +350,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
             f"{adapter} cannot be loaded onto its base model: {type(error).__name__}: {text}",
             fix="it is damaged or belongs to another model: train it again",
         ) from error
-    if missing := get_peft_model_state_dict(adapted).keys() - saved:
+    if missing := get_peft_model_state_dict(adapted).keys() - saved.keys():
         raise CheckpointError(
             f"{adapter} lacks {len(missing)} tensors, for example {min(missing)}",
             fix="the adapter is incomplete: save it again",
@@ -358,10 +358,35 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
     return adapted
 
 
-def _load_local(model: PreTrainedModel, adapter: str | Path, config: LoraConfig, *, trainable: bool) -> PeftModel:
+def _resize_embedding(model: PreTrainedModel, saved: Mapping[str, tuple[int, ...]], adapter: str | Path) -> None:
+    """Give the embedding of ``model`` as many rows as that of the adapter, if the adapter holds a whole one.
+
+    PEFT saves it with the adapter if it was resized for training (``save_embedding_layers``).
+    """
+    embedding = model.get_input_embeddings()
+    name = next(name for name, module in model.named_modules() if module is embedding)
+    found, now = saved.get(f"base_model.model.{name}.weight"), tuple(embedding.weight.shape)
+    if found is None or found == now:
+        return
+    if found[1:] != now[1:]:
+        raise CheckpointError(
+            f"{adapter} holds a {name} of shape {found}",
+            expected=f"(tokens, {now[1]}), as in the model",
+            fix="it belongs to another model: pass --base",
+        )
+    if isinstance(model.get_output_embeddings(), FrozenModule):
+        raise ConfigError(
+            f"{adapter} holds a {name} with {found[0]} tokens instead of {now[0]}, but the output head is encoded",
+            expected="a plain head, which can be resized",
+            fix="exclude the head from the codec",
+        )
+    model.resize_token_embeddings(found[0], mean_resizing=False)
+
+
+def _load_local(model: PreTrainedModel, adapter: str | Path, config: PeftConfig, *, trainable: bool) -> PeftModel:
     """Load the adapter of all experts onto a model that holds only some of them."""
     config.inference_mode = not trainable
-    adapted = get_peft_model(model, with_frozen_layer(config))
+    adapted = get_peft_model(model, config)
     state, layouts = load_file(Path(adapter) / WEIGHTS), expert_pairs(adapted)
     for name, (_, dispatch) in local_parameters(adapted).items():
         key = name.replace(f".{adapted.active_adapter}.weight", ".weight")

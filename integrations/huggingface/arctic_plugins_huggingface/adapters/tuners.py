@@ -21,7 +21,7 @@ from arctic_plugins.errors import ConfigError
 from arctic_plugins.frozen.linear import DecodedWeight, FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule
 from arctic_plugins_huggingface.adapters.layers import over_frozen_layer
-from arctic_plugins_huggingface.adapters.lora import check_experts, up_first, with_frozen_layer
+from arctic_plugins_huggingface.adapters.lora import check_experts, up_first, with_frozen_experts
 
 __all__ = ["decoded_weights", "over_frozen"]
 
@@ -56,7 +56,7 @@ def over_frozen(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterat
     config, create = tuner.peft_config[adapter_name], tuner._create_and_replace
     _check_copies(model, adapter_name, config)
     if config.peft_type == PeftType.LORA:
-        with_frozen_layer(cast("LoraConfig", config))
+        with_frozen_experts(cast("LoraConfig", config))
         up_first(model)
     changed: list[str] = []
 
@@ -96,8 +96,8 @@ def over_frozen(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterat
         del tuner._create_and_replace
     if changed:
         _log.warning(
-            "The initialization of adapter '%s' changed %d encoded weights, for example %s: the adapter fits these, not "
-            "those of the checkpoint. Save it with path_initial_model_for_weight_conversion, or save the model as well",
+            "The initialization of adapter '%s' changed %d encoded weights, for example %s: the adapter fits these, "
+            "not those of the checkpoint. Save it with path_initial_model_for_weight_conversion, or save the model too",
             adapter_name,
             len(changed),
             changed[0],

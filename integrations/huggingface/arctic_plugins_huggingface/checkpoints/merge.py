@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
+from arctic_plugins.adapter import WEIGHTS, AdapterConfig, adapted_modules, read_any_adapter
 from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.files import read_json
 from arctic_plugins.frozen import Codec
@@ -74,7 +74,7 @@ class Update:
 
 
 def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Path | None = None) -> Path:
-    """Merge a LoRA adapter into its base model and write a checkpoint, encoded as the adapter's stack specifies.
+    """Merge a PEFT adapter into its base model and write a checkpoint, encoded as the adapter's stack specifies.
 
     If the adapter changes the head or the embedding and the two share a weight, the head gets a weight of its own.
 
@@ -84,7 +84,8 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
 
     If the base is a directory and the adapter is LoRA or rsLoRA on linear modules and experts, memory is bounded by the
     largest safetensors file of the base. For a base from the Hub, other PEFT adapters, and stacks whose plugins change
-    the model, the whole model is loaded.
+    the model, the whole model is loaded. Adapters other than LoRA may depend on the weights that they were trained
+    over, and are merged into these: encoded weights are decoded, changed and encoded again, module by module.
 
     Args:
         adapter: directory or Hub id.
@@ -101,13 +102,14 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
     if found is None:
         raise CheckpointError(
             f"{adapter} has no adapter_config.json",
-            expected="a LoRA adapter written by 'arctic train'",
+            expected="an adapter written by 'arctic train' or by PEFT",
             fix="pass its directory",
         )
     stack, base = stack_from_checkpoint(found), adapter_base(found, base)
     codecs = stack.only("weight_codec")
     others = stack.to_use().without("weight_codec", "adapter", "placement")
-    if not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:
+    is_lora = isinstance(read_any_adapter(found), AdapterConfig)
+    if is_lora and not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:
         check_checkpoint(base)
         config = load_config(base)
         if not is_quantized_otherwise(config):
@@ -123,9 +125,15 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
                         tokenizer.save_pretrained(draft)
                     write_provenance(draft, codecs.to_dict())
                 return Path(directory)
-    model, base_tokenizer = load_model(base, others, dtype=STORED)
+    model, base_tokenizer = load_model(base, others if is_lora else others.plus(codecs), dtype=STORED)
     _untie(model, found)
-    merged = load_adapter(model, found).merge_and_unload()
+    adapted = load_adapter(model, found)
+    try:
+        merged = adapted.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            f"PEFT cannot merge {found}: {' '.join(str(error).split())}", fix="use the adapter without merging it"
+        ) from error
     if not is_encoded(merged.config):
         freeze(merged, codecs)
     return save_checkpoint(merged, own_tokenizer(found) or base_tokenizer, directory, codecs)
@@ -137,7 +145,9 @@ def _untie(model: PreTrainedModel, adapter: Path) -> None:
 
     In training, the adapter changed only one of the two. Merged into the shared weight, it would change both.
     """
-    changed = {*adapted_modules(adapter), *(read_adapter(adapter).modules_to_save or ())}
+    config = read_any_adapter(adapter)
+    targets = adapted_modules(adapter) if isinstance(config, AdapterConfig) else config.target_modules or ()
+    changed = {*targets, *(config.modules_to_save or ())}
     for head, embedding in dict(model.all_tied_weights_keys).items():
         if any(
             f".{name.removesuffix('.weight')}".endswith(f".{module}")
