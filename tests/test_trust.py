@@ -112,7 +112,7 @@ EVIL = ["x", "--tool-parser-plugin=evil.py", "--tool-call-parser=hermes", "--ena
         ("base_model_name_or_path", "--trust-remote-code", "base_model_name_or_path is '--trust-remote-code'"),
         ("base_model_name_or_path", "a\x00b", "base_model_name_or_path"),
         ("base_model_name_or_path", 7, "base_model_name_or_path"),
-        ("peft_type", "IA3", "peft_type is 'IA3'"),
+        ("peft_type", "XLORA", "peft_type is 'XLORA'; expected '?LORA"),
         ("layer_replication", [[0, 10**9]], "layer_replication"),
         ("megatron_config", {"x": 1}, "megatron_config"),  # with it PEFT imports the module that `megatron_core` names
     ],

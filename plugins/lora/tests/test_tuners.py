@@ -12,7 +12,7 @@ from arctic_plugins_huggingface.adapters import guard
 from arctic_plugins_huggingface.adapters.layers import FrozenLoraLinear
 from arctic_plugins_huggingface.adapters.lora import FrozenLoraExperts
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
-from peft import LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import LoraConfig, PeftMixedModel, PeftModel, convert_to_lora, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.config import CordaConfig, KasaConfig, LoraGAConfig
@@ -392,6 +392,16 @@ def test_an_adapter_is_loaded_and_merged_from_its_files(without_biases, loaded, 
         torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-4)
     else:
         assert (logits(merged) - expected).norm() / expected.norm() < 0.3
+
+
+def test_an_adapter_becomes_one_of_lora(frozen):
+    config = config_of(*TUNERS["miss bat"])
+    models = [adapt(one, config) for one in (frozen, copy.deepcopy(frozen).dequantize(torch.float32))]
+    found, expected = (convert_to_lora(model, rank=4)[1] for model in models)
+    assert found.keys() == expected.keys()
+    for module in {key.rpartition(".lora_")[0] for key in found}:
+        products = [one[f"{module}.lora_B.weight"] @ one[f"{module}.lora_A.weight"] for one in (found, expected)]
+        torch.testing.assert_close(*products, rtol=1e-3, atol=1e-4)
 
 
 def test_lora_ga_is_refused_before_it_computes_gradients(frozen):

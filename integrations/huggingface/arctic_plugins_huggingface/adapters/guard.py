@@ -5,7 +5,7 @@ Read in peft 0.21.2.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from arctic_plugins.errors import ConfigError
@@ -24,14 +24,17 @@ def guard_tuners() -> None:
     without frozen modules are left to PEFT alone.
     """
     why = "PEFT's layers cannot handle the bytes of frozen modules, and it accepts other layers only for LoRA"
-    for name, function in (("inject_adapter", _inject_adapter), ("__init__", _init)):
+    tuners: Mapping[str, Any] = {"inject_adapter": _inject_adapter, "__init__": _init}
+    for name, function in tuners.items():
         patch_when_imported(_MODULE, "BaseTuner", name, why=why, read_in="peft 0.21.2")(function)
-    why = "it reads the weights of modules before PEFT adapts them"
-    for module, name, function in (
-        ("peft.tuners.lora.corda", "collect_eigens_for_layer", _collect_eigens_for_layer),
-        ("peft.tuners.lora.corda", "target_modules", _target_modules),
-        ("peft.tuners.lora.loraga", "estimate_gradients", _estimate_gradients),
-    ):
+    why = "it reads the weights of modules from outside PEFT's layers"
+    others: Mapping[tuple[str, str], Any] = {
+        ("peft.tuners.lora.corda", "target_modules"): _target_modules,
+        ("peft.tuners.lora.corda", "collect_eigens_for_layer"): _with_decoded_weights,
+        ("peft.tuners.lora.conversion", "_convert_module_to_lora"): _with_decoded_weights,
+        ("peft.tuners.lora.loraga", "estimate_gradients"): _estimate_gradients,
+    }
+    for (module, name), function in others.items():
         patch_when_imported(module, None, name, why=why, read_in="peft 0.21.2")(function)
 
 
@@ -43,17 +46,15 @@ def _inject_adapter(stock: Any, self: Any, model: Any, adapter_name: str, *args:
 
 
 def _init(stock: Any, self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+    _with_decoded_weights(lambda *args, **kwargs: stock(self, *args, **kwargs), model, *args, **kwargs)
+
+
+def _with_decoded_weights(stock: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call ``stock`` with a model or module whose encoded weights look decoded."""
     from arctic_plugins_huggingface.adapters.tuners import decoded_weights
 
     with decoded_weights(model):
-        stock(self, model, *args, **kwargs)
-
-
-def _collect_eigens_for_layer(stock: Any, linear: Any, config: Any) -> Any:
-    from arctic_plugins_huggingface.adapters.tuners import decoded_weights
-
-    with decoded_weights(linear):
-        return stock(linear, config)
+        return stock(model, *args, **kwargs)
 
 
 def _target_modules(stock: Any, model: Any, config: Any) -> Iterator[tuple[str, Any]]:

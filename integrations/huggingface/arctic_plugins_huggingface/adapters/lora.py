@@ -365,7 +365,7 @@ def _resize_embedding(model: PreTrainedModel, saved: Mapping[str, tuple[int, ...
     """
     embedding = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is embedding)
-    found, now = saved.get(f"base_model.model.{name}.weight"), tuple(embedding.weight.shape)
+    found, now = saved.get(f"base_model.model.{name}.weight"), tuple(cast("Tensor", embedding.weight).shape)
     if found is None or found == now:
         return
     if found[1:] != now[1:]:
