@@ -155,15 +155,12 @@ def patch_when_imported(
 
     def decorate(function: Function) -> Function:
         def make(found: ModuleType) -> None:
-            if owner is None:
-                target = None if getattr(found.__spec__, "_initializing", False) else found
-            else:
-                target = getattr(found, owner, None)
-            if target is not None:  # None while another thread is importing the module
-                patch(target, name, why=why, read_in=read_in)(function)
+            target = found if owner is None else getattr(found, owner, found)
+            patch(target, name, why=why, read_in=read_in)(function)
 
-        if module in sys.modules:
-            make(sys.modules[module])
+        if (found := sys.modules.get(module)) is not None:
+            if hasattr(found, owner or name):  # not while another thread is importing the module
+                make(found)
         elif not any(finder.about.owner == where and finder.about.name == name for finder in _awaited):
             about = Patch(where, name, why, read_in, _module_of(function), "replaced once imported")
             finder = _WhenImported(module, make, about)

@@ -184,4 +184,4 @@ def _again(kind: Any) -> Any:
 
 
 FrozenLoraLinear = over_frozen_layer(LoraLinear)
-"""PEFT's LoRA layer over a :class:`FrozenLinear`."""
+FrozenLoraLinear.__doc__ = "PEFT's LoRA layer over a :class:`FrozenLinear`."
