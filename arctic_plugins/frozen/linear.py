@@ -50,7 +50,10 @@ class DecodedWeight(Tensor):
         """Return the decoded weight, or what has replaced it."""
         if self.value is not None:
             return self.value
-        value = self.frozen.decode(self.frozen.compute_dtype)
+        if self.device.type == "meta":  # in a model that is only planned, there is nothing to decode
+            value = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        else:
+            value = self.frozen.decode(self.dtype)
         if self.keep:
             self.value = value
         return value

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from arctic_plugins_huggingface.adapters import expert_parameters, only_modules
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_lora.config import CALLED, LoraOptions
@@ -36,11 +37,14 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     try:
         config = LoraConfig(task_type="CAUSAL_LM", **given)
         with only_modules(model, always="target_parameters" in given):
-            adapted = get_peft_model(model, config)
+            # On the meta device, the model is only planned, and so is the adapter.
+            adapted = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
     except (ImportError, NotImplementedError, TypeError, ValueError) as error:
         raise _refused(error, options) from error
     if options.lora_bias:
         _check_biases(adapted)
+    if options.trainable_token_indices is not None and options.modules_to_save is not None:
+        _check_tokens(adapted)
     if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
         # A regular expression in the recipe; the adapter's file lists names instead, the only form that is read back.
         named = set(cast("BaseTuner", adapted.base_model).targeted_module_names)
@@ -71,4 +75,17 @@ def _check_biases(model: PeftModel) -> None:
             raise ConfigError(
                 f"plugins.lora.lora_bias is true, but {name} has no bias to merge into",
                 fix="leave the option out, or target only modules with a bias",
+            )
+
+
+def _check_tokens(model: PeftModel) -> None:
+    """Raise ConfigError if tokens and the whole of one weight are trained, which PEFT notices in the forward pass."""
+    for name, module in model.named_modules():
+        if isinstance(module, TrainableTokensWrapper) and any(
+            isinstance(part, ModulesToSaveWrapper) for part in module.modules()
+        ):
+            name = name.removeprefix("base_model.model.")
+            raise ConfigError(
+                f"plugins.lora.trainable_token_indices and modules_to_save both train {name}, or a weight tied to it",
+                fix="leave one of the two out",
             )

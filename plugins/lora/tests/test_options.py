@@ -1,17 +1,21 @@
 """Options of the plugin: every field of PEFT's ``LoraConfig`` is one, or is refused with a reason."""
 
+import copy
 import dataclasses
 
 import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
+from arctic_plugins_huggingface.loading.plan import plan_model
+from arctic_plugins_huggingface.loading.weights import freeze_modules
 from arctic_plugins_lora.config import CALLED, REFUSED, LoraOptions
 from peft import LoraConfig
 
 from arctic_plugins import Stack
-from arctic_plugins.errors import ConfigError
-from arctic_plugins.testing import tiny_llama
+from arctic_plugins.adapter import read_adapter
+from arctic_plugins.errors import CheckpointError, ConfigError
+from arctic_plugins.testing import MIXTURES, tiny_llama, tiny_model
 
 IDS = torch.arange(10, 42)[None]
 SOME = ["q_proj", "down_proj"]
@@ -106,3 +110,71 @@ def test_options_reach_peft(checkpoint):
         if dataclasses.is_dataclass(found):
             found = {key: field for key, field in dataclasses.asdict(found).items() if key in given}
         assert (set(found) == set(given)) if isinstance(found, set) else (found in (given, [given])), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"experts": True}, "experts is true, but this model has no experts"),
+        ({"lora_bias": True}, "lora_bias is true, but model.layers.0.self_attn.q_proj has no bias to merge into"),
+        (
+            {"trainable_token_indices": [5], "modules_to_save": ["embed_tokens"]},
+            "trainable_token_indices and modules_to_save both train .*, or a weight tied to it; leave one of the two",
+        ),
+        ({"init_lora_weights": "mica", "r": 100}, "PEFT refuses this adapter for this model: MiCA requires `r` <="),
+        ({"target_modules": ["model.norm"]}, "PEFT refuses this adapter for this model: Target module LlamaRMSNorm"),
+        ({"modules_to_save": ["k_proj"]}, "trains a copy of model.layers.0.self_attn.k_proj, which is encoded"),
+        ({"rank_pattern": {"q.*": 2}}, r"rank_pattern.q\.\* is .*; expected a name or the end of one, such as q_proj"),
+        ({"velora_config": {"num_grups": 2}}, "velora_config.num_grups is not an option"),
+        (
+            {"layers_to_transform": [0], "target_modules": "all-linear"},
+            "target_modules as a list of names with",
+        ),
+        ({"layers_pattern": "layers"}, "expected layers_to_transform with layers_pattern"),
+        ({"experts": True, "use_dora": True}, "use_dora True with experts: PEFT does not support use_dora for experts"),
+        ({"experts": True, "target_parameters": ["down_proj"]}, "experts or target_parameters, not both"),
+        ({"init_lora_weights": "eva"}, "EVA reads data before training; write a script"),
+    ],
+)
+def test_a_mistake_is_told_in_a_line(tmp_path, options, message):
+    base = tiny_llama(tmp_path, num_hidden_layers=1, tie_word_embeddings=True)
+    with pytest.raises(ConfigError, match=message):
+        load_model(base, Stack.from_dict({"fp8": {}, "lora": {"target_modules": SOME, **options}}))
+
+
+@pytest.mark.parametrize("codec", [{}, {"fp8": {}}], ids=["plain", "fp8"])
+def test_some_parameters_of_experts(tmp_path, codec):
+    model_type, options = MIXTURES["qwen3_moe"]
+    base = tiny_model(tmp_path / "base", model_type, **options)
+    stack = Stack.from_dict(
+        {**codec, "lora": {"r": 2, "target_modules": ["q_proj"], **OF_EXPERTS, "experts": False, "rank_pattern": {}}}
+    )
+    model, tokenizer = load_model(base, stack)
+    adapted = {name.partition(".lora_")[0] for name, weight in model.named_parameters() if weight.requires_grad}
+    assert {name.rpartition(".")[2] for name in adapted} == {"q_proj", "experts"}
+    save_checkpoint(trained(model), tokenizer, tmp_path / "adapter", stack)
+    torch.testing.assert_close(logits(load_checkpoint(tmp_path / "adapter")[0]), logits(model), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", ["use_dora", "modules_to_save", "trainable_token_indices", "use_bdlora"])
+def test_vllm_is_told_to_merge(tmp_path, option):
+    config = LoraConfig(**{option: OPTIONS[option]}, target_modules=SOME, base_model_name_or_path="base")
+    config.save_pretrained(tmp_path)
+    assert getattr(read_adapter(tmp_path), option)
+    with pytest.raises(CheckpointError, match=rf"has {option} .*; expected LoRA or rsLoRA, .*; merge the adapter"):
+        Stack.from_dict({"lora": {}}).vllm_engine_args(tmp_path)
+
+
+def test_a_model_that_is_only_planned(checkpoint):
+    """``arctic train --dry-run`` counts the parameters of an adapter whose initialization reads the weights."""
+    for options in ({"use_dora": True}, {"init_lora_weights": "mica"}, {"init_lora_weights": "orthogonal"}):
+        stack = Stack.from_dict({"fp8": {}, "lora": {"r": 4, "target_modules": SOME, **options}})
+        model, _ = load_model(checkpoint, stack)
+        plan = plan_model(checkpoint, stack)
+        planned = copy.deepcopy(plan.skeleton)
+        freeze_modules(planned, plan.weights.codecs, {}, device="meta")
+        counts = [
+            sum(parameter.numel() for parameter in one.parameters() if parameter.requires_grad)
+            for one in (model, stack.hf_transform_model(planned))
+        ]
+        assert counts[0] == counts[1]

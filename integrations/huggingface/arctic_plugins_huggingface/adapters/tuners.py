@@ -81,7 +81,7 @@ def over_frozen(tuner: BaseTuner, model: nn.Module, adapter_name: str) -> Iterat
             now: Any = frozen.weight
         if isinstance(now, DecodedWeight):
             now = now.value
-        if now is not None and not torch.equal(now, frozen.decode(now.dtype)):
+        if now is not None and not now.is_meta and not torch.equal(now, frozen.decode(now.dtype)):
             frozen.encode(now.detach())
             changed.append(frozen.frozen["weight"].name)
         layer = getattr(parent, target_name)
