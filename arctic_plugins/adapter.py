@@ -62,7 +62,7 @@ def _short(path: str) -> str:
 
 
 def _plain_start(value: bool | str | None) -> bool | str | None:
-    if isinstance(value, str) and value.lower() not in ("gaussian", "eva", "orthogonal", "mica", "lora_ga"):
+    if isinstance(value, str) and value.lower() not in ("gaussian", "eva", "orthogonal", "mica"):
         raise ValueError("an initialization that leaves the base model as it is: true, 'gaussian', 'orthogonal', 'eva'")
     return value
 
@@ -118,16 +118,22 @@ class OtherAdapterConfig(AnyAdapterConfig):
         return content
 
 
-def _check_names(field: str, value: Any) -> None:
+_NO_SIZE = re.compile(r".*(seed|_key|steps?)|tinit|tfinal|deltaT|n_frequency|theta_d_length|.*token_indices")
+"""Fields whose numbers may be large: seeds, steps and ids, and sizes that PEFT compares with the weights."""
+
+
+def _check_names(field: str, value: Any, depth: int = 0) -> None:
+    if depth > 10:
+        raise ValueError(f"lists within lists to a depth of 10 in {field}")
     if isinstance(value, dict):
-        _check_names(field, [*value, *value.values()])
+        _check_names(field, [*value, *value.values()], depth)
     elif isinstance(value, list):
         for part in value:
-            _check_names(field, part)
+            _check_names(field, part, depth + 1)
     elif isinstance(value, str) and not re.fullmatch(r"[\w.-]*", value):
         raise ValueError(f"names in {field}, not {value[:100]!r}")
-    elif isinstance(value, int | float) and not abs(value) < 2**31:
-        raise ValueError(f"numbers below 2**31 in {field}")
+    elif isinstance(value, int | float) and not abs(value) <= (2**31 if _NO_SIZE.fullmatch(field) else 65_536):
+        raise ValueError(f"sizes of at most 65,536 in {field}")
 
 
 class AdapterConfig(AnyAdapterConfig):
@@ -156,8 +162,8 @@ class AdapterConfig(AnyAdapterConfig):
     kasa_config: dict[str, Any] | None = None
     monteclora_config: dict[str, Any] | None = None
     init_lora_weights: Annotated[bool | str | None, AfterValidator(_plain_start)] = True
-    """How the adapter was initialized. The refused methods (PiSSA, OLoRA, CorDA, LoftQ) move a part of the base weights
-    into the adapter. The adapter then belongs on the remaining weights, which are not those of the model that
+    """How the adapter was initialized. The refused methods (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) move a part of the base
+    weights into the adapter. The adapter then belongs on the remaining weights, which are not those of the model that
     :attr:`base_model_name_or_path` names."""
     layer_replication: None = None
     """Refused: it makes a model of any size out of a small file."""

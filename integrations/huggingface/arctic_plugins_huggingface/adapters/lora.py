@@ -329,8 +329,9 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
         is_lora = isinstance(read_any_adapter(adapter), AdapterConfig)
         config = PeftConfig.from_pretrained(str(adapter))
         if is_lora:
-            # The initialization, which may for example decompose the base weight, is not repeated.
-            config.init_lora_weights = True
+            # The initialization, which may decompose the base weight, is not repeated. MiCA's also freezes a matrix.
+            if not (trainable and config.init_lora_weights == "mica"):
+                config.init_lora_weights = True
             # Strings are regular expressions, which PEFT would evaluate.
             if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
                 config.target_modules, config.exclude_modules = adapted_modules(adapter), None
