@@ -162,7 +162,7 @@ class AdapterConfig(AnyAdapterConfig):
     kasa_config: dict[str, Any] | None = None
     monteclora_config: dict[str, Any] | None = None
     init_lora_weights: Annotated[bool | str | None, AfterValidator(_plain_start)] = True
-    """How the adapter was initialized. The refused methods (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) move a part of the base
+    """How the adapter was initialized. The methods refused (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) move part of the base
     weights into the adapter. The adapter then belongs on the remaining weights, which are not those of the model that
     :attr:`base_model_name_or_path` names."""
     layer_replication: None = None

@@ -50,9 +50,12 @@ class BeforeMerge:
 
     def decode(self, frozen: FrozenModule, leaf: str = "weight") -> Tensor:
         """Return the weight in float32."""
-        weight, device = frozen.frozen[leaf], frozen.weight_device
-        buffers = {suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}
-        return weight.codec.decode(buffers, weight.shape, torch.float32)
+        weight = frozen.frozen[leaf]
+        return weight.codec.decode(self.on(frozen), weight.shape, torch.float32)
+
+    def on(self, frozen: FrozenModule) -> dict[str, Tensor]:
+        """Return the buffers where ``frozen`` computes."""
+        return {suffix: buffer.to(frozen.weight_device) for suffix, buffer in self.buffers.items()}
 
     def merged(self, frozen: FrozenModule, leaf: str = "weight") -> BeforeMerge:
         """Record the version of the merged ``frozen`` weight, and return this object."""
@@ -71,8 +74,7 @@ class BeforeMerge:
     def give_back(self, frozen: FrozenModule, leaf: str = "weight") -> None:
         """Restore the weight, and the bias if there is one."""
         self.check(frozen, leaf)
-        device = frozen.weight_device
-        frozen.hold({suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}, leaf)
+        frozen.hold(self.on(frozen), leaf)
         frozen.frozen[leaf].version = self.version
         if self.bias is not None:
             cast("FrozenLinear", frozen).bias.data.copy_(self.bias)
@@ -109,11 +111,9 @@ def over_frozen_layer(kind: Any) -> Any:
                 return
             frozen, already = self.get_base_layer(), list(self.merged_adapters)
             before = BeforeMerge.of(frozen, kept=self._before_merge)
-            bias = (
-                None
-                if before.bias is None
-                else nn.Parameter(before.bias.to(torch.float32, copy=True), requires_grad=False)
-            )
+            bias = before.bias
+            if bias is not None:
+                bias = nn.Parameter(bias.to(torch.float32, copy=True), requires_grad=False)
             original = before.decode(frozen)
             self.merged_adapters.clear()
             try:
@@ -122,6 +122,8 @@ def over_frozen_layer(kind: Any) -> Any:
                     weight, bias = frozen.weight, frozen.bias
                 if not torch.equal(weight, original):  # an unchanged weight is not rounded again
                     frozen.encode(weight.detach())
+                elif already:  # what is merged now is undone by the new adapters
+                    frozen.hold(before.on(frozen))
             except BaseException:
                 self.merged_adapters[:] = already
                 raise
