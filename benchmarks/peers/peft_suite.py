@@ -33,7 +33,14 @@ from arctic_plugins.testing import tiny_model
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "trl-internal-testing/tiny-random-LlamaForCausalLM": (
         "llama",
-        {"hidden_size": 16, "intermediate_size": 64, "head_dim": 4, "vocab_size": 32000, "initializer_range": 0.02},
+        {
+            "hidden_size": 16,
+            "intermediate_size": 64,
+            "head_dim": 4,
+            "vocab_size": 32000,
+            "initializer_range": 0.02,
+            "pad_token_id": 31000,
+        },
     ),
     "peft-internal-testing/tiny-random-OPTForCausalLM": (
         "opt",
@@ -44,10 +51,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": 5,
             "vocab_size": 50265,
             "init_std": 0.02,
+            "pad_token_id": 50000,
         },
     ),
 }
-"""Hub id -> (model_type, config), for :func:`tiny_model`."""
+"""Hub id -> (model_type, config), for :func:`tiny_model`. The tests feed token 1, so it must not be the padding, whose
+embedding is zero."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

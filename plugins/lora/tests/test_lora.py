@@ -63,7 +63,11 @@ def test_gradients_equal_those_over_the_decoded_weights(model, tiny_checkpoint):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(model, use_reentrant):
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, use_dora, use_reentrant):
+    """DoRA reads the decoded weights; with checkpointing, those of one layer at a time are kept for backward."""
+    stack = Stack.from_dict({"fp8": FP8, "lora": {"r": 4, "use_dora": use_dora}})
+    model = randomize(load_model(tiny_checkpoint, stack)[0])
     model.train()
     model(IDS, labels=IDS).loss.backward()
     expected = {
