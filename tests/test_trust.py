@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from arctic_plugins import Stack, stack_from_checkpoint
-from arctic_plugins.adapter import read_adapter
+from arctic_plugins.adapter import read_adapter, read_any_adapter
 from arctic_plugins.cache import cache_directory
 from arctic_plugins.claims import matches
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, PluginNotFoundError, UserError
@@ -112,7 +112,7 @@ EVIL = ["x", "--tool-parser-plugin=evil.py", "--tool-call-parser=hermes", "--ena
         ("base_model_name_or_path", "--trust-remote-code", "base_model_name_or_path is '--trust-remote-code'"),
         ("base_model_name_or_path", "a\x00b", "base_model_name_or_path"),
         ("base_model_name_or_path", 7, "base_model_name_or_path"),
-        ("peft_type", "IA3", "peft_type is 'IA3'"),
+        ("peft_type", "XLORA", "peft_type is 'XLORA'; expected '?LORA"),
         ("layer_replication", [[0, 10**9]], "layer_replication"),
         ("megatron_config", {"x": 1}, "megatron_config"),  # with it PEFT imports the module that `megatron_core` names
     ],
@@ -126,6 +126,26 @@ def test_a_field_of_an_adapter_is_what_it_should_be(here, field, value, message)
             lambda path: merge_adapter(path, here / "merged"),
             lambda path: server_options(str(path)),
         ):
+            with pytest.raises(CheckpointError, match=message):
+                use(here / "adapter")
+    assert done == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": "(.*a+.*)+X$"}, r"expected names in target_modules, not '\(\.\*a"),
+        ({"feedforward_modules": ["(a+)+$"]}, "expected names in feedforward_modules"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "expected names in rank_pattern"),
+        ({"r": 10**9}, "expected sizes of at most 65,536 in r"),
+        ({"init_weights": float("nan")}, "adapter_config.json"),
+        ({"rank_pattern": json.loads("[" * 500 + "]" * 500)}, "to a depth of 10 in rank_pattern"),
+    ],
+)
+def test_a_field_of_another_tuners_adapter_is_what_it_should_be(here, fields, message):
+    change(here / "adapter", ADAPTER, peft_type="OFT", **fields)
+    with watched(here) as done, soon():
+        for use in (read_any_adapter, load_checkpoint, lambda path: merge_adapter(path, here / "merged")):
             with pytest.raises(CheckpointError, match=message):
                 use(here / "adapter")
     assert done == []
