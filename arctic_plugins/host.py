@@ -72,6 +72,8 @@ def service(name: str) -> Callable[..., Any]:
 
     The integrations of this project offer:
 
+    All that read a checkpoint take ``trust_remote_code``, False by default: whether its own code may be executed.
+
     - ``planned_config(checkpoint, stack) -> dict``: the entries of a plain checkpoint's ``config.json`` (directory or
       Hub id) that would be different if the stack had been applied.
     - ``load_config(checkpoint) -> config``: the checked config object of a checkpoint.

@@ -39,10 +39,11 @@ With other sizes the server starts, reports that it is healthy, and dies on the 
 """
 
 
-def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
+def on_the_fly(checkpoint: str, stack: Stack, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Return ``hf_overrides`` for ``LLM``, with which vLLM encodes the plain ``checkpoint`` while loading it.
 
-    It is encoded as ``stack`` specifies.
+    It is encoded as ``stack`` specifies. ``trust_remote_code`` allows to execute the checkpoint's own code, if its
+    model needs it.
 
     Raises:
         ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is already quantized, or ``stack``
@@ -52,7 +53,7 @@ def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
     planned_config = _service("planned_config")
     from arctic_plugins_vllm.quantization import ON_THE_FLY
 
-    overrides: dict[str, Any] = planned_config(checkpoint, stack)
+    overrides: dict[str, Any] = planned_config(checkpoint, stack, trust_remote_code=trust_remote_code)
     if "quantization_config" in overrides:
         overrides["quantization_config"] = {**overrides["quantization_config"], ON_THE_FLY: True}
     return overrides
@@ -113,6 +114,7 @@ def server_options(
     path = Path(os.path.abspath(checkpoint))  # so that "." gets a name under which an adapter can be served
     stack = stack_from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
     stack.check_host("vllm")
+    trusted = any(option.replace("_", "-") == "--trust-remote-code" for option in options)
     arguments: dict[str, Any] = {**READ, "model": checkpoint, **stack.vllm_engine_args(path)}
     is_adapter = (path / ADAPTER).is_file()
     if is_adapter and (path / FILE_NAME).is_file():
@@ -144,7 +146,7 @@ def server_options(
                 expected="one of them",
                 fix="quantize first",
             )
-        arguments["hf_overrides"] = on_the_fly(checkpoint, plugins)
+        arguments["hf_overrides"] = on_the_fly(checkpoint, plugins, trust_remote_code=trusted)
     if (
         is_adapter
         and base is None
@@ -168,7 +170,8 @@ def server_options(
         )
     others = stack.to_use().without("weight_codec", "placement", "adapter")
     if is_adapter and len(others):  # what a merged checkpoint would have in its config
-        overrides = _service("configured")(_service("load_config")(str(model)), others)
+        config_object = _service("load_config")(str(model), trust_remote_code=trusted)
+        overrides = _service("configured")(config_object, others)
         arguments |= {"hf_overrides": overrides} if overrides else {}
     if is_adapter and _is_mixture(config):
         targets = read_adapter(path).target_modules or {name.rpartition(".")[2] for name in adapted_modules(path)}

@@ -11,7 +11,17 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["importing", "quiet_hosts"]
+import click
+
+__all__ = ["importing", "quiet_hosts", "trust_option"]
+
+trust_option = click.option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Execute the code that the model's repository contains, if the model needs it. Read it first: it can do "
+    "anything that you can do. The choice is not recorded in OUT.",
+)
+"""The option of commands that read a model."""
 
 
 @contextmanager

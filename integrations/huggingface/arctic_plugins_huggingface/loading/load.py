@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.claims import compress_names
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, one_line
@@ -20,6 +20,7 @@ from arctic_plugins_huggingface.loading.conversions import expert_conversions
 from arctic_plugins_huggingface.loading.names import stored_codecs, weight_conversions
 from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model, plan_weights
 from arctic_plugins_huggingface.loading.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
+from arctic_plugins_huggingface.loading.tasks import pretrained_part
 from arctic_plugins_huggingface.loading.weights import (
     freeze_modules,
     frozen_weights,
@@ -52,9 +53,10 @@ def load_model(
     stack: Stack | None = None,
     *,
     dtype: torch.dtype | str = "auto",
+    auto_class: Any = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model through ``stack``: configured, encoded and transformed by its plugins.
+    """Load a model through ``stack``: configured, encoded and transformed by its plugins.
 
     Args:
         checkpoint: directory or Hub id; plain, or encoded by :func:`~arctic_plugins_huggingface.save_checkpoint`. Or a
@@ -65,10 +67,15 @@ def load_model(
             :data:`~arctic_plugins_huggingface.loading.config.STORED` is always the checkpoint's dtype, for models that
             are not computed with. Where ``"auto"`` chose a wider dtype,
             :func:`~arctic_plugins_huggingface.save_checkpoint` converts the weights back to the checkpoint's dtype.
-        **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim.
+        auto_class: the class of transformers to load with, for example ``AutoModelForSequenceClassification``; by
+            default, the one for the class that the checkpoint's ``architectures`` names
+            (:data:`~arctic_plugins_huggingface.loading.tasks.TASKS`), or ``AutoModelForCausalLM``. A head that the
+            checkpoint lacks because it is of another class is initialized at random, with a warning.
+        **kwargs: passed to ``from_pretrained`` verbatim, including ``num_labels``, ``id2label`` and ``problem_type``.
 
     Returns:
-        The model (a ``PeftModel`` if a plugin adds an adapter), in evaluation mode, and its tokenizer.
+        The model (a ``PeftModel`` if a plugin adds an adapter), in evaluation mode, and its tokenizer. For a model that
+        also reads images, its processor, which contains the tokenizer.
 
     Raises:
         UserError: raised before weights are read, for everything that is known to fail; see
@@ -77,8 +84,8 @@ def load_model(
         TypeError: a plan is passed together with further arguments.
     """
     if not isinstance(checkpoint, ModelPlan):
-        plan = plan_model(checkpoint, stack, dtype=dtype, **kwargs)
-    elif stack is None and dtype == "auto" and not kwargs:
+        plan = plan_model(checkpoint, stack, dtype=dtype, auto_class=auto_class, **kwargs)
+    elif stack is None and dtype == "auto" and auto_class is None and not kwargs:
         plan = checkpoint
     else:
         raise TypeError("a ModelPlan specifies how it is loaded: pass stack, dtype and further arguments to plan_model")
@@ -95,7 +102,7 @@ def load_model(
     elif not is_quantized_otherwise(plan.config):
         quantization = plan.weights.quantization()
     try:
-        loaded: object = AutoModelForCausalLM.from_pretrained(
+        loaded: object = plan.auto_class.from_pretrained(
             plan.checkpoint,
             config=plan.config,
             dtype=plan.dtype,
@@ -112,11 +119,7 @@ def load_model(
             f"{plan.checkpoint} cannot be loaded: {one_line(error)}", fix="use '--traceback' for details"
         ) from error
     model, report = cast("tuple[_Model, dict[str, Any]]", loaded)  # a pair because of output_loading_info
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(
-            f"{plan.checkpoint} lacks {len(missing)} weights of its model, for example {missing[0]}",
-            fix="the checkpoint is incomplete: create it again",
-        )
+    _check_missing(plan, model, sorted(report["missing_keys"]))
     _forget_empty_quantization(model)
     widened = plan.asked_dtype == "auto" and plan.stored_dtype != plan.dtype
     model.arctic_stored_dtype = plan.stored_dtype if widened else None
@@ -125,6 +128,29 @@ def load_model(
     for line in encoding_report(model):
         logger.info("%s", line)
     return plan.stack.hf_transform_model(model), tokenizer
+
+
+def _check_missing(plan: ModelPlan, model: nn.Module, missing: list[str]) -> None:
+    """Raise CheckpointError unless the ``missing`` weights are those of a new head, which is reported.
+
+    transformers has initialized them at random.
+    """
+    pretrained = pretrained_part(model)
+    if lacking := [name for name in missing if not plan.new_head or pretrained(name)]:
+        kind = next(iter(plan.config.architectures or ()), "")
+        raise CheckpointError(
+            f"{plan.checkpoint} lacks {len(lacking)} weights of its model, for example {lacking[0]}",
+            fix=f"it is a {kind}, which has no {plan.task}: use another task or checkpoint"
+            if plan.new_head and kind
+            else "the checkpoint is incomplete: create it again",
+        )
+    if missing:
+        logger.warning(
+            "%s has no head for %s: initialized at random, until it is trained or an adapter brings it: %s",
+            plan.checkpoint,
+            plan.task,
+            ", ".join(missing),
+        )
 
 
 def _forget_empty_quantization(model: _Model) -> None:

@@ -31,6 +31,7 @@ from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.files.check import by_step, complete_checkpoints
 from arctic_plugins_huggingface.loading.names import split_conversions
 from arctic_plugins_huggingface.loading.restore import restore_weights
+from arctic_plugins_huggingface.loading.tasks import labels_of
 from arctic_plugins_huggingface.training.engines import engine_mixins
 from arctic_plugins_huggingface.training.experts_ddp import experts_mixin
 from arctic_plugins_huggingface.training.finite import FiniteGuard, FiniteSteps, anywhere
@@ -81,7 +82,7 @@ class _CommitCallback(TrainerCallback):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process writes its own random state first
         if state.is_world_process_zero and directory.is_dir():
-            write_provenance(directory, self.stack.to_dict())
+            write_provenance(directory, self.stack.to_dict(), config=labels_of(kwargs["model"]))
             self._remove_older(output, {directory, Path(state.best_model_checkpoint or directory)})
 
     def _remove_older(self, output: Path, keep: set[Path]) -> None:
