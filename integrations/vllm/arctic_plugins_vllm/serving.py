@@ -32,6 +32,8 @@ They exclude pickles, and the ``params.json`` and ``consolidated.safetensors`` t
 """
 CPU_CACHE_GIB = "2"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HEADLESS = re.compile(r"\w+(?<!LMHead)(?<!Chat)(?<!Reward)(?<!Classification)Model")
+"""A model class without a head, whose outputs are embeddings: the default suffix of vLLM (0.32.0, config/model.py)."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """The sizes in ``CPUAttentionBackend.get_supported_head_sizes`` (vllm 0.32.0, ``v1/attention/backends/cpu_attn.py``).
 
@@ -194,6 +196,8 @@ def server_options(
                 fix="encode the base with the plugins in the adapter's arctic_plugins.json",
             )
     environment = {}
+    if _option(options, "runner") is None and any(map(_HEADLESS.fullmatch, config.get("architectures") or ())):
+        arguments["runner"] = "pooling"  # otherwise vLLM takes LlamaModel, for example, for LlamaForCausalLM
     if _option(options, "dtype") is None and (dtype := _dtype(config)) is not None:
         arguments["dtype"] = dtype
     if _runs_on_cpu():
@@ -208,6 +212,20 @@ def server_options(
                 size
             )  # if unset, vLLM requires a NUMA node for each process
     return arguments, environment
+
+
+def check_names(codecs: ModuleCodecs, checkpoint: str) -> None:
+    """Raise CheckpointError if vLLM would not find the encoding of one of the modules under its name.
+
+    In BERT and its relatives, the layer that fuses ``attention.self.query``, ``key`` and ``value`` goes by the name
+    ``attention.output.qkv_proj`` (vllm 0.32.0, ``models/bert.py``).
+    """
+    if hidden := next((name for name in codecs.modules if ".attention.self." in name), None):
+        raise CheckpointError(
+            f"{checkpoint} has {hidden} encoded, which vLLM does not support",
+            expected="plain weights in the attention of BERT and its relatives",
+            fix="""encode it again with --plugins '{"fp8": {"exclude": ["**.attention.self.*"]}}'""",
+        )
 
 
 def made_for(model: Path) -> int | None:
@@ -284,7 +302,7 @@ def _checked_config(model: Path) -> dict[str, Any]:
         if (model / FILE_NAME).is_file():
             check_plugins(read_provenance(model))
             check_files(model)
-        ModuleCodecs.from_config(config["quantization_config"])
+        check_names(ModuleCodecs.from_config(config["quantization_config"]), str(model))
     return config
 
 

@@ -106,7 +106,8 @@ def merge_adapter(
     stack, base = stack_from_checkpoint(found), adapter_base(found, base)
     codecs = stack.only("weight_codec")
     others = stack.to_use().without("weight_codec", "adapter", "placement")
-    trust, task = {"trust_remote_code": trust_remote_code}, adapted_task(found)
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    task = adapted_task(found)
     if not task and not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:
         check_checkpoint(base)
         config = load_config(base, **trust)

@@ -40,6 +40,7 @@ __all__ = [
     "resolve_dtype",
     "skeleton",
     "stored_dtype",
+    "text_tokenizer",
 ]
 
 
@@ -96,6 +97,12 @@ def load_tokenizer(checkpoint: str | Path, *, processor: bool = False, **kwargs:
         if isinstance(error, ImportError):
             fix = "install the package that it names"
         raise CheckpointError(f"the {kind} of {checkpoint} cannot be read: {one_line(error)}", fix=fix) from error
+
+
+def text_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a processor; ``tokenizer`` itself if it is not a processor."""
+    found: PreTrainedTokenizerBase = getattr(tokenizer, "tokenizer", tokenizer)
+    return found
 
 
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
@@ -234,7 +241,7 @@ def skeleton(
             model: PreTrainedModel = auto_class.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
             return model
     except Exception as error:  # model classes run code: a bad size can raise anything
-        _own_code(config.name_or_path, error)
+        _own_code(config.name_or_path or "the checkpoint", error)
         raise CheckpointError(
             f"no model for {task_name(auto_class)} can be built from config.json (model_type {config.model_type}): "
             f"{one_line(error)}",

@@ -233,18 +233,16 @@ def _set_labels(config: PreTrainedConfig, labels: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: a value is not valid.
     """
-    names = labels.get("id2label")
-    if names is not None and not (isinstance(names, Mapping) and len(names) <= MOST_LABELS):
-        raise ConfigError(
-            f"id2label is {type(names).__name__}", expected="an object of number -> label", fix="correct load.id2label"
-        )
+    given = dict(labels)
     try:
+        if (names := given.get("id2label")) is not None:
+            if not isinstance(names, Mapping) or len(names) > MOST_LABELS:
+                raise TypeError("id2label has to map numbers to labels")
+            named = {int(number): str(label) for number, label in names.items()}
+            given = {"label2id": {label: number for number, label in named.items()}, **given, "id2label": named}
         for name in LABELS:  # num_labels first: id2label replaces the names that it makes up
-            if name in labels:
-                value = labels[name]
-                setattr(config, name, {int(key): str(value[key]) for key in value} if name == "id2label" else value)
-        if names is not None and "label2id" not in labels:
-            config.label2id = {label: number for number, label in config.id2label.items()}
+            if name in given:
+                setattr(config, name, given[name])
     except Exception as error:  # configs check their fields
         raise ConfigError(
             f"the labels are not valid: {one_line(error)}", fix=f"correct {', '.join(labels)} under load"

@@ -85,7 +85,7 @@ def task_of(config: PreTrainedConfig, architecture: str | None = None) -> Task |
 
     By default, that is the class that the checkpoint's ``architectures`` names.
     """
-    architecture = architecture or next(iter(config.architectures or ()), None)
+    architecture = architecture or next(iter(config.architectures or ()), "")
     return next((task for task in TASKS.values() if architecture in _class_names(task.auto_class, config)), None)
 
 
@@ -167,7 +167,7 @@ def head_modules(model: nn.Module) -> list[str]:
     return heads
 
 
-def pretrained_part(model: nn.Module) -> Callable[[str], bool]:
+def pretrained_part(model: Any) -> Callable[[str], bool]:
     """Return a function that tells whether the module or parameter of a dotted name is part of the language model.
 
     That is transformers' base model, without its pooler, and the output embedding. Everything else is a head, which a

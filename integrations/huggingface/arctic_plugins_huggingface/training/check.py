@@ -64,9 +64,15 @@ def check_recipe(recipe: Recipe) -> Stack:
         raise ConfigError(
             "nonfinite is 'skip', but DeepSpeed runs the steps", expected="'stop'", fix="leave 'nonfinite' out"
         )
-    if ours := sorted({"checked", "config", "stack"} & recipe.load.keys()):
+    if ours := sorted({"auto_class", "checked", "config", "stack"} & recipe.load.keys()):
         raise ConfigError(
             f"load.{ours[0]} is not an argument of from_pretrained that a recipe can set", fix="leave it out"
+        )
+    if isinstance(devices := recipe.load.get("device_map"), dict) and "disk" in devices.values():
+        raise ConfigError(
+            "load.device_map puts modules on 'disk', which accelerate supports for inference only",
+            expected="the plugin 'offload', which also trains",
+            fix="leave device_map out and add 'offload: {to: disk}'",
         )
     check_source(recipe.data)
     if is_directory(recipe.model):

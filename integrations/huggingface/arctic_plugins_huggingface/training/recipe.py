@@ -14,7 +14,9 @@ __all__ = ["FILE_KINDS", "DataConfig", "Recipe"]
 
 FILE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 """Suffixes of files; a name that ends with one is never a dataset id."""
-Format = Literal["alpaca", "messages", "prompt_completion", "text"]
+Format = Literal["alpaca", "messages", "prompt_completion", "text", "classification", "token_classification"]
+LABELED = {"classification": "text-classification", "token_classification": "token-classification"}
+"""Format -> the task for which its records have labels."""
 
 
 class DataConfig(BaseModel):
@@ -30,8 +32,11 @@ class DataConfig(BaseModel):
     ``alpaca``: ``instruction``, ``output``, and optionally ``input``, ``system`` and ``history``. ``messages``: a chat,
     as ``messages`` (``role`` and ``content``) or ``conversations`` (``from`` and ``value``), optionally with ``system``
     and ``tools``. ``prompt_completion``: ``prompt`` and ``completion``, both strings or both lists of messages.
-    ``text``: ``text``.
+    ``text``: ``text``. ``classification``: ``text`` (and ``text_pair``) and ``label``, a class, a list of classes, or a
+    number to predict. ``token_classification``: ``tokens``, a list of words, and ``tags``, a class for each.
     """
+    labels: tuple[str, ...] | None = None
+    """The classes of labeled data, in the order of their numbers; by default, those of the model or all in ``path``."""
     columns: dict[str, str] = Field(default_factory=dict)
     """The format's key -> the data's column, where they differ."""
     name: str | None = None
@@ -65,6 +70,12 @@ class DataConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.format == "text" and self.loss == "completion" and "loss" in self.model_fields_set:
             raise ValueError("loss 'all' for format 'text', which has no completions")
+        if self.format in LABELED:
+            for option in ("packing", "streaming", "system", "loss"):
+                if option in self.model_fields_set:
+                    raise ValueError(f"no {option} with format '{self.format}', which has labels")
+        elif self.labels is not None:
+            raise ValueError(f"no labels with format '{self.format}'")
         if sum(value is not None for value in (self.eval_path, self.eval_split, self.eval_size)) > 1:
             raise ValueError("only one of eval_path, eval_split and eval_size")
         if self.streaming and isinstance(self.eval_size, float):
@@ -73,12 +84,15 @@ class DataConfig(BaseModel):
 
 
 class Recipe(BaseModel):
-    """``model``, ``plugins``, ``load``, ``data``, ``training`` and ``nonfinite``; unknown keys are errors."""
+    """``model``, ``task``, ``plugins``, ``load``, ``data``, ``training`` and ``nonfinite``; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     """A checkpoint directory or a Hub id."""
+    task: Literal["text-generation", "image-text-to-text", "text-classification", "token-classification"] | None = None
+    """What to train the model for; by default, the task of ``data.format``, or else of the class that the checkpoint
+    names. Of a model that reads images, the language model is trained, on texts."""
     plugins: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     """Plugin name -> options."""
     load: dict[str, Any] = Field(default_factory=dict)
@@ -98,6 +112,24 @@ class Recipe(BaseModel):
     def _empty_sections(cls, data: Any) -> Any:
         """Drop sections with nothing under them, which YAML reads as null."""
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_of_task(cls, recipe: Any) -> Any:
+        """Set the format of the task, and the task of the format, where one is left out."""
+        if not isinstance(recipe, dict) or not isinstance(data := recipe.get("data"), dict):
+            return recipe
+        form = data.get("format") or next((key for key, task in LABELED.items() if task == recipe.get("task")), None)
+        task = recipe.get("task") or (LABELED.get(form) if isinstance(form, str) else None)
+        named = {"data": {**data, "format": form}} if form else {}
+        return {**recipe, **named, **({"task": task} if task else {})}
+
+    @model_validator(mode="after")
+    def _same_task(self) -> Self:
+        labeled = LABELED.get(self.data.format)
+        if labeled != self.task and (labeled or self.task in LABELED.values()):
+            raise ValueError(f"data.format of the task '{self.task}', not '{self.data.format}'")
+        return self
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:

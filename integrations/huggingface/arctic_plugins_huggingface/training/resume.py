@@ -159,6 +159,7 @@ def recorded(run: Run) -> dict[str, Any]:
     values = {f"{section}.{key}": value for section, options in sections.items() for key, value in options.items()}
     values |= {
         "model": _model(recipe.model),
+        **({} if recipe.task is None else {"task": recipe.task}),
         "nonfinite": recipe.nonfinite,
         "processes": arguments.world_size * max(1, arguments.n_gpu),
     }

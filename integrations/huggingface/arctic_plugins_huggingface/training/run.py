@@ -1,4 +1,6 @@
-"""``arctic train``: run a recipe with TRL's ``SFTTrainer`` and save the trained adapter. Read in trl 1.16.0."""
+"""``arctic train``: run a recipe with TRL's ``SFTTrainer``, or with the ordinary ``Trainer`` on labeled data, and save
+the trained adapter. Read in trl 1.16.0.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,10 @@ from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.locking import in_use_by_us
 from arctic_plugins_huggingface.files.staging import writing
+from arctic_plugins_huggingface.loading.config import text_tokenizer
 from arctic_plugins_huggingface.loading.load import load_model
 from arctic_plugins_huggingface.training.check import check_output, check_recipe
+from arctic_plugins_huggingface.training.labeled import label_trainer_arguments
 from arctic_plugins_huggingface.training.packing import check_packing
 from arctic_plugins_huggingface.training.prepare import Run, prepare
 from arctic_plugins_huggingface.training.progress import TrainingProgress
@@ -48,26 +52,8 @@ from arctic_plugins_huggingface.training.trainer import GracefulStop, attach
 __all__ = ["train"]
 
 
-class _SFTTrainer(SFTTrainer):
-    """TRL's trainer with the model's own loss if there is no GPU, and evaluation that does not affect training.
-
-    TRL computes the loss with a fused head, a Triton kernel on GPUs; its torch fallback took 1.4 s of a step of 4.0 s
-    on two cores (SmolLM2-135M, 8 x 140 tokens). The model's own loss needs memory for the logits instead, except those
-    before the first completion.
-    """
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        if torch.accelerator.is_available():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return Trainer.compute_loss(
-            self, model, {**_only_completions(inputs), "use_cache": False}, return_outputs, num_items_in_batch
-        )
+class _Repeatable(Trainer):
+    """Trainer that continues a stream where it was interrupted, and whose evaluation does not affect training."""
 
     def _init_training_state(
         self, max_steps: int, updates: int, epochs: int, checkpoint: str | None, trial: Any
@@ -92,6 +78,28 @@ class _SFTTrainer(SFTTrainer):
         """
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             return super().evaluate(*args, **kwargs)
+
+
+class _SFTTrainer(_Repeatable, SFTTrainer):
+    """TRL's trainer with the model's own loss if there is no GPU.
+
+    TRL computes the loss with a fused head, a Triton kernel on GPUs; its torch fallback took 1.4 s of a step of 4.0 s
+    on two cores (SmolLM2-135M, 8 x 140 tokens). The model's own loss needs memory for the logits instead, except those
+    before the first completion.
+    """
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if torch.accelerator.is_available():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return Trainer.compute_loss(
+            self, model, {**_only_completions(inputs), "use_cache": False}, return_outputs, num_items_in_batch
+        )
 
 
 def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -174,13 +182,18 @@ def _train(
         for path in [*output.glob("checkpoint-*"), output / "final"]:
             shutil.rmtree(path, ignore_errors=True)
     stop, progress = GracefulStop(), TrainingProgress(console)
+    text, options = text_tokenizer(tokenizer), dict[str, Any]()
+    trainer_class: Any = _SFTTrainer
     try:
-        trainer = _SFTTrainer(
+        if run.labels is not None:
+            trainer_class, options = _Repeatable, label_trainer_arguments(model, text, run.labels)
+        trainer: Trainer = trainer_class(
             model=model,
             args=run.arguments,
             train_dataset=run.data.train,
             eval_dataset=run.data.eval,
-            processing_class=tokenizer,
+            processing_class=text,
+            **options,
             callbacks=[*(callbacks or []), stop, progress, RecipeRecord(record)],
         )
     except (ValueError, ImportError) as error:  # combinations of arguments that only the trainers check

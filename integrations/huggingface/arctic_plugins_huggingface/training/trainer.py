@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.compute import warning_for
-from arctic_plugins.errors import CheckpointError
+from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.provenance import check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
 from arctic_plugins_huggingface.checkpoints.gather import is_spread
@@ -119,6 +119,12 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
         line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)
     ):
         logger.warning(line)  # TRL's SFTConfig turns it on by itself
+    if "disk" in (getattr(trainer.model, "hf_device_map", None) or {}).values():
+        raise ConfigError(
+            "device_map puts modules of the model on 'disk', which accelerate supports for inference only",
+            expected="a model without such a device_map",
+            fix="use the plugin 'offload', which also trains",
+        )
     if trainer.args.use_cpu:
         _set_timeouts(trainer.args.ddp_timeout_delta)
     compose(trainer, [*_host_mixins(trainer), *plugin_mixins(stack)])
