@@ -192,6 +192,13 @@ def plan_model(
             expected="stage 1 or 2; plugins can spread frozen weights ('placement') and experts ('experts_dispatch')",
             fix="correct zero_optimization.stage",
         )
+    devices = kwargs.get("device_map")
+    if isinstance(devices, Mapping) and "disk" in devices.values() and stack.only("adapter"):
+        raise ConfigError(
+            "device_map puts modules on 'disk', where PEFT (0.21) leaves new adapters without values",
+            expected="no adapter",
+            fix="use the plugin 'offload' instead of device_map, or merge the adapter first",
+        )
     kwargs.setdefault("trust_remote_code", False)
     if "gguf_file" not in kwargs:
         kwargs.setdefault("use_safetensors", True)  # never a pickle unless the user asks for one

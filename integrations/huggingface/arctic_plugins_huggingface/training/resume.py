@@ -106,9 +106,10 @@ _UNRECORDED = frozenset(
         "load.token",
         "load.use_auth_token",
         "load.proxies",
+        "load.trust_remote_code",
     }
 )
-"""Secrets, and arguments that ``data`` sets."""
+"""Secrets, a permission that holds for one run, and arguments that ``data`` sets."""
 _MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 _SAMPLES, _SAMPLE = 256, 1 << 14
 _ABSENT = object()
