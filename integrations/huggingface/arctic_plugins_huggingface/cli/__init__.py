@@ -15,13 +15,14 @@ import click
 
 __all__ = ["importing", "quiet_hosts", "trust_option"]
 
-trust_option = click.option(
-    "--trust-remote-code",
-    is_flag=True,
-    help="Execute the code that the model's repository contains, if the model needs it. Read it first: it can do "
-    "anything that you can do. The choice is not recorded in OUT.",
-)
-"""The option of commands that read a model."""
+
+def trust_option(command: Any) -> Any:
+    """Add ``--trust-remote-code`` to a command that reads a model."""
+    text = (
+        "Execute the code that the model's repository contains, if the model needs it. Read it first: it can do "
+        "anything that you can do. Results do not record the choice."
+    )
+    return click.option("--trust-remote-code", is_flag=True, help=text)(command)
 
 
 @contextmanager
