@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from arctic_plugins import Stack
+from arctic_plugins.cli import main
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import FrozenLinear
 from arctic_plugins.testing import MIXTURES, draw_adapter, tiny_model
@@ -184,6 +185,20 @@ def test_an_encoded_classifier_is_exported(tiny_checkpoint, tmp_path):
     assert config["id2label"] == {str(number): name for number, name in NAMES.items()}
 
 
+def test_quantizing_for_a_task(tiny_checkpoint, tmp_path, capsys):
+    for task, options, status in (
+        ("embeddings", ["--task", "feature-extraction"], 0),
+        ("own", [], 0),
+        ("unknown", ["--task", "summarization"], 2),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["quantize", str(tiny_checkpoint), str(tmp_path / task), *options])
+        assert ended.value.code == status
+    assert "task is 'summarization'; expected one of feature-extraction, " in capsys.readouterr().err
+    for name, architecture in (("embeddings", "LlamaModel"), ("own", "LlamaForCausalLM")):
+        assert json.loads((tmp_path / name / "config.json").read_text())["architectures"] == [architecture]
+
+
 def test_labels_that_are_none_are_told(tiny_checkpoint):
     for labels in ({"id2label": 3}, {"id2label": {"x": "y"}}, {"num_labels": "many"}):
         with pytest.raises(ConfigError, match="the labels are not valid: .*; correct (id2label|num_labels) under load"):
@@ -274,3 +289,20 @@ def test_of_a_model_that_reads_images_the_language_model_is_encoded_and_adapted(
 def parents(model, name):
     while name := name.rpartition(".")[0]:
         yield model.get_submodule(name)
+
+
+def test_a_processor_stays_with_the_model_and_its_adapter(tiny_checkpoint, tmp_path, capsys):
+    from transformers import CLIPImageProcessorPil, LlavaProcessor
+
+    tokenizer, plain = load_model(tiny_checkpoint)[1], tmp_path / "plain"
+    config = AutoConfig.for_model("llava", **READS_IMAGES["llava"])
+    AutoModelForImageTextToText.from_config(config).save_pretrained(plain)
+    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    LlavaProcessor(CLIPImageProcessorPil(**sizes), tokenizer, patch_size=14).save_pretrained(plain)
+    model, processor = load_model(plain, LORA)
+    assert isinstance(processor, LlavaProcessor)
+    merged = merge_adapter(save_checkpoint(model, processor, tmp_path / "adapter", LORA), tmp_path / "merged")
+    assert isinstance(load_model(merged)[1], LlavaProcessor)
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", str(merged), "x", "--max-new-tokens", "1"])
+    assert ended.value.code == 0

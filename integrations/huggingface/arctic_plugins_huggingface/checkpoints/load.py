@@ -42,11 +42,13 @@ def load_checkpoint(
         CheckpointError: see :func:`~arctic_plugins_huggingface.load_model` and :func:`adapter_base`.
         ConfigError: the model is for a task without generation; raised before weights are read.
     """
-    adapter, model_name, stack, task = adapter_directory(checkpoint), str(checkpoint), stack or Stack(), {}
-    if adapter is not None:
-        model_name, task = adapter_base(adapter, base), adapted_task(adapter)
-        stack = stack_from_checkpoint(adapter).to_use().without("adapter").plus(stack)
-    plan = plan_model(model_name, stack, trust_remote_code=trust_remote_code, **task)
+    adapter = adapter_directory(checkpoint)
+    if adapter is None:
+        plan = plan_model(checkpoint, stack, trust_remote_code=trust_remote_code)
+    else:
+        recorded = stack_from_checkpoint(adapter).to_use().without("adapter").plus(stack or Stack())
+        trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        plan = plan_model(adapter_base(adapter, base), recorded, **trust, **adapted_task(adapter))
     if generates and not plan.skeleton.can_generate():
         raise ConfigError(
             f"{checkpoint} is a model for {plan.task}, which does not generate text",
@@ -75,8 +77,8 @@ def adapted_task(adapter: Path) -> dict[str, Any]:
 
 
 def own_tokenizer(adapter: Path) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer saved with an adapter, if any: training may have given it a different chat template."""
-    return load_tokenizer(adapter) if (Path(adapter) / "tokenizer_config.json").is_file() else None
+    """Return the tokenizer or processor saved with an adapter, if any: training may have changed its chat template."""
+    return load_tokenizer(adapter, processor=True) if (Path(adapter) / "tokenizer_config.json").is_file() else None
 
 
 def adapter_base(adapter: Path, base: str | Path | None = None) -> str:

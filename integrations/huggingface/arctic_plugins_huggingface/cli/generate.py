@@ -47,7 +47,8 @@ def generate(
         quiet_hosts()
         from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
         from arctic_plugins_huggingface.generate import answer
+        from arctic_plugins_huggingface.loading.config import text_tokenizer
     model, tokenizer = load_checkpoint(
         checkpoint, stack, base=base, trust_remote_code=trust_remote_code, generates=True
     )
-    click.echo(next(iter(answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens))))
+    click.echo(next(iter(answer(model, text_tokenizer(tokenizer), [prompt], max_new_tokens=max_new_tokens))))
