@@ -13,8 +13,6 @@ residual are computed. The equations and the names of weights are from Snowflake
 fork, commit 2d05ff8).
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch
