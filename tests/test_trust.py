@@ -8,7 +8,7 @@ import shutil
 import signal
 import stat
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -601,6 +601,15 @@ def test_code_of_a_checkpoint_is_executed_by_whoever_says_so_each_time(here, own
     values, _ = server_options(str(own_code), ["--trust-remote-code"], plugins=Stack.from_dict({"fp8": {}}))
     assert "trust_remote_code" not in values
     assert values["hf_overrides"]["quantization_config"]["quant_method"] == "arctic"
+
+
+@pytest.mark.parametrize("architectures", [5, "LlamaModel", [None], [["x"]], {}, ["LlamaModel" * 1000]])
+@pytest.mark.parametrize("auto_map", [["x"], 3, {"AutoModel": ["y", None]}])
+def test_names_of_classes_need_not_be_names(here, architectures, auto_map):
+    change(here / "encoded", "config.json", architectures=architectures, auto_map=auto_map)
+    for use in (load_model, lambda path: server_options(str(path))):
+        with suppress(ArcticError):  # it is read, or refused in one line
+            use(here / "encoded")
 
 
 def change_plain(here, **values):

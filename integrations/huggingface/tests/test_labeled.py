@@ -177,6 +177,7 @@ def test_words_are_classified(tiny_checkpoint, tmp_path):
     ("records", "data", "message"),
     [
         ([{"text": "a"}], {}, r"rows\.jsonl:1 has no 'label'; .*set data.columns.label"),
+        ([{"text": "\ud800", "label": "a"}, {"text": "", "label": "b"}], {}, r"rows\.jsonl:1 cannot be tokenized: "),
         ([{"text": 1, "label": "a"}], {}, r"rows\.jsonl:1 has text int; expected a text"),
         ([{"text": "a", "label": "x"}, {"text": "a", "label": "x"}], {}, "has the single class 'x'; .*at least two"),
         (
@@ -218,6 +219,10 @@ def test_a_bad_record_is_named(tiny_checkpoint, tmp_path, monkeypatch, records, 
             "data.format of the task 'text-generation'",
         ),
         ({"task": "summarization"}, "task"),
+        (
+            {"load": {"num_labels": 3}, "data": {"format": "classification"}},
+            "load.num_labels is set; expected data.labels",
+        ),
         ({"load": {"auto_class": "AutoModel"}}, "load.auto_class is not an argument"),
     ],
 )

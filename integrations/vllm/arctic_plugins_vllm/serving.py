@@ -196,7 +196,7 @@ def server_options(
                 fix="encode the base with the plugins in the adapter's arctic_plugins.json",
             )
     environment = {}
-    if _option(options, "runner") is None and any(map(_HEADLESS.fullmatch, config.get("architectures") or ())):
+    if _option(options, "runner") is None and _is_headless(config):
         arguments["runner"] = "pooling"  # otherwise vLLM takes LlamaModel, for example, for LlamaForCausalLM
     if _option(options, "dtype") is None and (dtype := _dtype(config)) is not None:
         arguments["dtype"] = dtype
@@ -242,6 +242,12 @@ def made_for(model: Path) -> int | None:
             fix="copy it again, or create it again",
         )
     return len(ranks) or None
+
+
+def _is_headless(config: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` names a model class without a head, whose outputs are embeddings."""
+    named = config.get("architectures")
+    return isinstance(named, list) and any(isinstance(name, str) and _HEADLESS.fullmatch(name) for name in named)
 
 
 def _is_mixture(config: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from arctic_plugins_huggingface.loading.conversions import expert_conversions
 from arctic_plugins_huggingface.loading.names import stored_codecs, weight_conversions
 from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model, plan_weights
 from arctic_plugins_huggingface.loading.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
-from arctic_plugins_huggingface.loading.tasks import pretrained_part
+from arctic_plugins_huggingface.loading.tasks import architectures_of, pretrained_part
 from arctic_plugins_huggingface.loading.weights import (
     freeze_modules,
     frozen_weights,
@@ -137,7 +137,7 @@ def _check_missing(plan: ModelPlan, model: nn.Module, missing: list[str]) -> Non
     """
     pretrained = pretrained_part(model)
     if lacking := [name for name in missing if not plan.new_head or pretrained(name)]:
-        kind = next(iter(plan.config.architectures or ()), "")
+        kind = next(iter(architectures_of(plan.config)), "")
         raise CheckpointError(
             f"{plan.checkpoint} lacks {len(lacking)} weights of its model, for example {lacking[0]}",
             fix=f"it is a {kind}, which has no {plan.task}: use another task or checkpoint"

@@ -36,7 +36,7 @@ from arctic_plugins_huggingface.loading.config import (
 )
 from arctic_plugins_huggingface.loading.names import Renamed, in_checkpoint, stored_codecs, stored_names, stored_shapes
 from arctic_plugins_huggingface.loading.quantizer import ArcticQuantizationConfig, register
-from arctic_plugins_huggingface.loading.tasks import LABELS, task_name
+from arctic_plugins_huggingface.loading.tasks import LABELS, architectures_of, task_name
 from arctic_plugins_huggingface.loading.weights import weight_specs
 
 __all__ = ["ModelPlan", "WeightPlan", "configured", "plan_model", "plan_weights", "planned_config"]
@@ -150,7 +150,7 @@ class ModelPlan:
     @property
     def new_head(self) -> bool:
         """Whether the checkpoint is not of the model's class, so that the model has a head which it need not have."""
-        return type(self.skeleton).__name__ not in (self.config.architectures or ())
+        return type(self.skeleton).__name__ not in architectures_of(self.config)
 
     @property
     def encoded(self) -> bool:

@@ -27,6 +27,7 @@ __all__ = [
     "LABELS",
     "TASKS",
     "Task",
+    "architectures_of",
     "check_task",
     "head_modules",
     "labels_of",
@@ -85,8 +86,14 @@ def task_of(config: PreTrainedConfig, architecture: str | None = None) -> Task |
 
     By default, that is the class that the checkpoint's ``architectures`` names.
     """
-    architecture = architecture or next(iter(config.architectures or ()), "")
+    architecture = architecture or next(iter(architectures_of(config)), "")
     return next((task for task in TASKS.values() if architecture in _class_names(task.auto_class, config)), None)
+
+
+def architectures_of(config: PreTrainedConfig) -> list[str]:
+    """Return the model classes that a checkpoint's config names; nothing makes sure that these are names."""
+    named = config.architectures
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
 def tasks_for(config: PreTrainedConfig) -> list[str]:
@@ -121,7 +128,8 @@ def _class_names(auto_class: Any, config: PreTrainedConfig) -> Iterator[str]:
         yield registered.__name__
     found = mapping._model_mapping.get(config.model_type, ())
     yield from (found,) if isinstance(found, str) else found
-    own_code = (getattr(config, "auto_map", None) or {}).get(auto_class.__name__)
+    auto_map = getattr(config, "auto_map", None)
+    own_code = auto_map.get(auto_class.__name__) if isinstance(auto_map, Mapping) else None
     if isinstance(own_code, str):
         yield own_code.rpartition(".")[2]
 

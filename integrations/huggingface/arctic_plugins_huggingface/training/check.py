@@ -22,7 +22,7 @@ from arctic_plugins.processes import is_first
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import check_checkpoint, is_directory
 from arctic_plugins_huggingface.files.locking import LOCK
-from arctic_plugins_huggingface.training.recipe import FILE_KINDS, DataConfig, Recipe
+from arctic_plugins_huggingface.training.recipe import FILE_KINDS, LABELED, DataConfig, Recipe
 
 __all__ = ["argument_types", "check_arguments", "check_engine", "check_output", "check_recipe", "check_source"]
 
@@ -33,6 +33,7 @@ OURS = {
     "assistant_only_loss": "data.loss",
 }
 """Fields of ``SFTConfig`` that a recipe sets under ``data``."""
+_LABELS = ("num_labels", "id2label", "label2id", "problem_type")
 _SOURCES = {"transformers": ("training_args.py",), "trl": ("trainer/base_config.py", "trainer/sft_config.py")}
 _CLASSES = ("TrainingArguments", "_BaseConfig", "SFTConfig")
 _AT_LEAST = {
@@ -68,6 +69,8 @@ def check_recipe(recipe: Recipe) -> Stack:
         raise ConfigError(
             f"load.{ours[0]} is not an argument of from_pretrained that a recipe can set", fix="leave it out"
         )
+    if recipe.data.format in LABELED and (labels := sorted(recipe.load.keys() & _LABELS)):
+        raise ConfigError(f"load.{labels[0]} is set", expected="data.labels instead", fix="leave it out")
     if isinstance(devices := recipe.load.get("device_map"), dict) and "disk" in devices.values():
         raise ConfigError(
             "load.device_map puts modules on 'disk', which accelerate supports for inference only",

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from arctic_plugins.errors import DataError, suggest
+from arctic_plugins.errors import DataError, one_line, suggest
 from arctic_plugins_huggingface.training.data import DataCounts, Limits, TrainingData, _records
 from arctic_plugins_huggingface.training.recipe import DataConfig
 
@@ -199,7 +199,10 @@ def _rows(
     limits: Limits | None,
 ) -> Iterator[dict[str, Any]]:
     def encode(texts: list[Any], **options: Any) -> BatchEncoding:
-        return tokenizer(*texts, is_split_into_words=labels.of_words, verbose=False, **options)
+        try:
+            return tokenizer(*texts, is_split_into_words=labels.of_words, verbose=False, **options)
+        except Exception as error:  # tokenizers raises bare Exceptions, and a TypeError for an unpaired surrogate
+            raise DataError(f"{where} cannot be tokenized: {one_line(error)}", fix="correct the record") from error
 
     for where, record in _records(config):
         label: Any = labels.of(record, where)
