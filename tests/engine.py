@@ -21,7 +21,7 @@ from arctic_plugins.testing import say
 def answers(llm, job):
     prompts = [TokensPrompt(prompt_token_ids=ids) for ids in job["prompts"]]
     if llm.model_config.runner_type == "pooling":
-        if llm.model_config.convert_type == "classify":
+        if "classify" in llm.supported_tasks:
             return {"pooled": [output.outputs.probs for output in llm.classify(prompts, use_tqdm=False)]}
         return {"pooled": [output.outputs.embedding for output in llm.embed(prompts, use_tqdm=False)]}
     sampling = SamplingParams(temperature=0, max_tokens=job["tokens"], ignore_eos=True, logprobs=0)

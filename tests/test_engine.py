@@ -216,22 +216,28 @@ def test_classifiers_and_embeddings(tiny_checkpoint, tmp_path, cache):
         moe_layer_frequency=1,
         parallel_attn_mlp_res=True,
     )
+    heads = {"auto_class": AutoModelForSequenceClassification, "id2label": labels}
+    bert = tiny_model(
+        tmp_path / "plain-bert", "bert", auto_class="AutoModelForMaskedLM", hidden_size=128, num_attention_heads=4
+    )
+    outside_attention = Stack.from_dict({"fp8": {"exclude": ["**.attention.self.*"]}})
     kinds = {
-        "classifier": (tiny_checkpoint, {"auto_class": AutoModelForSequenceClassification, "id2label": labels}),
-        "arctic": (arctic, {"auto_class": AutoModelForSequenceClassification, "id2label": labels}),
-        "embeddings": (tiny_checkpoint, {"auto_class": AutoModel}),
-        "causal": (tiny_checkpoint, {}),
+        "classifier": (tiny_checkpoint, fp8, heads),
+        "arctic": (arctic, fp8, heads),
+        "bert": (bert, outside_attention, heads),
+        "embeddings": (tiny_checkpoint, fp8, {"auto_class": AutoModel}),
+        "causal": (tiny_checkpoint, fp8, {}),
     }
     made = {
-        name: save_checkpoint(*load_model(checkpoint, fp8, **options), tmp_path / name, fp8)
-        for name, (checkpoint, options) in kinds.items()
+        name: save_checkpoint(*load_model(checkpoint, stack, **options), tmp_path / name, stack)
+        for name, (checkpoint, stack, options) in kinds.items()
     }
     found = said(run({"enforce_eager": True, "runner": "pooling"}, models=made.values(), cache=cache))
     for (name, checkpoint), result in zip(made.items(), found, strict=True):
         model, _ = load_model(checkpoint)
         for prompt, vector in zip(PROMPTS, result["pooled"], strict=True):
             ids = torch.tensor([prompt])
-            if "auto_class" in kinds[name][1] and name != "embeddings":
+            if kinds[name][2] is heads:
                 expected = model(ids).logits[0].softmax(-1)
             else:
                 expected = torch.nn.functional.normalize(model.base_model(ids).last_hidden_state[0, -1], dim=-1)
