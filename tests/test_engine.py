@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_demo.serving import Server
-from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
+from arctic_plugins_huggingface import load_model, merge_adapter, register, save_checkpoint
 from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint, export_checkpoint
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.generate import chat_prompt
 from arctic_plugins_vllm.serving import on_the_fly
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
@@ -219,6 +219,47 @@ def test_a_mixture_encoded_on_the_fly_and_compiled(mixtures, cache):
 
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": True}
 TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+
+
+@torch.no_grad()
+def test_classifiers_and_embeddings(tiny_checkpoint, tmp_path, cache):
+    """Of one model with a head and without, in transformers and in vLLM, which needs ``--runner pooling`` for some."""
+    fp8, labels = Stack.from_dict({"fp8": {}}), {0: "a", 1: "b", 2: "c"}
+    register()
+    arctic = tiny_model(
+        tmp_path / "plain",
+        "arctic",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        moe_layer_frequency=1,
+        parallel_attn_mlp_res=True,
+    )
+    heads = {"auto_class": AutoModelForSequenceClassification, "id2label": labels}
+    bert = tiny_model(
+        tmp_path / "plain-bert", "bert", auto_class="AutoModelForMaskedLM", hidden_size=128, num_attention_heads=4
+    )
+    outside_attention = Stack.from_dict({"fp8": {"exclude": ["**.attention.self.*"]}})
+    kinds = {
+        "classifier": (tiny_checkpoint, fp8, heads),
+        "arctic": (arctic, fp8, heads),
+        "bert": (bert, outside_attention, heads),
+        "embeddings": (tiny_checkpoint, fp8, {"auto_class": AutoModel}),
+        "causal": (tiny_checkpoint, fp8, {}),
+    }
+    made = {
+        name: save_checkpoint(*load_model(checkpoint, stack, **options), tmp_path / name, stack)
+        for name, (checkpoint, stack, options) in kinds.items()
+    }
+    found = said(run({"enforce_eager": True, "runner": "pooling"}, models=made.values(), cache=cache))
+    for (name, checkpoint), result in zip(made.items(), found, strict=True):
+        model, _ = load_model(checkpoint)
+        for prompt, vector in zip(PROMPTS, result["pooled"], strict=True):
+            ids = torch.tensor([prompt])
+            if kinds[name][2] is heads:
+                expected = model(ids).logits[0].softmax(-1)
+            else:
+                expected = torch.nn.functional.normalize(model.base_model(ids).last_hidden_state[0, -1], dim=-1)
+            torch.testing.assert_close(torch.tensor(vector), expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_tensor_parallel_on_two_processes(tiny_checkpoint, mixtures, tmp_path, cache):

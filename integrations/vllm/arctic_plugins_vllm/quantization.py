@@ -35,7 +35,7 @@ from arctic_plugins_vllm.experts import EncodedExpertsMethod
 from arctic_plugins_vllm.linear import EncodedLinearMethod
 from arctic_plugins_vllm.loaders import Reader, convert, encode
 from arctic_plugins_vllm.native import Format, are_wanted, formats_of
-from arctic_plugins_vllm.serving import made_for
+from arctic_plugins_vllm.serving import check_names, made_for
 
 logger = logging.getLogger(__name__)
 
@@ -131,10 +131,9 @@ class ArcticConfig(CodecConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ArcticConfig:
-        return cls(
-            ModuleCodecs.from_config({key: value for key, value in config.items() if key != ON_THE_FLY}),
-            on_the_fly=ON_THE_FLY in config,
-        )
+        codecs = ModuleCodecs.from_config({key: value for key, value in config.items() if key != ON_THE_FLY})
+        check_names(codecs, "the checkpoint")
+        return cls(codecs, on_the_fly=ON_THE_FLY in config)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check the files of the checkpoint.
@@ -189,7 +188,7 @@ class ArcticConfig(CodecConfig):
     def experts_codecs(self, layer: Any, prefix: str) -> tuple[Codec, Codec] | None:
         leaves = [leaf for leaf in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if leaf is not None]
         up = self._one_codec([f"{prefix}.0.{leaf}" for leaf in leaves])
-        down = self.codecs.codec_of(f"{prefix}.0.{layer.ckpt_down_proj_name}")
+        down = self._codec_of(f"{prefix}.0.{layer.ckpt_down_proj_name}")
         if up is None and down is None:
             return None
         if up is None or down is None:
@@ -198,8 +197,16 @@ class ArcticConfig(CodecConfig):
             )
         return up, down
 
+    def _codec_of(self, module: str) -> Codec | None:
+        """Return the codec of a module by vLLM's name of it.
+
+        vLLM adds ``model.`` to the names in checkpoints without a head (vllm 0.32.0, ``models/adapters.py``).
+        """
+        found = self.codecs.codec_of(module)
+        return self.codecs.codec_of(module.removeprefix("model.")) if found is None else found
+
     def _one_codec(self, parts: list[str]) -> Codec | None:
-        codecs = [self.codecs.codec_of(part) for part in parts]
+        codecs = [self._codec_of(part) for part in parts]
         if len(set(codecs)) > 1:
             found = ", ".join(f"{part}: {codec}" for part, codec in zip(parts, codecs, strict=True))
             raise CheckpointError(

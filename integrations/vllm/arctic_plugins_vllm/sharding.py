@@ -43,16 +43,20 @@ FILE_SIZE = 5 * 10**9
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
-def check_shares(checkpoint: str | Path, size: int, hf_overrides: dict[str, Any] | None = None) -> None:
+def check_shares(
+    checkpoint: str | Path, size: int, hf_overrides: dict[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> None:
     """Raise ConfigError if the model, encoded as ``hf_overrides`` specify, cannot be split over ``size`` processes.
 
     Reads no weights.
     """
-    with built_as_rank(checkpoint, 0, size, hf_overrides):
+    with built_as_rank(checkpoint, 0, size, hf_overrides, trust_remote_code):
         pass
 
 
-def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -> Path:
+def shard_checkpoint(
+    checkpoint: str | Path, directory: str | Path, size: int, *, trust_remote_code: bool = False
+) -> Path:
     """Write the whole, encoded ``checkpoint`` to the existing ``directory``, split for ``size`` processes.
 
     ``arctic_plugins.json`` is written last.
@@ -63,7 +67,7 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
     """
     source, target = Path(checkpoint), Path(directory)
     for rank in range(size):
-        with built_as_rank(source, rank, size) as (model, config):
+        with built_as_rank(source, rank, size, trust_remote_code=trust_remote_code) as (model, config):
             DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
             for module in model.modules():
                 method = getattr(module, "quant_method", None)
@@ -77,7 +81,11 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
 
 @contextmanager
 def built_as_rank(
-    checkpoint: str | Path, rank: int, size: int, hf_overrides: dict[str, Any] | None = None
+    checkpoint: str | Path,
+    rank: int,
+    size: int,
+    hf_overrides: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[tuple[nn.Module, Any]]:
     """Yield vLLM's model with empty weights on the CPU, as rank ``rank`` of ``size`` builds it, and vLLM's config."""
     described = read_json(Path(checkpoint) / "config.json") if Path(checkpoint).is_dir() else {}
@@ -92,6 +100,7 @@ def built_as_rank(
                 enforce_eager=True,
                 use_tqdm_on_load=False,
                 hf_overrides=hf_overrides or {},
+                trust_remote_code=trust_remote_code,
             ).create_engine_config()
             with set_current_vllm_config(config):
                 init_distributed_environment(1, 0, f"file://{meeting}/store", 0, "gloo")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from arctic_plugins_huggingface.adapters import expert_parameters, new_token_rows, only_modules, prepare_new_rows
+from arctic_plugins_huggingface.loading import head_modules, pretrained_part, task_of_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
 
 from arctic_plugins.errors import ConfigError
 from arctic_plugins_lora.config import CALLED, LoraOptions
@@ -20,7 +22,7 @@ __all__ = ["add_adapter"]
 
 
 def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
-    """Wrap ``model`` in a ``PeftModel`` with a new, trainable adapter; everything else is frozen.
+    """Wrap ``model`` in a ``PeftModel`` with a new, trainable adapter; everything else is frozen, except a task's head.
 
     Raises:
         ConfigError: ``target_modules`` matches no module of the model; ``experts`` is true and it has no experts;
@@ -32,13 +34,18 @@ def add_adapter(model: PreTrainedModel, options: LoraOptions) -> PeftModel:
     given = options.model_dump(mode="json", exclude={"experts"}, exclude_none=True)  # lists, as PEFT expects
     if parameters:
         given["target_parameters"] = parameters
+    task = task_of_model(model)
+    if given["target_modules"] == "all-linear" and task is not None and task.name == "image-text-to-text":
+        given["target_modules"] = _language_modules(model)  # PEFT would also adapt what reads images
+    if head := head_modules(model):
+        given["modules_to_save"] = [*dict.fromkeys([*head, *(options.modules_to_save or ())])]
     rows = new_token_rows(model)
     if rows and (tokens := _tokens(rows, options)):
         given["trainable_token_indices"] = tokens
     for peft_name, name in CALLED.items():
         given[peft_name] = given.pop(name)
     try:
-        config = LoraConfig(task_type="CAUSAL_LM", **given)
+        config = LoraConfig(task_type="CAUSAL_LM" if task is None else task.peft, **given)
         with only_modules(model, always="target_parameters" in given):
             # On the meta device, the model is only planned, and so is the adapter.
             adapted = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
@@ -112,3 +119,13 @@ def _check_tokens(model: PeftModel) -> None:
                 f"plugins.lora.trainable_token_indices and modules_to_save both train {name}, or a weight tied to it",
                 fix="leave one of the two out",
             )
+
+
+def _language_modules(model: PreTrainedModel) -> list[str]:
+    """Return the linear modules of the language model, except the output head."""
+    is_part, head = pretrained_part(model), model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and is_part(name)
+    ]

@@ -25,7 +25,7 @@ from arctic_plugins.provenance import write_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.adapters.lora import ExpertPairs, load_adapter
-from arctic_plugins_huggingface.checkpoints.load import adapter_base, ends_of, own_tokenizer
+from arctic_plugins_huggingface.checkpoints.load import adapted_task, adapter_base, ends_of, own_tokenizer
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.check import adapter_directory, check_checkpoint
 from arctic_plugins_huggingface.files.rewrite import Read, open_files, rewrite
@@ -74,7 +74,9 @@ class Update:
         return merged
 
 
-def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Path | None = None) -> Path:
+def merge_adapter(
+    adapter: str | Path, directory: str | Path, *, base: str | Path | None = None, trust_remote_code: bool = False
+) -> Path:
     """Merge a PEFT adapter into its base model and write a checkpoint, encoded as the adapter's stack specifies.
 
     If the adapter changes the head or the embedding and the two share a weight, the head gets a weight of its own.
@@ -92,6 +94,7 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
         adapter: directory or Hub id.
         directory: new directory for the result.
         base: directory or Hub id of the base model; by default, the one that the adapter's config names.
+        trust_remote_code: whether the base model's own code may be executed, if it needs it.
 
     Raises:
         CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing, or does not match its base.
@@ -109,13 +112,15 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
     stack, base = stack_from_checkpoint(found), adapter_base(found, base)
     codecs = stack.only("weight_codec")
     others = stack.to_use().without("weight_codec", "adapter", "placement")
-    is_lora = isinstance(read_any_adapter(found), AdapterConfig)
-    if is_lora and not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    is_lora, task = isinstance(read_any_adapter(found), AdapterConfig), adapted_task(found)
+    alone = is_lora and not task and not len(others)
+    if alone and Path(base).is_dir() and (halves := _halves(found)) is not None:
         check_checkpoint(base)
-        config = load_config(base)
+        config = load_config(base, **trust)
         if not is_quantized_otherwise(config):
             # check_checkpoint has just compared the files.
-            plan = plan_model(base, Stack() if is_encoded(config) else codecs, checked=True, config=config)
+            plan = plan_model(base, Stack() if is_encoded(config) else codecs, checked=True, config=config, **trust)
             claimed = plan.weights
             updates = _updates(found, halves, claimed)
             tied = {name for name, spec in claimed.specs.items() if spec.tied}
@@ -127,7 +132,8 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
                         _stop_at_end(draft, config, tokenizer)
                     write_provenance(draft, codecs.to_dict())
                 return Path(directory)
-    model, base_tokenizer = load_model(base, others if is_lora else others.plus(codecs), dtype=STORED)
+    plugins = others if is_lora else others.plus(codecs)
+    model, base_tokenizer = load_model(base, plugins, dtype=STORED, **trust, **task)
     _untie(model, found)
     adapted = load_adapter(model, found)
     try:

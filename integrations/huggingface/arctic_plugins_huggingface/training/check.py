@@ -22,7 +22,7 @@ from arctic_plugins.processes import is_first
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import check_checkpoint, is_directory
 from arctic_plugins_huggingface.files.locking import LOCK
-from arctic_plugins_huggingface.training.recipe import FILE_KINDS, DataConfig, Recipe
+from arctic_plugins_huggingface.training.recipe import FILE_KINDS, LABELED, DataConfig, Recipe
 from arctic_plugins_huggingface.training.templates import read_template
 from arctic_plugins_huggingface.training.trainers import TRAINERS, TRLTrainer, trl_trainer
 
@@ -43,6 +43,7 @@ OURS = {
     "assistant_only_loss": "data.loss",
 }
 """Fields of the trainers' configs that a recipe sets under ``data``."""
+_LABELS = ("num_labels", "id2label", "label2id", "problem_type")
 _AT_LEAST = {
     **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
@@ -79,9 +80,17 @@ def check_recipe(recipe: Recipe) -> Stack:
         raise ConfigError(
             "nonfinite is 'skip', but DeepSpeed runs the steps", expected="'stop'", fix="leave 'nonfinite' out"
         )
-    if ours := sorted({"checked", "config", "stack"} & recipe.load.keys()):
+    if ours := sorted({"auto_class", "checked", "config", "stack"} & recipe.load.keys()):
         raise ConfigError(
             f"load.{ours[0]} is not an argument of from_pretrained that a recipe can set", fix="leave it out"
+        )
+    if recipe.data.format in LABELED and (labels := sorted(recipe.load.keys() & _LABELS)):
+        raise ConfigError(f"load.{labels[0]} is set", expected="data.labels instead", fix="leave it out")
+    if isinstance(devices := recipe.load.get("device_map"), dict) and "disk" in devices.values():
+        raise ConfigError(
+            "load.device_map puts modules on 'disk', which accelerate supports for inference only",
+            expected="the plugin 'offload', which also trains",
+            fix="leave device_map out and add 'offload: {to: disk}'",
         )
     check_source(recipe.data)
     if is_directory(recipe.model):

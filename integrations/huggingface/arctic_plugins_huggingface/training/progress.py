@@ -84,7 +84,7 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         logs = logs or {}
         self._loss = logs.get("loss", self._loss)
-        shown = {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
+        shown = {key: logs[key] for key in ("loss", "eval_loss", "eval_accuracy", "eval_f1") if key in logs}
         if self._bar is not None:
             self._bar.update(self._task, figures=self._figures(state))
         if not state.is_world_process_zero or self._bar is not None or not shown:
@@ -135,6 +135,11 @@ def show_summary(result: TrainingResult, console: Console) -> None:
         "steps": f"{result.steps:,} in {result.seconds:,.0f} s",
         "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged",
         "eval loss": f"{evaluations[0]:.4f} -> {evaluations[-1]:.4f}" if evaluations else "",
+        **{
+            name.replace("_", " "): f"{found[0]:.4f} -> {found[-1]:.4f}"
+            for name in ("eval_accuracy", "eval_f1")
+            if (found := [entry[name] for entry in result.history if name in entry])
+        },
         "tokens": f"{result.tokens:,}, {result.tokens / max(1e-9, result.seconds):,.0f} per second"
         if result.tokens
         else "",

@@ -14,7 +14,11 @@ __all__ = ["FILE_KINDS", "DataConfig", "DataSource", "Recipe"]
 
 FILE_KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".txt")
 """Suffixes of files; a name that ends with one is never a dataset id."""
-Format = Literal["alpaca", "messages", "prompt_completion", "text", "preference"]
+Format = Literal[
+    "alpaca", "messages", "prompt_completion", "text", "preference", "classification", "token_classification"
+]
+LABELED = {"classification": "text-classification", "token_classification": "token-classification"}
+"""Format -> the task for which its records have labels."""
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -31,6 +35,8 @@ class _Records(BaseModel):
     and ``tools``. ``prompt_completion``: ``prompt`` and ``completion``, both strings or both lists of messages.
     ``text``: ``text``. ``preference``: ``prompt``, ``chosen`` and ``rejected``, all strings or all lists of messages;
     for ``training.trainer: kto``, also ``prompt``, ``completion`` and ``label``.
+    ``classification``: ``text`` (and ``text_pair``) and ``label``, a class, a list of classes, or a
+    number to predict. ``token_classification``: ``tokens``, a list of words, and ``tags``, a class for each.
     """
     columns: dict[str, str] = Field(default_factory=dict)
     """The format's key -> the data's column, where they differ."""
@@ -83,6 +89,8 @@ class DataConfig(_Records):
     ``all_exhausted``: once every source was read to its end; those that end earlier start again. ``first_exhausted``:
     once the first source ends; no row is repeated, and the remaining rows of the others are never used.
     """
+    labels: tuple[str, ...] | None = None
+    """The classes of labeled data, in the order of their numbers; by default, those of the model or all in ``path``."""
     on_bad_record: Literal["error", "skip"] = "error"
     """What happens at a record that cannot be used: the run ends, or the record is skipped and counted."""
     chat_template: str | None = None
@@ -143,6 +151,22 @@ class DataConfig(_Records):
     def _consistent(self) -> Self:
         if (self.path is None) == (self.sources is None) or self.sources == ():
             raise ValueError("either path, or sources with at least one source")
+        if self.format in LABELED:
+            options = (
+                "packing",
+                "streaming",
+                "system",
+                "loss",
+                "sources",
+                "chat_template",
+                "new_tokens",
+                "on_bad_record",
+            )
+            for option in options:
+                if option in self.model_fields_set:
+                    raise ValueError(f"no {option} with format '{self.format}', which has labels")
+        elif self.labels is not None:
+            raise ValueError(f"no labels with format '{self.format}'")
         if sum(value is not None for value in (self.eval_path, self.eval_split, self.eval_size)) > 1:
             raise ValueError("only one of eval_path, eval_split and eval_size")
         if self.eval_split is not None and self.sources is not None:
@@ -161,12 +185,15 @@ class DataConfig(_Records):
 
 
 class Recipe(BaseModel):
-    """``model``, ``plugins``, ``load``, ``data``, ``training`` and ``nonfinite``; unknown keys are errors."""
+    """``model``, ``task``, ``plugins``, ``load``, ``data``, ``training`` and ``nonfinite``; unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     """A checkpoint directory or a Hub id."""
+    task: Literal["text-generation", "image-text-to-text", "text-classification", "token-classification"] | None = None
+    """What to train the model for; by default, the task of ``data.format``, or else of the class that the checkpoint
+    names. Of a model that reads images, the language model is trained, on texts."""
     plugins: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
     """Plugin name -> options."""
     load: dict[str, Any] = Field(default_factory=dict)
@@ -186,6 +213,24 @@ class Recipe(BaseModel):
     def _empty_sections(cls, data: Any) -> Any:
         """Drop sections with nothing under them, which YAML reads as null."""
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_of_task(cls, recipe: Any) -> Any:
+        """Set the format of the task, and the task of the format, where one is left out."""
+        if not isinstance(recipe, dict) or not isinstance(data := recipe.get("data"), dict):
+            return recipe
+        form = data.get("format") or next((key for key, task in LABELED.items() if task == recipe.get("task")), None)
+        task = recipe.get("task") or (LABELED.get(form) if isinstance(form, str) else None)
+        named = {"data": {**data, "format": form}} if form else {}
+        return {**recipe, **named, **({"task": task} if task else {})}
+
+    @model_validator(mode="after")
+    def _same_task(self) -> Self:
+        labeled = LABELED.get(self.data.format)
+        if labeled != self.task and (labeled or self.task in LABELED.values()):
+            raise ValueError(f"data.format of the task '{self.task}', not '{self.data.format}'")
+        return self
 
     @classmethod
     def from_file(cls, path: str | Path) -> Recipe:

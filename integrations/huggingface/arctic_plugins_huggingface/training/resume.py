@@ -107,9 +107,10 @@ _UNRECORDED = frozenset(
         "load.token",
         "load.use_auth_token",
         "load.proxies",
+        "load.trust_remote_code",
     }
 )
-"""Secrets, and arguments that ``data`` sets."""
+"""Secrets, a permission that holds for one run, and arguments that ``data`` sets."""
 _MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 _SAMPLES, _SAMPLE = 256, 1 << 14
 _ABSENT = object()
@@ -157,6 +158,7 @@ def recorded(run: Run) -> dict[str, Any]:
     values = {f"{section}.{key}": value for section, options in sections.items() for key, value in options.items()}
     values |= {
         "model": _model(recipe.model),
+        **({} if recipe.task is None else {"task": recipe.task}),
         "nonfinite": recipe.nonfinite,
         "processes": arguments.world_size * max(1, arguments.n_gpu),
     }

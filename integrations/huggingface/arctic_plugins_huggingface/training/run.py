@@ -1,4 +1,6 @@
-"""``arctic train``: run a recipe with one of TRL's trainers and save the trained adapter. Read in trl 1.16.0."""
+"""``arctic train``: run a recipe with one of TRL's trainers, or on labeled data with the ordinary ``Trainer``, and save
+the trained adapter. Read in trl 1.16.0.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,10 @@ from arctic_plugins_huggingface.checkpoints.gather import is_adapted, is_spread
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.locking import in_use_by_us
 from arctic_plugins_huggingface.files.staging import writing
+from arctic_plugins_huggingface.loading.config import text_tokenizer
 from arctic_plugins_huggingface.loading.load import load_model
 from arctic_plugins_huggingface.training.check import check_output, check_recipe, check_trainer
+from arctic_plugins_huggingface.training.labeled import label_trainer_arguments
 from arctic_plugins_huggingface.training.packing import check_packing
 from arctic_plugins_huggingface.training.prepare import Run, prepare
 from arctic_plugins_huggingface.training.progress import TrainingProgress
@@ -52,7 +56,7 @@ REFERENCE = "ref"
 
 
 class _Repeatable(Trainer):
-    """Part of every trainer here: a resumed run is the run that it continues."""
+    """Part of every trainer here: a resumed run is the run that it continues, and evaluation changes nothing."""
 
     def _init_training_state(
         self, max_steps: int, updates: int, epochs: int, checkpoint: str | None, trial: Any
@@ -209,13 +213,18 @@ def _train(
         for path in [*output.glob("checkpoint-*"), output / "final"]:
             shutil.rmtree(path, ignore_errors=True)
     stop, progress = GracefulStop(), TrainingProgress(console)
+    text, options = text_tokenizer(tokenizer), dict[str, Any]()
+    trainer_class = _trainer_class(recipe)
     try:
-        trainer = _trainer_class(recipe)(
+        if run.labels is not None:
+            trainer_class, options = _Repeatable, label_trainer_arguments(model, text, run.labels)
+        trainer: Any = trainer_class(
             model=model,
             args=run.arguments,
             train_dataset=run.data.train,
             eval_dataset=run.data.eval,
-            processing_class=tokenizer,
+            processing_class=text,
+            **options,
             callbacks=[*(callbacks or []), stop, progress, RecipeRecord(record)],
         )
     except (ValueError, ImportError) as error:  # combinations of arguments that only the trainers check
