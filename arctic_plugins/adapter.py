@@ -236,14 +236,15 @@ def adapted_modules(directory: str | Path) -> list[str]:
 def whole_tensors(directory: str | Path) -> list[str]:
     """Return the names of the tensors that a LoRA adapter holds besides its matrices, as in the base model.
 
-    They are embeddings that were resized or trained, biases, and modules that were trained as a whole.
+    They are embeddings that were resized or trained, biases, and modules that were trained as a whole. Weights under an
+    adapter's own matrices, which PEFT saves for embeddings, are not among them.
 
     Raises:
         OSError, SafetensorError: the adapter's weights cannot be read.
     """
     with safe_open(Path(directory) / WEIGHTS, "np") as file:
         names = (key.removeprefix("base_model.model.") for key in file.keys())  # noqa: SIM118 - safe_open is not a mapping
-        return sorted(name for name in names if ".lora_" not in name)
+        return sorted(name for name in names if ".lora_" not in name and ".base_layer." not in name)
 
 
 def base_of(directory: str | Path) -> str:

@@ -188,22 +188,30 @@ def test_engine_arguments_of_an_adapter(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("rows", [300, 270])
-def test_an_adapter_with_a_resized_embedding(tmp_path, rows, tied):
+@pytest.mark.parametrize(("rows", "targets"), [(300, ["q_proj"]), (270, ["q_proj"]), (300, ["q_proj", "embed_tokens"])])
+def test_an_adapter_with_a_resized_embedding(tmp_path, rows, targets, tied):
     """PEFT saves the embedding and the head with it (``save_embedding_layers``), since the base model has others."""
     base, stack = tiny_llama(tmp_path / "base", tie_word_embeddings=tied), Stack.from_dict({"fp8": FP8})
     model, tokenizer = load_model(base, stack)
     model.resize_token_embeddings(rows, mean_resizing=False)
-    model = randomize(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")))
+    model = randomize(get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")))
     expected = model.eval()(IDS).logits
     save_checkpoint(model, tokenizer, tmp_path / "adapter", stack)
+    if "embed_tokens" in targets and not tied:
+        with pytest.raises(
+            CheckpointError, match="300 tokens instead of 272, but no output head of that size; expected b"
+        ):
+            load_checkpoint(tmp_path / "adapter")
+        return
     again, _ = load_checkpoint(tmp_path / "adapter")
     assert again.get_input_embeddings().weight.shape[0] == again.config.vocab_size == rows
     torch.testing.assert_close(again(IDS).logits, expected)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     merged, _ = load_model(tmp_path / "merged")
-    assert merged.config.tie_word_embeddings == tied
+    assert merged.config.tie_word_embeddings == (tied and "embed_tokens" not in targets)
     assert (merged(IDS).logits - expected).norm() / expected.norm() < 0.2
+    if "embed_tokens" in targets:
+        return
     with pytest.raises(CheckpointError, match="contains a new .*expected matrices of LoRA only, .*; merge the adapter"):
         Stack.from_dict({"lora": {}}).vllm_engine_args(tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"model\.embed_tokens of shape \(\d+, 64\); expected \(tokens, 32\)"):

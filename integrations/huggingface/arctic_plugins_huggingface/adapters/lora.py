@@ -44,6 +44,7 @@ __all__ = [
     "load_adapter",
     "only_modules",
     "prepare_new_rows",
+    "resize_embedding",
     "up_first",
     "with_frozen_experts",
 ]
@@ -377,10 +378,9 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
             # Strings are regular expressions, which PEFT would evaluate.
             if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
                 config.target_modules, config.exclude_modules = adapted_modules(adapter), None
-        with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
-            saved = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+        saved = _shapes(adapter)
         grown = isinstance(found, AdapterConfig) and _add_embeddings(model, adapter, found.trained_tokens)
-        _resize_embedding(model, saved, adapter)
+        resize_embedding(model, adapter)
         with only_modules(model, always=bool(getattr(config, "target_parameters", None))):
             if local_parameters(model):
                 adapted = _load_local(model, adapter, config, trainable=trainable)
@@ -402,29 +402,58 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
     return prepare_new_rows(adapted) if grown else adapted
 
 
-def _resize_embedding(model: PreTrainedModel, saved: Mapping[str, tuple[int, ...]], adapter: str | Path) -> None:
+def _shapes(adapter: str | Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+
+
+def resize_embedding(model: PreTrainedModel, adapter: str | Path) -> None:
     """Give the embedding of ``model`` as many rows as that of the adapter, if the adapter holds a whole one.
 
     PEFT saves it with the adapter if it was resized for training (``save_embedding_layers``).
+
+    Raises:
+        CheckpointError: the adapter holds an embedding of another width, or lacks a head that is not tied to it.
+        ConfigError: the output head is encoded.
+        OSError, SafetensorError: the adapter's weights cannot be read.
     """
-    embedding = model.get_input_embeddings()
-    name = next(name for name, module in model.named_modules() if module is embedding)
-    found, now = saved.get(f"base_model.model.{name}.weight"), tuple(cast("Tensor", embedding.weight).shape)
-    if found is None or found == now:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    saved = _shapes(adapter)
+    name, shape = _saved_as(model, embedding, saved)
+    now = tuple(cast("Tensor", embedding.weight).shape)
+    if shape is None or shape == now:
         return
-    if found[1:] != now[1:]:
+    if shape[1:] != now[1:]:
         raise CheckpointError(
-            f"{adapter} holds a {name} of shape {found}",
+            f"{adapter} holds a {name} of shape {shape}",
             expected=f"(tokens, {now[1]}), as in the model",
             fix="it belongs to another model: pass --base",
         )
-    if isinstance(model.get_output_embeddings(), FrozenModule):
+    if isinstance(head, FrozenModule):
         raise ConfigError(
-            f"{adapter} holds a {name} with {found[0]} tokens instead of {now[0]}, but the output head is encoded",
+            f"{adapter} holds a {name} with {shape[0]} tokens instead of {now[0]}, but the output head is encoded",
             expected="a plain head, which can be resized",
             fix="exclude the head from the codec",
         )
-    model.resize_token_embeddings(found[0], mean_resizing=False)
+    if head is not None and head.weight is not embedding.weight and _saved_as(model, head, saved)[1] is None:
+        raise CheckpointError(
+            f"{adapter} holds a {name} with {shape[0]} tokens instead of {now[0]}, but no output head of that size",
+            expected="both, which PEFT saves unless the embedding is in target_modules",
+            fix="train it again with the embedding in modules_to_save or trainable_token_indices",
+        )
+    model.resize_token_embeddings(shape[0], mean_resizing=False)
+    if (key := f"base_model.model.{name}.base_layer.weight") in saved:  # a head tied to it needs it as well
+        with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
+            cast("Tensor", model.get_input_embeddings().weight).data.copy_(file.get_tensor(key))
+
+
+def _saved_as(
+    model: nn.Module, module: nn.Module, saved: Mapping[str, tuple[int, ...]]
+) -> tuple[str, tuple[int, ...] | None]:
+    """Return the name of ``module`` and the shape of its whole weight in an adapter; None if the adapter has none."""
+    name = next(name for name, found in model.named_modules() if found is module)
+    keys = f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"
+    return name, next((saved[key] for key in keys if key in saved), None)
 
 
 def _load_local(model: PreTrainedModel, adapter: str | Path, config: PeftConfig, *, trainable: bool) -> PeftModel:

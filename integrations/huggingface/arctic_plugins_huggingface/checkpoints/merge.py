@@ -24,7 +24,7 @@ from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.adapters.lora import ExpertPairs, load_adapter
+from arctic_plugins_huggingface.adapters.lora import ExpertPairs, load_adapter, resize_embedding
 from arctic_plugins_huggingface.checkpoints.load import adapted_task, adapter_base, ends_of, own_tokenizer
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.check import adapter_directory, check_checkpoint
@@ -134,6 +134,7 @@ def merge_adapter(
                 return Path(directory)
     plugins = others if is_lora else others.plus(codecs)
     model, base_tokenizer = load_model(base, plugins, dtype=STORED, **trust, **task)
+    resize_embedding(model, found)
     _untie(model, found)
     adapted = load_adapter(model, found)
     try:
