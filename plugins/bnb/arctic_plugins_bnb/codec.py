@@ -142,7 +142,7 @@ class Int8Codec(Codec):
         codes = torch.empty(layout[""].shape, dtype=torch.int8, device=weight.device)
         absmax = torch.empty(layout["_absmax"].shape, dtype=torch.float32, device=weight.device)
         codes_NK, absmax_N1 = codes.view(weight_NK.shape), absmax.view(-1, 1)
-        for rows in tiles(*weight_NK.shape, weight.device):
+        for rows in tiles(weight_NK.shape[0], weight_NK.shape[1], weight.device):
             part = weight_NK[rows].float()
             torch.amax(part.abs(), -1, keepdim=True, out=absmax_N1[rows])
             inverse = 127.0 / absmax_N1[rows].clamp(min=1e-36)  # bitsandbytes divides by 0 for a row of zeros

@@ -110,7 +110,7 @@ def decode_int8(codes: Tensor, absmax: Tensor, out_NK: Tensor) -> None:
         out_NK: ``[rows, K]`` for all rows of ``lead`` and N, in any floating dtype.
     """
     codes_NK, absmax_N1, tile = codes.flatten(0, -2), absmax.flatten(0, -2), None
-    for part in tiles(*codes_NK.shape, codes.device):
+    for part in tiles(codes_NK.shape[0], codes_NK.shape[1], codes.device):
         rows = codes_NK[part]
         if tile is None or len(tile) != len(rows):  # one for all but the last: fresh memory is slow
             tile = torch.empty(rows.shape, dtype=torch.float32, device=codes.device)
