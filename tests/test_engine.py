@@ -278,8 +278,8 @@ def test_classifiers_and_embeddings(tiny_checkpoint, tmp_path, cache):
 
 
 def test_tensor_parallel_on_two_processes(tiny_checkpoint, mixtures, tmp_path, cache):
-    """Each has half of every layer, and half of every expert."""
-    stack = Stack.from_dict({"fp8": {"include": ["**.self_attn.*"], "group_size": 64}})
+    """Each has half of every layer, and half of every expert; in the first model one of nf4's two blocks per row."""
+    stack = Stack.from_dict({"bnb": {"include": ["**.self_attn.*"], "double_quant": True}})
     models = [save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path / "out", stack), mixtures["mixtral"][1]]
     same_as_transformers(run(TWO, models=models, cache=cache, tokens=8, **TWO_PROCESSES), models, count=8)
 

@@ -124,7 +124,7 @@ def _linear_nf4(
     if _has_fused_nf4(x) and in_features % BLOCK == 0:
         absmax_NB = _absmax(absmax, scale, offset)
         product: Tensor = torch.ops.bitsandbytes.gemm_4bit(
-            x, codes.flatten().contiguous(), shape, absmax_NB.flatten().contiguous(), BLOCK, "nf4"
+            x, codes.reshape(-1, 1).contiguous(), shape, absmax_NB.flatten().contiguous(), BLOCK, "nf4"
         )
         return product
     weight = _memory(shape, x)
