@@ -155,7 +155,7 @@ def _linear_int8(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     # torch's kernel reads beyond rows whose length is not a multiple of 32 (torch 2.13), and is slow without AVX-512
     if (
         x.dtype == torch.bfloat16
-        and x.numel() <= FEW_ROWS * in_features
+        and 0 < x.numel() <= FEW_ROWS * in_features
         and in_features % 32 == 0
         and x.device.type == "cpu"
         and torch.backends.cpu.get_cpu_capability() == "AVX512"

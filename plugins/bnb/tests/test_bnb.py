@@ -139,7 +139,7 @@ def test_products_are_those_of_the_decoded_weight(codec, dtype, shape):
     buffers = codec.encode(torch.randn(shape))
     weight = codec.decode(buffers, shape, torch.float64)
     tolerance = {torch.float32: 1e-5, torch.float64: 1e-6}.get(dtype, 0.02)
-    for lead in ((1,), (2, 3), (40,)):
+    for lead in ((1,), (2, 3), (40,), (0,)):
         x, grad = torch.randn(*lead, shape[1], dtype=dtype), torch.randn(*lead, shape[0], dtype=dtype)
         for found, expected in (
             (codec.linear(x, buffers, shape), x.double() @ weight.T),
