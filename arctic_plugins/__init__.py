@@ -5,7 +5,7 @@ Importing this package loads neither torch nor a host. The public names are in `
 """
 
 from arctic_plugins.cache import cache_directory
-from arctic_plugins.claims import Claim, LinearSpec, check_patterns, matches
+from arctic_plugins.claims import Claim, LinearSpec, ModulePatterns, check_patterns, matches
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import ArcticError, UserError
 from arctic_plugins.host import Host
@@ -27,6 +27,7 @@ __all__ = [
     "Host",
     "LinearSpec",
     "ModelClasses",
+    "ModulePatterns",
     "Plugin",
     "PluginConfig",
     "Registry",

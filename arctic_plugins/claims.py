@@ -12,9 +12,19 @@ from typing import Any
 
 from arctic_plugins.errors import ClaimError
 from arctic_plugins.host import hosts
-from arctic_plugins.plugin import SLOTS
+from arctic_plugins.plugin import SLOTS, PluginConfig
 
-__all__ = ["Claim", "LinearSpec", "SettledClaims", "arbitrate", "check_patterns", "compress_names", "matches", "some"]
+__all__ = [
+    "Claim",
+    "LinearSpec",
+    "ModulePatterns",
+    "SettledClaims",
+    "arbitrate",
+    "check_patterns",
+    "compress_names",
+    "matches",
+    "some",
+]
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,46 @@ def check_patterns(option: str, patterns: Iterable[str], modules: Mapping[str, L
             raise ClaimError(
                 f"{option} '{pattern}' matches no linear module of this model", fix=f"the model has {some(modules)}"
             )
+
+
+class ModulePatterns(PluginConfig):
+    """Base of the options of plugins that encode weights: which modules are encoded."""
+
+    include: tuple[str, ...] = ("**",)
+    """Modules to encode, as dotted names with ``*`` (within a component) and ``**`` (across components)."""
+    exclude: tuple[str, ...] = ("lm_head", "**.lm_head", "**.router", "**.gate", "**.shared_expert_gate", "score")
+    """Modules to leave unchanged even if they are included. The default excludes output heads and routers."""
+
+    def select(self, plugin: str, modules: Mapping[str, LinearSpec]) -> list[str]:
+        """Return the names of the modules to encode.
+
+        Args:
+            plugin: name of the plugin with these options, for errors.
+            modules: dotted name -> shape of every linear module of the model.
+
+        Raises:
+            ClaimError: a pattern of ``include`` that selects nothing, or a weight that is tied to the embedding.
+        """
+        check_patterns(f"plugins.{plugin}.include", self.include, modules)
+        selected = [
+            name
+            for name in modules
+            if any(matches(pattern, name) for pattern in self.include)
+            and not any(matches(pattern, name) for pattern in self.exclude)
+        ]
+        if tied := [name for name in selected if modules[name].tied]:
+            raise ClaimError(
+                f"plugins.{plugin} includes {tied[0]}, whose weight is tied to the embedding",
+                expected="an untied weight",
+                fix="add it to 'exclude'",
+            )
+        for pattern in self.include:
+            if selected and not any(matches(pattern, name) for name in selected):
+                raise ClaimError(
+                    f"plugins.{plugin}.include '{pattern}' matches only modules that 'exclude' removes again",
+                    fix="set 'exclude' so that it does not match them",
+                )
+        return selected
 
 
 def some(names: Iterable[str]) -> str:

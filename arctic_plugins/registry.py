@@ -15,7 +15,7 @@ from arctic_plugins.plugin import PluginConfig
 
 __all__ = ["FIRST_PARTY", "ROPE_MARK", "Importer", "ModelClasses", "Registry", "load"]
 
-FIRST_PARTY = frozenset({"deepspeed", "fp8", "longseq", "lora", "moe", "offload", "rope", "shard"})
+FIRST_PARTY = frozenset({"bnb", "deepspeed", "fp8", "longseq", "lora", "moe", "offload", "rope", "shard"})
 """Plugins whose distribution is ``arctic-plugins-NAME``. That of any other may be known only from an untrusted file."""
 
 ROPE_MARK = "arctic_rope"
@@ -249,7 +249,7 @@ class Registry:
         """
         if type_name not in self._codecs:
             broken = "; ".join(str(error) for error in self.failures.values())
-            ours = _install(type_name) or "install the plugin that provides it, if you trust it"
+            ours = _install(type_name.partition("-")[0]) or "install the plugin that provides it, if you trust it"
             raise PluginNotFoundError(
                 f"no installed plugin provides the checkpoint's codec type '{type_name}'",
                 fix=broken or f"{ours}; {suggest(type_name, self._codecs)}",

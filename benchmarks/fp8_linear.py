@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from arctic_plugins_bnb.codec import Int8Codec, NF4Codec
 from arctic_plugins_fp8 import kernels
 from arctic_plugins_fp8.codec import CANDIDATES, LARGEST_WEIGHT, FP8Codec
 from torch import Tensor, nn
@@ -48,6 +49,9 @@ def layers(weight_NK: Tensor, dtype: torch.dtype) -> dict[str, nn.Module]:
     plain.weight = nn.Parameter(weight_NK.to(dtype), requires_grad=False)
     codecs = (FP8Codec(), FP8Codec(group_size=128), FP8Codec(bits=6, group_size=128), FP8Codec(bits=12))
     for name, codec in zip(OURS, codecs, strict=True):
+        made[name] = FrozenLinear.from_linear(plain, codec)
+        made[name].encode(weight_NK)
+    for name, codec in (("bnb int8", Int8Codec()), ("bnb nf4", NF4Codec())):
         made[name] = FrozenLinear.from_linear(plain, codec)
         made[name].encode(weight_NK)
     made["aten int8pack"] = Int8Pack(weight_NK, dtype)
@@ -93,7 +97,8 @@ def _bitsandbytes(plain: nn.Linear) -> dict[str, nn.Module]:
     int8.weight = bnb.nn.Int8Params(plain.weight.detach(), has_fp16_weights=False, requires_grad=False)
     nf4 = bnb.nn.Linear4bit(*size, bias=False, quant_type="nf4", compute_dtype=plain.weight.dtype)
     nf4.weight = bnb.nn.Params4bit(plain.weight.detach(), requires_grad=False, quant_type="nf4")
-    return {"bnb int8": int8.to("cpu"), "bnb nf4": nf4.to("cpu")}
+    # in training mode, bitsandbytes decodes nf4 even where it has a kernel
+    return {"bitsandbytes int8": int8.to("cpu").eval(), "bitsandbytes nf4": nf4.to("cpu").eval()}
 
 
 def interleaved(contenders: dict[str, Callable[[], object]], seconds: float, least: int) -> dict[str, float]:
@@ -128,11 +133,16 @@ def bandwidth() -> tuple[float, float]:
     return source.nbytes / times["read"], 2 * source.nbytes / times["copy"]
 
 
-def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, object]:
-    """All of it for one shape ``(N, K)`` and inputs in ``dtype``."""
+def measure(
+    shape: tuple[int, int], dtype: torch.dtype, only: list[str] | None = None, all_rows: tuple[int, ...] = ROWS
+) -> dict[str, object]:
+    """All of it for one shape ``(N, K)`` and inputs in ``dtype``; with ``only``, the table of these contenders."""
     out_features, in_features = shape
     count = max(2, -(-MEGABYTES * 2**20 // (out_features * in_features)))
-    made = [layers(torch.randn(shape).mul_(0.02).bfloat16(), dtype) for _ in range(count)]
+    made = []
+    for _ in range(count):
+        each = layers(torch.randn(shape).mul_(0.02).bfloat16(), dtype)
+        made.append({name: layer for name, layer in each.items() if not only or name in only})
     read, copy = bandwidth()
     print(
         f"\n### N = {out_features}, K = {in_features}: {count} layers; memory reads {read / 1e9:.1f} GB/s, copies "
@@ -149,7 +159,7 @@ def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, object]:
 
         return run
 
-    for rows in ROWS:
+    for rows in all_rows:
         x_MK = torch.randn(rows, in_features)
         inputs = {name: x_MK.to(PLAIN.get(name, dtype)) for name in names}
         with torch.inference_mode():
@@ -157,8 +167,10 @@ def measure(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, object]:
             times = interleaved({name: walk(name, inputs[name], steps[name]) for name in names}, 15, 4)
         table[str(rows)] = {name: taken / steps[name] * 1e3 for name, taken in times.items()}
         cells = " | ".join(f"{milliseconds:.3g}" for milliseconds in table[str(rows)].values())
-        best = min(table[str(rows)][name] for name in PLAIN)
+        best = min(table[str(rows)][name] for name in PLAIN if name in names)
         print(f"| {rows} | {cells} | {table[str(rows)]['fp8'] / best:.2f} |", flush=True)
+    if only:
+        return {"count": count, "read": read, "copy": copy, "milliseconds": table}
     ours = {name: made[0][name].codec.nbytes(shape) for name in OURS}
     for name, size in ours.items():
         codes = [layer[name].weight.view(torch.int64) for layer in made]
@@ -264,12 +276,20 @@ def main() -> None:
     )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", action="append", help="a contender; repeat it for several, among them bf16 and fp8")
+    parser.add_argument("--rows", type=int, action="append", help="rows of x; repeat it for several")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
     arguments = parser.parse_args()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kernels.describe()[1]}, inputs in "
         f"{arguments.dtype}"
     )
-    results = {f"{shape[0]} x {shape[1]}": measure(shape, getattr(torch, arguments.dtype)) for shape in SHAPES}
+    results = {
+        f"{shape[0]} x {shape[1]}": measure(
+            shape, getattr(torch, arguments.dtype), arguments.only, tuple(arguments.rows or ROWS)
+        )
+        for shape in SHAPES[: arguments.shapes]
+    }
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
     if arguments.plot:

@@ -1,4 +1,4 @@
-"""Whole models: fp8 compared with float32, bfloat16 and the weight-only formats of other libraries.
+"""Whole models: fp8 (and for accuracy bnb) compared with float32, bfloat16 and other libraries' weight-only formats.
 
     python benchmarks/fp8_model.py vllm [MODEL] [--eager] [--floor]          # tokens/s in vLLM
     python benchmarks/fp8_model.py perplexity MODEL wikitext2-test.txt       # perplexity of a real model
@@ -33,14 +33,18 @@ import torch
 
 from arctic_plugins.compute import compute_dtype, is_native
 
-BITS: dict[str, dict[str, Any]] = {
-    "fp12": {"bits": 12},
-    "fp8": {},
-    "fp8 mse": {"scale": "mse"},
-    "fp8 g128 mse": {"group_size": 128, "scale": "mse"},
-    "fp6 g128 max": {"bits": 6, "scale": "max"},
-    "fp6 g128": {"bits": 6},
-    "fp6 g32": {"bits": 6, "group_size": 32},
+STACKS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp12": {"fp8": {"bits": 12}},
+    "fp8": {"fp8": {}},
+    "fp8 mse": {"fp8": {"scale": "mse"}},
+    "fp8 g128 mse": {"fp8": {"group_size": 128, "scale": "mse"}},
+    "fp6 g128 max": {"fp8": {"bits": 6, "scale": "max"}},
+    "fp6 g128": {"fp8": {"bits": 6}},
+    "fp6 g32": {"fp8": {"bits": 6, "group_size": 32}},
+    "bnb int8": {"bnb": {"type": "int8"}},
+    "bnb nf4": {"bnb": {}},
+    "bnb nf4 double": {"bnb": {"double_quant": True}},
 }
 
 
@@ -174,6 +178,8 @@ def run_perplexity(arguments: argparse.Namespace) -> None:
     )
     plain = 0.0
     for name, load in _formats(arguments.model):
+        if arguments.only and name not in arguments.only:
+            continue
         model, size = load()
         with torch.inference_mode():
             losses = [model(input_ids=window[None], labels=window[None]).loss.double() for window in windows]
@@ -189,10 +195,8 @@ def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int
 
     from arctic_plugins import Stack
 
-    def ours(options: dict[str, Any] | None) -> tuple[Any, int]:
-        model, _ = load_model(
-            checkpoint, None if options is None else Stack.from_dict({"fp8": options}), dtype=torch.bfloat16
-        )
+    def ours(plugins: dict[str, Any]) -> tuple[Any, int]:
+        model, _ = load_model(checkpoint, Stack.from_dict(plugins), dtype=torch.bfloat16)
         modules = [model.get_submodule(name) for name in weight_specs(model) if name != "lm_head"]
         return model, sum(
             parameter.nbytes for module in modules for name, parameter in module.named_parameters() if name != "bias"
@@ -214,9 +218,8 @@ def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int
         )
         return model, 0
 
-    yield "bf16", lambda: ours(None)
-    for name, options in BITS.items():
-        yield name, lambda options=options: ours(options)
+    for name, plugins in STACKS.items():
+        yield name, lambda plugins=plugins: ours(plugins)
     try:
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -227,9 +230,9 @@ def _formats(checkpoint: str) -> Iterator[tuple[str, Callable[[], tuple[Any, int
     try:
         import bitsandbytes  # noqa: F401
 
-        yield "bnb int8", lambda: bnb(load_in_8bit=True)
+        yield "bitsandbytes int8", lambda: bnb(load_in_8bit=True)
         yield (
-            "bnb nf4",
+            "bitsandbytes nf4",
             lambda: bnb(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16),
         )
     except ImportError as error:
@@ -312,6 +315,7 @@ def main() -> None:
         command.add_argument("data")
         command.set_defaults(run=run)
     commands.choices["perplexity"].add_argument("--windows", type=int, help="number of windows to use; default: all")
+    commands.choices["perplexity"].add_argument("--only", action="append", help="a format; repeat it for several")
     commands.choices["lora"].add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
     arguments.run(arguments)

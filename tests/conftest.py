@@ -52,7 +52,7 @@ def int8_plugin(tmp_path_factory):
 @pytest.fixture
 def train_relative(tmp_path):
     """A function that takes a name of ``LLAMA_LIKE`` or ``MIXTURES`` through a recipe: a tiny random model of that
-    kind, encoded, trained, merged.
+    kind, encoded (by the plugin and its options in ``codec``), trained, merged.
 
     Gives (plain checkpoint, the training's result, merged checkpoint).
     """
@@ -62,7 +62,7 @@ def train_relative(tmp_path):
 
     from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, tiny_model
 
-    def run(name):
+    def run(name, codec={"fp8": {"group_size": 64}}):  # noqa: B006 - only read
         directory = tmp_path / name
         model_type, config = (LLAMA_LIKE | MIXTURES)[name]
         checkpoint = tiny_model(directory / "plain", model_type, **config)
@@ -78,7 +78,7 @@ def train_relative(tmp_path):
         }
         recipe = {
             "model": str(checkpoint),
-            "plugins": {"fp8": {"group_size": 64}, "lora": {"r": 4}},
+            "plugins": {**codec, "lora": {"r": 4}},
             "data": {"path": "data.jsonl", "max_length": 64, "packing": True},
             "training": training,
         }

@@ -346,6 +346,11 @@ CASES = {
         TRAIN,
         r"freeze the weights \(fp8\), and none adds trainable parameters; .*lora",
     ),
+    "options that exclude each other": (
+        recipe(plugins={"bnb": {"type": "int8", "double_quant": True}, "lora": {}}),
+        TRAIN,
+        "double_quant requires type 'nf4'",
+    ),
     "an unknown option": (
         recipe(plugins={"fp8": {"bit": 8}}),
         TRAIN,

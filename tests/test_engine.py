@@ -122,6 +122,21 @@ def test_two_codecs_merged_and_compiled_with_no_option(tiny_checkpoint, int8_plu
     )
 
 
+def test_another_codec_unmerged_merged_and_beside_fp8(tiny_checkpoint, tmp_path, cache):
+    """An adapter over an nf4 base, and what is merged from nf4 attention and fp8 MLPs; 176 inputs: padded blocks."""
+    stack = Stack.from_dict({"bnb": {"type": "nf4"}})
+    base = save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path / "nf4", stack)
+    adapter = trained(base, {"bnb": {"type": "nf4"}}, tmp_path / "adapter")
+    two = {"fp8": {"include": ["**.mlp.*"]}, "bnb": {"include": ["**.self_attn.*"], "double_quant": True}}
+    merged = merge_adapter(trained(tiny_checkpoint, two, tmp_path / "two"), tmp_path / "merged")
+    options = {"enforce_eager": True, "enable_lora": True, "max_lora_rank": 8}
+    unmerged, mixed = said(run(options, models=[base, merged], cache=cache, adapter=str(adapter)))
+    assert unmerged["base"] == reference(load_model(base)[0])
+    assert unmerged["adapter"] == reference(load_checkpoint(adapter)[0])
+    assert unmerged["adapter"] != unmerged["base"]
+    assert mixed["base"] == reference(load_model(merged)[0])
+
+
 NEW_TOKEN = 262
 
 
@@ -263,8 +278,8 @@ def test_classifiers_and_embeddings(tiny_checkpoint, tmp_path, cache):
 
 
 def test_tensor_parallel_on_two_processes(tiny_checkpoint, mixtures, tmp_path, cache):
-    """Each has half of every layer, and half of every expert."""
-    stack = Stack.from_dict({"fp8": {"include": ["**.self_attn.*"], "group_size": 64}})
+    """Each has half of every layer, and half of every expert; in the first model one of nf4's two blocks per row."""
+    stack = Stack.from_dict({"bnb": {"include": ["**.self_attn.*"], "double_quant": True}})
     models = [save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path / "out", stack), mixtures["mixtral"][1]]
     same_as_transformers(run(TWO, models=models, cache=cache, tokens=8, **TWO_PROCESSES), models, count=8)
 

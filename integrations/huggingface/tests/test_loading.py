@@ -25,6 +25,8 @@ IDS = torch.arange(10, 42)[None]
 FP8 = Stack.from_dict({"fp8": {}})
 GROUPED = Stack.from_dict({"fp8": {"group_size": 64}})  # 176 inputs: the last group is padded
 MIXED = Stack.from_dict({"fp8": {"include": ["**.mlp.*"], "group_size": 32}})
+BNB = [Stack.from_dict({"bnb": options}) for options in ({}, {"double_quant": True}, {"type": "int8"})]
+TWO_CODECS = Stack.from_dict({"fp8": {"include": ["**.mlp.*"]}, "bnb": {"include": ["**.self_attn.*"]}})
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,11 @@ def logits(model):
         return model(IDS).logits
 
 
-@pytest.mark.parametrize("stack", [FP8, GROUPED, MIXED], ids=["channel", "grouped", "mixed"])
+@pytest.mark.parametrize(
+    "stack",
+    [FP8, GROUPED, MIXED, *BNB, TWO_CODECS],
+    ids=["channel", "grouped", "mixed", "nf4", "double", "int8", "fp8 and nf4"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_reload_is_bitwise(tiny_checkpoint, tmp_path, stack, dtype):
     model, tokenizer = load_model(tiny_checkpoint, stack, dtype=dtype)

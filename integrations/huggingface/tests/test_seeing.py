@@ -91,6 +91,18 @@ def test_what_a_dry_run_counts_is_what_happens(recipe, tiny_checkpoint, data, tr
     assert plan.bytes["trainable"] * 2 == plan.bytes["optimizer"] == 8 * plan.trainable_parameters
 
 
+@pytest.mark.parametrize("options", [{"type": "nf4"}, {"type": "int8"}], ids=lambda options: options["type"])
+def test_a_dry_run_with_another_codec(recipe, tiny_checkpoint, capsys, monkeypatch, options):
+    monkeypatch.setenv("COLUMNS", "200")
+    path = recipe(plugins={"bnb": options, "lora": {"r": 4}}, max_steps=7)
+    encoded, _, plain = dry_run(capsys, path).partition(f"\nbnb {options['type']}")[2].partition("\nplain")
+    assert re.search(r"mlp\.up_proj +0-1 +176 x 64 ", encoded)
+    assert "lm_head" in plain
+    model, _ = load_model(tiny_checkpoint, Stack.from_dict({"bnb": options}))
+    parameters = sum(parameter.nbytes for parameter in model.parameters())
+    assert make_plan(prepare(Recipe.from_file(path))).bytes["base"] == parameters
+
+
 def test_a_dry_run_of_an_encoded_checkpoint_and_of_a_stream(recipe, tiny_checkpoint, tmp_path, capsys):
     from arctic_plugins_huggingface import save_checkpoint
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from arctic_plugins import PluginConfig
+from arctic_plugins import ModulePatterns, PluginConfig
 from arctic_plugins_fp8.formats import FORMATS
 
 __all__ = ["FP8Config", "FP8Format"]
@@ -50,14 +50,10 @@ class FP8Format(PluginConfig):
         return self
 
 
-class FP8Config(FP8Format):
+class FP8Config(ModulePatterns, FP8Format):
     """Options under ``fp8:`` in a recipe."""
 
     formats: Mapping[str, FP8Format] = {}
     """Formats for modules that are encoded differently: a mapping of patterns, as in ``include``, to formats. Two
     different formats for one module are an error.
     """
-    include: tuple[str, ...] = ("**",)
-    """Modules to encode, as dotted names with ``*`` (within a component) and ``**`` (across components)."""
-    exclude: tuple[str, ...] = ("lm_head", "**.lm_head", "**.router", "**.gate", "**.shared_expert_gate", "score")
-    """Modules to leave unchanged even if they are included. The default excludes output heads and routers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from arctic_plugins import Claim, Finding, LinearSpec, Plugin, Registry, check_patterns, hookimpl, matches
+from arctic_plugins import Claim, Finding, LinearSpec, Plugin, Registry, hookimpl, matches
 from arctic_plugins.errors import ClaimError
 from arctic_plugins_fp8.config import FP8Config, FP8Format
 
@@ -35,14 +35,7 @@ class FP8(Plugin):
     def claim(self, model_config: Any, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:
         from arctic_plugins_fp8.codec import FP8Codec
 
-        check_patterns("plugins.fp8.include", self.options.include, modules)
-        wanted = [name for name, spec in modules.items() if self._wants(name, spec)]
-        for pattern in self.options.include:
-            if wanted and not any(matches(pattern, name) for name in wanted):
-                raise ClaimError(
-                    f"plugins.fp8.include '{pattern}' matches only modules that 'exclude' removes again",
-                    fix="set 'exclude' so that it does not match them",
-                )
+        wanted = self.options.select(self.name, modules)
         for pattern in self.options.formats:
             if not any(matches(pattern, name) for name in wanted):
                 raise ClaimError(
@@ -72,16 +65,3 @@ class FP8(Plugin):
                 fix="narrow one of them",
             )
         return next(iter(found.values()), self.options)
-
-    def _wants(self, name: str, spec: LinearSpec) -> bool:
-        if not any(matches(pattern, name) for pattern in self.options.include) or any(
-            matches(pattern, name) for pattern in self.options.exclude
-        ):
-            return False
-        if spec.tied:
-            raise ClaimError(
-                f"plugins.fp8 includes {name}, whose weight is tied to the embedding",
-                expected="an untied weight",
-                fix="add it to 'exclude'",
-            )
-        return True

@@ -87,7 +87,17 @@ def test_budgets_have_units():
     assert Stack.from_dict({"offload": {"budget": "1MB"}}).to_dict()["offload"]["budget"] == 10**6
 
 
-@pytest.mark.parametrize("base", [{"fp8": {}}, {"fp8": {"bits": 6, "group_size": 32}}, {"fp8": {"bits": 12}}, {}])
+@pytest.mark.parametrize(
+    "base",
+    [
+        {"fp8": {}},
+        {"fp8": {"bits": 6, "group_size": 32}},
+        {"fp8": {"bits": 12}},
+        {"bnb": {"double_quant": True}},
+        {"bnb": {"type": "int8"}},
+        {},
+    ],
+)
 @pytest.mark.parametrize("where", ["host", "disk"])
 def test_logits_and_checkpoints_are_bitwise_the_same(tiny_checkpoint, tmp_path, base, where):
     offload = {"to": where, "ratio": 0.6, **({"path": str(tmp_path / "files")} if where == "disk" else {})}

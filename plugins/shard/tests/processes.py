@@ -31,13 +31,15 @@ def frozen(model):
 
 
 def compare_logits(checkpoint):
-    for base in ({"fp8": {}}, {"fp8": {"bits": 6, "group_size": 32}}, {"fp8": {"bits": 12}}, {}):
+    nf4 = {"bnb": {"double_quant": True}}
+    for base in ({"fp8": {}}, {"fp8": {"bits": 6, "group_size": 32}}, {"fp8": {"bits": 12}}, nf4, {}):
         whole, _ = load(checkpoint, base)
         model, _ = load(checkpoint, {**base, "shard": {}})
         equal = all(torch.equal(logits(model), logits(whole)) for _ in range(3))
         kept = [weight.handle.kept.nbytes for weight in frozen(model)]
         sizes = [weight.codec.nbytes(weight.shape) for weight in frozen(model)]
-        say({"equal": equal, "kept": sum(kept), "whole": sum(sizes), "weights": 2 * len(sizes)})
+        buffers = sum(len(weight.codec.layout(weight.shape)) for weight in frozen(model))
+        say({"equal": equal, "kept": sum(kept), "whole": sum(sizes), "weights": buffers})
         del model
     model, _ = load(checkpoint, {"fp8": {}, "shard": {}, "offload": {"to": "disk", "ratio": 0.5}})
     whole, _ = load(checkpoint, {"fp8": {}})

@@ -1,0 +1,1 @@
+"""The `bnb` plugin: bitsandbytes' nf4 and int8 weights."""
