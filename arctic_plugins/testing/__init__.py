@@ -4,7 +4,7 @@
 :func:`check_dispatch` need torch; :func:`tiny_model` needs transformers.
 """
 
-from arctic_plugins.testing.codecs import check_codec
+from arctic_plugins.testing.codecs import CodecSuite, check_codec
 from arctic_plugins.testing.dispatches import check_dispatch
 from arctic_plugins.testing.forks import Fork, Forks, engines, trainers
 from arctic_plugins.testing.gpus import TracedGpu
@@ -17,6 +17,7 @@ __all__ = [
     "LLAMA_LIKE",
     "MIXTURES",
     "QUIET_RUN",
+    "CodecSuite",
     "Fork",
     "Forks",
     "TracedGpu",
