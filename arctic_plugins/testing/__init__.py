@@ -10,7 +10,7 @@ from arctic_plugins.testing.forks import Fork, Forks, engines, trainers
 from arctic_plugins.testing.gpus import TracedGpu
 from arctic_plugins.testing.hostile import watched
 from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
-from arctic_plugins.testing.placements import check_placement
+from arctic_plugins.testing.placements import PlacementSuite
 from arctic_plugins.testing.processes import QUIET_RUN, run_processes, run_python, said, say, small_engine
 
 __all__ = [
@@ -20,10 +20,10 @@ __all__ = [
     "CodecSuite",
     "Fork",
     "Forks",
+    "PlacementSuite",
     "TracedGpu",
     "check_codec",
     "check_dispatch",
-    "check_placement",
     "draw_adapter",
     "engines",
     "run_processes",
