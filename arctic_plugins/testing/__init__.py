@@ -5,7 +5,7 @@
 """
 
 from arctic_plugins.testing.codecs import CodecSuite, check_codec
-from arctic_plugins.testing.dispatches import check_dispatch
+from arctic_plugins.testing.dispatches import DispatchSuite
 from arctic_plugins.testing.forks import Fork, Forks, engines, trainers
 from arctic_plugins.testing.gpus import TracedGpu
 from arctic_plugins.testing.hostile import watched
@@ -18,12 +18,12 @@ __all__ = [
     "MIXTURES",
     "QUIET_RUN",
     "CodecSuite",
+    "DispatchSuite",
     "Fork",
     "Forks",
     "PlacementSuite",
     "TracedGpu",
     "check_codec",
-    "check_dispatch",
     "draw_adapter",
     "engines",
     "run_processes",
