@@ -46,18 +46,17 @@ class ModelSuite(Suite):
         module = classes.vllm.partition(":")[0]
         assert importlib.util.find_spec(module) is not None, f"{classes.vllm}, for vLLM, does not exist"
 
-    def test_config_goes_to_a_checkpoint_and_back(self, tiny_models: TinyModels, tmp_path: Path) -> None:
-        config = self._model(tiny_models).config
+    def test_config_goes_to_a_checkpoint_and_back(self, tmp_path: Path) -> None:
+        _hosts()
+        from transformers import AutoConfig
+
+        config = AutoConfig.for_model(self.model_type, **self.config)
         config.save_pretrained(tmp_path)
         again = type(config).from_pretrained(tmp_path)
-        ignored = {"_name_or_path", "transformers_version"}
-        one, other = (
-            {key: value for key, value in each.to_dict().items() if key not in ignored} for each in (config, again)
-        )
-        assert other == one, "a config that is saved and loaded differs"
         for name, value in vars(config).items():
-            if not name.startswith("_"):
-                assert getattr(again, name, None) == value, f"config.json does not keep {name}"
+            if not name.startswith("_") and name != "transformers_version":
+                found = getattr(again, name, None)
+                assert found == value, f"config.json does not keep {name}, which is {value!r}: it is read as {found!r}"
 
     def test_a_saved_checkpoint_computes_the_same(self, tiny_models: TinyModels, tmp_path: Path) -> None:
         import torch

@@ -13,8 +13,6 @@ from arctic_plugins.testing.suite import Suite
 
 __all__ = ["CommandSuite"]
 
-COLUMNS = 80
-
 _HELP = """
 import sys
 from arctic_plugins.cli import arctic
@@ -36,12 +34,10 @@ class CommandSuite(Suite):
     commands: ClassVar[Sequence[str]]
     """Names of installed commands."""
 
-    def test_help_shows_an_example_and_fits_a_terminal(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_help_shows_an_example(self, command: str, capsys: pytest.CaptureFixture[str]) -> None:
         status, output, error = _arctic(capsys, command, "--help")
         assert status == 0, f"arctic {command} --help ends with status {status}: {error}"
         assert f"Example:\n    arctic {command}" in output, f"the help of {command} shows no example:\n{output}"
-        wide = [line for line in output.splitlines() if len(line) > COLUMNS]
-        assert not wide, f"the help of {command} has lines of more than {COLUMNS} columns: {wide}"
 
     def test_help_loads_neither_torch_nor_a_host(self, command: str) -> None:
         found = run_python("-c", _HELP, command).stdout.splitlines()[-1].split()

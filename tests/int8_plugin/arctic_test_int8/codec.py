@@ -24,11 +24,12 @@ class Int8Codec(Codec):
         }
 
     def encode(self, weight):
-        largest = weight.float().abs().amax(-1, keepdim=True)
+        weight = weight.detach().float()
+        largest = weight.abs().amax(-1, keepdim=True)
         if not bool(largest.isfinite().all()):
             raise CodecError("NaN or Inf in the weight")
         step = torch.where(largest == 0, 1.0, largest / 127)
-        return {"": (weight.float() / step).round().to(torch.int8).unsqueeze(-2), "_step": step}
+        return {"": (weight / step).round().to(torch.int8).unsqueeze(-2), "_step": step}
 
     def decode(self, buffers, shape, dtype, *, out=None):
         weight = (buffers[""].squeeze(-2).float() * buffers["_step"]).to(dtype)
