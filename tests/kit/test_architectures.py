@@ -33,6 +33,13 @@ def with_unused(self, config):
     self.unused = torch.nn.Parameter(torch.zeros(1))
 
 
+def saves_doubled(self, *args, **kwargs):
+    weight = self.lm_head.weight.data
+    weight.mul_(2)
+    LlamaForCausalLM.save_pretrained(self, *args, **kwargs)
+    weight.div_(2)
+
+
 def forgets_range(self):
     return {key: value for key, value in LlamaConfig.to_dict(self).items() if key != "initializer_range"}
 
@@ -50,7 +57,7 @@ MUTANTS = {
     "sound": ({}, {}, set()),
     "other class": ({"config_class": LlamaConfig}, {}, {CLASSES}),
     "config": ({}, {"to_dict": forgets_range}, {CONFIG}),
-    "not saved": ({"_keys_to_ignore_on_save": ["lm_head.weight"]}, {}, {SAVED, RECOMPUTED}),  # the latter loads twice
+    "saved": ({"save_pretrained": saves_doubled}, {}, {SAVED}),
     "later tokens": ({"forward": sees_later_tokens}, {}, {CAUSAL, CACHE}),
     "cache": ({"forward": forgets}, {}, {CACHE}),
     "gradients": ({"__init__": with_unused}, {}, {GRADIENTS}),

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from arctic_plugins.errors import CodecError
+from arctic_plugins.errors import ClaimError, CodecError
 from arctic_plugins.frozen import Codec, Handle, Placement, TensorSpec
 
 
@@ -54,6 +54,8 @@ class Spool(Placement):
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def hold(self, name, buffers, inner=None):
+        if inner is not None:
+            raise ClaimError("a spool leaves no bytes for the placement after it")
         path = (
             self.directory / f"{name}.{len(list(self.directory.iterdir()))}.safetensors"
         )  # a merged weight gets a file of its own
