@@ -222,7 +222,7 @@ class PluginSuite(Suite):
         )
         stack = Stack.from_dict(plugins)
         model, tokenizer = hosts.load_model(tiny_models(self.model[0], **self.model[1]), stack)
-        rows = [{"input_ids": ids, "labels": ids} for ids in _ids().repeat(4, 1)]
+        rows: Any = [{"input_ids": ids, "labels": ids} for ids in _ids().repeat(4, 1)]
         trainer = (kind or Trainer)(
             model=model, args=args, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer
         )
