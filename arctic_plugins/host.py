@@ -70,7 +70,8 @@ def host_failures() -> Mapping[str, PluginError]:
 def service(name: str) -> Callable[..., Any]:
     """Import and return what an integration offers under ``name``.
 
-    The integrations of this project offer:
+    The integrations of this project offer the following. Those that read a checkpoint take ``trust_remote_code``, False
+    by default: whether the checkpoint's own code may be executed.
 
     - ``planned_config(checkpoint, stack) -> dict``: the entries of a plain checkpoint's ``config.json`` (directory or
       Hub id) that would be different if the stack had been applied.

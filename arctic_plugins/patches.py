@@ -139,27 +139,30 @@ def patch(owner: object, name: str, *, why: str, read_in: str, chained: bool = F
 
 
 def patch_when_imported(
-    module: str, owner: str, name: str, *, why: str, read_in: str
+    module: str, owner: str | None, name: str, *, why: str, read_in: str
 ) -> Callable[[Function], Function]:
-    """Like :func:`patch`, for a class of a module that takes seconds to import and that most programs do not need.
+    """Like :func:`patch`, for a module that takes seconds to import and that most programs do not need.
 
     Args:
-        module: the module's dotted name; if it is imported already, the class is patched at once.
-        owner: the class's name in the module.
-        name: the method.
+        module: the module's dotted name; if it is imported already, the patch is made at once.
+        owner: the name of a class in the module; None for a function of the module itself.
+        name: the method, or the function.
         why: see :func:`patch`.
         read_in: see :func:`patch`.
     """
 
+    where = module if owner is None else f"{module}.{owner}"
+
     def decorate(function: Function) -> Function:
         def make(found: ModuleType) -> None:
-            if (kind := getattr(found, owner, None)) is not None:  # None while another thread is importing the module
-                patch(kind, name, why=why, read_in=read_in)(function)
+            target = found if owner is None else getattr(found, owner, found)
+            patch(target, name, why=why, read_in=read_in)(function)
 
-        if module in sys.modules:
-            make(sys.modules[module])
-        elif not any(finder.about.owner == f"{module}.{owner}" and finder.about.name == name for finder in _awaited):
-            about = Patch(f"{module}.{owner}", name, why, read_in, _module_of(function), "replaced once imported")
+        if (found := sys.modules.get(module)) is not None:
+            if hasattr(found, owner or name):  # not while another thread is importing the module
+                make(found)
+        elif not any(finder.about.owner == where and finder.about.name == name for finder in _awaited):
+            about = Patch(where, name, why, read_in, _module_of(function), "replaced once imported")
             finder = _WhenImported(module, make, about)
             _awaited.append(finder)
             sys.meta_path.insert(0, finder)

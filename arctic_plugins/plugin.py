@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -181,10 +182,14 @@ def expectation(error: ValidationError) -> str:
     return message.removeprefix("Value error, ").removeprefix("Input should be ")
 
 
+_BRANCH = re.compile(r"(constrained-)?(str|int|float|bool)|(tuple|list|dict|function-[\w-]+)\[.*\]|\[key\]")
+"""What pydantic adds to the path of a value that may have one of several types, or that is a key."""
+
+
 def config_error(error: ValidationError, where: str, model: type[BaseModel]) -> ConfigError:
     """Turn pydantic's report into one line about its first problem; ``where`` is the key that contains the options."""
     first = error.errors()[0]
-    key = ".".join([where, *(str(part) for part in first["loc"])])
+    key = ".".join([where, *(str(part) for part in first["loc"] if not _BRANCH.fullmatch(str(part)))])
     if first["type"] == "extra_forbidden":
         return ConfigError(f"{key} is not an option", fix=suggest(str(first["loc"][-1]), model.model_fields))
     if first["type"] == "missing":

@@ -54,6 +54,8 @@ class Provenance:
     """Plugin -> ``distribution==version`` that provided it."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Path within the checkpoint -> ``bytes`` and ``xxh3_128`` (hexadecimal)."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """For an adapter: keys of its base model's config that were changed, such as the labels of a classifier."""
     format: int = FORMAT
 
 
@@ -62,7 +64,9 @@ def stack_sha256(stack: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(stack, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def write_provenance(directory: str | Path, stack: Mapping[str, Mapping[str, Any]]) -> Path:
+def write_provenance(
+    directory: str | Path, stack: Mapping[str, Mapping[str, Any]], *, config: Mapping[str, Any] | None = None
+) -> Path:
     """Write what made the checkpoint and which files it consists of. Call it when everything else is on disk.
 
     The file appears whole or not at all: it is written under another name, flushed to disk, then renamed.
@@ -70,6 +74,7 @@ def write_provenance(directory: str | Path, stack: Mapping[str, Mapping[str, Any
     Args:
         directory: the checkpoint.
         stack: in its canonical form, :meth:`arctic_plugins.stack.Stack.to_dict`.
+        config: see :attr:`Provenance.config`.
     """
     path = Path(directory) / FILE_NAME
     providers = installed_plugins()
@@ -80,6 +85,7 @@ def write_provenance(directory: str | Path, stack: Mapping[str, Mapping[str, Any
         "sha256": stack_sha256(stack),
         "versions": {name: installed for name in _recorded() if (installed := _version(name))},
         "plugins": dict(sorted(plugins.items())),
+        **({"config": dict(config)} if config else {}),
         "files": {
             name: {"bytes": file.stat().st_size, "xxh3_128": digest(file, file.stat().st_size)}
             for name, file in sorted(_files(path.parent))
@@ -120,7 +126,7 @@ def read_provenance(directory: str | Path) -> Provenance:
         raise CheckpointError(
             f"{path} has format {content['format']}", expected=f"at most {FORMAT}", fix="upgrade arctic-plugins"
         )
-    for key in ("stack", "files", "plugins", "versions"):
+    for key in ("stack", "files", "plugins", "versions", "config"):
         if not isinstance(content.get(key, {} if key != "stack" else None), dict):
             raise CheckpointError(
                 f"{path} has {key} {content.get(key)!r}", expected="an object", fix="save the checkpoint again"

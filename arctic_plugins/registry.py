@@ -6,7 +6,7 @@ These are codec types, formats to export to and convert from, models, engines th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,9 @@ class ModelClasses:
     """In vLLM: the class of the model."""
     tokenizer: str | None = None
     """For checkpoints whose ``tokenizer_config.json`` names no class that transformers knows."""
+    heads: Mapping[str, str] = field(default_factory=dict)
+    """In transformers: classes for other tasks, by the name of the class that finds them, for example
+    ``AutoModelForSequenceClassification``. vLLM derives its own from :attr:`vllm`."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +258,9 @@ class Registry:
 
     def converter_names(self) -> list[str]:
         return sorted(self._converters)
+
+    def exporter_names(self) -> list[str]:
+        return sorted(self._exporters)
 
     def check_convertible(self, format_name: str) -> None:
         """Raise PluginNotFoundError if no installed plugin has a converter or an importer called ``format_name``."""

@@ -309,7 +309,7 @@ CASES = {
         ("merge", "adapter", "out"),
         "'plain' is neither a local directory nor in the Hub's cache",
     ),
-    "what is no adapter": (None, ("merge", "plain", "out"), "has no adapter_config.json; expected a LoRA adapter"),
+    "what is no adapter": (None, ("merge", "plain", "out"), "has no adapter_config.json; expected an adapter"),
     "what is encoded already": (
         None,
         ("quantize", "encoded", "out"),
@@ -416,6 +416,16 @@ CASES = {
         recipe(plugins={"fp8": {"include": ["**.experts.*"]}, "lora": {}}),
         TRAIN,
         "matches no linear module",
+    ),
+    "a field of LoraConfig that is not an option": (
+        recipe(plugins={"lora": {"megatron_core": "x"}}),
+        TRAIN,
+        "plugins.lora.megatron_core cannot be set: models of Megatron are not supported; leave it out",
+    ),
+    "an adapter that would not fit its base model": (
+        recipe(plugins={"lora": {"init_lora_weights": "pissa"}}),
+        TRAIN,
+        "PiSSA changes the base weights, so the adapter would not fit the base model; write a script",
     ),
     "modules that vLLM fuses": (
         recipe(plugins={"fp8": {"exclude": ["**.q_proj"]}, "lora": {}}),

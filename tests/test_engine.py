@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from arctic_plugins_demo.serving import Server
-from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
+from arctic_plugins_huggingface import load_model, merge_adapter, register, save_checkpoint
 from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint, export_checkpoint
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.generate import chat_prompt
 from arctic_plugins_vllm.serving import on_the_fly
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from arctic_plugins import Stack
 from arctic_plugins.provenance import FILE_NAME
@@ -122,7 +122,23 @@ def test_two_codecs_merged_and_compiled_with_no_option(tiny_checkpoint, int8_plu
     )
 
 
-def test_biases(tmp_path, cache):
+NEW_TOKEN = 262
+
+
+@torch.no_grad()
+def grown(directory):
+    """A merged checkpoint with an embedding more than its base, whose token is often the likeliest."""
+    stack = Stack.from_dict({"fp8": {}, "lora": {"r": 4}})
+    base = tiny_llama(directory / "small", vocab_size=NEW_TOKEN)
+    model, tokenizer = load_model(base, stack, new_tokens=["<spare>", "<new>"])
+    likeliest = reference(load_model(base)[0], tokens=1)[0][0]
+    head = model.get_output_embeddings().token_adapter
+    head.trainable_tokens_delta["default"][-1] = 2 * head.base_layer.weight[likeliest]
+    adapter = save_checkpoint(model, tokenizer, directory / "adapter", stack)
+    return merge_adapter(adapter, directory / "grown")
+
+
+def test_biases_and_merged_rows_of_new_tokens(tmp_path, cache):
     model, tokenizer = load_model(
         tiny_llama(tmp_path / "biased", attention_bias=True), stack := Stack.from_dict({"fp8": {}})
     )
@@ -131,9 +147,11 @@ def test_biases(tmp_path, cache):
             if name.endswith("bias"):
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     checkpoint = save_checkpoint(model, tokenizer, tmp_path / "out", stack)
-    assert tokens(run({"model": str(checkpoint), "enforce_eager": True}, cache=cache))["base"] == reference(
-        load_model(checkpoint)[0]
-    )
+    models = [checkpoint, grown(tmp_path)]
+    results = said(run({"model": str(checkpoint), "enforce_eager": True}, cache=cache, models=models))
+    for result, merged in zip(results, models, strict=True):
+        assert result["base"] == reference(load_model(merged)[0])
+    assert any(NEW_TOKEN in answer for answer in results[-1]["base"])
 
 
 def test_a_missing_scale_stops_the_engine_with_its_name(grouped, tmp_path, cache):
@@ -201,6 +219,47 @@ def test_a_mixture_encoded_on_the_fly_and_compiled(mixtures, cache):
 
 TWO = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "enforce_eager": True}
 TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
+
+
+@torch.no_grad()
+def test_classifiers_and_embeddings(tiny_checkpoint, tmp_path, cache):
+    """Of one model with a head and without, in transformers and in vLLM, which needs ``--runner pooling`` for some."""
+    fp8, labels = Stack.from_dict({"fp8": {}}), {0: "a", 1: "b", 2: "c"}
+    register()
+    arctic = tiny_model(
+        tmp_path / "plain",
+        "arctic",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        moe_layer_frequency=1,
+        parallel_attn_mlp_res=True,
+    )
+    heads = {"auto_class": AutoModelForSequenceClassification, "id2label": labels}
+    bert = tiny_model(
+        tmp_path / "plain-bert", "bert", auto_class="AutoModelForMaskedLM", hidden_size=128, num_attention_heads=4
+    )
+    outside_attention = Stack.from_dict({"fp8": {"exclude": ["**.attention.self.*"]}})
+    kinds = {
+        "classifier": (tiny_checkpoint, fp8, heads),
+        "arctic": (arctic, fp8, heads),
+        "bert": (bert, outside_attention, heads),
+        "embeddings": (tiny_checkpoint, fp8, {"auto_class": AutoModel}),
+        "causal": (tiny_checkpoint, fp8, {}),
+    }
+    made = {
+        name: save_checkpoint(*load_model(checkpoint, stack, **options), tmp_path / name, stack)
+        for name, (checkpoint, stack, options) in kinds.items()
+    }
+    found = said(run({"enforce_eager": True, "runner": "pooling"}, models=made.values(), cache=cache))
+    for (name, checkpoint), result in zip(made.items(), found, strict=True):
+        model, _ = load_model(checkpoint)
+        for prompt, vector in zip(PROMPTS, result["pooled"], strict=True):
+            ids = torch.tensor([prompt])
+            if kinds[name][2] is heads:
+                expected = model(ids).logits[0].softmax(-1)
+            else:
+                expected = torch.nn.functional.normalize(model.base_model(ids).last_hidden_state[0, -1], dim=-1)
+            torch.testing.assert_close(torch.tensor(vector), expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_tensor_parallel_on_two_processes(tiny_checkpoint, mixtures, tmp_path, cache):
@@ -277,6 +336,22 @@ def test_stock_vllm_reads_what_is_exported(tmp_path, cache, format_name, dtype, 
             expected = distribution[len(prompt) - 1 : -1].gather(1, torch.tensor(ids)[:, None])[:, 0]
             assert expected.median() > -4  # of 272 tokens: these are not anybody's tokens
             assert (torch.tensor(logprobs) - expected).abs().median() < tolerance
+
+
+def test_vllms_own_kernels_answer_as_for_the_exported_checkpoint(tmp_path, cache):
+    """Layers handed to vLLM's kernels (integrations/vllm/tests/test_native.py), compiled, and with an adapter."""
+    fp8 = {"fp8": {"activations": "fp8"}}  # the only 8-bit weights for which vLLM has a kernel on CPU
+    exported_to = exported(tmp_path, "llama", Stack.from_dict(fp8), "compressed-tensors", **BLOCKS)
+    adapter, models = trained(tmp_path / "encoded", fp8, tmp_path / "adapter"), [tmp_path / "encoded", exported_to]
+    # One prompt at a time: which ones are computed together differs from run to run, and rounding magnifies it.
+    options = {"enable_lora": True, "max_lora_rank": 8, "max_num_seqs": 1}
+    result = run(options, models=models, cache=cache, adapter=str(adapter), ARCTIC_VLLM_KERNELS="native")
+    found, expected = said(result)
+    assert re.search(
+        r"activations fp8\): computed by vLLM's CompressedTensorsW8A8Fp8 with", result.stdout + result.stderr
+    )
+    assert found == expected  # tokens of the base and with the adapter, and log-probabilities to the bit
+    assert found["adapter"] != found["base"]
 
 
 def test_arctic_serve_answers_over_http_with_the_adapter_and_with_its_base(grouped, tmp_path, cache, monkeypatch):

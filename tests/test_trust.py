@@ -8,7 +8,7 @@ import shutil
 import signal
 import stat
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -22,15 +22,17 @@ from arctic_plugins_huggingface.files.check import check_checkpoint
 from arctic_plugins_huggingface.loading.config import load_config
 from arctic_plugins_huggingface.training.check import check_recipe
 from arctic_plugins_huggingface.training.recipe import Recipe
+from arctic_plugins_huggingface.training.run import train
 from arctic_plugins_vllm.serving import server_command, server_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from arctic_plugins import Stack, stack_from_checkpoint
-from arctic_plugins.adapter import read_adapter
+from arctic_plugins.adapter import read_adapter, read_any_adapter
 from arctic_plugins.cache import cache_directory
 from arctic_plugins.claims import matches
+from arctic_plugins.cli import main
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError, PluginNotFoundError, UserError
 from arctic_plugins.frozen import ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files, write_provenance
@@ -112,7 +114,7 @@ EVIL = ["x", "--tool-parser-plugin=evil.py", "--tool-call-parser=hermes", "--ena
         ("base_model_name_or_path", "--trust-remote-code", "base_model_name_or_path is '--trust-remote-code'"),
         ("base_model_name_or_path", "a\x00b", "base_model_name_or_path"),
         ("base_model_name_or_path", 7, "base_model_name_or_path"),
-        ("peft_type", "IA3", "peft_type is 'IA3'"),
+        ("peft_type", "XLORA", "peft_type is 'XLORA'; expected '?LORA"),
         ("layer_replication", [[0, 10**9]], "layer_replication"),
         ("megatron_config", {"x": 1}, "megatron_config"),  # with it PEFT imports the module that `megatron_core` names
     ],
@@ -126,6 +128,26 @@ def test_a_field_of_an_adapter_is_what_it_should_be(here, field, value, message)
             lambda path: merge_adapter(path, here / "merged"),
             lambda path: server_options(str(path)),
         ):
+            with pytest.raises(CheckpointError, match=message):
+                use(here / "adapter")
+    assert done == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": "(.*a+.*)+X$"}, r"expected names in target_modules, not '\(\.\*a"),
+        ({"feedforward_modules": ["(a+)+$"]}, "expected names in feedforward_modules"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "expected names in rank_pattern"),
+        ({"r": 10**9}, "expected sizes of at most 65,536 in r"),
+        ({"init_weights": float("nan")}, "adapter_config.json"),
+        ({"rank_pattern": json.loads("[" * 500 + "]" * 500)}, "to a depth of 10 in rank_pattern"),
+    ],
+)
+def test_a_field_of_another_tuners_adapter_is_what_it_should_be(here, fields, message):
+    change(here / "adapter", ADAPTER, peft_type="OFT", **fields)
+    with watched(here) as done, soon():
+        for use in (read_any_adapter, load_checkpoint, lambda path: merge_adapter(path, here / "merged")):
             with pytest.raises(CheckpointError, match=message):
                 use(here / "adapter")
     assert done == []
@@ -539,6 +561,75 @@ def test_code_of_a_checkpoint_is_neither_executed_nor_asked_for(here, monkeypatc
             assert "trust_remote_code" in str(error)
     assert done == []
     assert not (here / "executed").exists()
+
+
+@pytest.fixture
+def own_code(here, monkeypatch):
+    """A checkpoint whose model and config are its own code."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(here / "modules"))
+    (here / "plain" / "configuration_own.py").write_text(
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+    )
+    (here / "plain" / "modeling_own.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    auto_map = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
+    change_plain(here, model_type="own", architectures=["OwnForCausalLM"], auto_map=auto_map)
+    return here / "plain"
+
+
+def test_code_of_a_checkpoint_is_executed_by_whoever_says_so_each_time(here, own_code, capsys):
+    """Every command that reads the model has the option, and none of them records it."""
+    stack = Stack.from_dict({"fp8": {}, "lora": {"r": 4}})
+    adapter = save_checkpoint(*load_model(own_code, stack, trust_remote_code=True), here / "own-adapter", stack)
+    rows = here / "rows.jsonl"
+    rows.write_text('{"text": "a b c"}\n' * 4)
+    training = {"output_dir": str(here / "out"), "max_steps": 1, "bf16": False}
+    recipe = {
+        "model": str(own_code),
+        "plugins": {"fp8": {}, "lora": {"r": 4}},
+        "data": {"path": str(rows), "format": "text"},
+        "training": training,
+    }
+    train(Recipe.model_validate({**recipe, "load": {"trust_remote_code": True}}))
+    commands = [
+        ["quantize", str(own_code), str(here / "encoded-own")],
+        ["merge", str(adapter), str(here / "merged-own")],
+        ["merge", str(here / "out" / "final"), str(here / "merged-trained")],
+        ["export", str(here / "encoded-own"), str(here / "exported-own"), "--format", "compressed-tensors"],
+        ["generate", str(here / "merged-own"), "x", "--max-new-tokens", "1"],
+        ["generate", str(adapter), "x", "--max-new-tokens", "1"],
+    ]
+    for command in commands:
+        for options, status in (([], 2), (["--trust-remote-code"], 0)):
+            with pytest.raises(SystemExit) as ended:
+                main([*command, *options])
+            assert ended.value.code == status, command
+            assert ("its own code, which is not executed" in capsys.readouterr().err) == (status == 2)
+    for made in ("own-adapter", "encoded-own", "merged-own", "merged-trained", "exported-own", "out/final"):
+        for path in (here / made).rglob("*.json"):
+            assert "trust" not in path.read_text(), path
+        if (here / made / "config.json").is_file():
+            assert (here / made / "modeling_own.py").is_file()
+    with pytest.raises(CheckpointError, match="its own code, which is not executed; .* or pass --trust-remote-code"):
+        server_options(str(own_code), plugins=Stack.from_dict({"fp8": {}}))
+    values, _ = server_options(str(own_code), ["--trust-remote-code"], plugins=Stack.from_dict({"fp8": {}}))
+    assert "trust_remote_code" not in values
+    assert values["hf_overrides"]["quantization_config"]["quant_method"] == "arctic"
+
+
+@pytest.mark.parametrize("architectures", [5, "LlamaModel", [None], [["x"]], {}, ["LlamaModel" * 1000]])
+@pytest.mark.parametrize("auto_map", [["x"], 3, {"AutoModel": ["y", None]}])
+def test_names_of_classes_need_not_be_names(here, architectures, auto_map):
+    change(here / "encoded", "config.json", architectures=architectures, auto_map=auto_map)
+    for use in (load_model, lambda path: server_options(str(path))):
+        with suppress(ArcticError):  # it is read, or refused in one line
+            use(here / "encoded")
 
 
 def change_plain(here, **values):

@@ -22,6 +22,12 @@ class Exporter(ABC):
     Subclass it for each format, and register the class under the format's name with ``registry.exporter``.
     """
 
+    exact: ClassVar[bool] = False
+    """Whether the format's readers compute what the codec computes: the same codes and scales, with activations rounded
+    as the codec rounds them, and nothing rounded again. A host may then use its own kernels for the format on weights
+    of the codecs that :meth:`quantization_config` accepts. Its tensors must obey the row law.
+    """
+
     @abstractmethod
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
         """Return the value of ``quantization_config`` in ``config.json``. Called before weights are read.

@@ -8,14 +8,13 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
-from arctic_plugins.errors import ConfigError
-from arctic_plugins.frozen.codec import Codec
+from arctic_plugins.frozen.codec import Buffers, Codec
 from arctic_plugins.frozen.module import FrozenModule, FrozenWeight
 from arctic_plugins.frozen.placement import Handle, Placement
 
-__all__ = ["FrozenLinear"]
-
+__all__ = ["DecodedWeight", "FrozenLinear"]
 
 _ABOUT = {
     getattr(Tensor, name).__get__
@@ -24,18 +23,53 @@ _ABOUT = {
 _ABOUT |= {Tensor.dim, Tensor.element_size, Tensor.is_complex, Tensor.is_floating_point, Tensor.numel, Tensor.size}
 
 
-class _Unread(Tensor):
-    """A tensor with a shape, a dtype and a device, but no values."""
+class DecodedWeight(Tensor):
+    """The weight of a :class:`FrozenLinear` as a plain ``[N, K]`` tensor in its compute dtype, decoded when it is read.
+
+    Its shape, dtype and device are known without decoding. Every operation on its values decodes it anew, unless
+    ``keep`` is true: then it is decoded once, and can be changed in place or through ``data``.
+    """
+
+    frozen: FrozenLinear
+    keep: bool
+    value: Tensor | None
+    """What ``keep`` keeps; None as long as nothing has read or replaced it."""
+
+    @classmethod
+    def of(cls, frozen: FrozenLinear, *, keep: bool = False) -> DecodedWeight:
+        """Return the weight of ``frozen``, not decoded yet."""
+        nothing = torch.empty((), dtype=frozen.compute_dtype, device=frozen.weight_device)
+        weight = nothing.expand(frozen.shape).as_subclass(cls)
+        # Another object over the same bytes, which stays what it is while `as_plain` changes the layer itself.
+        weight.frozen = object.__new__(type(frozen))
+        weight.frozen.__dict__.update(frozen.__dict__)
+        weight.keep, weight.value = keep, None
+        return weight
+
+    def read(self) -> Tensor:
+        """Return the decoded weight, or what has replaced it."""
+        if self.value is not None:
+            return self.value
+        if self.device.type == "meta":  # in a model that is only planned, there is nothing to decode
+            value = torch.empty(self.shape, dtype=self.dtype, device="meta")
+        else:
+            value = self.frozen.decode(self.dtype)
+        if self.keep:
+            self.value = value
+        return value
 
     @classmethod
     def __torch_function__(cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func not in _ABOUT:
-            raise ConfigError(
-                "the adapter reads the weight of a layer whose weight is encoded",
-                expected="an adapter that only uses the layer's output",
-                fix="train another kind of adapter, or load plain weights",
-            )
-        return super().__torch_function__(func, types, args, kwargs)
+        if func in _ABOUT:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func is _SET_DATA and isinstance(args[0], cls) and args[0].keep:
+            args[0].value = args[1]
+            return None
+        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 class FrozenLinear(FrozenModule, nn.Linear):
@@ -132,32 +166,41 @@ class FrozenLinear(FrozenModule, nn.Linear):
 
     @contextmanager
     def as_plain(self, weight: Tensor, bias: nn.Parameter | None) -> Iterator[None]:
-        """Use ``weight`` and ``bias`` as the parameters while the context lasts, for code that reads or changes them.
+        """Be an ordinary ``nn.Linear`` with these parameters while the context lasts, for code that changes them.
 
-        The layer cannot compute meanwhile. Its own parameters stay as they are.
+        The layer's own parameters stay as they are.
         """
-        stock = self._parameters
-        self._parameters = {"weight": nn.Parameter(weight, requires_grad=False), "bias": bias}
+        stock, kind, decoded = self._parameters, type(self), self.__dict__.pop("weight", None)
+        if not isinstance(weight, DecodedWeight):
+            weight = nn.Parameter(weight, requires_grad=False)
+        self._parameters = {"weight": weight, "bias": bias}  # type: ignore[dict-item]
+        self.__class__ = nn.Linear  # type: ignore[assignment]
         try:
             yield
         finally:
-            self._parameters = stock
+            self.__class__, self._parameters = kind, stock
+            if decoded is not None:
+                self.__dict__["weight"] = decoded
 
     @contextmanager
-    def as_unread(self) -> Iterator[None]:
-        """Give the layer a ``weight`` with the shape and dtype of the decoded weight while the context lasts.
-
-        Reading its values raises ConfigError.
-        """
+    def as_decoded(self) -> Iterator[None]:
+        """Give the layer a :class:`DecodedWeight` as ``weight`` while the context lasts, for code that reads it."""
         if "weight" in self.__dict__:
             yield
             return
-        nothing = torch.empty((), dtype=self.compute_dtype, device=self.weight_device)
-        self.__dict__["weight"] = nothing.expand(self.shape).as_subclass(_Unread)
+        self.__dict__["weight"] = DecodedWeight.of(self)
         try:
             yield
         finally:
             del self.__dict__["weight"]
+
+    def hold(self, buffers: Buffers, leaf: str = "weight") -> None:
+        decoded = self.__dict__.pop("weight", None)  # a module cannot register a parameter that it has as an attribute
+        try:
+            super().hold(buffers, leaf)
+        finally:
+            if decoded is not None:
+                self.__dict__["weight"] = decoded
 
     def forward(self, input: Tensor) -> Tensor:
         x_MK = input

@@ -24,9 +24,11 @@ def take_scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
     """Return a tensor of ``shape`` to overwrite. It is valid until the next call in this thread.
 
     There is one buffer per (device, stream, dtype), as large as the largest request so far. Return None while a
-    compiler traces, because compilers plan memory themselves.
+    compiler traces, because compilers plan memory themselves, and while a CUDA graph is captured, because a graph keeps
+    the address of a buffer that a larger request would replace; memory allocated during the capture belongs to the
+    graph.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return None
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key, size = (device, stream, dtype), prod(shape)

@@ -81,19 +81,29 @@ def tiny_llama(directory: str | Path, **options: Any) -> Path:
     return tiny_model(directory, "llama", **options)
 
 
-def tiny_model(directory: str | Path, model_type: str, *, dtype: str = "float32", seed: int = 0, **config: Any) -> Path:
-    """Write a random causal language model and a byte-level tokenizer with a chat template into ``directory``.
+def tiny_model(
+    directory: str | Path,
+    model_type: str,
+    *,
+    auto_class: str = "AutoModelForCausalLM",
+    dtype: str = "float32",
+    seed: int = 0,
+    **config: Any,
+) -> Path:
+    """Write a random language model and a byte-level tokenizer with a chat template into ``directory``.
 
     Args:
         directory: where to write.
-        model_type: type as in ``config.json``, of any dense decoder whose config names sizes as Llama's does.
+        model_type: type as in ``config.json``, of any model whose config names sizes as Llama's does.
+        auto_class: class of transformers that makes the model.
         dtype: dtype of the weights on disk.
         seed: seed of the random weights; the same seed gives the same bytes.
         **config: fields of the model's config that differ from the defaults below.
     """
     import torch
+    import transformers
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, PreTrainedTokenizerFast
 
     special = ["<s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -124,7 +134,7 @@ def tiny_model(directory: str | Path, model_type: str, *, dtype: str = "float32"
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
+        model = getattr(transformers, auto_class).from_config(
             AutoConfig.for_model(model_type, **{**defaults, **config}), dtype=getattr(torch, dtype)
         )
     model.save_pretrained(directory)

@@ -17,7 +17,10 @@ ABOUT = {"why": "to see", "read_in": "library 1.0"}
 
 
 @pytest.fixture(autouse=True)
-def _undone():
+def _undone(monkeypatch):
+    """What hosts have patched in this process stays, and other tests need it."""
+    for name in ("_made", "_awaited"):
+        monkeypatch.setattr(f"arctic_plugins.patches.{name}", [])
     with temporary_patches():
         yield
 

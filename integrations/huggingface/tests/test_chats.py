@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import trl
 from arctic_plugins_huggingface.loading.config import load_tokenizer
 from arctic_plugins_huggingface.training.chats import converted, rendered, unknown_fields
-from arctic_plugins_huggingface.training.data import Limits, load_data, tokenized
+from arctic_plugins_huggingface.training.counts import Limits
+from arctic_plugins_huggingface.training.data import load_data, tokenized
 from arctic_plugins_huggingface.training.recipe import DataConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -257,6 +259,63 @@ def test_thinking_that_history_leaves_out_is_learnt_turn_by_turn(with_template, 
     assert "may hold out some rows of a chat" in caplog.text
 
 
+MARKED = sorted(
+    path.stem
+    for path in (Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja")
+    if path.stem.split("_")[0] in ("llama3", "qwen3", "qwen2", "phi3", "gemma", "cohere2", "deepseekv3")
+)
+
+
+@pytest.mark.parametrize("name", MARKED)
+@pytest.mark.parametrize("system", [False, True])
+def test_a_template_with_marks_decides_what_is_learnt(with_template, tmp_path, name, system):
+    """TRL's templates for training mark what the assistant generates."""
+    tokenizer = with_template((Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text())
+    chat = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "Times 3?"},
+        {"role": "assistant", "content": "12"},
+    ]
+    if system and "gemma" not in name:
+        chat = [{"role": "system", "content": "Be brief."}, *chat]
+    marked = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids, mask = marked["input_ids"], marked["assistant_masks"]
+    assert 0 < sum(mask) < len(mask)
+    data = load(tokenizer, tmp_path, [{"messages": chat}], max_length=4096)  # Cohere's prompt is long
+    if len(data.train) == 1:
+        assert data.train[0]["input_ids"] == ids
+        assert data.train[0]["labels"] == [token if counts else -100 for token, counts in zip(ids, mask, strict=True)]
+    else:  # the template renders an earlier answer differently; the last row is the chat as it stands
+        assert data.train[-1]["input_ids"] == ids
+    said = "".join(learnt_of(tokenizer, data.train))
+    assert said.index("4") < said.index("12")
+    assert "Times" not in said
+    chat[-3]["train"] = False
+    [only] = learnt_of(tokenizer, load(tokenizer, tmp_path, [{"messages": chat}], max_length=4096).train)
+    assert "12" in only
+    assert "4" not in only
+
+
+def test_a_turn_is_learnt_as_far_as_it_is_marked(with_template, tmp_path):
+    """Also where the template writes the turn differently once others follow, and marks no earlier turn."""
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}<think></think>"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    chat = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d"},
+    ]
+    tokenizer = with_template(template)
+    data = load(tokenizer, tmp_path, [{"messages": chat}])
+    assert learnt_of(tokenizer, data.train) == ["b", "d"]
+    assert data.counts.divided == 1
+
+
 @pytest.mark.parametrize(
     ("record", "format", "everything", "counts"),
     [
@@ -426,6 +485,8 @@ def test_tokens_without_an_embedding_are_told(tokenizer, tmp_path):
     largest = max(load_data(config, tokenizer, limits=Limits(embeddings=10**6)).train["input_ids"][0])
     load_data(config, tokenizer, limits=Limits(embeddings=largest + 1))
     with pytest.raises(
-        DataError, match=rf"data\.jsonl:1 has the token {largest}, but the model has embeddings for {largest}; .*resize"
+        DataError,
+        match=rf"no embedding for 2 of the tokens in the data: 'b' \({largest - 1}\), 'c' \({largest}\), first at "
+        rf".*data\.jsonl:1; expected tokens below {largest - 1}; list them under data\.new_tokens",
     ):
-        load_data(config, tokenizer, limits=Limits(embeddings=largest))
+        load_data(config, tokenizer, limits=Limits(embeddings=largest - 1))

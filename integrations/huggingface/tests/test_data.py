@@ -138,6 +138,9 @@ def test_truncation_is_counted(tokenizer, tmp_path):
         "dropped": 1,
         "cut_tokens": 9 + 16,
         "divided": 0,
+        "skipped": 0,
+        "reasons": [],
+        "shares": {},
     }
     assert str(data.counts) == "4 rows, 79 tokens; 2 of them truncated, 25 tokens cut, 1 dropped"
 

@@ -6,19 +6,20 @@ import shutil
 import pytest
 import torch
 from arctic_plugins_fp8.codec import FP8Codec
-from arctic_plugins_huggingface import freeze, load_model, merge_adapter, register, save_checkpoint
+from arctic_plugins_huggingface import attach, freeze, load_model, merge_adapter, register, save_checkpoint
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.loading.quantizer import ArcticQuantizer
 from arctic_plugins_huggingface.loading.rope import positions
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from arctic_plugins import Stack, stack_from_checkpoint
 from arctic_plugins.errors import CheckpointError, ClaimError, CodecError, ConfigError, PluginNotFoundError
 from arctic_plugins.frozen import FrozenLinear
-from arctic_plugins.testing import run_python, tiny_llama
+from arctic_plugins.provenance import FILE_NAME
+from arctic_plugins.testing import MIXTURES, run_python, tiny_llama, tiny_model
 
 IDS = torch.arange(10, 42)[None]
 FP8 = Stack.from_dict({"fp8": {}})
@@ -444,3 +445,73 @@ def test_a_codec_that_takes_nothing_is_told(tiny_checkpoint, tmp_path):
 )
 def test_how_many_tokens_a_model_takes(model_type, config, expected):
     assert positions(AutoConfig.for_model(model_type, **config)) == expected
+
+
+ON_DISK = {
+    "lm_head": "cpu",
+    **dict.fromkeys((f"model.{part}" for part in ("embed_tokens", "layers.1", "norm", "rotary_emb")), "cpu"),
+    "model.layers.0": "disk",
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_device_map_leaves_encoded_weights_on_the_disk(tmp_path, name):
+    """As it does with plain ones, for inference."""
+    model_type, config = MIXTURES.get(name, (name, {}))
+    plain = tiny_model(tmp_path / "plain", model_type, **config)
+    model, tokenizer = load_model(plain, FP8)
+    expected, encoded = logits(model), save_checkpoint(model, tokenizer, tmp_path / "encoded", FP8)
+    options = {"device_map": ON_DISK, "offload_folder": str(tmp_path / "offload")}
+    loaded, _ = load_model(encoded, **options)
+    assert {parameter.device.type for parameter in loaded.model.layers[0].parameters()} == {"meta"}
+    assert torch.equal(logits(loaded), expected)
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(encoded, **options)), expected)
+    with pytest.raises(ConfigError, match="is offloaded by device_map; .*load it without device_map"):
+        loaded.dequantize()
+    with pytest.raises(ConfigError, match="where PEFT .* leaves new adapters without values; expected no adapter"):
+        load_model(encoded, Stack.from_dict({"lora": {"r": 4}}), **options)
+    trainer = Trainer(load_model(plain, **options)[0], TrainingArguments(str(tmp_path / "out"), report_to="none"))
+    with pytest.raises(ConfigError, match="on 'disk', which accelerate supports for inference only; .*'offload'"):
+        attach(trainer, FP8)
+    with pytest.raises(ConfigError, match="while they are being encoded; save an encoded checkpoint"):
+        load_model(plain, FP8, **options)
+    placed = Stack.from_dict({"offload": {"to": "disk", "path": str(tmp_path / "placed")}})
+    with pytest.raises(ConfigError, match="and a plugin decides where encoded weights go; expected one of the two"):
+        load_model(encoded, placed, **options)
+
+
+def test_an_offloaded_weight_is_checked(encoded, tmp_path):
+    damaged = shutil.copytree(encoded, tmp_path / "damaged")
+    tensors = load_file(damaged / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name][:-1]}, damaged / "model.safetensors", {"format": "pt"})
+    (damaged / FILE_NAME).unlink()
+    register()
+    with pytest.raises(CheckpointError, match=rf"{name} is torch.uint8 \(127, 1, 64\); expected"):
+        AutoModelForCausalLM.from_pretrained(damaged, device_map=ON_DISK, offload_folder=str(tmp_path / "offload"))
+
+
+def test_a_dequantized_model_has_one_dtype(encoded):
+    for dtype in (None, torch.bfloat16):
+        model = load_model(encoded, dtype=torch.float32)[0].dequantize(dtype=dtype)
+        wanted = dtype or torch.float32
+        assert {parameter.dtype for parameter in model.parameters()} == {wanted}
+        assert model.config.dtype == wanted
+        assert model.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert logits(model).dtype == wanted
+
+
+@pytest.mark.parametrize(
+    "plugins", [{"fp8": {}}, {"fp8": {"bits": 6}}, {"fp8": {"bits": 12, "group_size": 64}}], ids=str
+)
+def test_parameters_are_counted_as_those_of_the_plain_model(tmp_path, plugins):
+    plain = tiny_model(tmp_path / "plain", *MIXTURES["mixtral"][:1], **MIXTURES["mixtral"][1])
+    expected, encoded = AutoModelForCausalLM.from_pretrained(plain), load_model(plain, Stack.from_dict(plugins))[0]
+    for exclude in (False, True):
+        assert encoded.num_parameters(exclude_embeddings=exclude) == expected.num_parameters(exclude_embeddings=exclude)
+    placed = Stack.from_dict({**plugins, "offload": {"to": "disk", "path": str(tmp_path / "placed")}})
+    assert load_model(plain, placed)[0].num_parameters() == expected.num_parameters()
+    encoded.requires_grad_(False)
+    assert encoded.num_parameters(only_trainable=True) == 0

@@ -16,6 +16,7 @@ from vllm.distributed import (
     init_distributed_environment,
     initialize_model_parallel,
 )
+from vllm.logger import init_logger
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import (
@@ -25,7 +26,11 @@ from vllm.model_executor.layers.fused_moe.activation import (
 )
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
-from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.model_executor.layers.quantization import (
+    QUANTIZATION_METHODS,
+    get_quantization_config,
+    register_quantization_config,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.rotary_embedding import RotaryEmbedding
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod, VocabParallelEmbedding
@@ -52,20 +57,26 @@ __all__ = [
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "activate_experts",
+    "chosen_kernel",
     "cleanup_dist_env_and_memory",
     "expert_activation",
     "get_tp_group",
+    "in_tree_config",
     "init_distributed_environment",
+    "init_logger",
     "initialize_model",
     "initialize_model_parallel",
     "is_registered",
     "loading",
     "model_dtype",
+    "note_for_compilation",
+    "on_gpu",
     "register_quantization_config",
     "rotary_embedding",
     "says",
     "set_current_vllm_config",
     "set_weight_attrs",
+    "skips_rounding",
     "stored_dtype",
 ]
 
@@ -142,3 +153,50 @@ def activate_experts(activation: Mapping[str, Any], rows: Tensor) -> Tensor:
     if len(rows):
         apply_moe_activation(kind, result, rows.contiguous(), activation_config=ApplyMoEActivationConfig(**options))
     return result
+
+
+def on_gpu() -> bool:
+    """Return whether vLLM runs on NVIDIA or AMD GPUs."""
+    return bool(current_platform.is_cuda_alike())
+
+
+def in_tree_config(method: str) -> type[QuantizationConfig] | None:
+    """Return vLLM's own config class for the quantization method ``method``; None if it has none."""
+    found = get_quantization_config(method) if is_registered(method) else None
+    return found if found is not None and found.__module__.startswith("vllm.") else None
+
+
+def chosen_kernel(method: Any, layer: Any) -> str | None:
+    """Return the names of an in-tree method and of the kernel that it chose for ``layer``; None if it has no kernel.
+
+    Methods for linear layers leave the choice to a scheme, which is an attribute of the layer (``compressed_tensors``).
+    """
+    from vllm.model_executor.kernels.linear import MPLinearKernel, ScaledMMLinearKernel  # slow to import
+
+    scheme = getattr(layer, "scheme", method)
+    kernels = [
+        type(value) for value in vars(scheme).values() if isinstance(value, MPLinearKernel | ScaledMMLinearKernel)
+    ]
+    kernel = kernels[0] if kernels else getattr(method, "experts_cls", None)
+    return None if kernel is None else f"{type(scheme).__name__} with {kernel.__name__}"
+
+
+WEIGHT_ONLY = ("W8A16", "Marlin", "Humming")
+"""Parts of the names of schemes and kernels that leave activations as they are, even for formats that round them."""
+
+
+def skips_rounding(config: Any, kernel: str) -> bool:
+    """Return whether ``config`` rounds activations and the chosen ``kernel`` does not.
+
+    Without FP8 units (compute capability below 8.9), vLLM falls back to such kernels (``compressed_tensors.py``,
+    ``_get_scheme_from_parts``; ``fused_moe/oracle/fp8.py``).
+    """
+    schemes = getattr(config, "target_scheme_map", {}).values()
+    return any(scheme["input_activations"] for scheme in schemes) and any(name in kernel for name in WEIGHT_ONLY)
+
+
+def note_for_compilation(key: str, value: str) -> None:
+    """Make compiled code that vLLM caches depend on ``value``, which no other part of its config shows."""
+    config = get_current_vllm_config_or_none()
+    if config is not None and isinstance(config.additional_config, dict):
+        config.additional_config[key] = value  # part of VllmConfig.compute_hash

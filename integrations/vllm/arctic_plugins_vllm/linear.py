@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from arctic_plugins.frozen import Codec, TensorSpec
 from arctic_plugins_vllm.compat import LinearMethodBase, loading, set_weight_attrs
 from arctic_plugins_vllm.loaders import Reader, check_loaded, check_seen, check_split, read
+from arctic_plugins_vllm.native import Format, Native, choose
 from arctic_plugins_vllm.ops import codec_linear, codec_text
 
 __all__ = ["EncodedLinearMethod"]
@@ -20,14 +21,24 @@ __all__ = ["EncodedLinearMethod"]
 class EncodedLinearMethod(LinearMethodBase):
     """Method whose parameters follow :meth:`Codec.layout` and which computes with :meth:`Codec.linear`.
 
+    Where vLLM has a kernel for one of ``formats``, its own method takes the weights once they are loaded, and computes
+    (:mod:`arctic_plugins_vllm.native`).
+
     Args:
         codec: the codec of the weight.
         prefix: the module's name.
         reader: converts a weight in the checkpoint to buffers; None if the checkpoint contains the buffers.
+        formats: vLLM's own formats that hold the codec's bytes.
+
+    Attributes:
+        weights: a description of the layer's weights, for users.
+        native: vLLM's own method for the layer, chosen when parameters are created; None if the codec computes.
     """
 
-    def __init__(self, codec: Codec, prefix: str, reader: Reader | None = None) -> None:
+    def __init__(self, codec: Codec, prefix: str, reader: Reader | None = None, formats: Sequence[Format] = ()) -> None:
         self.codec, self.prefix, self.reader, self.text = codec, prefix, reader, codec_text(codec)
+        self.weights, self.formats = codec.describe(), formats
+        self.native: Native | None = None
 
     def create_weights(
         self,
@@ -68,18 +79,43 @@ class EncodedLinearMethod(LinearMethodBase):
             whole = read(self.reader, self.codec, input_size, layer.arctic_names, f"{self.prefix}.weight")
             layer.weight.weight_loader = MethodType(whole, layer)
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Raise CheckpointError if a weight, or a part of a fused one, was not loaded.
+        def create(method: Any, twin: Any) -> None:
+            sizes = (input_size_per_partition, output_partition_sizes, input_size, output_size)
+            method.create_weights(twin, *sizes, params_dtype, **extra)
 
-        Called again after each reload of the layer.
-        """
+        self.native = choose(self.formats, layer, self.prefix, self.weights, create)
+
+    def check_complete(self, layer: Any) -> None:
+        """Raise CheckpointError if a weight, or a part of a fused one, was not loaded since the last call."""
         for name, seen in layer.arctic_seen.items() if layer.arctic_counts else ():
             check_seen(name, seen, layer.arctic_parts)
 
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that all weights were loaded, and let vLLM's own method take them if there is one.
+
+        Called again after each reload of the layer, with the parameters of :meth:`create_weights`.
+
+        Raises:
+            CheckpointError: see :meth:`check_complete` and :meth:`Native.take`.
+        """
+        self.check_complete(layer)
+        if (native := self.native) is not None:
+
+            def tensors() -> dict[str, Tensor]:
+                return native.exporter.tensors(self.codec, self._buffers(layer), layer.arctic_shape)
+
+            if not native.take(layer, self.prefix, layer.arctic_names.values(), tensors):
+                self.native = None
+
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        buffers = {suffix: getattr(layer, name) for suffix, name in layer.arctic_names.items()}
-        y = codec_linear(x, buffers, self.codec, self.text, layer.arctic_shape)
+        if self.native is not None:
+            computed: Tensor = self.native.method.apply(layer, x, bias)
+            return computed
+        y = codec_linear(x, self._buffers(layer), self.codec, self.text, layer.arctic_shape)
         return y if bias is None else y + bias
+
+    def _buffers(self, layer: Any) -> dict[str, Tensor]:
+        return {suffix: getattr(layer, name) for suffix, name in layer.arctic_names.items()}
 
 
 def _checked_loader(name: str, spec: TensorSpec, parts: int, host_loader: Callable[..., None]) -> Callable[..., None]:

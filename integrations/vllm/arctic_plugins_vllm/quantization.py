@@ -34,7 +34,8 @@ from arctic_plugins_vllm.embedding import StoredEmbeddingMethod
 from arctic_plugins_vllm.experts import EncodedExpertsMethod
 from arctic_plugins_vllm.linear import EncodedLinearMethod
 from arctic_plugins_vllm.loaders import Reader, convert, encode
-from arctic_plugins_vllm.serving import made_for
+from arctic_plugins_vllm.native import Format, are_wanted, formats_of
+from arctic_plugins_vllm.serving import check_names, made_for
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,22 @@ class CodecConfig(QuantizationConfig):
     reader: Reader | None = None
     """Converts a weight in the checkpoint to buffers; None if the checkpoint contains the buffers."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._formats: dict[tuple[Codec, ...], list[Format]] = {}
+
+    def formats(self, *codecs: Codec) -> list[Format]:
+        """Return vLLM's own formats that hold the bytes of a layer's ``codecs``; none where the codecs are to compute.
+
+        Raises:
+            ConfigError: see :func:`arctic_plugins_vllm.native.are_wanted`.
+        """
+        if not are_wanted():
+            return []
+        if codecs not in self._formats:
+            self._formats[codecs] = formats_of(codecs, self.packed_modules_mapping)
+        return self._formats[codecs]
+
     def linear_codec(self, layer: nn.Module, prefix: str) -> Codec | None:
         """Return the codec of a linear layer, fused or not; None if it is plain."""
         raise NotImplementedError
@@ -73,10 +90,14 @@ class CodecConfig(QuantizationConfig):
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, RoutedExperts):
             codecs = self.experts_codecs(layer, prefix)
-            return None if codecs is None else EncodedExpertsMethod(*codecs, layer, prefix, self.reader)
+            if codecs is None:
+                return None
+            return EncodedExpertsMethod(*codecs, layer, prefix, self.reader, self.formats(*codecs))
         codec = self.linear_codec(layer, prefix)
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod() if codec is None else EncodedLinearMethod(codec, prefix, self.reader)
+            if codec is None:
+                return UnquantizedLinearMethod()
+            return EncodedLinearMethod(codec, prefix, self.reader, self.formats(codec))
         if codec is not None and isinstance(layer, VocabParallelEmbedding):
             raise CheckpointError(
                 f"{prefix} is encoded",
@@ -110,10 +131,9 @@ class ArcticConfig(CodecConfig):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ArcticConfig:
-        return cls(
-            ModuleCodecs.from_config({key: value for key, value in config.items() if key != ON_THE_FLY}),
-            on_the_fly=ON_THE_FLY in config,
-        )
+        codecs = ModuleCodecs.from_config({key: value for key, value in config.items() if key != ON_THE_FLY})
+        check_names(codecs, "the checkpoint")
+        return cls(codecs, on_the_fly=ON_THE_FLY in config)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Check the files of the checkpoint.
@@ -168,7 +188,7 @@ class ArcticConfig(CodecConfig):
     def experts_codecs(self, layer: Any, prefix: str) -> tuple[Codec, Codec] | None:
         leaves = [leaf for leaf in (layer.ckpt_gate_proj_name, layer.ckpt_up_proj_name) if leaf is not None]
         up = self._one_codec([f"{prefix}.0.{leaf}" for leaf in leaves])
-        down = self.codecs.codec_of(f"{prefix}.0.{layer.ckpt_down_proj_name}")
+        down = self._codec_of(f"{prefix}.0.{layer.ckpt_down_proj_name}")
         if up is None and down is None:
             return None
         if up is None or down is None:
@@ -177,8 +197,16 @@ class ArcticConfig(CodecConfig):
             )
         return up, down
 
+    def _codec_of(self, module: str) -> Codec | None:
+        """Return the codec of a module by vLLM's name of it.
+
+        vLLM adds ``model.`` to the names in checkpoints without a head (vllm 0.32.0, ``models/adapters.py``).
+        """
+        found = self.codecs.codec_of(module)
+        return self.codecs.codec_of(module.removeprefix("model.")) if found is None else found
+
     def _one_codec(self, parts: list[str]) -> Codec | None:
-        codecs = [self.codecs.codec_of(part) for part in parts]
+        codecs = [self._codec_of(part) for part in parts]
         if len(set(codecs)) > 1:
             found = ", ".join(f"{part}: {codec}" for part, codec in zip(parts, codecs, strict=True))
             raise CheckpointError(

@@ -32,6 +32,8 @@ They exclude pickles, and the ``params.json`` and ``consolidated.safetensors`` t
 """
 CPU_CACHE_GIB = "2"
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HEADLESS = re.compile(r"\w+(?<!LMHead)(?<!Chat)(?<!Reward)(?<!Classification)Model")
+"""A model class without a head, whose outputs are embeddings: the default suffix of vLLM (0.32.0, config/model.py)."""
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """The sizes in ``CPUAttentionBackend.get_supported_head_sizes`` (vllm 0.32.0, ``v1/attention/backends/cpu_attn.py``).
 
@@ -39,10 +41,11 @@ With other sizes the server starts, reports that it is healthy, and dies on the 
 """
 
 
-def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
+def on_the_fly(checkpoint: str, stack: Stack, *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Return ``hf_overrides`` for ``LLM``, with which vLLM encodes the plain ``checkpoint`` while loading it.
 
-    It is encoded as ``stack`` specifies.
+    It is encoded as ``stack`` specifies. ``trust_remote_code`` allows to execute the checkpoint's own code, if its
+    model needs it.
 
     Raises:
         ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is already quantized, or ``stack``
@@ -52,7 +55,7 @@ def on_the_fly(checkpoint: str, stack: Stack) -> dict[str, Any]:
     planned_config = _service("planned_config")
     from arctic_plugins_vllm.quantization import ON_THE_FLY
 
-    overrides: dict[str, Any] = planned_config(checkpoint, stack)
+    overrides: dict[str, Any] = planned_config(checkpoint, stack, trust_remote_code=trust_remote_code)
     if "quantization_config" in overrides:
         overrides["quantization_config"] = {**overrides["quantization_config"], ON_THE_FLY: True}
     return overrides
@@ -113,6 +116,7 @@ def server_options(
     path = Path(os.path.abspath(checkpoint))  # so that "." gets a name under which an adapter can be served
     stack = stack_from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
     stack.check_host("vllm")
+    trusted = any(option.replace("_", "-") == "--trust-remote-code" for option in options)
     arguments: dict[str, Any] = {**READ, "model": checkpoint, **stack.vllm_engine_args(path)}
     is_adapter = (path / ADAPTER).is_file()
     if is_adapter and (path / FILE_NAME).is_file():
@@ -144,7 +148,7 @@ def server_options(
                 expected="one of them",
                 fix="quantize first",
             )
-        arguments["hf_overrides"] = on_the_fly(checkpoint, plugins)
+        arguments["hf_overrides"] = on_the_fly(checkpoint, plugins, trust_remote_code=trusted)
     if (
         is_adapter
         and base is None
@@ -168,7 +172,8 @@ def server_options(
         )
     others = stack.to_use().without("weight_codec", "placement", "adapter")
     if is_adapter and len(others):  # what a merged checkpoint would have in its config
-        overrides = _service("configured")(_service("load_config")(str(model)), others)
+        config_object = _service("load_config")(str(model), trust_remote_code=trusted)
+        overrides = _service("configured")(config_object, others)
         arguments |= {"hf_overrides": overrides} if overrides else {}
     if is_adapter and _is_mixture(config):
         targets = read_adapter(path).target_modules or {name.rpartition(".")[2] for name in adapted_modules(path)}
@@ -191,6 +196,8 @@ def server_options(
                 fix="encode the base with the plugins in the adapter's arctic_plugins.json",
             )
     environment = {}
+    if _option(options, "runner") is None and _is_headless(config):
+        arguments["runner"] = "pooling"  # otherwise vLLM takes LlamaModel, for example, for LlamaForCausalLM
     if _option(options, "dtype") is None and (dtype := _dtype(config)) is not None:
         arguments["dtype"] = dtype
     if _runs_on_cpu():
@@ -207,6 +214,20 @@ def server_options(
     return arguments, environment
 
 
+def check_names(codecs: ModuleCodecs, checkpoint: str) -> None:
+    """Raise CheckpointError if vLLM would not find the encoding of one of the modules under its name.
+
+    In BERT and its relatives, the layer that fuses ``attention.self.query``, ``key`` and ``value`` goes by the name
+    ``attention.output.qkv_proj`` (vllm 0.32.0, ``models/bert.py``).
+    """
+    if hidden := next((name for name in codecs.modules if ".attention.self." in name), None):
+        raise CheckpointError(
+            f"{checkpoint} has {hidden} encoded, which vLLM does not support",
+            expected="plain weights in the attention of BERT and its relatives",
+            fix="""encode it again with --plugins '{"fp8": {"exclude": ["**.attention.self.*"]}}'""",
+        )
+
+
 def made_for(model: Path) -> int | None:
     """Return the number of tensor parallel processes for which a checkpoint has separate files.
 
@@ -221,6 +242,12 @@ def made_for(model: Path) -> int | None:
             fix="copy it again, or create it again",
         )
     return len(ranks) or None
+
+
+def _is_headless(config: Mapping[str, Any]) -> bool:
+    """Return whether a ``config.json`` names a model class without a head, whose outputs are embeddings."""
+    named = config.get("architectures")
+    return isinstance(named, list) and any(isinstance(name, str) and _HEADLESS.fullmatch(name) for name in named)
 
 
 def _is_mixture(config: Mapping[str, Any]) -> bool:
@@ -281,7 +308,7 @@ def _checked_config(model: Path) -> dict[str, Any]:
         if (model / FILE_NAME).is_file():
             check_plugins(read_provenance(model))
             check_files(model)
-        ModuleCodecs.from_config(config["quantization_config"])
+        check_names(ModuleCodecs.from_config(config["quantization_config"]), str(model))
     return config
 
 

@@ -37,22 +37,26 @@ from arctic_plugins_vllm.compat import (
 from arctic_plugins_vllm.experts import EncodedExpertsMethod
 from arctic_plugins_vllm.linear import EncodedLinearMethod
 
-__all__ = ["check_shares", "shard_checkpoint"]
+__all__ = ["built_as_rank", "check_shares", "shard_checkpoint"]
 
 FILE_SIZE = 5 * 10**9
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
-def check_shares(checkpoint: str | Path, size: int, hf_overrides: dict[str, Any] | None = None) -> None:
+def check_shares(
+    checkpoint: str | Path, size: int, hf_overrides: dict[str, Any] | None = None, *, trust_remote_code: bool = False
+) -> None:
     """Raise ConfigError if the model, encoded as ``hf_overrides`` specify, cannot be split over ``size`` processes.
 
     Reads no weights.
     """
-    with _rank(checkpoint, 0, size, hf_overrides):
+    with built_as_rank(checkpoint, 0, size, hf_overrides, trust_remote_code):
         pass
 
 
-def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -> Path:
+def shard_checkpoint(
+    checkpoint: str | Path, directory: str | Path, size: int, *, trust_remote_code: bool = False
+) -> Path:
     """Write the whole, encoded ``checkpoint`` to the existing ``directory``, split for ``size`` processes.
 
     ``arctic_plugins.json`` is written last.
@@ -63,12 +67,12 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
     """
     source, target = Path(checkpoint), Path(directory)
     for rank in range(size):
-        with _rank(source, rank, size) as (model, config):
+        with built_as_rank(source, rank, size, trust_remote_code=trust_remote_code) as (model, config):
             DefaultModelLoader(config.load_config).load_weights(model, config.model_config)
             for module in model.modules():
                 method = getattr(module, "quant_method", None)
                 if isinstance(method, EncodedLinearMethod | EncodedExpertsMethod):
-                    method.process_weights_after_loading(module)  # only checks that all weights were loaded
+                    method.check_complete(module)
             ShardedStateLoader.save_model(model, str(target), max_size=FILE_SIZE)
     copy_files(source, target, lambda name: name != FILE_NAME and not name.endswith(_WEIGHTS))
     write_provenance(target, recorded_stack(source).to_dict())
@@ -76,8 +80,12 @@ def shard_checkpoint(checkpoint: str | Path, directory: str | Path, size: int) -
 
 
 @contextmanager
-def _rank(
-    checkpoint: str | Path, rank: int, size: int, hf_overrides: dict[str, Any] | None = None
+def built_as_rank(
+    checkpoint: str | Path,
+    rank: int,
+    size: int,
+    hf_overrides: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
 ) -> Iterator[tuple[nn.Module, Any]]:
     """Yield vLLM's model with empty weights on the CPU, as rank ``rank`` of ``size`` builds it, and vLLM's config."""
     described = read_json(Path(checkpoint) / "config.json") if Path(checkpoint).is_dir() else {}
@@ -92,6 +100,7 @@ def _rank(
                 enforce_eager=True,
                 use_tqdm_on_load=False,
                 hf_overrides=hf_overrides or {},
+                trust_remote_code=trust_remote_code,
             ).create_engine_config()
             with set_current_vllm_config(config):
                 init_distributed_environment(1, 0, f"file://{meeting}/store", 0, "gloo")

@@ -117,6 +117,38 @@ def test_a_value_is_never_read_as_an_option(tmp_path):
         parse({"maximum_rank": 8}, [])
 
 
+@pytest.mark.parametrize(
+    ("architecture", "options", "runner"),
+    [
+        ("LlamaModel", [], "pooling"),
+        ("BertModel", [], "pooling"),
+        ("LlamaModel", ["--runner", "generate"], None),
+        ("LlamaForCausalLM", [], None),
+        ("LlamaForSequenceClassification", [], None),  # vLLM knows by itself
+        ("GPT2LMHeadModel", [], None),
+    ],
+)
+def test_a_model_without_a_head_gives_embeddings(tmp_path, architecture, options, runner):
+    checkpoint = make(tmp_path / "model", {**ENCODED, "architectures": [architecture]}, plugins={"fp8": {}})
+    assert server_options(str(checkpoint), options)[0].get("runner") == runner
+
+
+def test_an_encoded_attention_that_vllm_does_not_find_is_told(tmp_path):
+    from arctic_plugins_vllm.quantization import ArcticConfig
+
+    quantization = {
+        **ENCODED["quantization_config"],
+        "modules": {"bert.encoder.layer.*.attention.self.query": "fp8", "bert.encoder.layer.*.output.dense": "fp8"},
+    }
+    checkpoint = make(tmp_path / "model", {"model_type": "bert", "quantization_config": quantization})
+    message = r"attention.self.query encoded, which vLLM does not support; .*\*\*.attention.self.\*"
+    for use in (lambda: server_options(str(checkpoint)), lambda: ArcticConfig.from_config(quantization)):
+        with pytest.raises(CheckpointError, match=message):
+            use()
+    del quantization["modules"]["bert.encoder.layer.*.attention.self.query"]
+    server_options(str(make(tmp_path / "other", {"model_type": "bert", "quantization_config": quantization})))
+
+
 def test_an_adapter_is_served_over_its_encoded_base(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {"r": 4}})
     values, _ = server_options(str(adapter), base=str(base))

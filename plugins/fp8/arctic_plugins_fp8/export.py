@@ -16,6 +16,8 @@ from arctic_plugins_fp8.formats import FORMATS
 __all__ = ["CompressedTensors", "FP8Block"]
 
 BLOCK = 128
+CHECKED = 1 << 26
+"""Codes that are checked at once, which bounds the memory for it."""
 E4M3_MAX = FORMATS[8].max
 
 
@@ -26,6 +28,8 @@ class CompressedTensors(Exporter):
     ``weight_scale float32 [N, 1]``. Activations are not quantized, or with ``activations: fp8`` rounded per token, as
     in this project.
     """
+
+    exact = True
 
     def quantization_config(self, codecs: Mapping[str, Codec], plain: Sequence[str]) -> dict[str, Any]:
         for name, codec in codecs.items():
@@ -56,7 +60,7 @@ class CompressedTensors(Exporter):
 
     def tensors(self, codec: Codec, buffers: Buffers, shape: tuple[int, int]) -> dict[str, Tensor]:
         codes = buffers[""].reshape(shape)
-        if bool((codes & 0x7F == 0x7F).any()):
+        if any(bool((part & 0x7F == 0x7F).any()) for part in codes.flatten().split(CHECKED)):
             raise CodecError(
                 "the weight holds 480, whose code other libraries read as NaN",
                 fix="quantize the original checkpoint again",

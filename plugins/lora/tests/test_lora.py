@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from arctic_plugins_huggingface import load_model, save_checkpoint
-from arctic_plugins_huggingface.adapters.lora import FrozenLoraLinear, load_adapter
+from arctic_plugins_huggingface import load_model, merge_adapter, save_checkpoint
+from arctic_plugins_huggingface.adapters.layers import FrozenLoraLinear
+from arctic_plugins_huggingface.adapters.lora import load_adapter
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -12,6 +13,7 @@ from arctic_plugins import Stack
 from arctic_plugins.adapter import read_adapter
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.frozen import FrozenLinear
+from arctic_plugins.testing import tiny_llama, tiny_model
 
 IDS = torch.arange(10, 42)[None]
 FP8 = {"group_size": 32}
@@ -61,7 +63,11 @@ def test_gradients_equal_those_over_the_decoded_weights(model, tiny_checkpoint):
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(model, use_reentrant):
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_gradient_checkpointing_changes_nothing(tiny_checkpoint, use_dora, use_reentrant):
+    """DoRA reads the decoded weights; with checkpointing, those of one layer at a time are kept for backward."""
+    stack = Stack.from_dict({"fp8": FP8, "lora": {"r": 4, "use_dora": use_dora}})
+    model = randomize(load_model(tiny_checkpoint, stack)[0])
     model.train()
     model(IDS, labels=IDS).loss.backward()
     expected = {
@@ -130,12 +136,12 @@ def test_a_merge_that_overflows_is_refused(model):
         model.merge_adapter()
 
 
-def test_variants_that_need_plain_weights_are_refused(tiny_checkpoint, tmp_path):
+def test_dora_of_plain_peft_loads_over_encoded_weights(tiny_checkpoint, tmp_path):
     base, _ = load_model(tiny_checkpoint)
     get_peft_model(base, LoraConfig(r=4, use_dora=True, target_modules=["q_proj"])).save_pretrained(tmp_path)
     frozen, _ = load_model(tiny_checkpoint, Stack.from_dict({"fp8": FP8}))
-    with pytest.raises(ConfigError, match="uses DoRA over encoded weights; expected plain LoRA"):
-        load_adapter(frozen, tmp_path)
+    layer = next(module for module in load_adapter(frozen, tmp_path).modules() if isinstance(module, FrozenLoraLinear))
+    assert layer.use_dora["default"]
 
 
 def test_target_modules_that_match_nothing(tiny_checkpoint):
@@ -174,3 +180,47 @@ def test_engine_arguments_of_an_adapter(tmp_path):
         (tmp_path / "adapter_config.json").write_text(config)
         with pytest.raises(CheckpointError, match=message):
             stack.vllm_engine_args(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "base", "peft_type": "OFT"}')
+    with pytest.raises(
+        CheckpointError, match="is OFT; expected LoRA or rsLoRA, which vLLM supports; merge the adapter"
+    ):
+        stack.vllm_engine_args(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("rows", "targets"), [(300, ["q_proj"]), (270, ["q_proj"]), (300, ["q_proj", "embed_tokens"])])
+def test_an_adapter_with_a_resized_embedding(tmp_path, rows, targets, tied):
+    """PEFT saves the embedding and the head with it (``save_embedding_layers``), since the base model has others."""
+    base, stack = tiny_llama(tmp_path / "base", tie_word_embeddings=tied), Stack.from_dict({"fp8": FP8})
+    model, tokenizer = load_model(base, stack)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    model = randomize(get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")))
+    expected = model.eval()(IDS).logits
+    save_checkpoint(model, tokenizer, tmp_path / "adapter", stack)
+    if "embed_tokens" in targets and not tied:
+        with pytest.raises(
+            CheckpointError, match="300 tokens instead of 272, but no output head of that size; expected b"
+        ):
+            load_checkpoint(tmp_path / "adapter")
+        return
+    again, _ = load_checkpoint(tmp_path / "adapter")
+    assert again.get_input_embeddings().weight.shape[0] == again.config.vocab_size == rows
+    torch.testing.assert_close(again(IDS).logits, expected)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    merged, _ = load_model(tmp_path / "merged")
+    assert merged.config.tie_word_embeddings == (tied and "embed_tokens" not in targets)
+    assert (merged(IDS).logits - expected).norm() / expected.norm() < 0.2
+    if "embed_tokens" in targets:
+        return
+    with pytest.raises(CheckpointError, match="contains a new .*expected matrices of LoRA only, .*; merge the adapter"):
+        Stack.from_dict({"lora": {}}).vllm_engine_args(tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens of shape \(\d+, 64\); expected \(tokens, 32\)"):
+        load_checkpoint(tmp_path / "adapter", base=tiny_llama(tmp_path / "narrow", hidden_size=32))
+
+
+def test_a_model_that_peft_refuses_is_not_the_fault_of_the_plugin(tmp_path):
+    """PEFT does not adapt the output projections of Mamba, whose kernels read their weights."""
+    options = {"state_size": 16, "num_heads": 4, "expand": 2, "n_groups": 1, "head_dim": 32, "chunk_size": 8}
+    base = tiny_model(tmp_path, "mamba2", **options)
+    with pytest.raises(ConfigError, match=r"^PEFT refuses this adapter for this model: .*Mamba.*; change the options"):
+        load_model(base, Stack.from_dict({"lora": {}}))

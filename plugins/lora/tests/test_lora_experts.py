@@ -12,7 +12,6 @@ from arctic_plugins_huggingface.adapters.lora import (
     FrozenLoraExperts,
     expert_pairs,
     load_adapter,
-    with_frozen_layer,
 )
 from arctic_plugins_huggingface.checkpoints import merge as merging
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
@@ -188,7 +187,7 @@ def test_switched_off_it_is_the_base(mixtral):
 def test_a_second_adapter_beside_the_first(mixtral):
     model = adapted(mixtral).eval()
     first = model(IDS).logits
-    model.add_adapter("second", with_frozen_layer(peft_config(model)))
+    model.add_adapter("second", peft_config(model))
     model.set_adapter("second")
     base, _ = load_model(mixtral, Stack.from_dict({"fp8": FP8}))
     torch.testing.assert_close(model(IDS).logits, base(IDS).logits)  # it starts as zero
@@ -223,7 +222,7 @@ def test_experts_can_still_be_computed_in_steps(mixtral):
 
 def test_several_merges_are_undone_at_once(mixtral):
     model = adapted(mixtral).eval()
-    model.add_adapter("second", with_frozen_layer(peft_config(model)))
+    model.add_adapter("second", peft_config(model))
     randomize(model, seed=1)
     before = model(IDS).logits
     layer = wrappers(model)[0]
@@ -411,8 +410,8 @@ def test_options_that_do_not_go_together(mixtral, tiny_checkpoint, tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     base, _ = load_model(mixtral, Stack.from_dict({"fp8": FP8}))
     for change, message in (
-        ({"use_dora": True}, "uses DoRA over encoded weights"),
-        ({"lora_dropout": 0.1}, "has dropout 0.1 and adapts experts"),
+        ({"use_dora": True}, "has use_dora=True and adapts experts"),
+        ({"lora_dropout": 0.1}, "has lora_dropout=0.1 and adapts experts"),
     ):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_modules": [], **change}))
         with pytest.raises(ConfigError, match=message):

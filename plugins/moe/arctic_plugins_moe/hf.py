@@ -13,8 +13,6 @@ residual are computed. The equations and the names of weights are from Snowflake
 fork, commit 2d05ff8).
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch
@@ -24,7 +22,12 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightTransform
 from transformers.integrations import use_experts_implementation
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import (
     MixtralAttention,
@@ -42,7 +45,13 @@ from arctic_plugins_moe.configuration import ArcticConfig
 from arctic_plugins_moe.experts import IMPLEMENTATION, mix_plain, start_plain
 from arctic_plugins_moe.router import load_balancing_loss, z_loss
 
-__all__ = ["ArcticForCausalLM", "ArcticModel"]
+__all__ = [
+    "ArcticForCausalLM",
+    "ArcticForQuestionAnswering",
+    "ArcticForSequenceClassification",
+    "ArcticForTokenClassification",
+    "ArcticModel",
+]
 
 
 class ArcticMLP(nn.Module):
@@ -113,7 +122,8 @@ class ArcticMoE(nn.Module):
         """Route ``x [..., K]`` and start sending it to its experts. If the result is a Tensor, it is already final."""
         flat = x.reshape(-1, x.shape[-1])
         _, weights, index = self.gate(flat)
-        start = getattr(self.experts, "start", None)
+        # accelerate's hooks fetch weights from the disk only around a whole forward pass (1.15, hooks.py).
+        start = None if hasattr(self.experts, "_hf_hook") else getattr(self.experts, "start", None)
         mixture = None if start is None else start(flat, index, weights)
         return self.experts(flat, index, weights) if mixture is None else mixture
 
@@ -285,6 +295,18 @@ class ArcticForCausalLM(ArcticPreTrainedModel, MixtralForCausalLM):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+
+class ArcticForSequenceClassification(GenericForSequenceClassification, ArcticPreTrainedModel):
+    """The decoder with a classifier of the last token."""
+
+
+class ArcticForTokenClassification(GenericForTokenClassification, ArcticPreTrainedModel):
+    """The decoder with a classifier of every token."""
+
+
+class ArcticForQuestionAnswering(GenericForQuestionAnswering, ArcticPreTrainedModel):
+    """The decoder with the start and the end of an answer."""
 
 
 def _share(

@@ -35,6 +35,10 @@ class MoE(Plugin):
                 causal_lm=f"{package}.hf:ArcticForCausalLM",
                 vllm=f"{package}.vllm:ArcticForCausalLM",
                 tokenizer=f"{package}.tokenization:ArcticTokenizer",
+                heads={
+                    f"AutoModelFor{task}": f"{package}.hf:ArcticFor{task}"
+                    for task in ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+                },
             ),
         )
 

@@ -5,14 +5,16 @@ import json
 
 import pytest
 import torch
-from arctic_plugins_huggingface import load_model, register
+import transformers
+from arctic_plugins_huggingface import load_model, register, save_checkpoint
+from arctic_plugins_huggingface.loading import head_modules
 from arctic_plugins_moe.configuration import ArcticConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import CheckpointError
-from arctic_plugins.testing import run_python
+from arctic_plugins.testing import run_python, tiny_model
 
 IDS = torch.randint(0, 128, (24,), generator=torch.Generator().manual_seed(0))
 SIZES = {
@@ -287,3 +289,31 @@ def test_many_experts_in_many_files_are_loaded_in_little_more_than_their_size(tm
     layer = size / 6
     assert size > 290
     assert peak < size + 2 * layer, f"peak {peak} MB, {after} MB after, weights {size} MB"
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_the_heads_that_mixtral_has(tmp_path, task):
+    auto_class = getattr(transformers, f"AutoModelFor{task}")
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}
+    checkpoint, stack = tiny_model(tmp_path / "causal", "arctic", **sizes), Stack.from_dict({"fp8": {}})
+    causal = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model = auto_class.from_pretrained(checkpoint)
+    assert type(model).__name__ == f"ArcticFor{task}"
+    mixtral = getattr(transformers, f"MixtralFor{task}")(MixtralConfig(hidden_size=64, num_hidden_layers=1))
+    assert head_modules(model) == head_modules(mixtral)
+    with torch.no_grad():
+        expected = causal.model(IDS[None]).last_hidden_state
+        assert torch.equal(model.base_model(IDS[None]).last_hidden_state, expected)
+    labels = {
+        "SequenceClassification": {"labels": torch.tensor([1])},
+        "TokenClassification": {"labels": IDS[None] % 2},
+        "QuestionAnswering": {"start_positions": torch.tensor([1]), "end_positions": torch.tensor([2])},
+    }
+    model(IDS[None], **labels[task]).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    encoded, tokenizer = load_model(checkpoint, stack, auto_class=auto_class)
+    saved = save_checkpoint(encoded, tokenizer, tmp_path / "encoded", stack)
+    again, _ = load_model(saved)
+    with torch.no_grad():
+        assert type(again) is type(model)
+        assert torch.equal(again(IDS[None])[0], encoded(IDS[None])[0])

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 from arctic_plugins._lazy import lazily
 
 if TYPE_CHECKING:
+    from arctic_plugins_huggingface.adapters.embeddings import new_token_rows
+    from arctic_plugins_huggingface.adapters.layers import FrozenLoraLinear
     from arctic_plugins_huggingface.adapters.lora import (
         FrozenLoraExperts,
-        FrozenLoraLinear,
         expert_parameters,
         load_adapter,
         only_modules,
-        with_frozen_layer,
+        prepare_new_rows,
     )
 
 __all__ = [
@@ -21,20 +22,22 @@ __all__ = [
     "FrozenLoraLinear",
     "expert_parameters",
     "load_adapter",
+    "new_token_rows",
     "only_modules",
-    "with_frozen_layer",
+    "prepare_new_rows",
 ]
 
 __getattr__ = lazily(
     __name__,
     {
+        "embeddings": ("new_token_rows",),
+        "layers": ("FrozenLoraLinear",),
         "lora": (
             "FrozenLoraExperts",
-            "FrozenLoraLinear",
             "expert_parameters",
+            "prepare_new_rows",
             "load_adapter",
             "only_modules",
-            "with_frozen_layer",
-        )
+        ),
     },
 )

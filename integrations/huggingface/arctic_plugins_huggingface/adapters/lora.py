@@ -4,131 +4,50 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import model as lora_model
-from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import transformers_weight_conversion
+from peft.utils.other import TrainableTokensWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
+from arctic_plugins.adapter import WEIGHTS, AdapterConfig, adapted_modules, read_any_adapter
 from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError, named
 from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture, grouped_linear
-from arctic_plugins.frozen.linear import FrozenLinear
 from arctic_plugins.frozen.module import FrozenModule
-from arctic_plugins.patches import replaced
+from arctic_plugins.patches import patch, replaced
+from arctic_plugins_huggingface.adapters.embeddings import add_embeddings, embedding_rows
+from arctic_plugins_huggingface.adapters.layers import BeforeMerge
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "VARIANTS",
     "ExpertPairs",
     "FrozenLoraExperts",
-    "FrozenLoraLinear",
+    "check_experts",
     "expert_pairs",
     "expert_parameters",
     "load_adapter",
     "only_modules",
-    "with_frozen_layer",
+    "prepare_new_rows",
+    "resize_embedding",
+    "up_first",
+    "with_frozen_experts",
 ]
-
-
-@dataclass
-class BeforeMerge:
-    """A frozen weight as it was before an adapter was merged into it."""
-
-    buffers: dict[str, Tensor]
-    version: int
-    bias: Tensor | None = None
-    """The bias of the same layer, if the adapter changes it."""
-    merged_version: int = 0
-    """Version of the weight right after the merge, to detect whether another adapter has been merged since."""
-
-    @classmethod
-    def of(cls, frozen: FrozenModule, leaf: str = "weight", kept: BeforeMerge | None = None) -> BeforeMerge:
-        """Record a weight before a merge, or return ``kept``, the record of an earlier one.
-
-        Call :meth:`merged` after the merge.
-        """
-        if kept is not None:
-            kept.check(frozen, leaf)
-            return kept
-        return cls(frozen.export(leaf), frozen.frozen[leaf].version)
-
-    def merged(self, frozen: FrozenModule, leaf: str = "weight") -> BeforeMerge:
-        """Record the version of the merged ``frozen`` weight, and return this object."""
-        self.merged_version = frozen.frozen[leaf].version
-        return self
-
-    def check(self, frozen: FrozenModule, leaf: str = "weight") -> None:
-        """Raise ArcticError if something else has changed the weight since the merge."""
-        if frozen.frozen[leaf].version != self.merged_version:
-            raise ArcticError(
-                f"{frozen.frozen[leaf].name} was changed after an adapter had been merged into it",
-                expected="adapters of several layers on one module to be unmerged in reverse order",
-                fix="unmerge the other adapter first, or load the model again",
-            )
-
-    def give_back(self, frozen: FrozenModule, leaf: str = "weight") -> None:
-        """Restore the weight, and the bias if it was changed."""
-        self.check(frozen, leaf)
-        device = frozen.weight_device
-        frozen.hold({suffix: buffer.to(device) for suffix, buffer in self.buffers.items()}, leaf)
-        frozen.frozen[leaf].version = self.version
-        if self.bias is not None:
-            cast("FrozenLinear", frozen).bias.data.copy_(self.bias)
-
-
-class FrozenLoraLinear(LoraLinear):
-    """A LoRA layer over a :class:`FrozenLinear`. PEFT's own layer would add floats to bytes when it merges.
-
-    Merging decodes the weight, adds the update in float32 and encodes the sum with the same codec. The original bytes
-    are kept until the layer is unloaded, so that unmerging restores them exactly.
-    """
-
-    _before_merge: BeforeMerge | None = None
-
-    def get_base_layer(self) -> FrozenLinear:
-        return cast("FrozenLinear", super().get_base_layer())
-
-    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        check_plain(adapter_name, config)
-        super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge as PEFT does; the codec refuses NaN and Inf whatever the value of ``safe_merge``."""
-        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not adapters:
-            return
-        frozen = self.get_base_layer()
-        before = BeforeMerge.of(frozen, kept=self._before_merge)
-        merged = frozen.decode(torch.float32)
-        for name in adapters:
-            merged += self.get_delta_weight(name).to(merged)
-        frozen.encode(merged)
-        self._before_merge = before.merged(frozen)
-        self.merged_adapters.extend(adapters)
-
-    def unmerge(self) -> None:
-        """Restore the bytes from before the first merge, which undoes all merged adapters at once."""
-        if self._before_merge is not None:
-            self._before_merge.give_back(self.get_base_layer())
-            self._before_merge = None
-        self.merged_adapters.clear()
 
 
 class FrozenLoraExperts(ParamWrapper):
@@ -145,7 +64,7 @@ class FrozenLoraExperts(ParamWrapper):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
     ) -> None:
-        _check_dropout(adapter_name, config)
+        check_experts(adapter_name, config)
         super().__init__(base_layer, adapter_name, parameter_name, config, **kwargs)
         self.get_base_layer().updates[parameter_name] = self.update
 
@@ -153,8 +72,7 @@ class FrozenLoraExperts(ParamWrapper):
         return cast("FrozenExperts", super().get_base_layer())
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
-        check_plain(adapter_name, config)
-        _check_dropout(adapter_name, config)
+        check_experts(adapter_name, config)
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
@@ -311,44 +229,26 @@ def expert_parameters(model: nn.Module) -> list[str]:
     return sorted(found)
 
 
-VARIANTS = (
-    "use_dora",
-    "lora_bias",
-    "use_qalora",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "velora_config",
-    "monteclora_config",
-    "alora_invocation_tokens",
+_NOT_OF_EXPERTS = (
+    "lora_dropout",
     "fan_in_fan_out",
-    "layer_replication",
+    "lora_bias",
+    *(field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")),
 )
-"""Fields of a ``LoraConfig`` that make it more than one product per module, or share a weight between modules."""
-_PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
-"""Values of ``init_lora_weights`` that leave the base weight unchanged."""
+_STARTS_OF_EXPERTS = (True, False, "gaussian")
+"""Values of ``init_lora_weights`` that do not look at the weights, which PEFT cannot read in experts."""
 
 
-def check_plain(adapter_name: str, config: LoraConfig) -> None:
-    """Raise ConfigError unless the adapter computes the same over encoded weights as when it is merged into them."""
-    found = next((name for name in VARIANTS if getattr(config, name, None)), None)
-    if found is None and config.init_lora_weights and config.init_lora_weights not in _PLAIN_STARTS:
-        found = f"init_lora_weights={config.init_lora_weights!r}"
+def check_experts(adapter_name: str, config: LoraConfig) -> None:
+    """Raise ConfigError unless the adapter is one that PEFT supports for experts: a product per expert."""
+    found = next((name for name in _NOT_OF_EXPERTS if getattr(config, name, None)), None)
+    if found is None and config.init_lora_weights not in _STARTS_OF_EXPERTS:
+        found = "init_lora_weights"
     if found is not None:
-        found = "DoRA" if found == "use_dora" else found
         raise ConfigError(
-            f"adapter '{adapter_name}' uses {found} over encoded weights",
-            expected="plain LoRA or rsLoRA",
-            fix="train a plain adapter",
-        )
-
-
-def _check_dropout(adapter_name: str, config: LoraConfig) -> None:
-    if config.lora_dropout:
-        raise ConfigError(
-            f"adapter '{adapter_name}' has dropout {config.lora_dropout} and adapts experts",
-            expected="dropout 0",
-            fix="leave it out",
+            f"adapter '{adapter_name}' has {found}={getattr(config, found)!r} and adapts experts",
+            expected="LoRA or rsLoRA, initialized at random, for experts",
+            fix="leave the option out, or adapt only linear modules",
         )
 
 
@@ -412,38 +312,80 @@ def _without_bitsandbytes() -> Iterator[None]:
         yield
 
 
-def with_frozen_layer(config: LoraConfig) -> LoraConfig:
-    """Make PEFT use the layers of this module over frozen base layers.
+def with_frozen_experts(config: LoraConfig) -> None:
+    """Make PEFT put :class:`FrozenLoraExperts` over encoded experts. This is not saved with the adapter."""
+    config._register_custom_module({FrozenExperts: FrozenLoraExperts})
 
-    This is not saved with the adapter: call this function on every load.
+
+def prepare_new_rows(adapted: PeftModel) -> PeftModel:
+    """Prepare an adapter that trains the rows of new tokens, and return it.
+
+    Only these rows are saved, not the whole embedding and head. And the head has the attribute ``bias`` of a linear
+    layer, which TRL's fused head reads (``add_fused_lm_head``, trl 1.16.0), but PEFT's wrapper of it lacks.
     """
-    config._register_custom_module({FrozenLinear: FrozenLoraLinear, FrozenExperts: FrozenLoraExperts})
-    return config
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            module.register_parameter("bias", None)
+
+    @patch(
+        adapted,
+        "save_pretrained",
+        why="it saves all embeddings if their number differs from the base model's; the adapter holds the new rows",
+        read_in="peft 0.21.2",
+    )
+    def save_pretrained(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        original(*args, **{"save_embedding_layers": False, **kwargs})
+
+    return adapted
+
+
+def _add_embeddings(model: PreTrainedModel, adapter: str | Path, tokens: frozenset[int]) -> bool:
+    """Add embeddings for ``tokens``, whose rows ``adapter`` holds, and return whether any were without one.
+
+    Raises:
+        CheckpointError: the adapter has no rows for other tokens that would get embeddings.
+    """
+    rows = embedding_rows(model) or 0
+    if not tokens or max(tokens) < rows:
+        return False
+    if not tokens.issuperset(range(rows, max(tokens) + 1)):
+        raise CheckpointError(
+            f"{adapter} trains the token {max(tokens)}, but its base model has {rows} embeddings",
+            expected="rows for all tokens in between",
+            fix="use the model that the adapter was trained on",
+        )
+    add_embeddings(model, tokens)
+    return True
 
 
 def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Load the PEFT LoRA adapter in the directory ``adapter`` onto ``model``, ready to be merged whatever the codec.
+    """Load the PEFT adapter in the directory ``adapter`` onto ``model``, ready to be merged whatever the codec.
+
+    If the adapter holds an embedding with more or fewer tokens, the model's is resized.
 
     Raises:
         CheckpointError: the adapter does not match the model, or lacks a tensor (PEFT would only warn).
+        ConfigError: the embedding is to be resized, and the output head is encoded.
     """
     try:
-        read_adapter(adapter)
-        config = LoraConfig.from_pretrained(str(adapter))
-        # The initialization, which may for example decompose the base weight, is not repeated.
-        config.init_lora_weights = True
-        # Strings are regular expressions, which PEFT would evaluate.
-        if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
-            config.target_modules, config.exclude_modules = adapted_modules(adapter), None
-        with only_modules(model, always=bool(config.target_parameters)):
+        found = read_any_adapter(adapter)
+        is_lora = isinstance(found, AdapterConfig)
+        config = PeftConfig.from_pretrained(str(adapter))
+        if is_lora:
+            # The initialization, which may decompose the base weight, is not repeated. MiCA's also freezes a matrix.
+            if not (trainable and config.init_lora_weights == "mica"):
+                config.init_lora_weights = True
+            # Strings are regular expressions, which PEFT would evaluate.
+            if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
+                config.target_modules, config.exclude_modules = adapted_modules(adapter), None
+        saved = _shapes(adapter)
+        grown = isinstance(found, AdapterConfig) and _add_embeddings(model, adapter, found.trained_tokens)
+        resize_embedding(model, adapter)
+        with only_modules(model, always=bool(getattr(config, "target_parameters", None))):
             if local_parameters(model):
                 adapted = _load_local(model, adapter, config, trainable=trainable)
             else:
-                adapted = PeftModel.from_pretrained(
-                    model, str(adapter), config=with_frozen_layer(config), is_trainable=trainable
-                )
-        with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
-            saved = set(file.keys())
+                adapted = PeftModel.from_pretrained(model, str(adapter), config=config, is_trainable=trainable)
     except ArcticError:
         raise
     except Exception as error:  # a damaged file can make PEFT raise anything
@@ -452,18 +394,72 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
             f"{adapter} cannot be loaded onto its base model: {type(error).__name__}: {text}",
             fix="it is damaged or belongs to another model: train it again",
         ) from error
-    if missing := get_peft_model_state_dict(adapted).keys() - saved:
+    if missing := get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved.keys():
         raise CheckpointError(
             f"{adapter} lacks {len(missing)} tensors, for example {min(missing)}",
             fix="the adapter is incomplete: save it again",
         )
-    return adapted
+    return prepare_new_rows(adapted) if grown else adapted
 
 
-def _load_local(model: PreTrainedModel, adapter: str | Path, config: LoraConfig, *, trainable: bool) -> PeftModel:
+def _shapes(adapter: str | Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+
+
+def resize_embedding(model: PreTrainedModel, adapter: str | Path) -> None:
+    """Give the embedding of ``model`` as many rows as that of the adapter, if the adapter holds a whole one.
+
+    PEFT saves it with the adapter if it was resized for training (``save_embedding_layers``).
+
+    Raises:
+        CheckpointError: the adapter holds an embedding of another width, or lacks a head that is not tied to it.
+        ConfigError: the output head is encoded.
+        OSError, SafetensorError: the adapter's weights cannot be read.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    saved = _shapes(adapter)
+    name, shape = _saved_as(model, embedding, saved)
+    now = tuple(cast("Tensor", embedding.weight).shape)
+    if shape is None or shape == now:
+        return
+    if shape[1:] != now[1:]:
+        raise CheckpointError(
+            f"{adapter} holds a {name} of shape {shape}",
+            expected=f"(tokens, {now[1]}), as in the model",
+            fix="it belongs to another model: pass --base",
+        )
+    if isinstance(head, FrozenModule):
+        raise ConfigError(
+            f"{adapter} holds a {name} with {shape[0]} tokens instead of {now[0]}, but the output head is encoded",
+            expected="a plain head, which can be resized",
+            fix="exclude the head from the codec",
+        )
+    if head is not None and head.weight is not embedding.weight and _saved_as(model, head, saved)[1] is None:
+        raise CheckpointError(
+            f"{adapter} holds a {name} with {shape[0]} tokens instead of {now[0]}, but no output head of that size",
+            expected="both, which PEFT saves unless the embedding is in target_modules",
+            fix="train it again with the embedding in modules_to_save or trainable_token_indices",
+        )
+    model.resize_token_embeddings(shape[0], mean_resizing=False)
+    if (key := f"base_model.model.{name}.base_layer.weight") in saved:  # a head tied to it needs it as well
+        with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
+            cast("Tensor", model.get_input_embeddings().weight).data.copy_(file.get_tensor(key))
+
+
+def _saved_as(
+    model: nn.Module, module: nn.Module, saved: Mapping[str, tuple[int, ...]]
+) -> tuple[str, tuple[int, ...] | None]:
+    """Return the name of ``module`` and the shape of its whole weight in an adapter; None if the adapter has none."""
+    name = next(name for name, found in model.named_modules() if found is module)
+    keys = f"base_model.model.{name}.weight", f"base_model.model.{name}.base_layer.weight"
+    return name, next((saved[key] for key in keys if key in saved), None)
+
+
+def _load_local(model: PreTrainedModel, adapter: str | Path, config: PeftConfig, *, trainable: bool) -> PeftModel:
     """Load the adapter of all experts onto a model that holds only some of them."""
     config.inference_mode = not trainable
-    adapted = get_peft_model(model, with_frozen_layer(config))
+    adapted = get_peft_model(model, config)
     state, layouts = load_file(Path(adapter) / WEIGHTS), expert_pairs(adapted)
     for name, (_, dispatch) in local_parameters(adapted).items():
         key = name.replace(f".{adapted.active_adapter}.weight", ".weight")

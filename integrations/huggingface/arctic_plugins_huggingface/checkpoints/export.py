@@ -27,10 +27,13 @@ from arctic_plugins_huggingface.loading.weights import weight_specs
 __all__ = ["convert_checkpoint", "export_checkpoint"]
 
 
-def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name: str) -> Path:
+def export_checkpoint(
+    checkpoint: str | Path, directory: str | Path, format_name: str, *, trust_remote_code: bool = False
+) -> Path:
     """Write the encoded ``checkpoint`` in the format that a plugin registered as ``format_name``.
 
     ``checkpoint`` is a directory; the result has the same files. Memory is bounded by the largest safetensors file.
+    ``trust_remote_code`` allows to execute the checkpoint's own code, if its model needs it.
 
     Raises:
         PluginNotFoundError: no plugin exports to ``format_name``, or a codec's plugin is not installed.
@@ -49,7 +52,7 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name
             fix="quantize it",
         )
     check_checkpoint(source)
-    codecs, shapes = ModuleCodecs.from_config(quantization), _shapes(source)
+    codecs, shapes = ModuleCodecs.from_config(quantization), _shapes(source, trust_remote_code)
     encoded = {name: codec for name in shapes if (codec := codecs.codec_of(name)) is not None}
     config["quantization_config"] = exporter.quantization_config(
         encoded, [name for name in shapes if name not in encoded]
@@ -65,11 +68,13 @@ def export_checkpoint(checkpoint: str | Path, directory: str | Path, format_name
     return Path(directory)
 
 
-def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_name: str) -> list[str]:
+def convert_checkpoint(
+    checkpoint: str | Path, directory: str | Path, format_name: str, *, trust_remote_code: bool = False
+) -> list[str]:
     """Convert ``checkpoint`` from the format that a plugin registered as ``format_name`` to an encoded checkpoint.
 
     ``checkpoint`` is a directory. Modules whose stored weights are floating point stay plain. Memory is bounded by the
-    largest safetensors file.
+    largest safetensors file. ``trust_remote_code`` allows to execute the checkpoint's own code, if its model needs it.
 
     Returns:
         A line for every module and its codec; layers that are encoded alike share a line.
@@ -87,7 +92,7 @@ def convert_checkpoint(checkpoint: str | Path, directory: str | Path, format_nam
     if config.get("quantization_config", {}).get("quant_method") == METHOD:
         raise CheckpointError(f"{source} is already encoded by this project", fix="use it as it is")
     converter = converter_class(_quantization(source, config, converter_class.config_files))
-    shapes, stored = _shapes(source), _dtypes(source)
+    shapes, stored = _shapes(source, trust_remote_code), _dtypes(source)
     encoded: dict[str, Codec] = {}
     for name, shape in shapes.items():
         if stored.get(f"{name}.weight") in ("U8", "I8"):
@@ -139,10 +144,10 @@ def _quantization(source: Path, config: Mapping[str, Any], names: Sequence[str])
     return found
 
 
-def _shapes(source: Path) -> dict[str, tuple[int, int]]:
-    config = load_config(source)
+def _shapes(source: Path, trust_remote_code: bool) -> dict[str, tuple[int, int]]:
+    config = load_config(source, trust_remote_code=trust_remote_code)
     config.quantization_config = None
-    model = skeleton(config)
+    model = skeleton(config, trust_remote_code=trust_remote_code)
     specs = weight_specs(model)
     return stored_shapes(specs, stored_names(model, specs))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Collection, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from arctic_plugins.adapter import WEIGHTS, adapted_modules, read_adapter
+from arctic_plugins.adapter import WEIGHTS, AdapterConfig, adapted_modules, read_any_adapter
 from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.files import read_json
 from arctic_plugins.frozen import Codec
@@ -23,8 +24,8 @@ from arctic_plugins.frozen.codec import check_buffers
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.adapters.lora import VARIANTS, ExpertPairs, load_adapter
-from arctic_plugins_huggingface.checkpoints.load import adapter_base, own_tokenizer
+from arctic_plugins_huggingface.adapters.lora import ExpertPairs, load_adapter, resize_embedding
+from arctic_plugins_huggingface.checkpoints.load import adapted_task, adapter_base, ends_of, own_tokenizer
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.check import adapter_directory, check_checkpoint
 from arctic_plugins_huggingface.files.rewrite import Read, open_files, rewrite
@@ -37,7 +38,11 @@ from arctic_plugins_huggingface.loading.plan import WeightPlan, plan_model
 __all__ = ["Update", "merge_adapter"]
 
 _PREFIX = "base_model.model."
-_OTHER_KINDS = (*VARIANTS, "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern")
+_OTHER_KINDS = (
+    *(field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")),
+    *("lora_bias", "fan_in_fan_out", "layer_replication"),
+    *("modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern"),
+)
 """Fields of a ``LoraConfig`` that make it more than one product per linear module, or that are left to PEFT."""
 
 
@@ -69,8 +74,10 @@ class Update:
         return merged
 
 
-def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Path | None = None) -> Path:
-    """Merge a LoRA adapter into its base model and write a checkpoint, encoded as the adapter's stack specifies.
+def merge_adapter(
+    adapter: str | Path, directory: str | Path, *, base: str | Path | None = None, trust_remote_code: bool = False
+) -> Path:
+    """Merge a PEFT adapter into its base model and write a checkpoint, encoded as the adapter's stack specifies.
 
     If the adapter changes the head or the embedding and the two share a weight, the head gets a weight of its own.
 
@@ -80,12 +87,14 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
 
     If the base is a directory and the adapter is LoRA or rsLoRA on linear modules and experts, memory is bounded by the
     largest safetensors file of the base. For a base from the Hub, other PEFT adapters, and stacks whose plugins change
-    the model, the whole model is loaded.
+    the model, the whole model is loaded. Adapters other than LoRA may depend on the weights that they were trained
+    over, and are merged into these: encoded weights are decoded, changed and encoded again, module by module.
 
     Args:
         adapter: directory or Hub id.
         directory: new directory for the result.
         base: directory or Hub id of the base model; by default, the one that the adapter's config names.
+        trust_remote_code: whether the base model's own code may be executed, if it needs it.
 
     Raises:
         CheckpointError: ``adapter`` is not an adapter that arctic-plugins finished writing, or does not match its base.
@@ -97,18 +106,21 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
     if found is None:
         raise CheckpointError(
             f"{adapter} has no adapter_config.json",
-            expected="a LoRA adapter written by 'arctic train'",
+            expected="an adapter written by 'arctic train' or by PEFT",
             fix="pass its directory",
         )
     stack, base = stack_from_checkpoint(found), adapter_base(found, base)
     codecs = stack.only("weight_codec")
     others = stack.to_use().without("weight_codec", "adapter", "placement")
-    if not len(others) and Path(base).is_dir() and (halves := _halves(found)) is not None:
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    is_lora, task = isinstance(read_any_adapter(found), AdapterConfig), adapted_task(found)
+    alone = is_lora and not task and not len(others)
+    if alone and Path(base).is_dir() and (halves := _halves(found)) is not None:
         check_checkpoint(base)
-        config = load_config(base)
+        config = load_config(base, **trust)
         if not is_quantized_otherwise(config):
             # check_checkpoint has just compared the files.
-            plan = plan_model(base, Stack() if is_encoded(config) else codecs, checked=True, config=config)
+            plan = plan_model(base, Stack() if is_encoded(config) else codecs, checked=True, config=config, **trust)
             claimed = plan.weights
             updates = _updates(found, halves, claimed)
             tied = {name for name, spec in claimed.specs.items() if spec.tied}
@@ -117,14 +129,35 @@ def merge_adapter(adapter: str | Path, directory: str | Path, *, base: str | Pat
                     _merge_files(Path(base), draft, claimed, updates, encoded=is_encoded(config))
                     if (tokenizer := own_tokenizer(found)) is not None:
                         tokenizer.save_pretrained(draft)
+                        _stop_at_end(draft, config, tokenizer)
                     write_provenance(draft, codecs.to_dict())
                 return Path(directory)
-    model, base_tokenizer = load_model(base, others, dtype=STORED)
+    plugins = others if is_lora else others.plus(codecs)
+    model, base_tokenizer = load_model(base, plugins, dtype=STORED, **trust, **task)
+    resize_embedding(model, found)
     _untie(model, found)
-    merged = load_adapter(model, found).merge_and_unload()
+    adapted = load_adapter(model, found)
+    try:
+        merged = adapted.merge_and_unload()
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise CheckpointError(
+            f"PEFT cannot merge {found}: {' '.join(str(error).split())}", fix="use the adapter without merging it"
+        ) from error
     if not is_encoded(merged.config):
         freeze(merged, codecs)
-    return save_checkpoint(merged, own_tokenizer(found) or base_tokenizer, directory, codecs)
+    tokenizer = own_tokenizer(found) or base_tokenizer
+    if merged.generation_config is not None:
+        merged.generation_config.eos_token_id = ends_of(merged.generation_config.eos_token_id, tokenizer)
+    return save_checkpoint(merged, tokenizer, directory, codecs)
+
+
+def _stop_at_end(directory: Path, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make generation stop at the tokenizer's end-of-text token, with the model in ``directory``."""
+    path = directory / "generation_config.json"
+    content = read_json(path) if path.is_file() else GenerationConfig.from_model_config(config).to_diff_dict()
+    known = content.get("eos_token_id")
+    if (ends := ends_of(known, tokenizer)) not in (known, [known]):
+        path.write_text(json.dumps({**content, "eos_token_id": ends}, indent=2) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()
@@ -133,7 +166,9 @@ def _untie(model: PreTrainedModel, adapter: Path) -> None:
 
     In training, the adapter changed only one of the two. Merged into the shared weight, it would change both.
     """
-    changed = {*adapted_modules(adapter), *(read_adapter(adapter).modules_to_save or ())}
+    config = read_any_adapter(adapter)
+    targets = adapted_modules(adapter) if isinstance(config, AdapterConfig) else config.target_modules or ()
+    changed = {*targets, *(config.modules_to_save or ())}
     for head, embedding in dict(model.all_tied_weights_keys).items():
         if any(
             f".{name.removesuffix('.weight')}".endswith(f".{module}")

@@ -15,12 +15,13 @@ from arctic_plugins.frozen import FrozenModule
 from arctic_plugins.provenance import write_provenance
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.checkpoints.gather import is_adapted, is_spread, whole_weights
+from arctic_plugins_huggingface.files.staging import staged
 from arctic_plugins_huggingface.loading.quantizer import ArcticQuantizationConfig
+from arctic_plugins_huggingface.loading.tasks import labels_of
 from arctic_plugins_huggingface.loading.weights import frozen_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
-from arctic_plugins_huggingface.files.staging import staged
 
 __all__ = ["save_checkpoint"]
 
@@ -59,7 +60,7 @@ def save_checkpoint(
                     )
         if saves:
             tokenizer.save_pretrained(draft)
-            write_provenance(draft, stack.to_dict())
+            write_provenance(draft, stack.to_dict(), config=labels_of(model) if is_adapter else None)
     if together:
         torch.distributed.barrier()  # wait until the first process has written it
     return directory

@@ -11,7 +11,18 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["importing", "quiet_hosts"]
+import click
+
+__all__ = ["importing", "quiet_hosts", "trust_option"]
+
+
+def trust_option(command: Any) -> Any:
+    """Add ``--trust-remote-code`` to a command that reads a model."""
+    text = (
+        "Execute the code that the model's repository contains, if the model needs it. Read it first: it can do "
+        "anything that you can do. Results do not record the choice."
+    )
+    return click.option("--trust-remote-code", is_flag=True, help=text)(command)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 import click
 
+from arctic_plugins_huggingface.cli import quiet_hosts, trust_option
+
 if TYPE_CHECKING:
     from arctic_plugins.plugin import PluginConfig
     from arctic_plugins.registry import Registry
@@ -48,7 +50,8 @@ class _Convert(click.Command):
 @click.argument("checkpoint", type=click.Path())
 @click.argument("out", type=click.Path())
 @click.option("--from", "format_name", required=True, help="Format of CHECKPOINT, one of those above.")
-def convert(checkpoint: str, out: str, format_name: str, **given: Any) -> None:
+@trust_option
+def convert(checkpoint: str, out: str, format_name: str, trust_remote_code: bool, **given: Any) -> None:
     """Convert CHECKPOINT (a directory) from another library's format and write the result to OUT.
 
     \b
@@ -62,13 +65,12 @@ def convert(checkpoint: str, out: str, format_name: str, **given: Any) -> None:
     options = _chosen(format_name, {name: value for name, value in given.items() if value is not None})
     registry.check_convertible(format_name)
     from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint
-    from arctic_plugins_huggingface.cli import quiet_hosts
 
     quiet_hosts()
     if options is not None:
         lines = load(registry.importers[format_name].target)(checkpoint, out, options)
     else:
-        lines = convert_checkpoint(checkpoint, out, format_name)
+        lines = convert_checkpoint(checkpoint, out, format_name, trust_remote_code=trust_remote_code)
     for line in lines:
         click.echo(line)
     click.echo(f"saved in {out}")

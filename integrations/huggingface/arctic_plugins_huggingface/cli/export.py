@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from arctic_plugins_huggingface.cli import quiet_hosts, trust_option
+
 __all__ = ["export"]
 
 
@@ -16,7 +18,8 @@ __all__ = ["export"]
     required=True,
     help="compressed-tensors, fp8-block, or a format that another plugin provides.",
 )
-def export(checkpoint: str, out: str, format_name: str) -> None:
+@trust_option
+def export(checkpoint: str, out: str, format_name: str, trust_remote_code: bool) -> None:
     """Convert the encoded CHECKPOINT (a directory) to OUT, which transformers and vLLM read without this project.
 
     \b
@@ -24,8 +27,7 @@ def export(checkpoint: str, out: str, format_name: str) -> None:
       arctic export smollm2-fp8 smollm2-ct --format compressed-tensors
     """
     from arctic_plugins_huggingface.checkpoints.export import export_checkpoint
-    from arctic_plugins_huggingface.cli import quiet_hosts
 
     quiet_hosts()
-    export_checkpoint(checkpoint, out, format_name)
+    export_checkpoint(checkpoint, out, format_name, trust_remote_code=trust_remote_code)
     click.echo(f"saved in {out}")

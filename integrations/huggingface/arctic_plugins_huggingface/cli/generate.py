@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from arctic_plugins_huggingface.cli import importing, quiet_hosts, trust_option
+
 __all__ = ["generate"]
 
 
@@ -21,7 +23,15 @@ __all__ = ["generate"]
 @click.option(
     "--base", help="Base model of an adapter: a directory or Hub id. By default, the one that the adapter names."
 )
-def generate(checkpoint: str, prompt: str, max_new_tokens: int, plugins: str | None, base: str | None) -> None:
+@trust_option
+def generate(
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int,
+    plugins: str | None,
+    base: str | None,
+    trust_remote_code: bool,
+) -> None:
     """Answer PROMPT greedily with CHECKPOINT: a model (plain or encoded, a directory or Hub id) or an adapter
     directory.
 
@@ -33,11 +43,12 @@ def generate(checkpoint: str, prompt: str, max_new_tokens: int, plugins: str | N
     from arctic_plugins.stack import Stack, parse_plugins
 
     stack = Stack() if plugins is None else Stack.from_dict(parse_plugins(plugins))
-    from arctic_plugins_huggingface.cli import importing, quiet_hosts
-
     with importing():
         quiet_hosts()
         from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
         from arctic_plugins_huggingface.generate import answer
-    model, tokenizer = load_checkpoint(checkpoint, stack, base=base)
-    click.echo(next(iter(answer(model, tokenizer, [prompt], max_new_tokens=max_new_tokens))))
+        from arctic_plugins_huggingface.loading.config import text_tokenizer
+    model, tokenizer = load_checkpoint(
+        checkpoint, stack, base=base, trust_remote_code=trust_remote_code, generates=True
+    )
+    click.echo(next(iter(answer(model, text_tokenizer(tokenizer), [prompt], max_new_tokens=max_new_tokens))))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from arctic_plugins.adapter import ADAPTER, WEIGHTS, read_adapter
+from arctic_plugins.adapter import ADAPTER, WEIGHTS, AdapterConfig, read_any_adapter
 from arctic_plugins.compute import dtype_name
 from arctic_plugins.errors import CheckpointError, one_line
 from arctic_plugins.files import check_directory, check_keys, check_regular, check_sizes, file_within, read_json
@@ -139,7 +139,7 @@ def check_encoded(
 
 
 def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
-    """Return the local directory of a LoRA adapter; None if ``checkpoint`` is a model.
+    """Return the local directory of a PEFT adapter; None if ``checkpoint`` is a model.
 
     An adapter with a Hub id is downloaded. The adapter is checked as by :func:`check_checkpoint`.
 
@@ -163,15 +163,15 @@ def adapter_directory(checkpoint: str | Path, **kwargs: Any) -> Path | None:
     if not (directory / ADAPTER).is_file():
         return None
     check_directory(directory)
-    rank = read_adapter(directory).r
+    config = read_any_adapter(directory)
     check_unchanged(directory)
     weights = directory / WEIGHTS
     _open(weights)
     with safe_open(weights, "np") as file:
         rows = [file.get_slice(key).get_shape()[0] for key in file.keys() if ".lora_A." in key]  # noqa: SIM118 - safe_open is not a mapping
-    if rows and rank > max(rows):
+    if rows and isinstance(config, AdapterConfig) and config.r > max(rows):
         raise CheckpointError(
-            f"{directory / ADAPTER} has r {rank}",
+            f"{directory / ADAPTER} has r {config.r}",
             expected=f"the rank of its tensors, {max(rows)}",
             fix="save the adapter again",
         )

@@ -11,20 +11,26 @@ if TYPE_CHECKING:
     from arctic_plugins_huggingface.loading.load import encoding_report, freeze, load_model
     from arctic_plugins_huggingface.loading.plan import ModelPlan, WeightPlan, plan_model
     from arctic_plugins_huggingface.loading.quantizer import register
+    from arctic_plugins_huggingface.loading.tasks import TASKS, Task, head_modules, pretrained_part, task_of_model
     from arctic_plugins_huggingface.loading.weights import frozen_weights, weight_specs
 
 __all__ = [
     "STORED",
+    "TASKS",
     "ModelPlan",
+    "Task",
     "WeightPlan",
     "encoding_report",
     "freeze",
     "frozen_weights",
+    "head_modules",
     "load_config",
     "load_model",
     "load_tokenizer",
     "plan_model",
+    "pretrained_part",
     "register",
+    "task_of_model",
     "weight_specs",
 ]
 
@@ -35,6 +41,7 @@ __getattr__ = lazily(
         "load": ("encoding_report", "freeze", "load_model"),
         "plan": ("ModelPlan", "WeightPlan", "plan_model"),
         "quantizer": ("register",),
+        "tasks": ("TASKS", "Task", "head_modules", "pretrained_part", "task_of_model"),
         "weights": ("frozen_weights", "weight_specs"),
     },
 )

@@ -11,6 +11,7 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -25,9 +26,11 @@ from arctic_plugins.frozen import (
 )
 from arctic_plugins_huggingface.files.check import hub_arguments
 from arctic_plugins_huggingface.loading.quantizer import register
+from arctic_plugins_huggingface.loading.tasks import check_task, task_name, task_of
 
 __all__ = [
     "STORED",
+    "auto_class_of",
     "device_of",
     "is_encoded",
     "is_quantized_otherwise",
@@ -37,6 +40,7 @@ __all__ = [
     "resolve_dtype",
     "skeleton",
     "stored_dtype",
+    "text_tokenizer",
 ]
 
 
@@ -59,30 +63,49 @@ def load_config(checkpoint: str | Path, **kwargs: Any) -> PreTrainedConfig:
         _own_code(checkpoint, error)
         raise CheckpointError(
             f"{where} cannot be read as the config of a model: {one_line(error)}",
-            expected="a causal language model",
+            expected="the config of a model",
             fix="correct the key that the error names",
         ) from error
     return config
 
 
-def load_tokenizer(checkpoint: str | Path, **kwargs: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: str | Path, *, processor: bool = False, **kwargs: Any) -> PreTrainedTokenizerBase:
     """Read the tokenizer of a checkpoint directory or Hub id.
 
+    Args:
+        checkpoint: directory or Hub id.
+        processor: read the checkpoint's processor instead, if it has one. It contains the tokenizer.
+        **kwargs: arguments of ``from_pretrained``.
+
     Raises:
-        CheckpointError: the tokenizer is missing or damaged.
+        CheckpointError: the tokenizer is missing or damaged, or needs a package that is not installed.
     """
-    path = Path(checkpoint) / kwargs.get("subfolder", "") / "tokenizer_config.json"
-    if path.is_file():
+    directory = Path(checkpoint) / kwargs.get("subfolder", "")
+    if (path := directory / "tokenizer_config.json").is_file():
         _check_tokenizer(path)
+    if directory.is_dir() and not any((directory / name).is_file() for name in _PROCESSORS):
+        processor = False
+    reader, kind = (AutoProcessor, "processor") if processor else (AutoTokenizer, "tokenizer")
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, **{"trust_remote_code": False, **kwargs})
+        found: PreTrainedTokenizerBase = reader.from_pretrained(checkpoint, **{"trust_remote_code": False, **kwargs})
+        return found
     except BaseException as error:  # tokenizers raises bare Exceptions, and a BaseException if its Rust code panics
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         _own_code(checkpoint, error)
-        raise CheckpointError(
-            f"the tokenizer of {checkpoint} cannot be read: {one_line(error)}", fix="save it next to the model again"
-        ) from error
+        fix = "save it next to the model again"
+        if isinstance(error, ImportError):
+            fix = "install the package that it names"
+        raise CheckpointError(f"the {kind} of {checkpoint} cannot be read: {one_line(error)}", fix=fix) from error
+
+
+def text_tokenizer(tokenizer: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in a processor; ``tokenizer`` itself if it is not a processor."""
+    found: PreTrainedTokenizerBase = getattr(tokenizer, "tokenizer", tokenizer)
+    return found
+
+
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 
 
 def _check_tokenizer(path: Path) -> None:
@@ -110,7 +133,8 @@ def _own_code(checkpoint: str | Path, error: BaseException) -> None:
         raise CheckpointError(
             f"{checkpoint} contains its own code, which is not executed",
             expected="a model that transformers or a plugin supports",
-            fix="read the code and, if you trust it, set load: {trust_remote_code: true} in the recipe",
+            fix="read the code and, if you trust it, set load: {trust_remote_code: true} in the recipe, or pass "
+            "--trust-remote-code",
         ) from error
 
 
@@ -181,24 +205,45 @@ def is_encoded(config: PreTrainedConfig) -> bool:
     return method == METHOD
 
 
-def skeleton(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def auto_class_of(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers that loads a checkpoint for the task that its ``architectures`` names.
+
+    ``AutoModelForCausalLM`` if it names none.
+    """
+    task = task_of(config)
+    return AutoModelForCausalLM if task is None else task.auto_class
+
+
+def skeleton(
+    config: PreTrainedConfig,
+    dtype: torch.dtype | None = None,
+    *,
+    auto_class: Any = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """Build the model of ``config`` on the meta device, as shapes without data.
 
-    ``dtype`` defaults to the checkpoint's dtype.
+    Args:
+        config: the model's config.
+        dtype: dtype of the parameters; by default, the checkpoint's.
+        auto_class: the class of transformers that chooses the model's class; by default, :func:`auto_class_of`.
+        trust_remote_code: whether the checkpoint's own code may be executed, if its model needs it.
 
     Raises:
-        CheckpointError: no causal language model can be built from ``config``.
+        CheckpointError: ``auto_class`` has no model for ``config``, or it cannot be built.
     """
     chosen = stored_dtype(config) if dtype is None else dtype
+    auto_class = auto_class or auto_class_of(config)
+    check_task(config, auto_class)
     try:
         with torch.device("meta"):
-            # If the config's class is the checkpoint's own code, trust_remote_code was set. Without it, transformers
-            # would ask on the terminal.
-            trusted = type(config).__module__.startswith("transformers_modules")
-            return AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=trusted)
+            # Without the last argument, transformers would ask on the terminal.
+            model: PreTrainedModel = auto_class.from_config(config, dtype=chosen, trust_remote_code=trust_remote_code)
+            return model
     except Exception as error:  # model classes run code: a bad size can raise anything
+        _own_code(config.name_or_path or "the checkpoint", error)
         raise CheckpointError(
-            f"no causal language model can be built from config.json (model_type {config.model_type}): "
+            f"no model for {task_name(auto_class)} can be built from config.json (model_type {config.model_type}): "
             f"{one_line(error)}",
             fix="correct config.json",
         ) from error

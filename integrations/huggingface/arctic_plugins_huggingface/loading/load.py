@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from arctic_plugins.claims import compress_names
 from arctic_plugins.errors import ArcticError, CheckpointError, ClaimError, one_line
 from arctic_plugins.frozen import METHOD, FrozenModule
 from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.adapters.embeddings import add_embeddings
 from arctic_plugins_huggingface.files.check import check_unchanged, is_directory
 from arctic_plugins_huggingface.loading.config import is_quantized_otherwise
 from arctic_plugins_huggingface.loading.conversions import expert_conversions
 from arctic_plugins_huggingface.loading.names import stored_codecs, weight_conversions
 from arctic_plugins_huggingface.loading.plan import ModelPlan, plan_model, plan_weights
 from arctic_plugins_huggingface.loading.quantizer import ArcticQuantizationConfig, ArcticQuantizer, register
+from arctic_plugins_huggingface.loading.tasks import architectures_of, pretrained_part
 from arctic_plugins_huggingface.loading.weights import (
     freeze_modules,
     frozen_weights,
@@ -52,9 +55,11 @@ def load_model(
     stack: Stack | None = None,
     *,
     dtype: torch.dtype | str = "auto",
+    new_tokens: Sequence[str] = (),
+    auto_class: Any = None,
     **kwargs: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a causal language model through ``stack``: configured, encoded and transformed by its plugins.
+    """Load a model through ``stack``: configured, encoded and transformed by its plugins.
 
     Args:
         checkpoint: directory or Hub id; plain, or encoded by :func:`~arctic_plugins_huggingface.save_checkpoint`. Or a
@@ -65,12 +70,21 @@ def load_model(
             :data:`~arctic_plugins_huggingface.loading.config.STORED` is always the checkpoint's dtype, for models that
             are not computed with. Where ``"auto"`` chose a wider dtype,
             :func:`~arctic_plugins_huggingface.save_checkpoint` converts the weights back to the checkpoint's dtype.
-        **kwargs: passed to ``AutoModelForCausalLM.from_pretrained`` verbatim. With ``state_dict``, which has the names
-            of a checkpoint, weights come from there; only the config and the tokenizer of ``checkpoint`` are then read,
-            not a generation config.
+        auto_class: the class of transformers to load with, for example ``AutoModelForSequenceClassification``; by
+            default, the one for the class that the checkpoint's ``architectures`` names
+            (:data:`~arctic_plugins_huggingface.loading.tasks.TASKS`), or ``AutoModelForCausalLM``. A head that the
+            checkpoint lacks because it is of another class is initialized at random, with a warning.
+        new_tokens: tokens to add to the tokenizer if it lacks them. Their embeddings are to be trained, as are those of
+            all tokens that the checkpoint has no embedding for. Missing embeddings are added, initialized by
+            transformers (``mean_resizing``). The plugin ``lora`` trains these rows; in a model without an adapter,
+            every row is trained.
+        **kwargs: passed to ``from_pretrained`` verbatim, including ``num_labels``, ``id2label`` and ``problem_type``.
+            With ``state_dict``, which has the names of a checkpoint, weights come from there; only the config and the
+            tokenizer of ``checkpoint`` are then read, not a generation config.
 
     Returns:
-        The model (a ``PeftModel`` if a plugin adds an adapter), in evaluation mode, and its tokenizer.
+        The model (a ``PeftModel`` if a plugin adds an adapter), in evaluation mode, and its tokenizer. For a model that
+        also reads images, its processor, which contains the tokenizer.
 
     Raises:
         UserError: raised before weights are read, for everything that is known to fail; see
@@ -79,8 +93,8 @@ def load_model(
         TypeError: a plan is passed together with further arguments.
     """
     if not isinstance(checkpoint, ModelPlan):
-        plan = plan_model(checkpoint, stack, dtype=dtype, **kwargs)
-    elif stack is None and dtype == "auto" and not kwargs:
+        plan = plan_model(checkpoint, stack, dtype=dtype, auto_class=auto_class, new_tokens=new_tokens, **kwargs)
+    elif stack is None and dtype == "auto" and auto_class is None and not kwargs and not new_tokens:
         plan = checkpoint
     else:
         raise TypeError("a ModelPlan specifies how it is loaded: pass stack, dtype and further arguments to plan_model")
@@ -96,9 +110,9 @@ def load_model(
         plan.config.quantization_config = plan.weights.stored_quantization()
     elif not is_quantized_otherwise(plan.config):
         quantization = plan.weights.quantization()
-    # from_pretrained takes a checkpoint or a state dict, and AutoModelForCausalLM only a checkpoint (5.19.0).
+    # from_pretrained takes a checkpoint or a state dict, and auto classes only a checkpoint (5.19.0).
     in_memory = "state_dict" in plan.load
-    loader: Any = type(plan.skeleton) if in_memory else AutoModelForCausalLM
+    loader: Any = type(plan.skeleton) if in_memory else plan.auto_class
     try:
         loaded: object = loader.from_pretrained(
             None if in_memory else plan.checkpoint,
@@ -119,19 +133,40 @@ def load_model(
     model, report = cast("tuple[_Model, dict[str, Any]]", loaded)  # a pair because of output_loading_info
     if in_memory:
         model.name_or_path = model.config.name_or_path = plan.checkpoint
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(
-            f"{plan.checkpoint} lacks {len(missing)} weights of its model, for example {missing[0]}",
-            fix="the checkpoint is incomplete: create it again",
-        )
+    _check_missing(plan, model, sorted(report["missing_keys"]))
     _forget_empty_quantization(model)
     widened = plan.asked_dtype == "auto" and plan.stored_dtype != plan.dtype
     model.arctic_stored_dtype = plan.stored_dtype if widened else None
     if any(module.frozen[leaf].handle is not None for module, leaf in frozen_weights(model).values()):
         _let_go_of_files(model)
+    if plan.new_token_ids:
+        add_embeddings(model, plan.new_token_ids)
     for line in encoding_report(model):
         logger.info("%s", line)
     return plan.stack.hf_transform_model(model), tokenizer
+
+
+def _check_missing(plan: ModelPlan, model: nn.Module, missing: list[str]) -> None:
+    """Raise CheckpointError unless the ``missing`` weights are those of a new head, which is reported.
+
+    transformers has initialized them at random.
+    """
+    pretrained = pretrained_part(model)
+    if lacking := [name for name in missing if not plan.new_head or pretrained(name)]:
+        kind = next(iter(architectures_of(plan.config)), "")
+        raise CheckpointError(
+            f"{plan.checkpoint} lacks {len(lacking)} weights of its model, for example {lacking[0]}",
+            fix=f"it is a {kind}, which has no {plan.task}: use another task or checkpoint"
+            if plan.new_head and kind
+            else "the checkpoint is incomplete: create it again",
+        )
+    if missing:
+        logger.warning(
+            "%s has no head for %s: initialized at random, until it is trained or an adapter brings it: %s",
+            plan.checkpoint,
+            plan.task,
+            ", ".join(missing),
+        )
 
 
 def _forget_empty_quantization(model: _Model) -> None:

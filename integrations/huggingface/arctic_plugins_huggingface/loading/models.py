@@ -5,6 +5,7 @@ Read in transformers 5.19.0 (``models/auto``, ``conversion_mapping.py``).
 
 from __future__ import annotations
 
+import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -33,6 +34,8 @@ def register_models() -> None:
         AutoConfig.register(model_type, config)
         AutoModel.register(config, base)
         AutoModelForCausalLM.register(config, load(classes.causal_lm))
+        for auto_class, target in classes.heads.items():
+            getattr(transformers, auto_class).register(config, load(target))
         if classes.tokenizer is not None:
             AutoTokenizer.register(config, tokenizer_class=load(classes.tokenizer))
         if hasattr(base, "checkpoint_conversions"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -22,7 +22,18 @@ from arctic_plugins.errors import CheckpointError
 from arctic_plugins.frozen import Codec, ModuleCodecs
 from arctic_plugins_huggingface.loading.conversions import EXPERT, UnstackExperts
 
-__all__ = ["each_expert", "split_conversions", "stored_codecs", "stored_names", "stored_shapes", "weight_conversions"]
+__all__ = [
+    "Renamed",
+    "each_expert",
+    "in_checkpoint",
+    "split_conversions",
+    "stored_codecs",
+    "stored_names",
+    "stored_shapes",
+    "weight_conversions",
+]
+
+Renamed = Callable[[str], str]
 
 
 def _reversed(model: Any) -> tuple[list[WeightRenaming], list[WeightConverter]]:
@@ -76,23 +87,35 @@ def _stored(
 def stored_names(model: nn.Module, specs: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Map each name of :func:`weight_specs` to the modules that hold it in a checkpoint and in ``quantization_config``.
 
-    A linear module has the same name in a checkpoint. Experts are held, for example, by ``...experts.*.w1`` and
-    ``...experts.*.w3``, where ``*`` stands for the expert's number and the first holds the upper half of
-    ``gate_up_proj``.
+    A linear module has the same name in a checkpoint, unless transformers renames it. Experts are held, for example, by
+    ``...experts.*.w1`` and ``...experts.*.w3``, where ``*`` stands for the expert's number and the first holds the
+    upper half of ``gate_up_proj``.
     """
-    conversions: tuple[list[WeightRenaming], list[WeightConverter]] | None = None
+    conversions = _reversed(model)
     stored: dict[str, tuple[str, ...]] = {}
     for name in specs:
         parent, _, leaf = name.rpartition(".")
         module = model.get_submodule(parent) if parent else model
         if isinstance(getattr(module, leaf), nn.Module):
-            stored[name] = (name,)
+            key, pattern = rename_source_key(f"{name}.weight", *conversions, reverse=True)
+            stored[name] = (key.removesuffix(".weight") if pattern is None else name,)
         else:
-            conversions = conversions or _reversed(model)
             found = _stored(name, *conversions)
             assert found is not None, "weight_specs leaves out all other experts"
             stored[name] = found
     return stored
+
+
+def in_checkpoint(model: nn.Module, codecs: ModuleCodecs, stored: Mapping[str, tuple[str, ...]]) -> Renamed:
+    """Return the function from a name of :func:`stored_names` to the name in a checkpoint encoded with ``codecs``.
+
+    The two differ if one of the checkpoint and ``model`` has a head and the other has not: transformers adds or removes
+    the name of the base model (``model.``), as ``rename_source_key`` does.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    choices: tuple[Renamed, ...] = (str, lambda name: name.removeprefix(prefix), lambda name: f"{prefix}{name}")
+    parts = [part for parts in stored.values() for part in parts]
+    return next((to for to in choices if any(codecs.codec_of(to(part)) is not None for part in parts)), str)
 
 
 def stored_shapes(specs: Mapping[str, LinearSpec], stored: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, int]]:
@@ -111,15 +134,22 @@ def each_expert(stored: str, experts: int) -> list[str]:
     return [stored.replace(f".{EXPERT}.", f".{expert}.") for expert in range(experts)]
 
 
-def stored_codecs(codecs: ModuleCodecs, stored: Mapping[str, tuple[str, ...]]) -> dict[str, Codec]:
+def stored_codecs(
+    codecs: ModuleCodecs, stored: Mapping[str, tuple[str, ...]], renamed: Renamed = str
+) -> dict[str, Codec]:
     """Map each name of :func:`weight_specs` to its codec in a checkpoint.
+
+    Args:
+        codecs: those of the checkpoint.
+        stored: the result of :func:`stored_names`.
+        renamed: the result of :func:`in_checkpoint`.
 
     Raises:
         CheckpointError: modules that form one weight in the model have different codecs.
     """
     found: dict[str, Codec] = {}
     for name, parts in stored.items():
-        here = [codecs.codec_of(part) for part in parts]
+        here = [codecs.codec_of(renamed(part)) for part in parts]
         if len(set(here)) > 1:
             raise CheckpointError(
                 f"quantization_config.modules encodes {' and '.join(parts)} differently",

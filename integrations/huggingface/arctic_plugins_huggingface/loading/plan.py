@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +17,14 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from arctic_plugins.claims import LinearSpec, SettledClaims
 from arctic_plugins.compute import dtype_name
-from arctic_plugins.errors import CheckpointError, ClaimError, ConfigError
+from arctic_plugins.errors import CheckpointError, ClaimError, ConfigError, one_line
 from arctic_plugins.files import check_elements
 from arctic_plugins.frozen import Codec, ExpertsDispatch, ModuleCodecs, Placement, PlainCodec, chain
 from arctic_plugins.stack import Stack
+from arctic_plugins_huggingface.adapters.embeddings import embedding_rows
 from arctic_plugins_huggingface.files.check import check_checkpoint, check_encoded
 from arctic_plugins_huggingface.loading.config import (
+    auto_class_of,
     device_of,
     is_encoded,
     is_quantized_otherwise,
@@ -32,12 +34,16 @@ from arctic_plugins_huggingface.loading.config import (
     resolve_dtype,
     skeleton,
     stored_dtype,
+    text_tokenizer,
 )
-from arctic_plugins_huggingface.loading.names import stored_codecs, stored_names, stored_shapes
+from arctic_plugins_huggingface.loading.names import Renamed, in_checkpoint, stored_codecs, stored_names, stored_shapes
 from arctic_plugins_huggingface.loading.quantizer import ArcticQuantizationConfig, register
+from arctic_plugins_huggingface.loading.tasks import LABELS, architectures_of, task_name
 from arctic_plugins_huggingface.loading.weights import weight_specs
 
 __all__ = ["ModelPlan", "WeightPlan", "configured", "plan_model", "plan_weights", "planned_config"]
+
+MOST_LABELS = 100_000
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class WeightPlan:
     If nothing is encoded: the plain codec, for every weight that a placement claims.
     """
     stored: dict[str, tuple[str, ...]]
-    """Name -> the checkpoint modules that hold the weight."""
+    """Name -> the checkpoint modules that hold the weight, as this model is saved."""
     placements: dict[str, Placement]
     """Placements of the encoded weights that are not resident."""
     dispatches: dict[str, ExpertsDispatch]
@@ -66,6 +72,8 @@ class WeightPlan:
     """Bytes that each encoded weight takes on the compute device, in this process."""
     elements: int
     """Number of elements of all tensors of the model, decoded."""
+    renamed: Renamed = str
+    """Name in :attr:`stored` -> name in the encoded checkpoint; they differ if one of the two has no head."""
 
     def quantization(self) -> ArcticQuantizationConfig | None:
         """Return the ``quantization_config`` for loading a plain checkpoint; None if its weights stay as they are."""
@@ -81,7 +89,11 @@ class WeightPlan:
     def on_disk(self) -> dict[str, tuple[Codec, tuple[int, int]]]:
         """Map every encoded module of a checkpoint to its codec and the weight's (N, K)."""
         shapes = {name: stored_shapes({name: self.specs[name]}, self.stored) for name in self.codecs}
-        return {part: (self.codecs[name], shape) for name, parts in shapes.items() for part, shape in parts.items()}
+        return {
+            self.renamed(part): (self.codecs[name], shape)
+            for name, parts in shapes.items()
+            for part, shape in parts.items()
+        }
 
     def _owners(self) -> tuple[dict[str, Codec], list[str]]:
         """Return a map from a checkpoint's module names to codecs, and the names of all modules that hold weights."""
@@ -98,6 +110,8 @@ class ModelPlan:
 
     checkpoint: str
     """Directory or Hub id."""
+    auto_class: Any
+    """The class of transformers that loads the model."""
     stack: Stack
     config: PreTrainedConfig
     """The checkpoint's config, as changed by the stack."""
@@ -119,15 +133,51 @@ class ModelPlan:
     """Further arguments of ``from_pretrained``."""
     contents_checked: bool
     """Whether the digests of the checkpoint's files were compared, if it is a directory."""
+    new_tokens: tuple[str, ...] = ()
+    """Tokens whose embeddings are to be trained; those that the checkpoint's tokenizer lacks are added to it."""
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The checkpoint's tokenizer, read on first access.
+        """The checkpoint's tokenizer with the new tokens, read on first access.
+
+        Of a model that also reads images, its processor.
 
         Raises:
             CheckpointError: the tokenizer is missing or damaged.
         """
-        return load_tokenizer(self.checkpoint, config=self.config, **only_hub(self.load))
+        processor = self.task == "image-text-to-text"
+        tokenizer = load_tokenizer(self.checkpoint, processor=processor, config=self.config, **only_hub(self.load))
+        if self.new_tokens:
+            text_tokenizer(tokenizer).add_tokens(list(self.new_tokens))
+        return tokenizer
+
+    @property
+    def new_token_ids(self) -> tuple[int, ...]:
+        """The ids of the new tokens, and of all other tokens that the checkpoint has no embedding for.
+
+        Empty if there are no new tokens.
+        """
+        if not self.new_tokens:
+            return ()
+        tokenizer, rows = text_tokenizer(self.tokenizer), embedding_rows(self.skeleton)
+        beyond = range(rows, len(tokenizer)) if rows is not None else ()
+        return tuple(sorted({*map(tokenizer.convert_tokens_to_ids, self.new_tokens), *beyond}))
+
+    @property
+    def embeddings(self) -> int | None:
+        """The number of embeddings of the model once it is loaded; None if it has no table of them."""
+        rows = embedding_rows(self.skeleton)
+        return rows if rows is None else max(rows, *(token + 1 for token in self.new_token_ids), 0)
+
+    @property
+    def task(self) -> str:
+        """The task that the model is loaded for, for example ``text-generation``."""
+        return task_name(self.auto_class)
+
+    @property
+    def new_head(self) -> bool:
+        """Whether the checkpoint is not of the model's class, so that the model has a head which it need not have."""
+        return type(self.skeleton).__name__ not in architectures_of(self.config)
 
     @property
     def encoded(self) -> bool:
@@ -140,7 +190,9 @@ def plan_model(
     stack: Stack | None = None,
     *,
     dtype: torch.dtype | str = "auto",
+    auto_class: Any = None,
     checked: bool = False,
+    new_tokens: Sequence[str] = (),
     **kwargs: Any,
 ) -> ModelPlan:
     """Plan what ``stack`` will do to the model of ``checkpoint``, without reading any weights.
@@ -148,11 +200,12 @@ def plan_model(
     Args:
         checkpoint: directory or Hub id; plain or encoded.
         stack: the plugins to apply; ``None`` applies none.
-        dtype: see :func:`~arctic_plugins_huggingface.load_model`.
+        dtype, auto_class: see :func:`~arctic_plugins_huggingface.load_model`.
         checked: whether the caller has already checked the files with
             :func:`~arctic_plugins_huggingface.files.check.check_checkpoint`, except for their contents, which
             ``load_model`` then compares.
-        **kwargs: further arguments of ``AutoModelForCausalLM.from_pretrained``.
+        new_tokens: see :func:`~arctic_plugins_huggingface.load_model`.
+        **kwargs: further arguments of ``from_pretrained``.
 
     Raises:
         UserError: raised for everything that is known to fail before weights are read: unsupported host versions, a
@@ -168,24 +221,34 @@ def plan_model(
             expected="stage 1 or 2; plugins can spread frozen weights ('placement') and experts ('experts_dispatch')",
             fix="correct zero_optimization.stage",
         )
+    devices = kwargs.get("device_map")
+    if isinstance(devices, Mapping) and "disk" in devices.values() and stack.only("adapter"):
+        raise ConfigError(
+            "device_map puts modules on 'disk', where PEFT (0.21) leaves new adapters without values",
+            expected="no adapter",
+            fix="use the plugin 'offload' instead of device_map, or merge the adapter first",
+        )
     kwargs.setdefault("trust_remote_code", False)
     if "gguf_file" not in kwargs:
         kwargs.setdefault("use_safetensors", True)  # never a pickle unless the user asks for one
     if not checked:
         kwargs = check_checkpoint(checkpoint, **kwargs)
     config = kwargs.pop("config", None) or load_config(checkpoint, **only_hub(kwargs))
+    _set_labels(config, {name: kwargs.pop(name) for name in LABELS if name in kwargs})
     stored = stored_dtype(config)
     computes, why = resolve_dtype(stored, dtype, device_of(kwargs))
     changes = configured(config, stack)
     warnings = stack.validate(config, "cuda" if torch.cuda.is_available() else "cpu")
     _check_quantization(config, stack)
-    model = skeleton(config, computes)
+    auto_class = auto_class or auto_class_of(config)
+    model = skeleton(config, computes, auto_class=auto_class, trust_remote_code=kwargs["trust_remote_code"])
     weights = plan_weights(model, config, stack, stored if dtype == "auto" else computes)
     if "state_dict" not in kwargs:
         _check_files(Path(checkpoint) / kwargs.get("subfolder", ""), config, weights, kwargs.get("variant"))
     _check_experts(kwargs.get("experts_implementation"), weights)
     return ModelPlan(
         checkpoint=str(checkpoint),
+        auto_class=auto_class,
         stack=stack,
         config=config,
         changes=changes,
@@ -198,7 +261,30 @@ def plan_model(
         warnings=tuple(warnings),
         load=kwargs,
         contents_checked=not checked,
+        new_tokens=tuple(new_tokens),
     )
+
+
+def _set_labels(config: PreTrainedConfig, labels: Mapping[str, Any]) -> None:
+    """Change the labels of ``config`` in place, as ``from_pretrained`` does with these arguments.
+
+    Raises:
+        ConfigError: a value is not valid.
+    """
+    given = dict(labels)
+    try:
+        if (names := given.get("id2label")) is not None:
+            if not isinstance(names, Mapping) or len(names) > MOST_LABELS:
+                raise TypeError("id2label has to map numbers to labels")
+            named = {int(number): str(label) for number, label in names.items()}
+            given = {"label2id": {label: number for number, label in named.items()}, **given, "id2label": named}
+        for name in LABELS:  # num_labels first: id2label replaces the names that it makes up
+            if name in given:
+                setattr(config, name, given[name])
+    except Exception as error:  # configs check their fields
+        raise ConfigError(
+            f"the labels are not valid: {one_line(error)}", fix=f"correct {', '.join(labels)} under load"
+        ) from error
 
 
 def configured(config: PreTrainedConfig, stack: Stack) -> dict[str, Any]:
@@ -255,9 +341,15 @@ def plan_weights(
     specs = weight_specs(model)
     names = stored_names(model, specs)
     claimed = stack.claim(config, specs)
-    codecs = claimed.exclusive("weight_codec")
+    codecs: dict[str, Codec] = claimed.exclusive("weight_codec")
+    renamed: Renamed = str
     if is_encoded(config):
-        codecs = _stored_codecs(config, codecs, specs, names)
+        quantization = config.quantization_config
+        existing = ModuleCodecs.from_config(
+            quantization if isinstance(quantization, Mapping) else quantization.to_dict()
+        )
+        renamed = in_checkpoint(model, existing, names)
+        codecs = _checked_codecs(existing, stored_codecs(existing, names, renamed), codecs, specs)
     elif not codecs:
         # Placements move plain weights as well. The output head stays where it is, as it does when a codec encodes
         # the other weights.
@@ -271,7 +363,7 @@ def plan_weights(
     placements, resident = _place(claimed, codecs, specs)
     elements = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     dispatches = claimed.exclusive("experts_dispatch")
-    return WeightPlan(specs, claimed, codecs, names, placements, dispatches, resident, elements)
+    return WeightPlan(specs, claimed, codecs, names, placements, dispatches, resident, elements, renamed)
 
 
 def _check_quantization(config: PreTrainedConfig, stack: Stack) -> None:
@@ -346,21 +438,15 @@ def _place(
     return {name: chain(placements) for name, placements in chains.items()}, resident
 
 
-def _stored_codecs(
-    config: PreTrainedConfig,
-    codecs: Mapping[str, Codec],
-    specs: Mapping[str, LinearSpec],
-    stored: Mapping[str, tuple[str, ...]],
+def _checked_codecs(
+    existing: ModuleCodecs, found: dict[str, Codec], claimed: Mapping[str, Codec], specs: Mapping[str, LinearSpec]
 ) -> dict[str, Codec]:
-    """Return the codecs of an encoded checkpoint, which must match those that the stack claims, if any."""
-    quantization = config.quantization_config
-    existing = ModuleCodecs.from_config(quantization if isinstance(quantization, Mapping) else quantization.to_dict())
-    found = stored_codecs(existing, stored)
-    if codecs and codecs != found:
-        name = next(name for name in specs if codecs.get(name) != found.get(name))
+    """Return the codecs ``found`` in an encoded checkpoint, which must match those that the stack claims, if any."""
+    if claimed and claimed != found:
+        name = next(name for name in specs if claimed.get(name) != found.get(name))
         raise ClaimError(
             f"the checkpoint has {found.get(name) or 'a plain weight'} for {name}, but the stack requires "
-            f"{codecs.get(name) or 'a plain weight'}",
+            f"{claimed.get(name) or 'a plain weight'}",
             fix="start from the plain checkpoint, or give the codec plugin the options used for this checkpoint",
         )
     if existing.modules and not found:

@@ -7,11 +7,13 @@ read in 5.19.0 (``transformers/core_model_loading.py``, ``quantizers/base.py``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
@@ -19,10 +21,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from arctic_plugins.errors import ArcticError, CheckpointError, ConfigError
 from arctic_plugins.frozen import METHOD, Codec, ExpertsDispatch, FrozenModule, ModuleCodecs, Placement, PlainCodec
+from arctic_plugins.frozen.codec import check_buffers
+from arctic_plugins.patches import patch
 from arctic_plugins_huggingface.adapters.guard import guard_tuners
 from arctic_plugins_huggingface.loading.conversions import expert_conversions
 from arctic_plugins_huggingface.loading.models import register_models
-from arctic_plugins_huggingface.loading.names import stored_codecs, stored_names
+from arctic_plugins_huggingface.loading.names import in_checkpoint, stored_codecs, stored_names
 from arctic_plugins_huggingface.loading.rope import register_rope_types
 from arctic_plugins_huggingface.loading.weights import (
     dispatch_experts,
@@ -31,9 +35,6 @@ from arctic_plugins_huggingface.loading.weights import (
     thaw_modules,
     weight_specs,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 __all__ = ["ArcticQuantizationConfig", "ArcticQuantizer", "register"]
 
@@ -103,11 +104,19 @@ class ArcticQuantizer(HfQuantizer):
         """Name -> a gathered tensor of which each process holds a part, while the model is being saved."""
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
-        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+        if not isinstance(device_map, dict) or "disk" not in device_map.values():
+            return
+        if not self.pre_quantized:
             # offload_and_maybe_resave_param in transformers/core_model_loading.py keeps the original, plain weight
             raise ConfigError(
                 "device_map puts modules on 'disk' while they are being encoded",
                 fix="save an encoded checkpoint with 'arctic quantize', then load it",
+            )
+        if self.quantization_config.placements:
+            raise ConfigError(
+                "device_map puts modules on 'disk', and a plugin decides where encoded weights go",
+                expected="one of the two",
+                fix="leave out device_map, or the plugin",
             )
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -116,12 +125,17 @@ class ArcticQuantizer(HfQuantizer):
         For an encoded checkpoint, they have the codec's parameters. For a plain one, they have the plain weights,
         because the loader casts each tensor to the dtype of its target parameter.
         """
-        specs = weight_specs(model)
-        self.codecs = stored_codecs(self.quantization_config.codecs, stored_names(model, specs))
-        if self.quantization_config.codecs.modules and not self.codecs:
+        stored, codecs = stored_names(model, weight_specs(model)), self.quantization_config.codecs
+        renamed = in_checkpoint(model, codecs, stored)
+        self.codecs = stored_codecs(codecs, stored, renamed)
+        if codecs.modules and not self.codecs:
             raise CheckpointError(
                 "quantization_config.modules matches no linear module of this model", fix=_OTHER_MODEL
             )
+        if renamed is not str:  # the model is saved under its own names
+            owners = {part: codec for name, codec in self.codecs.items() for part in stored[name]}
+            modules = [part for parts in stored.values() for part in parts]
+            self.quantization_config.codecs = ModuleCodecs.from_owners(owners, modules)
         dispatch_experts(model, self.quantization_config.dispatches)
         freeze_modules(
             model, self.codecs, self.quantization_config.placements, device="meta", until_encoded=not self.pre_quantized
@@ -153,6 +167,14 @@ class ArcticQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for name, parameters in self._parameters():
             module, leaf = self.frozen[name]
+            if (offloaded := _offloaded(module)) is not None:
+                check_buffers(
+                    module.frozen[leaf].codec,
+                    {parameter.removeprefix(leaf): offloaded[parameter] for parameter in parameters},
+                    module.frozen[leaf].shape,
+                    name,
+                )
+                continue
             resident = [parameter for parameter in parameters if parameter in module._parameters]
             missing = [
                 parameter
@@ -199,9 +221,21 @@ class ArcticQuantizer(HfQuantizer):
                 state.update({f"{name}{suffix}": buffer for suffix, buffer in module.export(leaf).items()})
         return state, {}
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         # dtype is a string once the model has been saved.
-        thaw_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        chosen = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
+        if any(_offloaded(module) is not None for module, _ in frozen_weights(model).values()):
+            raise ConfigError(
+                "the model is offloaded by device_map",
+                expected="one that is in memory as a whole",
+                fix="load it without device_map",
+            )
+        thaw_modules(model, chosen)
+        # What was never encoded gets the same dtype, except buffers that are computed, such as RoPE's frequencies.
+        for tensor in model.state_dict(keep_vars=True).values():
+            if tensor.is_floating_point():
+                tensor.data = tensor.data.to(chosen)
+        model.config.dtype = chosen
         return model
 
     def is_serializable(self) -> bool:
@@ -214,6 +248,16 @@ class ArcticQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _offloaded(module: FrozenModule) -> Mapping[str, Tensor] | None:
+    """Return the parameters of a module that ``device_map`` puts on the disk; None for other modules.
+
+    They are those of the hook with which accelerate (1.15) brings them to the device while the module computes.
+    """
+    hook = getattr(module, "_hf_hook", None)
+    found = next((each for each in getattr(hook, "hooks", (hook,)) if getattr(each, "offload", False)), None)
+    return None if found is None else found.weights_map
 
 
 class _Encode(ConversionOps):
@@ -241,6 +285,20 @@ class _Encode(ConversionOps):
         return {full_layer_name: module._parameters[leaf]}  # type: ignore[dict-item]
 
 
+def _num_parameters(
+    stock: Any, model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """Count the elements of the weights, encoded or not, as for the plain model."""
+    total: int = stock(model, only_trainable, exclude_embeddings)
+    if only_trainable:
+        return total  # nothing encoded is trained
+    modules = {id(module): module for module, _ in frozen_weights(model).values()}
+    for module in modules.values():
+        total += sum(math.prod(weight.shape) for weight in module.frozen.values())
+        total -= sum(parameter.numel() for parameter in module.encoded())
+    return total
+
+
 def register() -> None:
     """Register the method ``arctic`` with transformers, so that ``from_pretrained`` reads encoded checkpoints.
 
@@ -256,3 +314,9 @@ def register() -> None:
         register_models()
         register_rope_types()
         guard_tuners()
+        patch(
+            PreTrainedModel,
+            "num_parameters",
+            why="it counts the bytes and scales of encoded weights; a quantizer is not asked (only bitsandbytes' is)",
+            read_in="transformers 5.19.0",
+        )(_num_parameters)

@@ -10,7 +10,7 @@ Read in transformers 5.19.0 (``integrations/moe.py``, ``core_model_loading.py``,
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +32,7 @@ from arctic_plugins.frozen import (
 )
 from arctic_plugins.patches import patch
 from arctic_plugins_huggingface.loading.names import _reversed, _stored
-
-if TYPE_CHECKING:
-    pass
+from arctic_plugins_huggingface.loading.tasks import pretrained_part
 
 __all__ = [
     "dispatch_experts",
@@ -77,12 +75,16 @@ def weight_specs(model: nn.Module) -> dict[str, LinearSpec]:
     """Map the dotted name of every weight that a plugin may claim to its shape.
 
     A linear module goes by its own name, the weights of experts by the name of the parameter. The model may be on the
-    meta device or loaded.
+    meta device or loaded. Heads, which are trained, and encoders of images are left out; see
+    :func:`~arctic_plugins_huggingface.loading.tasks.pretrained_part`.
     """
+    claimable = pretrained_part(model)
     tied = {name.removesuffix(".weight") for name in (getattr(model, "all_tied_weights_keys", None) or {})}
     specs: dict[str, LinearSpec] = {}
     conversions = _reversed(model) if any(_is_experts(module) for module in model.modules()) else ([], [])
     for name, module in model.named_modules():
+        if not claimable(name):
+            continue
         if type(module) in (nn.Linear, FrozenLinear):
             specs[name] = LinearSpec(module.out_features, module.in_features, module.bias is not None, name in tied)
         elif isinstance(module, FrozenExperts):

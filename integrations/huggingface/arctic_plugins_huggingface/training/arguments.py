@@ -4,50 +4,54 @@ from __future__ import annotations
 
 import logging
 from dataclasses import fields
-from typing import cast, get_type_hints
+from typing import Any, cast, get_type_hints
 
 import torch
+from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from trl import SFTConfig
 
 from arctic_plugins.compute import is_native, warning_for
 from arctic_plugins.errors import ConfigError, one_line
-from arctic_plugins_huggingface.training.check import check_arguments
+from arctic_plugins_huggingface.training.check import check_arguments, check_trainer
 from arctic_plugins_huggingface.training.liger import check_liger
 from arctic_plugins_huggingface.training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 
-def training_arguments(recipe: Recipe) -> SFTConfig:
-    """Return the recipe's ``training`` as an ``SFTConfig``, TRL's extension of ``TrainingArguments``.
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """Return the recipe's ``training`` as the config of its trainer, which extends ``TrainingArguments``.
 
     Raises:
         ConfigError: if a key is unknown (the nearest known one is named) or belongs under ``data``, or if the library
             rejects a value.
     """
-    hints = get_type_hints(SFTConfig)
+    trainer = check_trainer(recipe)
+    _, config_class = trainer.load()
+    hints = get_type_hints(config_class)
     given = check_arguments(
-        recipe.training, {field.name: hints[field.name] for field in fields(SFTConfig) if field.init}
+        recipe.arguments, {field.name: hints[field.name] for field in fields(config_class) if field.init}
     )
     data = recipe.data
     evaluates = data.eval_path or data.eval_split or data.eval_size
     native = is_native(torch.bfloat16, "cpu" if given.get("use_cpu") else None)
-    defaults = {
+    defaults: dict[str, Any] = {
         "report_to": "none",
-        "bf16": native and not given.get("fp16"),  # SFTConfig turns it on regardless of the device
-        "gradient_checkpointing": False,  # as in TrainingArguments; SFTConfig turns it on
+        "bf16": native and not given.get("fp16"),  # TRL's configs turn it on regardless of the device
+        "gradient_checkpointing": False,  # as in TrainingArguments; TRL's configs turn it on
         # transformers trains in bfloat16 without a GPU only if this is set
         "use_cpu": not torch.accelerator.is_available(),
         "include_num_input_tokens_seen": "non_padding",
         # every adapter is used in every step; the default searches for unused ones in each step
         "ddp_find_unused_parameters": False,
         "eval_strategy": ("steps" if "eval_steps" in given else "epoch") if evaluates else "no",
-        "packing_strategy": "bfd_split" if data.format == "text" else "bfd",
     }
-    ours = {"max_length": data.max_length, "packing": data.packing, "eval_packing": False}
+    ours: dict[str, Any] = {"max_length": data.max_length}
+    if not trainer.preference:
+        defaults["packing_strategy"] = "bfd_split" if data.splits else "bfd"
+        ours |= {"packing": data.packing, "eval_packing": False}
     try:
-        arguments = SFTConfig(**{**defaults, **ours, **given})
+        arguments = config_class(**{**defaults, **trainer.defaults, **ours, **given})
     except (ValueError, TypeError, ImportError) as error:
         raise ConfigError(
             f"training is not valid: {one_line(error)}", fix="correct the value, or install the package that it names"

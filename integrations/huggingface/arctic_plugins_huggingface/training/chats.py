@@ -7,17 +7,19 @@ The formats follow Alpaca, ShareGPT, OpenAI and LLaMA-Factory (``data/README.md`
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os.path import commonprefix
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from arctic_plugins.errors import DataError, one_line, suggest
 from arctic_plugins_huggingface.generate import chat
-from arctic_plugins_huggingface.training.recipe import DataConfig
+from arctic_plugins_huggingface.training.recipe import DataSource
 
-__all__ = ["KNOWN", "Record", "Spans", "converted", "rendered", "unknown_fields"]
+__all__ = ["KNOWN", "Record", "Spans", "converted", "prompted", "rendered", "unknown_fields"]
 
 Record = dict[str, Any]
 Spans = list[tuple[int, int]]
@@ -28,6 +30,7 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "messages": ("messages", "conversations", "system", "tools"),
     "prompt_completion": ("prompt", "completion", "tools"),
     "text": ("text",),
+    "preference": ("prompt", "messages", "conversations", "chosen", "rejected", "completion", "label", "tools"),
 }
 """Format -> the record fields that it uses."""
 _KNOWN_OF_MESSAGES = (
@@ -38,14 +41,15 @@ _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _CALL = "function_call"
 _TAIL = 8
 """Number of trailing characters that identify the end of a prompt."""
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
-def unknown_fields(record: Record, config: DataConfig) -> Iterator[str]:
+def unknown_fields(record: Record, source: DataSource) -> Iterator[str]:
     """Yield the names of fields of the record, and of its messages, that are not used."""
-    used = {*KNOWN[config.format], *config.columns, *config.columns.values()}
+    used = {*KNOWN[source.format], *source.columns, *source.columns.values()}
     yield from (str(name) for name, value in record.items() if name not in used and value not in (None, ""))
-    for key in ("messages", "conversations", "prompt", "completion"):
-        for message in record[key] if key in KNOWN[config.format] and isinstance(record.get(key), list) else ():
+    for key in ("messages", "conversations", "prompt", "completion", "chosen", "rejected"):
+        for message in record[key] if key in KNOWN[source.format] and isinstance(record.get(key), list) else ():
             if isinstance(message, Mapping):
                 unknown = (
                     name for name, value in message.items() if name not in _KNOWN_OF_MESSAGES and value is not None
@@ -53,19 +57,21 @@ def unknown_fields(record: Record, config: DataConfig) -> Iterator[str]:
                 yield from (f"{key}[].{name}" for name in unknown)
 
 
-def converted(record: Record, where: str, config: DataConfig) -> Record:
+def converted(record: Record, where: str, source: DataSource) -> Record:
     """Return the content of ``record`` in a form that does not depend on the format.
 
-    This is one of: ``text``; ``prompt`` and ``completion``, both strings; or a chat with ``messages`` for a template,
-    ``learnt`` (for each message, whether the model is trained to produce it) and ``tools`` (None if there are none).
+    This is one of: ``text``; ``prompt`` and ``completion``, both strings; a chat with ``messages`` for a template,
+    ``learnt`` (for each message, whether the model is trained to produce it) and ``tools`` (None if there are none); or
+    a preference with ``prompt``, ``tools``, and either ``chosen`` and ``rejected`` or ``completion`` and ``label``,
+    where texts are all strings or all lists of messages.
 
     Raises:
         DataError: if a field is missing or has the wrong type; the message names ``where`` and the field.
     """
-    return _CONVERT[config.format](record, where, config)
+    return _CONVERT[source.format](record, where, source)
 
 
-def _text(record: Record, key: str, where: str, config: DataConfig) -> str:
+def _text(record: Record, key: str, where: str, source: DataSource) -> str:
     value = record.get(key)
     if not isinstance(value, str):
         fix = (
@@ -74,7 +80,7 @@ def _text(record: Record, key: str, where: str, config: DataConfig) -> str:
             else f"{suggest(key, map(str, record))}; data.columns: {{{key}: ...}} maps it to a column"
         )
         found = f"{key}={value!r}" if key in record else f"no '{key}'"
-        raise DataError(f"{where} has {found}", expected=f"a string under '{key}' (format {config.format})", fix=fix)
+        raise DataError(f"{where} has {found}", expected=f"a string under '{key}' (format {source.format})", fix=fix)
     return value
 
 
@@ -85,13 +91,13 @@ def _optional_text(record: Record, key: str, where: str) -> str:
     return value or ""
 
 
-def _alpaca(record: Record, where: str, config: DataConfig) -> Record:
+def _alpaca(record: Record, where: str, source: DataSource) -> Record:
     """Convert an Alpaca record to a chat.
 
     The user's message is the instruction, a blank line and the input (if any); the assistant's message is the output.
     The assistant's messages in the history are trained on as well.
     """
-    instruction, output = (_text(record, key, where, config) for key in ("instruction", "output"))
+    instruction, output = (_text(record, key, where, source) for key in ("instruction", "output"))
     question = "\n\n".join(part for part in (instruction, _optional_text(record, "input", where)) if part)
     history = record.get("history") or []
     if not isinstance(history, list) or not all(_is_exchange(exchange) for exchange in history):
@@ -100,7 +106,7 @@ def _alpaca(record: Record, where: str, config: DataConfig) -> Record:
             expected="a list of pairs of strings: question, answer",
             fix="correct the record",
         )
-    system = _optional_text(record, "system", where) or config.system
+    system = _optional_text(record, "system", where) or source.system
     messages = chat("", system)[:-1]
     for asked, answered in [*history, (question, output)]:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
@@ -111,9 +117,9 @@ def _is_exchange(value: Any) -> bool:
     return isinstance(value, Sequence) and len(value) == 2 and all(isinstance(text, str) for text in value)
 
 
-def _chat(record: Record, where: str, config: DataConfig) -> Record:
+def _chat(record: Record, where: str, source: DataSource) -> Record:
     key = "conversations" if "messages" not in record and isinstance(record.get("conversations"), list) else "messages"
-    messages, learnt = _messages(record.get(key), key, where, config)
+    messages, learnt = _messages(record.get(key), key, where, source)
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
             f"{where} has no message with the role 'assistant'",
@@ -126,11 +132,11 @@ def _chat(record: Record, where: str, config: DataConfig) -> Record:
     return {"messages": messages, "learnt": learnt, "tools": _tools(record, where)}
 
 
-def _prompt_completion(record: Record, where: str, config: DataConfig) -> Record:
+def _prompt_completion(record: Record, where: str, source: DataSource) -> Record:
     if not isinstance(record.get("prompt"), list):
-        return {key: _text(record, key, where, config) for key in ("prompt", "completion")}
-    prompt, _ = _messages(record.get("prompt"), "prompt", where, config)
-    completion, learnt = _messages(record.get("completion"), "completion", where, config)
+        return {key: _text(record, key, where, source) for key in ("prompt", "completion")}
+    prompt, _ = _messages(record.get("prompt"), "prompt", where, source)
+    completion, learnt = _messages(record.get("completion"), "completion", where, source)
     if not any(message["role"] == "assistant" for message in completion):
         raise DataError(
             f"{where} has no message with the role 'assistant' in its completion",
@@ -144,24 +150,64 @@ def _prompt_completion(record: Record, where: str, config: DataConfig) -> Record
     }
 
 
-def _plain(record: Record, where: str, config: DataConfig) -> Record:
-    return {"text": _text(record, "text", where, config)}
+def _preference(record: Record, where: str, source: DataSource) -> Record:
+    """Convert a preference; messages at the beginning of both answers are the prompt, if the record has no other."""
+    keys = ("completion",) if "completion" in record and "chosen" not in record else ("chosen", "rejected")
+    key = next((key for key in ("prompt", "messages", "conversations") if isinstance(record.get(key), list)), "prompt")
+    answers = [[value] if isinstance(value := record.get(name), Mapping) else value for name in keys]
+    label: Record = {}
+    if keys == ("completion",):
+        label = {"label": record.get("label")}
+        if not isinstance(label["label"], bool):
+            raise DataError(f"{where} has label={label['label']!r}", expected="true or false", fix="correct the record")
+    if not any(isinstance(answer, list) for answer in answers):
+        return {name: _text(record, name, where, source) for name in ("prompt", *keys)} | label | {"tools": None}
+    chats = [_messages(answer, name, where, source)[0] for name, answer in zip(keys, answers, strict=True)]
+    shared = 0
+    if isinstance(record.get(key), list):
+        prompt, _ = _messages(record[key], key, where, source)
+    else:  # as in UltraFeedback: a string under 'prompt' is the question with which both answers begin
+        while shared < min(map(len, chats)) - 1 and all(one[shared] == chats[0][shared] for one in chats):
+            shared += 1
+        prompt = chats[0][:shared] if len(chats) > 1 else []
+        if not prompt and isinstance(record.get("prompt"), str):
+            prompt = chat(record["prompt"])
+        if not prompt:
+            raise DataError(
+                f"{where} has no '{key}', and its answers do not begin with the same message",
+                expected="a list of messages under 'prompt'",
+                fix="correct the record",
+            )
+    answered = {name: messages[shared:] for name, messages in zip(keys, chats, strict=True)}
+    for name, messages in answered.items():
+        if not any(message["role"] == "assistant" for message in messages):
+            raise DataError(
+                f"{where} has no message with the role 'assistant' in '{name}'",
+                expected="an answer of the model",
+                fix="correct or remove the record",
+            )
+    return {"prompt": prompt, **answered, **label, "tools": _tools(record, where)}
 
 
-_CONVERT: dict[str, Callable[[Record, str, DataConfig], Record]] = {
+def _plain(record: Record, where: str, source: DataSource) -> Record:
+    return {"text": _text(record, "text", where, source)}
+
+
+_CONVERT: dict[str, Callable[[Record, str, DataSource], Record]] = {
     "alpaca": _alpaca,
     "messages": _chat,
     "prompt_completion": _prompt_completion,
     "text": _plain,
+    "preference": _preference,
 }
 
 
-def _messages(value: Any, key: str, where: str, config: DataConfig) -> tuple[list[Record], list[bool]]:
+def _messages(value: Any, key: str, where: str, source: DataSource) -> tuple[list[Record], list[bool]]:
     """Return the messages as templates expect them and, for each, whether the model is trained to produce it."""
     if not isinstance(value, list) or not value:
         raise DataError(
             f"{where} has {key}={value!r}",
-            expected=f"a list of messages under '{key}' (format {config.format})",
+            expected=f"a list of messages under '{key}' (format {source.format})",
             fix="correct the record",
         )
     messages, learnt = [], []
@@ -272,7 +318,7 @@ def rendered(
     once others follow it: they omit its thinking, or put an empty thinking block before the last answer only. The
     result is then one text for each turn that is trained on. It ends with that turn, rendered as it is when the model
     produces it. The trained part of a turn is everything between the prompt for it and its end: its words, its calls,
-    and the token that ends it.
+    and the token that ends it. In a template with ``{% generation %}`` marks, it is what is marked instead.
 
     Args:
         row: see :func:`converted`.
@@ -302,10 +348,7 @@ def rendered(
         if learnt[at] and not everything
     }
     if whole is None or None in texts.values():
-        raise DataError(
-            f"{where} is rejected by the model's chat template: {one_line(refusals[0])}",
-            fix="correct or remove the record",
-        )
+        raise _rejected(where, refusals[0])
     if tools and render(messages, None) == whole:
         raise _left_out("tools", where)
     if (
@@ -315,7 +358,7 @@ def rendered(
         raise _left_out("tool_calls", where)
     if everything:
         return [(whole, [])]
-    turns = []
+    turns: list[tuple[str, Spans]] = []
     for at, text in texts.items():
         turn = _turn(str(text), messages[:at], messages[at], render)
         if turn is None:
@@ -323,10 +366,46 @@ def rendered(
                 f"{where}: the chat template does not show where turn {at + 1} begins",
                 fix="set data.loss to 'all', or remove the record",
             )
-        turns.append(turn)
+        ended, begin = turn
+        spans = [(begin, len(ended))]
+        if (marks := _marks(messages[: at + 1], tools, tokenizer)) is not None:
+            shift = len(ended) - len(str(text))
+            spans = [(start + shift, end + shift) for start, end in marks if end + shift > begin]
+        turns.append((ended, spans))
     if all(whole.startswith(text) for text, _ in turns):
-        return [(whole, [(begin, len(text)) for text, begin in turns])] if turns else []
-    return [(text, [(begin, len(text))]) for text, begin in turns]
+        return [(whole, [span for _, spans in turns for span in spans])] if turns else []
+    return turns
+
+
+def prompted(messages: list[Record], tools: list[Record] | None, tokenizer: PreTrainedTokenizerBase, where: str) -> str:
+    """Render ``messages`` with the prompt for the model's next turn.
+
+    Raises:
+        DataError: if the template rejects them.
+    """
+    try:
+        given = cast("list[Record | Callable[..., Any]] | None", tools)
+        return str(tokenizer.apply_chat_template(messages, tools=given, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # a template is a program
+        raise _rejected(where, error) from error
+
+
+def _rejected(where: str, error: Exception) -> DataError:
+    return DataError(
+        f"{where} is rejected by the model's chat template: {one_line(error)}", fix="correct or remove the record"
+    )
+
+
+def _marks(messages: list[Record], tools: list[Record] | None, tokenizer: PreTrainedTokenizerBase) -> Spans | None:
+    """Return what the template marks as the assistant's in ``messages``; None if it has no marks."""
+    template = tokenizer.get_chat_template(None, cast("list[dict[str, str]] | None", tools))
+    if not _GENERATION.search(template):
+        return None
+    # apply_chat_template returns the marks only as a mask of tokens.
+    options: dict[str, Any] = {"tools": tools, **tokenizer.special_tokens_map}
+    found: Any = render_jinja_template([messages], chat_template=template, return_assistant_tokens_mask=True, **options)
+    _, [spans] = found  # the declared type is that of the text alone
+    return cast("Spans", spans)
 
 
 def _turn(

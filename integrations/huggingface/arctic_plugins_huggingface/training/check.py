@@ -22,9 +22,19 @@ from arctic_plugins.processes import is_first
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import check_checkpoint, is_directory
 from arctic_plugins_huggingface.files.locking import LOCK
-from arctic_plugins_huggingface.training.recipe import FILE_KINDS, DataConfig, Recipe
+from arctic_plugins_huggingface.training.recipe import FILE_KINDS, LABELED, DataConfig, Recipe
+from arctic_plugins_huggingface.training.templates import read_template
+from arctic_plugins_huggingface.training.trainers import TRAINERS, TRLTrainer, trl_trainer
 
-__all__ = ["argument_types", "check_arguments", "check_engine", "check_output", "check_recipe", "check_source"]
+__all__ = [
+    "argument_types",
+    "check_arguments",
+    "check_engine",
+    "check_output",
+    "check_recipe",
+    "check_source",
+    "check_trainer",
+]
 
 OURS = {
     "max_length": "data.max_length",
@@ -32,9 +42,8 @@ OURS = {
     "completion_only_loss": "data.loss",
     "assistant_only_loss": "data.loss",
 }
-"""Fields of ``SFTConfig`` that a recipe sets under ``data``."""
-_SOURCES = {"transformers": ("training_args.py",), "trl": ("trainer/base_config.py", "trainer/sft_config.py")}
-_CLASSES = ("TrainingArguments", "_BaseConfig", "SFTConfig")
+"""Fields of the trainers' configs that a recipe sets under ``data``."""
+_LABELS = ("num_labels", "id2label", "label2id", "problem_type")
 _AT_LEAST = {
     **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
@@ -50,7 +59,8 @@ def check_recipe(recipe: Recipe) -> Stack:
         UserError: if something is wrong with one of them.
     """
     stack = Stack.from_dict(recipe.plugins)
-    check_arguments(recipe.training, argument_types())
+    trainer = check_trainer(recipe)
+    check_arguments(recipe.arguments, argument_types(trainer))
     if (frozen := [*stack.only("weight_codec"), *stack.only("placement")]) and not stack.only("adapter"):
         names = ", ".join(dict.fromkeys(plugin.name for plugin in frozen))
         raise ConfigError(
@@ -58,20 +68,52 @@ def check_recipe(recipe: Recipe) -> Stack:
             expected="an adapter",
             fix="add 'lora: {}'",
         )
+    if trainer.preference and (splitting := next((plugin for plugin in stack if plugin.row_processes > 1), None)):
+        raise ConfigError(
+            f"training.trainer is '{trainer.name}', which compares whole texts, but the plugin '{splitting.name}' "
+            "splits them over processes",
+            fix="leave that option out, or train with sft",
+        )
     if frozen and recipe.training.get("deepspeed"):
         check_engine("deepspeed")
     if recipe.nonfinite == "skip" and recipe.training.get("deepspeed"):
         raise ConfigError(
             "nonfinite is 'skip', but DeepSpeed runs the steps", expected="'stop'", fix="leave 'nonfinite' out"
         )
-    if ours := sorted({"checked", "config", "stack"} & recipe.load.keys()):
+    if ours := sorted({"auto_class", "checked", "config", "stack"} & recipe.load.keys()):
         raise ConfigError(
             f"load.{ours[0]} is not an argument of from_pretrained that a recipe can set", fix="leave it out"
+        )
+    if recipe.data.format in LABELED and (labels := sorted(recipe.load.keys() & _LABELS)):
+        raise ConfigError(f"load.{labels[0]} is set", expected="data.labels instead", fix="leave it out")
+    if isinstance(devices := recipe.load.get("device_map"), dict) and "disk" in devices.values():
+        raise ConfigError(
+            "load.device_map puts modules on 'disk', which accelerate supports for inference only",
+            expected="the plugin 'offload', which also trains",
+            fix="leave device_map out and add 'offload: {to: disk}'",
         )
     check_source(recipe.data)
     if is_directory(recipe.model):
         check_checkpoint(recipe.model, contents=False, **recipe.load)
     return stack
+
+
+def check_trainer(recipe: Recipe) -> TRLTrainer:
+    """Return the trainer of ``recipe``, after checking that it trains on the format of the data.
+
+    Raises:
+        ConfigError: it does not, or there is no such trainer.
+    """
+    trainer = trl_trainer(recipe.trainer)
+    kind = recipe.data.train_sources[0].format
+    if trainer.preference != (kind == "preference"):
+        others = ", ".join(name for name, other in TRAINERS.items() if other.preference)
+        raise ConfigError(
+            f"training.trainer is '{trainer.name}', but data.format is '{kind}'",
+            expected="format 'preference'" if trainer.preference else f"one of the trainers {others}",
+            fix="set data.format" if trainer.preference else "set training.trainer, for example to dpo",
+        )
+    return trainer
 
 
 def check_engine(name: str) -> None:
@@ -84,8 +126,13 @@ def check_engine(name: str) -> None:
 
 
 def check_source(config: DataConfig) -> None:
-    """Raise DataError if a data file is missing."""
-    for key, path in (("path", config.path), ("eval_path", config.eval_path)):
+    """Raise DataError if a data file is missing, or ConfigError if a chat template is neither known nor a file."""
+    paths = (
+        {"path": config.path}
+        if config.sources is None
+        else {f"sources[{at}].path": source.path for at, source in enumerate(config.sources)}
+    )
+    for key, path in {**paths, "eval_path": config.eval_path}.items():
         if (
             path is not None
             and not Path(path).is_file()
@@ -97,6 +144,8 @@ def check_source(config: DataConfig) -> None:
                 expected="a JSON, JSONL, CSV, TSV or Parquet file",
                 fix=f"correct data.{key}",
             )
+    if config.chat_template is not None:
+        read_template(config.chat_template)
 
 
 def check_output(output: Path, *, new: bool) -> None:
@@ -123,20 +172,22 @@ def check_output(output: Path, *, new: bool) -> None:
 
 
 @functools.cache
-def argument_types() -> dict[str, Any]:
-    """Return the type of each training argument, as declared in the source of TRL's ``SFTConfig``.
+def argument_types(trainer: TRLTrainer) -> dict[str, Any]:
+    """Return the type of each training argument, as declared in the source of the config of TRL's ``trainer``.
 
     The type is ``Any`` where resolving it would take an import. The result is empty if the source is not where it is
     expected: everything that is checked with it is checked again once the class has been imported.
     """
     types: dict[str, Any] = {}
+    sources = {"transformers": ("training_args.py",), "trl": ("trainer/base_config.py", trainer.source)}
+    classes = ("TrainingArguments", "_BaseConfig", f"{trainer.classes}Config")
     try:
-        for package, files in _SOURCES.items():
+        for package, files in sources.items():
             spec = find_spec(package)
             for name in files if spec and spec.origin else ():
                 tree = ast.parse((Path(str(spec and spec.origin)).parent / name).read_bytes())
                 for body in [
-                    found.body for found in tree.body if isinstance(found, ast.ClassDef) and found.name in _CLASSES
+                    found.body for found in tree.body if isinstance(found, ast.ClassDef) and found.name in classes
                 ]:
                     types |= {
                         ast.unparse(line.target): _evaluated(line.annotation)

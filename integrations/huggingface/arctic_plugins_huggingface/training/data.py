@@ -1,104 +1,70 @@
-"""Turn data files into rows of tokens and labels, which TRL truncates, packs and collates.
-
-Files are read here so that an error can name the bad line: pyarrow's JSON reader, which ``datasets.load_dataset`` uses,
-names blocks instead, and infers types (a column of dates becomes timestamps).
-"""
+"""Turn records into rows of tokens and labels, which TRL truncates, packs and collates."""
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset, DownloadConfig, IterableDataset, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    Json,
+    Value,
+    concatenate_datasets,
+    interleave_datasets,
+)
 from transformers import PreTrainedTokenizerBase
 
-from arctic_plugins.errors import DataError, one_line, suggest
-from arctic_plugins_huggingface.files.check import hub_trouble
-from arctic_plugins_huggingface.training.chats import Record, converted, rendered, unknown_fields
-from arctic_plugins_huggingface.training.recipe import DataConfig
+from arctic_plugins.errors import DataError
+from arctic_plugins_huggingface.training.chats import Record, converted, prompted, rendered, unknown_fields
+from arctic_plugins_huggingface.training.counts import DataCounts, Limits, UnknownTokens
+from arctic_plugins_huggingface.training.recipe import DataConfig, DataSource
+from arctic_plugins_huggingface.training.records import read_records
+from arctic_plugins_huggingface.training.trainers import TRAINERS, TRLTrainer
 
-__all__ = ["DataCounts", "Limits", "TrainingData", "load_data", "tokenized"]
+__all__ = ["TrainingData", "load_data", "tokenized"]
 
 logger = logging.getLogger(__name__)
 
 _SCHEMA = pa.schema({"input_ids": pa.list_(pa.int32()), "labels": pa.list_(pa.int32())})
 _BATCH = 1000
-
-
-@dataclass
-class DataCounts:
-    """Counts of the rows and of what happened to them; those of a stream grow while it is read."""
-
-    rows: int = 0
-    tokens: int = 0
-    """Tokens before truncation."""
-    truncated: int = 0
-    """Rows longer than ``max_length``."""
-    dropped: int = 0
-    """Rows with nothing to train on within ``max_length``."""
-    cut_tokens: int = 0
-    divided: int = 0
-    """Chats split into one row per answer, because their template renders an answer differently once others follow."""
-
-    def __str__(self) -> str:
-        cut = (
-            f"; {self.truncated} of them truncated, {self.cut_tokens:,} tokens cut, {self.dropped} dropped"
-            if self.truncated + self.dropped
-            else ""
-        )
-        divided = (
-            f"; {self.divided:,} chats split into one row per answer (the template renders an answer differently once "
-            "others follow)"
-            if self.divided
-            else ""
-        )
-        return f"{self.rows:,} rows, {self.tokens:,} tokens{cut}{divided}"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of a model's input; None where its config specifies none."""
-
-    positions: int | None = None
-    """Maximum number of tokens in a row."""
-    embeddings: int | None = None
-    """Number of token ids: 0 to this number minus 1."""
-
-    def check(self, ids: Sequence[int], kept: int, where: str) -> None:
-        """Raise DataError if the row of ``ids``, of which ``kept`` remain after truncation, exceeds a limit."""
-        if self.positions is not None and kept > self.positions:
-            raise DataError(
-                f"{where} has {len(ids)} tokens, but the model has {self.positions} positions",
-                expected=f"data.max_length of at most {self.positions}",
-                fix="lower it, or extend the context with the plugin 'rope'",
-            )
-        if self.embeddings is not None and ids and max(ids) >= self.embeddings:
-            raise DataError(
-                f"{where} has the token {max(ids)}, but the model has embeddings for {self.embeddings}",
-                expected="the model's own tokenizer",
-                fix="resize the model's embeddings (resize_token_embeddings in transformers) and save it, or remove "
-                "the added tokens",
-            )
+Row = dict[str, Any]
+AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Rows with ``input_ids`` and ``labels`` (-100 where there is no loss), before truncation."""
+    """Rows before truncation.
+
+    They have ``input_ids`` and ``labels`` (-100 where there is no loss). Those of preferences have the columns that
+    TRL's trainers take and tokenize: ``prompt``, ``chosen`` and ``rejected`` (for KTO, ``completion`` and ``label``),
+    texts or lists of messages, and ``tools`` as JSON.
+    """
 
     train: Dataset | IterableDataset
     eval: Dataset | None
-    counts: DataCounts
-    """Counts of the training rows, including those held out for evaluation."""
+    source_counts: tuple[DataCounts, ...]
+    """Counts of the training rows of each source, including those held out for evaluation."""
     eval_counts: DataCounts | None = None
     """Counts of the evaluation rows, if they come from a separate source."""
+    shares: tuple[tuple[str, int], ...] = ()
+    """The name of each of several sources, and the number of its rows in an epoch; empty for streams."""
+
+    @property
+    def counts(self) -> DataCounts:
+        """Counts of the training rows, including those held out for evaluation, and all records that were skipped."""
+        total = DataCounts.total(self.source_counts, self.shares)
+        if self.eval_counts is not None:  # what was left out there would otherwise show nowhere
+            total.skip_also(self.eval_counts)
+        return total
 
 
 def load_data(
@@ -108,228 +74,323 @@ def load_data(
     seed: int = 0,
     keep_end: bool = False,
     limits: Limits | None = None,
+    trainer: TRLTrainer = TRAINERS["sft"],
 ) -> TrainingData:
     """Read, check and tokenize the training data and, if any, the evaluation data.
 
     Args:
         config: what to read.
         tokenizer: must have a chat template, unless the data are plain texts.
-        seed: for choosing the rows that are held out, and for the order of a stream.
+        seed: for choosing the rows that are held out, for the order of a stream, and for mixing weighted sources.
         keep_end: count what ``training.truncation_mode: keep_end`` removes.
         limits: limits of the model; None skips the check.
+        trainer: the trainer that the rows are for.
 
     Raises:
         DataError: if the data are missing, empty or malformed (the message names the line), a record lacks a column or
             has a value of the wrong type (the message names it), a row exceeds ``limits``, truncation leaves no row
             with labels, or the tokenizer lacks what the format needs.
     """
-    if config.format in ("alpaca", "messages") and tokenizer.chat_template is None:
-        raise DataError(
-            f"data.format is '{config.format}', but the model's tokenizer has no chat template",
-            expected="a chat model",
-            fix="set tokenizer.chat_template and save the tokenizer, or use the format prompt_completion",
-        )
-    if config.loss == "completion" and config.format != "text" and not tokenizer.is_fast:
-        raise DataError(
-            f"the model's tokenizer ({type(tokenizer).__name__}) does not report which characters a token stands for",
-            expected="a fast tokenizer, which does, for data.loss 'completion'",
-            fix="set data.loss to 'all'",
-        )
-    counts, evaluation, eval_counts = DataCounts(), None, None
-    if config.eval_path is not None or config.eval_split is not None:
+    reader, sources = _Reader(config, tokenizer, keep_end, limits or Limits(), trainer), config.train_sources
+    for source in (*sources, config.eval_source):
+        if source is not None:
+            reader.check_tokenizer(source)
+    evaluation, eval_counts = None, None
+    if config.eval_source is not None:
         eval_counts = DataCounts()
-        other = {
-            "path": config.eval_path or config.path,
-            "split": config.eval_split or config.split,
-            "streaming": False,
-        }
-        evaluation = _table(
-            _rows(config.model_copy(update=other), tokenizer, eval_counts, keep_end, limits), config, eval_counts
-        )
+        evaluation = reader.table(config.eval_source, eval_counts)
+    counts = tuple(DataCounts() for _ in sources)
     if config.streaming:
-        check_first = next(
-            _rows(config, tokenizer, DataCounts(), keep_end, limits)
-        )  # an error in the first row is reported before weights are read
-        assert check_first.keys() == {"input_ids", "labels"}
-        held_out = config.eval_size if isinstance(config.eval_size, int) else 0
-        if held_out:
-            evaluation = _table(
-                islice(_rows(config, tokenizer, DataCounts(), keep_end, limits), held_out),
-                config,
-                DataCounts(rows=held_out),
-            )
-
-        def read() -> Iterator[dict[str, list[int]]]:
-            vars(counts).update(vars(DataCounts()))  # each pass starts counting from zero
-            return islice(_rows(config, tokenizer, counts, keep_end, limits), held_out, None)
-
-        stream = IterableDataset.from_generator(read)
-        return TrainingData(
-            stream.shuffle(seed=seed, buffer_size=config.shuffle_buffer), evaluation, counts, eval_counts
+        stream, held_out = reader.stream(sources, counts, seed)
+        return TrainingData(stream, evaluation if held_out is None else held_out, counts, eval_counts)
+    tables = [reader.table(source, own) for source, own in zip(sources, counts, strict=True)]
+    train, held_out, shares = _arranged(tables, config, seed)
+    if held_out is not None and any(own.divided for own in counts):
+        logger.warning(
+            "data.eval_size may hold out some rows of a chat while its others are trained on; data.eval_path keeps "
+            "chats apart"
         )
-    train = _table(_rows(config, tokenizer, counts, keep_end, limits), config, counts)
-    if config.eval_size is not None:
-        if len(train) < 2 or (isinstance(config.eval_size, int) and config.eval_size >= len(train)):
-            raise DataError(
-                f"data.eval_size {config.eval_size} leaves none of the {len(train)} rows to train on", fix="lower it"
-            )
-        if counts.divided:
-            logger.warning(
-                "data.eval_size may hold out some rows of a chat while its others are trained on; data.eval_path keeps "
-                "chats apart"
-            )
-        parts = train.train_test_split(test_size=config.eval_size, seed=seed)
-        train, evaluation = parts["train"], parts["test"]
-    return TrainingData(train, evaluation, counts, eval_counts)
+    names = [Path(source.path).name for source in sources]
+    if len(set(names)) < len(names):
+        names = [source.path for source in sources]
+    return TrainingData(
+        train,
+        evaluation if held_out is None else held_out,
+        counts,
+        eval_counts,
+        tuple(zip(names, shares, strict=True)) if len(sources) > 1 else (),
+    )
 
 
-def _table(rows: Iterator[dict[str, list[int]]], config: DataConfig, counts: DataCounts) -> Dataset:
-    batches = []
-    while batch := list(islice(rows, _BATCH)):
-        batches.append(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
-    if counts.dropped == counts.rows:
+def _arranged(tables: list[Dataset], config: DataConfig, seed: int) -> tuple[Dataset, Dataset | None, list[int]]:
+    """Return the training rows of an epoch, the rows held out, and how many training rows each source has.
+
+    Rows are held out before those of weighted sources are repeated, so that no row is in both.
+    """
+    if any(table.features != tables[0].features for table in tables):
         raise DataError(
-            f"no row of {config.path} has anything left to train on within data.max_length {config.max_length}",
+            "some of data.sources have texts and others have lists of messages",
+            expected="one of the two in all preferences",
+            fix="convert the others",
+        )
+    everything, weighted = concatenate_datasets(tables), config.train_sources[0].weight is not None
+    if config.eval_size is None and not weighted:
+        return everything, None, [len(table) for table in tables]
+    rows = Dataset.from_dict(
+        {"row": range(len(everything)), "source": [at for at, table in enumerate(tables) for _ in range(len(table))]}
+    )
+    held_out = None
+    if config.eval_size is not None:
+        if len(rows) < 2 or (isinstance(config.eval_size, int) and config.eval_size >= len(rows)):
+            raise DataError(
+                f"data.eval_size {config.eval_size} leaves none of the {len(rows)} rows to train on", fix="lower it"
+            )
+        parts = rows.train_test_split(test_size=config.eval_size, seed=seed)
+        rows, held_out = parts["train"], everything.select(parts["test"]["row"])
+    if weighted:
+        own: list[list[int]] = [[] for _ in tables]
+        for row, at in zip(rows["row"], rows["source"], strict=True):
+            own[at].append(row)
+        if [] in own:
+            raise DataError(
+                f"data.eval_size {config.eval_size} leaves no row of {config.train_sources[own.index([])].path} to "
+                "train on",
+                fix="lower it, or use data.eval_path",
+            )
+        numbered = [Dataset.from_dict({"row": part, "source": [at] * len(part)}) for at, part in enumerate(own)]
+        rows = _mixed(numbered, config, seed)
+    sources = Counter(rows["source"])
+    return everything.select(rows["row"]), held_out, [sources[at] for at in range(len(tables))]
+
+
+def _mixed(parts: list[AnyDataset], config: DataConfig, seed: int) -> AnyDataset:
+    """Return the rows of several sources: one source after the other, or drawn by their weights."""
+    weights = [source.weight for source in config.train_sources if source.weight is not None]
+    if not weights or len(parts) == 1:
+        return concatenate_datasets(parts)
+    return interleave_datasets(
+        parts,
+        probabilities=[weight / sum(weights) for weight in weights],
+        seed=seed,
+        stopping_strategy=config.stopping_strategy,
+    )
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads records and turns them into rows."""
+
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    keep_end: bool
+    limits: Limits
+    trainer: TRLTrainer
+
+    def check_tokenizer(self, source: DataSource) -> None:
+        """Raise DataError if the tokenizer lacks what the format of ``source`` needs."""
+        if source.format in ("alpaca", "messages") and self.tokenizer.chat_template is None:
+            raise _without_template(f"data.format is '{source.format}'")
+        if source.loss == "completion" and source.format not in ("text", "preference") and not self.tokenizer.is_fast:
+            raise DataError(
+                f"the model's tokenizer ({type(self.tokenizer).__name__}) does not report which characters a token "
+                "stands for",
+                expected="a fast tokenizer, which does, for data.loss 'completion'",
+                fix="set data.loss to 'all'",
+            )
+
+    def table(self, source: DataSource, counts: DataCounts, most: int | None = None) -> Dataset:
+        """Return the rows of ``source``, or the first ``most``."""
+        rows = islice(self.rows(source, counts), most)
+        if source.format == "preference":
+            return self._preferences(list(rows), source, counts)
+        batches = []
+        while batch := list(islice(rows, _BATCH)):
+            batches.append(pa.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+        if not batches:
+            raise self._nothing_left(source, counts)
+        return Dataset(pa.Table.from_batches(batches, schema=_SCHEMA))
+
+    def _preferences(self, rows: list[Row], source: DataSource, counts: DataCounts) -> Dataset:
+        if not rows:
+            raise self._nothing_left(source, counts)
+        chats = isinstance(rows[0]["prompt"], list)
+        if (other := next((row for row in rows if isinstance(row["prompt"], list) != chats), None)) is not None:
+            raise DataError(
+                f"{source.path} has both texts and lists of messages, for example {str(other['prompt'])[:80]!r}",
+                expected="one of the two",
+                fix="convert the others",
+            )
+        # As JSON, because Arrow's structs would give every call the arguments of all others, as nulls.
+        kinds = {"tools": Value("string"), "label": Value("bool")}
+        features: Any = {key: kinds.get(key, Json() if chats else Value("string")) for key in rows[0]}
+        return Dataset.from_list(rows, features=Features(features))
+
+    def _nothing_left(self, source: DataSource, counts: DataCounts) -> DataError:
+        if not counts.rows:
+            return DataError(
+                f"none of the {counts.skipped:,} records of {source.path} can be used, for example {counts.reasons[0]}",
+                expected=f"records of the format '{source.format}'",
+                fix="correct data.format, data.columns or the data",
+            )
+        return DataError(
+            f"no row of {source.path} has anything left to train on within data.max_length {self.config.max_length}",
             expected="rows whose completion begins earlier",
             fix=f"raise data.max_length (average row: {counts.tokens // counts.rows} tokens)",
         )
-    return Dataset(pa.Table.from_batches(batches, schema=_SCHEMA))
 
+    def stream(
+        self, sources: Sequence[DataSource], counts: Sequence[DataCounts], seed: int
+    ) -> tuple[IterableDataset, Dataset | None]:
+        """Return the rows of ``sources``, read while training, and the first ones if they are held out."""
+        size = self.config.eval_size if isinstance(self.config.eval_size, int) else 0
+        streams = []
+        for source, own in zip(sources, counts, strict=True):
+            first = DataCounts()  # an error in the first row is reported before weights are read
+            if next(self.rows(source, first), None) is None:
+                raise self._nothing_left(source, first)
 
-def _rows(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, counts: DataCounts, keep_end: bool, limits: Limits | None
-) -> Iterator[dict[str, list[int]]]:
-    """Tokenize records one by one, count what truncation will remove, and drop rows with nothing left to train on."""
-    window = slice(-config.max_length, None) if keep_end else slice(None, config.max_length)
-    splits = config.format == "text" and config.packing  # documents are split, not truncated
-    told: set[str] = set()
-    for where, record in _records(config):
-        if new := sorted({*unknown_fields(record, config)} - told):
-            told.update(new)
-            logger.warning("%s has fields that the format '%s' does not use: %s", where, config.format, ", ".join(new))
-        rows = list(tokenized(converted(record, where, config), tokenizer, where, config))
-        counts.divided += len(rows) > 1
-        for row in rows or [{"input_ids": [], "labels": []}]:  # a chat with nothing to train on has no rows
-            length = len(row["input_ids"])
-            counts.rows += 1
-            counts.tokens += length
-            if not splits and length > config.max_length:
-                counts.truncated += 1
-                counts.cut_tokens += length - config.max_length
-            if limits is not None:
-                limits.check(row["input_ids"], min(length, config.max_length), where)
-            if all(label == -100 for label in row["labels"][slice(None) if splits else window]):
-                counts.dropped += 1
-            else:
-                yield row
+            def read(source: DataSource = source, own: DataCounts = own) -> Iterator[Row]:
+                vars(own).update(vars(DataCounts()))  # each pass starts counting from zero
+                return islice(self.rows(source, own), size, None)
 
+            streams.append(IterableDataset.from_generator(read))
+        held_out = self.table(sources[0], DataCounts(), size) if size else None
+        mixed = streams[0] if len(streams) == 1 else _mixed(streams, self.config, seed)
+        return mixed.shuffle(seed=seed, buffer_size=self.config.shuffle_buffer), held_out
 
-def _records(config: DataConfig) -> Iterator[tuple[str, Record]]:
-    """Yield (where, record); ``where`` locates the record in error messages: file and line, or file and record."""
-    records = _file_records(Path(config.path)) if Path(config.path).is_file() else _hub_records(config)
-    empty = True
-    for where, record in records:
-        empty = False
-        if not isinstance(record, dict):
-            raise DataError(f"{where} is {type(record).__name__}", expected="an object", fix="correct or remove it")
-        for key, column in config.columns.items():
-            if column not in record:
-                raise DataError(
-                    f"{where} has no column '{column}' (data.columns.{key})", fix=suggest(column, map(str, record))
-                )
-            record = {**record, key: record[column]}
-        yield where, record
-    if empty:
-        raise DataError(f"data.path {config.path} is empty", expected="at least one record", fix="correct data.path")
-
-
-def _file_records(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        if path.suffix in (".csv", ".tsv"):
-            yield from _csv_records(path)
-        elif path.suffix == ".parquet":
-            number = 0
-            for batch in pq.ParquetFile(path).iter_batches(_BATCH):
-                for record in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: record {number}", record
-        else:
-            yield from _json_records(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8: {error}", fix="save it as UTF-8") from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"data.path {path} cannot be read: {one_line(error)}",
-            expected="a complete file of the type that its extension indicates",
-        ) from error
-
-
-def _json_records(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig") as file:
-        start = file.read(_BATCH).lstrip()
-        file.seek(0)
-        if start.startswith("["):
+    def rows(self, source: DataSource, counts: DataCounts) -> Iterator[Row]:
+        """Yield rows, count what truncation will remove, and drop rows with nothing left to train on."""
+        told: set[str] = set()
+        unknown = UnknownTokens(self.limits, self.tokenizer)
+        for where, record in read_records(source, streaming=self.config.streaming):
             try:
-                records = json.load(file)
-            except (ValueError, RecursionError) as error:
-                line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-                raise DataError(f"{path}{line} is not valid JSON: {error}", fix="correct the line") from error
-            yield from ((f"{path}: record {number}", record) for number, record in enumerate(records, 1))
+                if isinstance(record, DataError):
+                    raise record
+                if new := sorted({*unknown_fields(record, source)} - told):
+                    told.update(new)
+                    fields = ", ".join(new)
+                    logger.warning("%s has fields that the format '%s' does not use: %s", where, source.format, fields)
+                rows = list(self._converted(converted(record, where, source), where, source))
+                for row in rows:
+                    for ids in row.texts:
+                        self.limits.check(ids, min(len(ids), self.config.max_length), where)
+            except DataError as error:
+                if self.config.on_bad_record == "error":
+                    raise
+                counts.skip(error)
+                continue
+            counts.divided += len(rows) > 1 and source.format != "preference"
+            for row in rows or [_Row({}, [], trains=False)]:  # a chat with nothing to train on has no rows
+                counts.rows += 1
+                counts.tokens += sum(map(len, row.texts))
+                over = [0 if self.config.splits else max(0, len(ids) - self.config.max_length) for ids in row.texts]
+                counts.truncated += any(over)
+                counts.cut_tokens += sum(over)
+                if not row.trains:
+                    counts.dropped += 1
+                    continue
+                for ids in row.texts:
+                    unknown.add(ids[self._window], where)
+                if self.config.streaming:  # these rows are trained on before the others are read
+                    unknown.check()
+                yield row.columns
+        unknown.check()
+
+    @property
+    def _window(self) -> slice:
+        """The part of a row that truncation leaves."""
+        if self.config.splits:
+            return slice(None)
+        return slice(-self.config.max_length, None) if self.keep_end else slice(None, self.config.max_length)
+
+    def _converted(self, row: Record, where: str, source: DataSource) -> Iterator[_Row]:
+        if source.format == "preference":
+            yield from self._preference(row, where)
             return
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise DataError(
-                        f"{path}:{number} is not valid JSON: {error}", fix="correct or remove the line"
-                    ) from error
-                yield f"{path}:{number}", record
+        for columns in tokenized(row, self.tokenizer, where, source):
+            trains = any(label != -100 for label in columns["labels"][self._window])
+            yield _Row(columns, [columns["input_ids"]], trains=trains)
 
-
-def _csv_records(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
-        try:
-            for record in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in record or None in record.values():
-                    raise DataError(
-                        f"{where} does not have as many fields as the header, {len(reader.fieldnames or ())}",
-                        fix="correct the line",
-                    )
-                yield where, record
-        except csv.Error as error:
+    def _preference(self, row: Record, where: str) -> Iterator[_Row]:
+        """Yield what TRL takes; it is tokenized here only to check and count it."""
+        prompt, tools = row["prompt"], row["tools"]
+        if "label" in row and self.trainer.paired:
             raise DataError(
-                f"{path}:{reader.reader.line_num} is not valid CSV: {error}", fix="correct the line"
-            ) from error
+                f"{where} has one answer and a label, but training.trainer is '{self.trainer.name}'",
+                expected="'chosen' and 'rejected'",
+                fix="set training.trainer to kto",
+            )
+        if tools and not self.trainer.tools:
+            raise DataError(
+                f"{where} has tools, which TRL's trainer '{self.trainer.name}' does not show to the chat template",
+                fix="use another training.trainer, or remove them",
+            )
+        answers: Row = {key: row[key] for key in ("chosen", "rejected", "completion") if key in row}
+        if isinstance(prompt, str):
+            end = self.tokenizer.eos_token or ""
+            start = self._ids(prompt, where, special=True)
+            texts = {key: self._ids(prompt + text + end, where, special=True) for key, text in answers.items()}
+        else:
+            if self.tokenizer.chat_template is None:
+                raise _without_template(f"{where} has messages")
+            start = self._ids(prompted(prompt, tools, self.tokenizer, where), where)
+            texts = {}
+            for key, answer in answers.items():
+                chat = {"messages": [*prompt, *answer], "learnt": [False] * len([*prompt, *answer]), "tools": tools}
+                [(text, _)] = rendered(chat, self.tokenizer, where, everything=True)
+                texts[key] = self._ids(text, where)
+        trains = len(start) < self.config.max_length
+        shared = {"prompt": prompt, "tools": json.dumps(tools) if tools else None}
+        if self.trainer.paired:
+            yield _Row({**shared, **answers}, list(texts.values()), trains=trains)
+            return
+        for key, answer in answers.items():
+            good = row["label"] if key == "completion" else key == "chosen"
+            yield _Row({**shared, "completion": answer, "label": good}, [texts[key]], trains=trains)
+
+    def _ids(self, text: str, where: str, *, special: bool = False) -> list[int]:
+        check_text(text, where)
+        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
 
 
-def _hub_records(config: DataConfig) -> Iterator[tuple[str, Any]]:
-    trouble = hub_trouble()
-    how = None if trouble is None else DownloadConfig(local_files_only=True)
+@dataclass(frozen=True)
+class _Row:
+    columns: Row
+    texts: list[list[int]]
+    """The tokens of each text that the model will read, before truncation."""
+    trains: bool
+    """Whether truncation leaves something to train on."""
+
+
+def _without_template(found: str) -> DataError:
+    return DataError(
+        f"{found}, but the model's tokenizer has no chat template",
+        expected="a chat model, or a template for a base model",
+        fix="set data.chat_template (chatml, alpaca, the name of a model family, or a file), or use texts: the format "
+        "prompt_completion",
+    )
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise DataError if ``text`` contains half of a surrogate pair, which no encoding and no tokenizer accepts."""
     try:
-        dataset = load_dataset(  # type: ignore[call-overload]  # no overload for a non-literal `streaming`
-            config.path, config.name, split=config.split, streaming=config.streaming, download_config=how
-        )
-    except Exception as error:  # datasets raises its own errors and those of the Hub, httpx and the builder
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
         raise DataError(
-            f"data.path {config.path} is not a local file and cannot be loaded as a dataset: "
-            f"{trouble or one_line(error)}",
-            expected="a file, or the id of an accessible dataset",
-            fix="correct data.path, data.name or data.split",
+            f"{where} contains the lone surrogate {text[error.start]!r}, which is not a character",
+            expected="text that can be encoded as UTF-8",
+            fix="correct or remove the record, or set data.on_bad_record to skip",
         ) from error
-    yield from ((f"{config.path}: row {number}", dict(record)) for number, record in enumerate(dataset, 1))
 
 
 def tokenized(
-    row: Record, tokenizer: PreTrainedTokenizerBase, where: str, config: DataConfig
+    row: Record, tokenizer: PreTrainedTokenizerBase, where: str, source: DataSource
 ) -> Iterator[dict[str, list[int]]]:
     """Yield the tokens and labels of the row, or of each row that its template turns it into.
 
     A token has a label if its characters overlap what the model is trained to produce.
     """
-    everything, chats = config.loss == "all" or "text" in row, "messages" in row
+    everything, chats = source.loss == "all" or "text" in row, "messages" in row
     if chats:
         texts = rendered(row, tokenizer, where, everything=everything)
     elif "text" in row:
@@ -338,6 +399,7 @@ def tokenized(
         text = row["prompt"] + row["completion"]
         texts = [(text, [(len(row["prompt"]), len(text))])]
     for text, spans in texts:
+        check_text(text, where)
         encoded = tokenizer(text, add_special_tokens=not chats, return_offsets_mapping=not everything, verbose=False)
         ids = list(encoded["input_ids"])
         if everything:

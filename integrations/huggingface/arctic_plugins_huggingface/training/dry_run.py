@@ -142,9 +142,10 @@ def _layers(names: Iterable[str]) -> tuple[int, ...]:
 def _trainer_rows(run: Run) -> int:
     if not isinstance(run.data.train, Dataset):
         return 0
-    if not run.arguments.packing:
+    if not run.recipe.data.packing:
         return len(run.data.train)
-    return len(pack_dataset(run.data.train, run.recipe.data.max_length, run.arguments.packing_strategy))
+    strategy = run.arguments.packing_strategy  # type: ignore[attr-defined]  # of SFTConfig, as only SFT packs rows
+    return len(pack_dataset(run.data.train, run.recipe.data.max_length, strategy))
 
 
 def _steps(run: Run, rows: int) -> int:
@@ -172,8 +173,10 @@ def show_plan(plan: RunPlan, console: Console) -> None:
     share = 100 * plan.trainable_parameters / max(1, plan.parameters)
     sizes = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in plan.bytes.items())
     figures = Table.grid(padding=(0, 2))
+    figures.add_column()
+    figures.add_column(overflow="fold")
     figures.add_row("parameters", f"{plan.parameters:,}, trainable {plan.trainable_parameters:,} ({share:.2f} %)")
-    figures.add_row("data", plan.data)
+    figures.add_row("data", escape(plan.data))
     figures.add_row("dtype", plan.compute)
     figures.add_row(
         "steps",

@@ -6,6 +6,7 @@ import copy
 
 from torch import nn
 
+from arctic_plugins_huggingface.adapters.embeddings import add_embeddings
 from arctic_plugins_huggingface.loading.plan import ModelPlan
 from arctic_plugins_huggingface.loading.weights import freeze_modules, split_weight
 
@@ -32,6 +33,8 @@ def plan_memory(plan: ModelPlan, optim: str) -> tuple[nn.Module, dict[str, int]]
         for name in weights.codecs
     )
     freeze_modules(model, weights.codecs, {}, device="meta")
+    if plan.new_token_ids:
+        add_embeddings(model, plan.new_token_ids)
     transformed: nn.Module = plan.stack.hf_transform_model(model)
     trained = sum(parameter.nbytes for parameter in transformed.parameters() if parameter.requires_grad)
     sizes = {"base": base, "trainable": trained, "gradients": trained}

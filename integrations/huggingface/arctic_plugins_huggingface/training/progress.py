@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -83,7 +84,7 @@ class TrainingProgress(TrainerCallback):
     ) -> None:
         logs = logs or {}
         self._loss = logs.get("loss", self._loss)
-        shown = {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
+        shown = {key: logs[key] for key in ("loss", "eval_loss", "eval_accuracy", "eval_f1") if key in logs}
         if self._bar is not None:
             self._bar.update(self._task, figures=self._figures(state))
         if not state.is_world_process_zero or self._bar is not None or not shown:
@@ -134,10 +135,15 @@ def show_summary(result: TrainingResult, console: Console) -> None:
         "steps": f"{result.steps:,} in {result.seconds:,.0f} s",
         "loss": f"{losses[0]:.4f} -> {losses[-1]:.4f}" if losses else "not logged",
         "eval loss": f"{evaluations[0]:.4f} -> {evaluations[-1]:.4f}" if evaluations else "",
+        **{
+            name.replace("_", " "): f"{found[0]:.4f} -> {found[-1]:.4f}"
+            for name in ("eval_accuracy", "eval_f1")
+            if (found := [entry[name] for entry in result.history if name in entry])
+        },
         "tokens": f"{result.tokens:,}, {result.tokens / max(1e-9, result.seconds):,.0f} per second"
         if result.tokens
         else "",
-        "data": str(result.counts),
+        "data": escape(str(result.counts)),
         "trainable parameters": f"{result.trainable_parameters:,}",
         "peak memory": f"{peak_memory() / 1e9:.2f} GB",
         "saved in": str(result.directory),

@@ -10,7 +10,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from arctic_plugins_huggingface.training.data import DataCounts
+from arctic_plugins_huggingface.training.counts import DataCounts
 
 __all__ = ["TrainingResult"]
 

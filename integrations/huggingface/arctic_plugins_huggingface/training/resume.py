@@ -25,6 +25,7 @@ from arctic_plugins_huggingface.training.trainer import last_checkpoint
 
 if TYPE_CHECKING:
     from arctic_plugins_huggingface.training.prepare import Run
+    from arctic_plugins_huggingface.training.recipe import DataConfig
 
 __all__ = ["RECIPE", "RecipeRecord", "recorded", "resume_from"]
 
@@ -106,9 +107,10 @@ _UNRECORDED = frozenset(
         "load.token",
         "load.use_auth_token",
         "load.proxies",
+        "load.trust_remote_code",
     }
 )
-"""Secrets, and arguments that ``data`` sets."""
+"""Secrets, a permission that holds for one run, and arguments that ``data`` sets."""
 _MODEL_FILES = (".json", ".jinja", ".txt", ".model", ".safetensors", ".bin")
 _SAMPLES, _SAMPLE = 256, 1 << 14
 _ABSENT = object()
@@ -150,22 +152,20 @@ def recorded(run: Run) -> dict[str, Any]:
     sections = {
         "plugins": run.stack.to_dict(),
         "load": recipe.load,
-        "data": {
-            **recipe.data.model_dump(),
-            **{key: _data_file(getattr(recipe.data, key)) for key in ("path", "eval_path")},
-        },
-        "training": training,
+        "data": _data(recipe.data),
+        "training": {**training, "trainer": recipe.trainer},
     }
     values = {f"{section}.{key}": value for section, options in sections.items() for key, value in options.items()}
     values |= {
         "model": _model(recipe.model),
+        **({} if recipe.task is None else {"task": recipe.task}),
         "nonfinite": recipe.nonfinite,
         "processes": arguments.world_size * max(1, arguments.n_gpu),
     }
     given = {
         "plugins": recipe.plugins,
         "load": recipe.load,
-        "data": recipe.data.model_fields_set,
+        "data": {*_data(recipe.data, given=True)},
         "training": recipe.training,
     }
     record = {
@@ -182,6 +182,17 @@ def recorded(run: Run) -> dict[str, Any]:
         json.dumps(record, default=lambda value: value.to_dict() if hasattr(value, "to_dict") else str(value))
     )
     return plain
+
+
+def _data(config: DataConfig, *, given: bool = False) -> dict[str, Any]:
+    """Return the values of ``data``, or those that were set explicitly; those of a source as ``sources[0].path``."""
+    values = config.model_dump(exclude={"sources"}, exclude_unset=given)
+    for at, source in enumerate(config.sources or ()):
+        own = source.model_dump(exclude_unset=given)
+        values |= {f"sources[{at}].{key}": value for key, value in own.items()}
+    named = ("path", "eval_path", "chat_template")
+    files = [key for key in values if key.rpartition(".")[2] in named and not given]
+    return values | {key: _data_file(values[key]) for key in files}
 
 
 def _data_file(path: str | None) -> Any:

@@ -1,4 +1,6 @@
-"""``arctic train``: run a recipe with TRL's ``SFTTrainer`` and save the trained adapter. Read in trl 1.16.0."""
+"""``arctic train``: run a recipe with one of TRL's trainers, or on labeled data with the ordinary ``Trainer``, and save
+the trained adapter. Read in trl 1.16.0.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,14 @@ from arctic_plugins.errors import ArcticError, ConfigError, Interrupted, one_lin
 from arctic_plugins.processes import is_first
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.stack import Stack
-from arctic_plugins_huggingface.checkpoints.gather import is_spread
+from arctic_plugins_huggingface.checkpoints.gather import is_adapted, is_spread
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.locking import in_use_by_us
 from arctic_plugins_huggingface.files.staging import writing
+from arctic_plugins_huggingface.loading.config import text_tokenizer
 from arctic_plugins_huggingface.loading.load import load_model
-from arctic_plugins_huggingface.training.check import check_output, check_recipe
+from arctic_plugins_huggingface.training.check import check_output, check_recipe, check_trainer
+from arctic_plugins_huggingface.training.labeled import label_trainer_arguments
 from arctic_plugins_huggingface.training.packing import check_packing
 from arctic_plugins_huggingface.training.prepare import Run, prepare
 from arctic_plugins_huggingface.training.progress import TrainingProgress
@@ -47,27 +51,12 @@ from arctic_plugins_huggingface.training.trainer import GracefulStop, attach
 
 __all__ = ["train"]
 
+REFERENCE = "ref"
+"""The name that TRL 1.16.0 gives to the copy of an adapter that it compares with."""
 
-class _SFTTrainer(SFTTrainer):
-    """TRL's trainer with the model's own loss if there is no GPU, and evaluation that does not affect training.
 
-    TRL computes the loss with a fused head, a Triton kernel on GPUs; its torch fallback took 1.4 s of a step of 4.0 s
-    on two cores (SmolLM2-135M, 8 x 140 tokens). The model's own loss needs memory for the logits instead, except those
-    before the first completion.
-    """
-
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        if torch.accelerator.is_available():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return Trainer.compute_loss(
-            self, model, {**_only_completions(inputs), "use_cache": False}, return_outputs, num_items_in_batch
-        )
+class _Repeatable(Trainer):
+    """Part of every trainer here: a resumed run is the run that it continues, and evaluation changes nothing."""
 
     def _init_training_state(
         self, max_steps: int, updates: int, epochs: int, checkpoint: str | None, trial: Any
@@ -92,6 +81,56 @@ class _SFTTrainer(SFTTrainer):
         """
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             return super().evaluate(*args, **kwargs)
+
+
+class _SFTTrainer(_Repeatable, SFTTrainer):
+    """TRL's trainer with the model's own loss if there is no GPU.
+
+    TRL computes the loss with a fused head, a Triton kernel on GPUs; its torch fallback took 1.4 s of a step of 4.0 s
+    on two cores (SmolLM2-135M, 8 x 140 tokens). The model's own loss needs memory for the logits instead, except those
+    before the first completion.
+    """
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        if torch.accelerator.is_available():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return Trainer.compute_loss(
+            self, model, {**_only_completions(inputs), "use_cache": False}, return_outputs, num_items_in_batch
+        )
+
+
+def _trainer_class(recipe: Recipe) -> type[Any]:
+    """Return the class of the recipe's trainer, whose arguments are those of TRL's trainers."""
+    trainer = check_trainer(recipe)
+    if not trainer.preference:
+        return _SFTTrainer
+    kind, _ = trainer.load()
+    return type(kind.__name__, (_Repeatable, kind), {})
+
+
+@torch.no_grad()
+def _without_reference(model: torch.nn.Module) -> None:
+    """Delete the copy of the adapter that TRL (DPO, KTO) makes as its reference, unless it is not the model without it.
+
+    TRL then computes the reference with the adapter turned off. The copy would take the adapter's memory again, and
+    would be saved with it. An adapter whose initialization changed the base weights (PiSSA) needs it.
+    """
+    if not is_adapted(model) or REFERENCE not in model.peft_config:
+        return
+    training, ids = model.training, torch.arange(1, 9, device=model.device)[None]
+    model.eval()
+    adapted = model(input_ids=ids, use_cache=False).logits
+    with model.disable_adapter():
+        plain = model(input_ids=ids, use_cache=False).logits
+    model.train(training)
+    if torch.equal(adapted, plain):
+        model.delete_adapter(REFERENCE)
 
 
 def _only_completions(inputs: dict[str, Any]) -> dict[str, Any]:
@@ -163,7 +202,7 @@ def _train(
     recipe = run.recipe
     if not recipe.data.streaming:
         held_out = f"; {len(run.data.eval):,} rows to evaluate on" if run.data.eval is not None else ""
-        console.print(f"data: {run.data.counts}{held_out}", highlight=False)
+        console.print(f"data: {run.data.counts}{held_out}", highlight=False, markup=False)
     record = recorded(run)
     start = resume_from(run, output, record, console) if resume else None
     set_seed(run.arguments.seed)  # adapters are initialized at random
@@ -174,13 +213,18 @@ def _train(
         for path in [*output.glob("checkpoint-*"), output / "final"]:
             shutil.rmtree(path, ignore_errors=True)
     stop, progress = GracefulStop(), TrainingProgress(console)
+    text, options = text_tokenizer(tokenizer), dict[str, Any]()
+    trainer_class = _trainer_class(recipe)
     try:
-        trainer = _SFTTrainer(
+        if run.labels is not None:
+            trainer_class, options = _Repeatable, label_trainer_arguments(model, text, run.labels)
+        trainer: Any = trainer_class(
             model=model,
             args=run.arguments,
             train_dataset=run.data.train,
             eval_dataset=run.data.eval,
-            processing_class=tokenizer,
+            processing_class=text,
+            **options,
             callbacks=[*(callbacks or []), stop, progress, RecipeRecord(record)],
         )
     except (ValueError, ImportError) as error:  # combinations of arguments that only the trainers check
@@ -189,6 +233,7 @@ def _train(
         ) from error
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
+    _without_reference(model)
     attach(trainer, run.stack, skip_nonfinite=run.recipe.nonfinite == "skip")
     if start is not None:
         console.print(f"resuming from {start}", highlight=False)

@@ -24,13 +24,14 @@ from torch.distributed import distributed_c10d
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from arctic_plugins.compute import warning_for
-from arctic_plugins.errors import CheckpointError
+from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.provenance import check_files, write_provenance
 from arctic_plugins.stack import Stack, parse_plugins
 from arctic_plugins_huggingface.checkpoints.gather import is_spread
 from arctic_plugins_huggingface.files.check import by_step, complete_checkpoints
 from arctic_plugins_huggingface.loading.names import split_conversions
 from arctic_plugins_huggingface.loading.restore import restore_weights
+from arctic_plugins_huggingface.loading.tasks import labels_of
 from arctic_plugins_huggingface.training.engines import engine_mixins
 from arctic_plugins_huggingface.training.experts_ddp import experts_mixin
 from arctic_plugins_huggingface.training.finite import FiniteGuard, FiniteSteps, anywhere
@@ -82,7 +83,7 @@ class _CommitCallback(TrainerCallback):
         if torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process writes its own random state first
         if state.is_world_process_zero and directory.is_dir():
-            write_provenance(directory, self.stack.to_dict())
+            write_provenance(directory, self.stack.to_dict(), config=labels_of(kwargs["model"]))
             self._remove_older(output, {directory, Path(state.best_model_checkpoint or directory)})
 
     def _remove_older(self, output: Path, keep: set[Path]) -> None:
@@ -120,6 +121,12 @@ def attach(trainer: AnyTrainer, stack: Stack, *, skip_nonfinite: bool = False) -
         line := warning_for(torch.bfloat16, "training", "pass bf16=False", trainer.args.device.type)
     ):
         logger.warning(line)  # TRL's SFTConfig turns it on by itself
+    if "disk" in (getattr(trainer.model, "hf_device_map", None) or {}).values():
+        raise ConfigError(
+            "device_map puts modules of the model on 'disk', which accelerate supports for inference only",
+            expected="a model without such a device_map",
+            fix="use the plugin 'offload', which also trains",
+        )
     if trainer.args.use_cpu:
         _set_timeouts(trainer.args.ddp_timeout_delta)
     settle_liger(trainer)
