@@ -50,25 +50,26 @@ def tiny_checkpoint(tiny_models: Callable[..., Path]) -> Path:
 
 @pytest.fixture(scope="session")
 def workers() -> Mapping[str, Any]:
-    """Start a process as vLLM starts its workers, and return the ``plugins`` and the ``errors`` that it found.
+    """Start a process as hosts start their workers, and return the ``plugins`` and the ``errors`` that it found.
 
-    Tests that use it are skipped if vLLM or its integration is not installed.
+    Tests that use it are skipped if no host with workers (:attr:`arctic_plugins.Host.probe`) is installed.
     """
-    pytest.importorskip("arctic_plugins_vllm", reason="arctic-plugins-vllm is not installed")
+    from arctic_plugins.host import hosts
     from arctic_plugins.resolver import host_version
     from arctic_plugins.testing.forks import engines
 
-    if host_version("vllm") is None:
-        pytest.skip("vLLM is not installed")
-    found: dict[str, Any] = json.loads(engines().run(["-c", _WORKER]).stdout.splitlines()[-1])
+    probes = [host.probe for host in hosts().values() if host.probe and host_version(host.name) is not None]
+    if not probes:
+        pytest.skip("no host with workers is installed, such as vLLM with arctic-plugins-vllm")
+    found: dict[str, Any] = json.loads(engines().run(["-c", _WORKER, *probes]).stdout.splitlines()[-1])
     return found
 
 
 _WORKER = """
-import json
+import json, sys
 from arctic_plugins import process_registry
-from arctic_plugins_vllm.probe import check_worker
-errors = [finding.text for finding in check_worker() if finding.status == "error"]
+from arctic_plugins.registry import load
+errors = [finding.text for probe in sys.argv[1:] for finding in load(probe)() if finding.status == "error"]
 print(json.dumps({"plugins": process_registry().plugins, "errors": errors}))
 """
 

@@ -52,7 +52,7 @@ class PluginSuite(Suite):
     plugin: ClassVar[str]
     """The name of its entry point in the group ``arctic_plugins``."""
     options: ClassVar[Sequence[Mapping[str, Any]]] = ({},)
-    """Options to try, as in a recipe."""
+    """Options to try, as in a recipe; the first ones also together with each other plugin."""
     model: ClassVar[tuple[str, Mapping[str, Any]]] = ("llama", {})
     """The type and config of the model, for :func:`~arctic_plugins.testing.tiny_model`."""
 
@@ -188,8 +188,8 @@ class PluginSuite(Suite):
         missing = sorted(overridden - set(called))
         assert not missing, f"{', '.join(missing)} of its mixins do not call super() in training or evaluation"
 
-    def test_it_composes_with(self, options: Mapping[str, Any], other: str, tiny_models: TinyModels) -> None:
-        pair = {self.plugin: options, other: _example(other)}
+    def test_it_composes_with(self, other: str, tiny_models: TinyModels) -> None:
+        pair = {self.plugin: self.options[0], other: _example(other)}
         checkpoint = tiny_models(self.model[0], **self.model[1])
         try:
             stack = Stack.from_dict(pair)
@@ -205,8 +205,8 @@ class PluginSuite(Suite):
         loss.backward()
 
     def test_it_is_registered_in_a_worker(self, workers: Mapping[str, Any]) -> None:
-        assert self.plugin in workers["plugins"], f"vLLM's workers do not load '{self.plugin}': {workers['errors']}"
-        assert not workers["errors"], f"in vLLM's workers: {workers['errors']}"
+        assert self.plugin in workers["plugins"], f"workers do not load '{self.plugin}': {workers['errors']}"
+        assert not workers["errors"], f"workers find errors: {workers['errors']}"
 
     def _trainer(self, options: Mapping[str, Any], tiny_models: TinyModels, directory: Path, kind: Any = None) -> Any:
         """Return a trainer of one step over the plugin, and over an adapter if it does not add one itself."""

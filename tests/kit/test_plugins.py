@@ -3,7 +3,6 @@
 import os
 
 import pytest
-from arctic_plugins_huggingface import register
 
 from arctic_plugins.testing import PluginSuite
 
@@ -91,38 +90,26 @@ class Suite(PluginSuite):
 
 
 @pytest.fixture
-def broken_laws(install_plugin, tiny_models, tmp_path, monkeypatch):
-    """A function that installs a plugin from source and returns those of the laws, or of one, that it breaks."""
+def kit(install_plugin, tiny_models, monkeypatch):
+    """A function that installs a plugin from source, and returns arguments for the laws."""
 
-    def run(source, workers, only=None):
+    def install(source, workers="kit"):
         site = install_plugin("kit", source)
         monkeypatch.setenv("PYTHONPATH", f"{site}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-        register()
-        suite, broken = Suite(), set()
-        given = {"options": {}, "other": "fp8", "tiny_models": tiny_models, "workers": WORKERS[workers]}
-        for name, law in suite.laws().items():
-            if only in (None, name.removeprefix("test_")):
-                (tmp_path / name).mkdir()
-                arguments = {**given, "tmp_path": tmp_path / name}
-                wanted = law.__code__.co_varnames[1 : law.__code__.co_argcount]
-                try:
-                    law(suite, **{argument: arguments[argument] for argument in wanted})
-                except (Exception, pytest.fail.Exception):
-                    broken.add(name.removeprefix("test_"))
-        return broken
+        return {"options": {}, "other": "fp8", "tiny_models": tiny_models, "workers": WORKERS[workers]}
 
-    return run
+    return install
 
 
-def test_a_sound_plugin_breaks_none(broken_laws):
-    assert broken_laws(SOUND, "kit") == set()
+def test_a_sound_plugin_breaks_none(broken_laws, kit):
+    assert broken_laws(Suite(), **kit(SOUND)) == set()
 
 
 @pytest.mark.parametrize("law", MUTANTS)
-def test_a_broken_plugin_breaks_its_law(broken_laws, law):
+def test_a_broken_plugin_breaks_its_law(broken_laws, kit, law):
     before, after = MUTANTS[law]
     assert before in SOUND
-    assert broken_laws(SOUND.replace(before, after), "kit" if before else "broken", law) == {law}
+    assert broken_laws(Suite(), only=law, **kit(SOUND.replace(before, after), "kit" if before else "broken")) == {law}
 
 
 def test_every_law_has_a_mutant():

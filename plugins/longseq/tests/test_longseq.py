@@ -14,16 +14,13 @@ from transformers import Trainer
 
 from arctic_plugins import Stack
 from arctic_plugins.errors import ConfigError, ResolveError
-from arctic_plugins.testing import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
+from arctic_plugins.testing import LLAMA_LIKE, draw_adapter, tiny_llama, tiny_model
 
 VOCABULARY, LENGTH = 272, 40
 ARCTIC = {"num_local_experts": 4, "num_experts_per_tok": 2, "moe_layer_frequency": 1, "parallel_attn_mlp_res": True}
 MODELS = {
     "tied": ("llama", {"tie_word_embeddings": True}),
     "untied": ("llama", {}),
-    "bias": LLAMA_LIKE["phi"],
-    "gemma": LLAMA_LIKE["gemma"],
-    "mixtral": (MIXTURES["mixtral"][0], {**MIXTURES["mixtral"][1], "output_router_logits": True}),
     "arctic": ("arctic", {**ARCTIC, "output_router_logits": True}),
 }
 
