@@ -11,13 +11,11 @@ from arctic_plugins.errors import CheckpointError, ClaimError, CodecError
 from arctic_plugins.frozen import codec_from_dict
 
 CODECS = [
-    FP8Codec(),
-    FP8Codec(group_size=100),
-    FP8Codec(bits=6),
+    *(FP8Codec(group_size=group) for group in ("channel", 32, 100, 128)),
+    *(FP8Codec(bits=6, group_size=group) for group in ("channel", 32, 100, 128)),
     FP8Codec(bits=6, group_size=32, scale="mse"),
     FP8Codec(scale="mse"),
-    FP8Codec(bits=12),
-    FP8Codec(bits=12, group_size=46),
+    *(FP8Codec(bits=12, group_size=group) for group in ("channel", 32, 46, 512)),
 ]
 FORMATS = {
     8: (4, 3, 448.0),
