@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from arctic_plugins_huggingface import load_model
+from arctic_plugins_huggingface import load_model, merge_adapter
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.loading.config import load_tokenizer
 from arctic_plugins_huggingface.training.data import load_data
@@ -139,6 +139,23 @@ def test_other_trainers_learn_likewise(tiny_checkpoint, tmp_path, trainer):
     assert losses(result)[-1] < losses(result)[0]
     assert set(result.model.peft_config) == {"default"}
     assert result.counts.rows == (16 if trainer == "kto" else 8)
+
+
+def test_a_reward_model_learns_which_answer_is_better(tiny_checkpoint, tmp_path):
+    records = [*PAIRS, {**PAIRS[0], "chosen": [assistant("long " * 200)]}]  # TRL leaves this one out
+    result = train(recipe(tmp_path, tiny_checkpoint, "reward", records))
+    assert (result.counts.rows, result.counts.dropped) == (9, 1)
+    log = [entry for entry in result.history if "margin" in entry]
+    assert log[-1]["margin"] > max(0.5, log[0]["margin"])
+    merged = merge_adapter(result.directory, tmp_path / "merged")
+    model, tokenizer = load_model(merged)
+    assert (type(model).__name__, model.config.num_labels) == ("LlamaForSequenceClassification", 1)
+    good, bad = (
+        model(tokenizer.apply_chat_template([*pair["prompt"], *pair[key]], return_tensors="pt")["input_ids"]).logits
+        for pair in PAIRS[:1]
+        for key in ("chosen", "rejected")
+    )
+    assert good > bad
 
 
 def test_dpo_over_the_encoded_experts_of_a_mixture(tmp_path):
@@ -300,7 +317,6 @@ def test_preferences_that_are_wrong_are_told(tokenizer, tmp_path, record, messag
         ("sft", "preference", r"training\.trainer is 'sft', .*one of the trainers dpo, kto, orpo"),
         ("dop", "preference", r"training\.trainer 'dop' is not .*did you mean 'dpo'"),
         (["dpo"], "preference", r"is not a trainer"),
-        ("reward", "preference", r"trains a sequence classifier"),
     ],
 )
 def test_trainers_that_do_not_fit_are_told(tiny_checkpoint, tmp_path, trainer, form, message):

@@ -13,12 +13,12 @@ from arctic_plugins.provenance import read_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.files.check import adapter_directory
-from arctic_plugins_huggingface.loading.config import load_tokenizer
+from arctic_plugins_huggingface.loading.config import load_tokenizer, text_tokenizer
 from arctic_plugins_huggingface.loading.load import load_model
 from arctic_plugins_huggingface.loading.plan import plan_model
 from arctic_plugins_huggingface.loading.tasks import LABELS, TASKS
 
-__all__ = ["adapted_task", "adapter_base", "ends_of", "load_checkpoint", "own_tokenizer"]
+__all__ = ["adapted_task", "adapter_base", "ends_of", "load_checkpoint", "own_tokenizer", "stop_at_end"]
 
 
 def load_checkpoint(
@@ -61,9 +61,8 @@ def load_checkpoint(
     from arctic_plugins_huggingface.adapters.lora import load_adapter
 
     adapted = cast("PreTrainedModel", load_adapter(model, adapter).eval())  # a PeftModel forwards to one
-    own, generation = own_tokenizer(adapter), model.generation_config
-    if own is not None and generation is not None:
-        generation.eos_token_id = ends_of(generation.eos_token_id, own)
+    if (own := own_tokenizer(adapter)) is not None:
+        stop_at_end(model, own)
     return adapted, own or tokenizer
 
 
@@ -102,11 +101,18 @@ def adapter_base(adapter: Path, base: str | Path | None = None) -> str:
     return base
 
 
+def stop_at_end(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make generation with ``model``, if it generates, stop at the end-of-text token of ``tokenizer``."""
+    generation = getattr(model, "generation_config", None)  # classifiers have none
+    if generation is not None:
+        generation.eos_token_id = ends_of(generation.eos_token_id, tokenizer)
+
+
 def ends_of(known: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens at which generation stops: the ``known`` ones and the tokenizer's end-of-text token.
 
     A chat template that training gave the tokenizer may end answers with another token than the base model's.
     """
     ends: list[int] = [known] if isinstance(known, int) else known if isinstance(known, list) else []
-    own = tokenizer.eos_token_id
+    own = text_tokenizer(tokenizer).eos_token_id
     return ends if own is None or own in ends else [*ends, own]

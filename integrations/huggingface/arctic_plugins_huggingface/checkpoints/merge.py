@@ -25,7 +25,7 @@ from arctic_plugins.provenance import write_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_huggingface.adapters.lora import ExpertPairs, load_adapter, resize_embedding
-from arctic_plugins_huggingface.checkpoints.load import adapted_task, adapter_base, ends_of, own_tokenizer
+from arctic_plugins_huggingface.checkpoints.load import adapted_task, adapter_base, ends_of, own_tokenizer, stop_at_end
 from arctic_plugins_huggingface.checkpoints.save import save_checkpoint
 from arctic_plugins_huggingface.files.check import adapter_directory, check_checkpoint
 from arctic_plugins_huggingface.files.rewrite import Read, open_files, rewrite
@@ -146,8 +146,7 @@ def merge_adapter(
     if not is_encoded(merged.config):
         freeze(merged, codecs)
     tokenizer = own_tokenizer(found) or base_tokenizer
-    if merged.generation_config is not None:
-        merged.generation_config.eos_token_id = ends_of(merged.generation_config.eos_token_id, tokenizer)
+    stop_at_end(merged, tokenizer)
     return save_checkpoint(merged, tokenizer, directory, codecs)
 
 

@@ -339,7 +339,8 @@ class _Reader:
                 chat = {"messages": [*prompt, *answer], "learnt": [False] * len([*prompt, *answer]), "tools": tools}
                 [(text, _)] = rendered(chat, self.tokenizer, where, everything=True)
                 texts[key] = self._ids(text, where)
-        trains = len(start) < self.config.max_length
+        most = self.config.max_length
+        trains = len(start) < most if self.trainer.truncates else max(map(len, texts.values())) <= most
         shared = {"prompt": prompt, "tools": json.dumps(tools) if tools else None}
         if self.trainer.paired:
             yield _Row({**shared, **answers}, list(texts.values()), trains=trains)

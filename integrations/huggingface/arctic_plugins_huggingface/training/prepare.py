@@ -68,8 +68,11 @@ def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
     disable_progress_bars()
     load, labels = dict(recipe.load), None
     checked = is_directory(recipe.model)  # a directory was already checked with the recipe
-    if recipe.task is not None:
-        load["auto_class"] = named_task(recipe.task).auto_class
+    trainer = check_trainer(recipe)
+    if (task := recipe.task or trainer.task) is not None:
+        load["auto_class"] = named_task(task).auto_class
+    if trainer.task is not None:
+        load["num_labels"] = 1
     if recipe.data.format in LABELED:
         if not checked:
             load, checked = check_checkpoint(recipe.model, **load), True
@@ -82,7 +85,7 @@ def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
     tokenizer, limits = text_tokenizer(model.tokenizer), Limits(positions(model.config), model.embeddings)
     if labels is not None:
         data = load_labeled(recipe.data, tokenizer, labels, seed=arguments.seed, limits=limits)
-    elif not model.skeleton.can_generate():
+    elif trainer.task is None and not model.skeleton.can_generate():
         raise ConfigError(
             f"{recipe.model} is a model for {model.task}, but data.format is '{recipe.data.format}'",
             expected="a model that generates text",
@@ -98,7 +101,7 @@ def prepare(recipe: Recipe, stack: Stack | None = None) -> Run:
             seed=arguments.seed,
             keep_end=getattr(arguments, "truncation_mode", "") == "keep_end",
             limits=limits,
-            trainer=check_trainer(recipe),
+            trainer=trainer,
         )
     if recipe.data.streaming and arguments.max_steps <= 0:
         raise ConfigError(

@@ -36,6 +36,10 @@ class TRLTrainer:
     """Whether it compares two answers to a prompt, rather than judging each answer by itself."""
     tools: bool = True
     """Whether it shows the tools of a record to the chat template."""
+    truncates: bool = True
+    """Whether it truncates answers that are too long, rather than leaving the record out."""
+    task: str | None = None
+    """The task of the model that it trains, if that does not generate text; the model has a single output."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that a recipe need not set."""
 
@@ -63,6 +67,7 @@ TRAINERS: Mapping[str, TRLTrainer] = {
         TRLTrainer(
             "orpo", "ORPO", "experimental/orpo/orpo_config.py", "trl.experimental.orpo", tools=False, defaults=_ORPO
         ),
+        TRLTrainer("reward", "Reward", "trainer/reward_config.py", truncates=False, task="text-classification"),
     )
 }
 
@@ -73,13 +78,6 @@ def trl_trainer(name: Any) -> TRLTrainer:
     Raises:
         ConfigError: there is no such trainer, or the installed TRL lacks it.
     """
-    if name == "reward":
-        raise ConfigError(
-            "training.trainer is 'reward', which trains a sequence classifier, and a recipe loads a causal language "
-            "model",
-            expected=f"one of {', '.join(TRAINERS)}",
-            fix="use TRL's RewardTrainer in a script, with attach",
-        )
     trainer = TRAINERS.get(name) if isinstance(name, str) else None
     if trainer is None:
         raise ConfigError(
