@@ -2,7 +2,9 @@
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
+from types import ModuleType
 
 import pytest
 from packaging.requirements import Requirement
@@ -55,7 +57,7 @@ def test_entry_points_lead_somewhere(projects):
         for group, points in project.get("entry-points", {}).items():
             for name, value in points.items():
                 found = EntryPoint(name, value, group).load()
-                assert isinstance(found, Host) if group == GROUP else callable(found)
+                assert isinstance(found, {GROUP: Host, "pytest11": ModuleType}.get(group, Callable))
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")

@@ -1,28 +1,50 @@
-"""Tools for plugin authors: checks that a part obeys its protocol, small real models, and real processes to test in.
+"""Tools for plugin authors: the laws of every kind of part, small real models, and real processes to test in.
 
-``pytest -p arctic_plugins.testing.fixtures`` adds the fixtures. :func:`check_codec`, :func:`check_placement` and
-:func:`check_dispatch` need torch; :func:`tiny_model` needs transformers.
+A suite, such as :class:`CodecSuite`, is subclassed in a test module, and pytest collects its laws. Once
+``arctic-plugins`` is installed, pytest has the fixtures of :mod:`arctic_plugins.testing.fixtures`. Importing this
+package loads nothing heavy; suites of codecs, placements and dispatches need torch, :class:`PluginSuite` and others the
+integrations of the hosts.
 """
 
-from arctic_plugins.testing.codecs import check_codec
-from arctic_plugins.testing.dispatches import check_dispatch
-from arctic_plugins.testing.forks import Fork, Forks, engines, trainers
-from arctic_plugins.testing.gpus import TracedGpu
-from arctic_plugins.testing.hostile import watched
-from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
-from arctic_plugins.testing.placements import check_placement
-from arctic_plugins.testing.processes import QUIET_RUN, run_processes, run_python, said, say, small_engine
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from arctic_plugins._lazy import lazily
+
+if TYPE_CHECKING:
+    from arctic_plugins.testing.architectures import ModelSuite
+    from arctic_plugins.testing.codecs import CodecSuite, check_codec
+    from arctic_plugins.testing.commands import CommandSuite
+    from arctic_plugins.testing.dispatches import DispatchSuite
+    from arctic_plugins.testing.forks import Fork, Forks, engines, trainers
+    from arctic_plugins.testing.gpus import TracedGpu
+    from arctic_plugins.testing.hostile import watched
+    from arctic_plugins.testing.losses import LossSuite
+    from arctic_plugins.testing.models import LLAMA_LIKE, MIXTURES, draw_adapter, tiny_llama, tiny_model
+    from arctic_plugins.testing.placements import PlacementSuite
+    from arctic_plugins.testing.plugins import PluginSuite
+    from arctic_plugins.testing.processes import QUIET_RUN, run_processes, run_python, said, say, small_engine
+    from arctic_plugins.testing.ropes import RopeTypeSuite
+    from arctic_plugins.testing.suite import Suite
 
 __all__ = [
     "LLAMA_LIKE",
     "MIXTURES",
     "QUIET_RUN",
+    "CodecSuite",
+    "CommandSuite",
+    "DispatchSuite",
     "Fork",
     "Forks",
+    "LossSuite",
+    "ModelSuite",
+    "PlacementSuite",
+    "PluginSuite",
+    "RopeTypeSuite",
+    "Suite",
     "TracedGpu",
     "check_codec",
-    "check_dispatch",
-    "check_placement",
     "draw_adapter",
     "engines",
     "run_processes",
@@ -35,3 +57,23 @@ __all__ = [
     "trainers",
     "watched",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "codecs": ("CodecSuite", "check_codec"),
+        "commands": ("CommandSuite",),
+        "dispatches": ("DispatchSuite",),
+        "forks": ("Fork", "Forks", "engines", "trainers"),
+        "gpus": ("TracedGpu",),
+        "hostile": ("watched",),
+        "losses": ("LossSuite",),
+        "models": ("LLAMA_LIKE", "MIXTURES", "draw_adapter", "tiny_llama", "tiny_model"),
+        "architectures": ("ModelSuite",),
+        "placements": ("PlacementSuite",),
+        "plugins": ("PluginSuite",),
+        "processes": ("QUIET_RUN", "run_processes", "run_python", "said", "say", "small_engine"),
+        "ropes": ("RopeTypeSuite",),
+        "suite": ("Suite",),
+    },
+)

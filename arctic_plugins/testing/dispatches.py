@@ -1,92 +1,133 @@
-"""Checks that every dispatch of experts must pass, however it moves rows."""
+"""The laws of dispatches of experts, however they move rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+import pytest
+
+from arctic_plugins.testing.suite import Suite
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from arctic_plugins.frozen import ExpertsDispatch
 
-__all__ = ["check_dispatch"]
+__all__ = ["DispatchSuite"]
 
 
-def check_dispatch(dispatch: ExpertsDispatch, *, num_experts: int = 8) -> None:
-    """Check that ``dispatch`` obeys the protocol of :class:`arctic_plugins.frozen.ExpertsDispatch`.
+class DispatchSuite(Suite):
+    """The laws of :class:`arctic_plugins.frozen.ExpertsDispatch`, on CPU::
 
-    Call it in one process with a dispatch of size 1, and in each process of a distributed run
-    (:func:`~arctic_plugins.testing.run_processes`) with one that spreads experts; there, it is collective.
+    class TestMyDispatch(DispatchSuite):
+        dispatches = [MyDispatch(size=1)]
 
-    Args:
-        dispatch: a dispatch as a plugin's ``claim`` hook would return it, on CPU.
-        num_experts: number of experts in the mixtures to try; a multiple of ``dispatch.size``.
-
-    Raises:
-        AssertionError: if a law is broken; the message names the law.
+    In each process of a distributed run (:func:`~arctic_plugins.testing.run_processes`), ``DispatchSuite().check(
+    dispatch=...)`` runs the laws for a dispatch that spreads experts; all processes call it together.
     """
-    import copy
 
-    import torch
-    import torch.distributed as dist
+    over = {"dispatch": "dispatches"}
 
-    assert copy.deepcopy(dispatch) is dispatch, "a dispatch is one object for every copy of a model"
-    size, rank, here = dispatch.size, dispatch.rank, dispatch.local(num_experts)
-    assert 0 <= rank < size, f"rank is {rank} of {size}"
-    pieces = dispatch.pieces(num_experts)
-    assert all(piece > 0 for piece in pieces), f"pieces() contains an empty piece: {pieces}"
-    assert sum(pieces) == here.stop - here.start, "pieces() do not add up to the experts of this process"
+    dispatches: ClassVar[Sequence[ExpertsDispatch]]
+    """Dispatches of size 1, as a plugin's ``claim`` hook would return them."""
+    num_experts: ClassVar[int] = 8
+    """Number of experts in the mixtures to try; a multiple of the number of processes."""
 
-    def of_all(tensor: Tensor) -> Tensor:
-        """Return the sum of ``tensor`` over the processes that share one copy of the experts."""
-        total = tensor.clone()
-        if size > 1:
-            dispatch.sum_over_parts(total)
-        return total
+    def test_one_object_serves_every_copy(self, dispatch: ExpertsDispatch) -> None:
+        assert copy.deepcopy(dispatch) is dispatch, "a dispatch is one object for every copy of a model"
 
-    held = torch.zeros(num_experts)
-    held[here] = 1
-    assert torch.equal(of_all(held), torch.ones(num_experts)), "local() omits an expert or assigns one twice"
-    cuts = torch.zeros(num_experts)
-    cuts[list(accumulate(pieces, initial=-1))[1:]] = 1
-    assert torch.equal(of_all(cuts), cuts * size), "pieces() differ between processes"
+    def test_rank_is_one_of_the_processes(self, dispatch: ExpertsDispatch) -> None:
+        assert 0 <= dispatch.rank < dispatch.size, f"rank is {dispatch.rank} of {dispatch.size}"
 
-    generator = torch.Generator().manual_seed(1 + rank)
-    for tokens in (13, 0 if rank == 0 else 3, 1):
-        index = torch.randint(0, num_experts, (tokens, 2), generator=generator)
-        _check_rows(dispatch, of_all, torch.randn(tokens, 6, generator=generator), index, num_experts)
-    _check_rows(dispatch, of_all, torch.randn(5, 6, generator=generator), torch.zeros(5, 2).long(), num_experts)
+    def test_every_expert_is_in_one_process(self, dispatch: ExpertsDispatch) -> None:
+        import torch
 
-    index = torch.randint(0, num_experts, (40, 2), generator=generator)
-    weights = torch.rand(40, 2, generator=generator)
-    kept, kept_weights = dispatch.apply_capacity(index.clone(), weights.clone(), num_experts)
-    assert kept.shape == index.shape, "apply_capacity() changes the shape of the index"
-    assert kept_weights.shape == weights.shape, "apply_capacity() changes the shape of the weights"
-    assert ((kept == index) | (kept == num_experts)).all(), (
-        "apply_capacity() sends a token to an expert that was not chosen"
-    )
+        held = torch.zeros(self.num_experts)
+        held[dispatch.local(self.num_experts)] = 1
+        assert torch.equal(_of_all(dispatch, held), torch.ones(self.num_experts)), (
+            "local() omits an expert or assigns one twice"
+        )
 
-    if size > 1:
-        copies = dist.get_world_size() // size
-        total = torch.full((3,), rank + 1.0)
+    def test_pieces_add_up_and_are_the_same_in_all_processes(self, dispatch: ExpertsDispatch) -> None:
+        import torch
+
+        pieces, here = dispatch.pieces(self.num_experts), dispatch.local(self.num_experts)
+        assert all(piece > 0 for piece in pieces), f"pieces() contains an empty piece: {pieces}"
+        assert sum(pieces) == here.stop - here.start, "pieces() do not add up to the experts of this process"
+        cuts = torch.zeros(self.num_experts)
+        cuts[list(accumulate(pieces, initial=-1))[1:]] = 1
+        assert torch.equal(_of_all(dispatch, cuts), cuts * dispatch.size), "pieces() differ between processes"
+
+    def test_rows_and_gradients_reach_their_experts(self, dispatch: ExpertsDispatch) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(1 + dispatch.rank)
+        for tokens in (13, 0 if dispatch.rank == 0 else 3, 1):
+            index = torch.randint(0, self.num_experts, (tokens, 2), generator=generator)
+            _check_rows(dispatch, torch.randn(tokens, 6, generator=generator), index, self.num_experts)
+
+    def test_all_rows_may_go_to_one_expert(self, dispatch: ExpertsDispatch) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(1 + dispatch.rank)
+        _check_rows(dispatch, torch.randn(5, 6, generator=generator), torch.zeros(5, 2).long(), self.num_experts)
+
+    def test_capacity_only_drops(self, dispatch: ExpertsDispatch) -> None:
+        import torch
+
+        generator = torch.Generator().manual_seed(1 + dispatch.rank)
+        index = torch.randint(0, self.num_experts, (40, 2), generator=generator)
+        weights = torch.rand(40, 2, generator=generator)
+        kept, kept_weights = dispatch.apply_capacity(index.clone(), weights.clone(), self.num_experts)
+        assert kept.shape == index.shape, "apply_capacity() changes the shape of the index"
+        assert kept_weights.shape == weights.shape, "apply_capacity() changes the shape of the weights"
+        assert ((kept == index) | (kept == self.num_experts)).all(), (
+            "apply_capacity() sends a token to an expert that was not chosen"
+        )
+
+    def test_sums_are_over_copies(self, dispatch: ExpertsDispatch) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if dispatch.size == 1:
+            pytest.skip("the experts are not spread over processes")
+        copies = dist.get_world_size() // dispatch.size
+        total = torch.full((3,), dispatch.rank + 1.0)
         dispatch.sum_over_copies(total)
-        assert torch.equal(total, torch.full((3,), (rank + 1.0) * copies)), "sum_over_copies() returns another sum"
-        gathered = dispatch.gather(torch.full((2, 3), float(rank), dtype=torch.bfloat16))
+        assert torch.equal(total, torch.full((3,), (dispatch.rank + 1.0) * copies)), (
+            "sum_over_copies() returns another sum"
+        )
+
+    def test_parts_are_gathered_in_the_first_process(self, dispatch: ExpertsDispatch) -> None:
+        import torch
+        import torch.distributed as dist
+
+        if dispatch.size == 1:
+            pytest.skip("the experts are not spread over processes")
+        gathered = dispatch.gather(torch.full((2, 3), float(dispatch.rank), dtype=torch.bfloat16))
         if dist.get_rank() == 0:
             assert gathered is not None, "gather() returns nothing in the first process"
-            expected = [torch.full((2, 3), float(each), dtype=torch.bfloat16) for each in range(size)]
-            assert len(gathered) == size, f"gather() returns {len(gathered)} of {size} parts"
+            expected = [torch.full((2, 3), float(each), dtype=torch.bfloat16) for each in range(dispatch.size)]
+            assert len(gathered) == dispatch.size, f"gather() returns {len(gathered)} of {dispatch.size} parts"
             assert all(map(torch.equal, gathered, expected)), "gather() returns wrong parts, or a wrong order"
         else:
             assert gathered is None, "gather() returns parts in a process other than the first"
 
 
+def _of_all(dispatch: ExpertsDispatch, tensor: Tensor) -> Tensor:
+    """Return the sum of ``tensor`` over the processes that share one copy of the experts."""
+    total = tensor.clone()
+    if dispatch.size > 1:
+        dispatch.sum_over_parts(total)
+    return total
+
+
 def _check_rows(
     dispatch: ExpertsDispatch,
-    of_all: Callable[[Tensor], Tensor],
     x_MK: Tensor,
     index_MT: Tensor,
     num_experts: int,
@@ -125,4 +166,6 @@ def _check_rows(
     elsewhere = torch.ones(num_experts, dtype=torch.bool)
     elsewhere[here] = False
     assert not found[elsewhere].any(), "an expert of another process was computed here"
-    assert close(of_all(found), of_all(expected)), "gradients of experts are not those of all rows"
+    assert close(_of_all(dispatch, found), _of_all(dispatch, expected)), (
+        "gradients of experts are not those of all rows"
+    )

@@ -9,7 +9,7 @@ import pytest
 
 from arctic_plugins import cli
 from arctic_plugins.cli import main
-from arctic_plugins.testing import run_python
+from arctic_plugins.testing import CommandSuite, run_python
 
 COMMANDS = ["demo", "generate", "merge", "plugins", "quantize", "serve", "train"]
 
@@ -43,11 +43,8 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
     assert "(broken)" not in output
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_shows_an_example(here, command):
-    status, output, _ = here(command, "--help")
-    assert status == 0
-    assert f"Example:\n    arctic {command}" in output
+class TestCommands(CommandSuite):
+    commands = sorted(cli._commands())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from arctic_plugins import Stack
 from arctic_plugins.frozen import local_parameters
-from arctic_plugins.testing import QUIET_RUN, check_dispatch, say
+from arctic_plugins.testing import QUIET_RUN, DispatchSuite, say
 
 VOCABULARY, LENGTH = 272, 16
 WORLD = int(os.environ.get("WORLD_SIZE", "1"))
@@ -76,8 +76,8 @@ def train(checkpoint, output, plugins, options="{}"):
 
 
 def check(options):
-    """The conformance check."""
-    check_dispatch(ExpertParallel(MoEConfig(**json.loads(options))))
+    """The conformance suite."""
+    DispatchSuite().check(dispatch=ExpertParallel(MoEConfig(**json.loads(options))))
     say({"checked": True})
 
 

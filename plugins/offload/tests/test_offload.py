@@ -17,7 +17,7 @@ from arctic_plugins_offload.placement import OffloadPlacement, choose
 from arctic_plugins import Stack
 from arctic_plugins.errors import ClaimError, ConfigError, UserError
 from arctic_plugins.frozen import FrozenLinear, FrozenModule
-from arctic_plugins.testing import TracedGpu, check_placement
+from arctic_plugins.testing import TracedGpu
 
 IDS = torch.arange(10, 42)[None]
 SIZES = {"0.q": 10, "0.up": 40, "1.q": 10, "1.up": 40, "2.q": 10, "2.up": 40, "3.q": 10, "3.up": 40}
@@ -162,12 +162,6 @@ def test_what_comes_next_is_read_ahead_and_no_more(tmp_path):
             assert resident(weights[following].export()[""]) >= 1 << 20
             others = [weight.export()[""] for other, weight in enumerate(weights) if other not in (index, following)]
             assert resident(*others) == 0
-
-
-@pytest.mark.parametrize("where", ["host", "disk"])
-def test_both_stores_keep_the_contract(tmp_path, where):
-    options = {"to": where, **({"path": str(tmp_path)} if where == "disk" else {})}
-    check_placement(lambda: OffloadPlacement(OffloadConfig(**options), tmp_path))
 
 
 def test_a_module_that_is_used_twice_in_one_pass(tmp_path):
@@ -385,12 +379,6 @@ def traced(monkeypatch, **options):
     gpu = TracedGpu(**options)
     monkeypatch.setattr("arctic_plugins_offload.host.Gpu", lambda: gpu)
     return gpu
-
-
-def test_the_contract_with_a_gpu(monkeypatch, tmp_path):
-    gpu = traced(monkeypatch)
-    check_placement(lambda: OffloadPlacement(OffloadConfig(), tmp_path))
-    assert not gpu.errors
 
 
 @pytest.mark.parametrize("ratio", [0, 0.5, 1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from arctic_plugins import PluginConfig
 
@@ -16,6 +16,8 @@ Length = Annotated[int, Field(ge=2)]
 
 class RoPEConfig(PluginConfig):
     """Options under ``rope:`` in a recipe. Defaults are derived from the other options and from the model."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"type": "yarn", "factor": 4.0}]})
 
     type: str
     """``llama3``, ``yarn``, ``linear``, ``dynamic``, ``longrope``, ``ntk``, or a type that an installed plugin

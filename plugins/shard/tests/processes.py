@@ -3,14 +3,17 @@
 import importlib
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from arctic_plugins_huggingface import load_model, save_checkpoint
+from arctic_plugins_shard.config import ShardConfig
+from arctic_plugins_shard.placement import ShardPlacement
 
 from arctic_plugins import Stack
 from arctic_plugins.frozen import FrozenModule
-from arctic_plugins.testing import TracedGpu, say
+from arctic_plugins.testing import PlacementSuite, TracedGpu, say
 
 IDS = torch.arange(10, 42)[None]
 
@@ -28,6 +31,17 @@ def frozen(model):
     return [
         weight for module in model.modules() if isinstance(module, FrozenModule) for weight in module.frozen.values()
     ]
+
+
+class Laws(PlacementSuite):
+    def make(self, directory):
+        return ShardPlacement(ShardConfig(timeout=60))
+
+
+def laws(directory):
+    Laws().check(tmp_path=Path(directory))
+    dist.barrier()  # the last law makes groups, for which the others must not be gone
+    say({"checked": True})
 
 
 def compare_logits(checkpoint):
@@ -111,5 +125,5 @@ def save(checkpoint, directory):
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     task, *arguments = sys.argv[1:]
-    tasks = {"logits": compare_logits, "skip": skip, "absent": absent, "save": save}
+    tasks = {"laws": laws, "logits": compare_logits, "skip": skip, "absent": absent, "save": save}
     {**tasks, "traced": traced, "skip_traced": skip_traced}[task](*arguments)

@@ -29,6 +29,12 @@ def test_parts_cover_everything_and_little_more(size, nbytes):
     assert nbytes <= part * size < nbytes + 16 * size
 
 
+def test_it_keeps_the_laws_of_placements(tmp_path):
+    status, out, err = run(2, "laws", tmp_path)
+    assert status == 0, err[-3000:]
+    assert out.splitlines() == ['{"checked": true}'] * 2
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_logits_are_bitwise_those_of_one_process(processes, tiny_checkpoint):
     status, out, err = run(processes, "logits", tiny_checkpoint)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from safetensors.torch import load_file, save_file
 
-from arctic_plugins.errors import CodecError
+from arctic_plugins.errors import ClaimError, CodecError
 from arctic_plugins.frozen import Codec, Handle, Placement, TensorSpec
 
 
@@ -24,11 +24,12 @@ class Int8Codec(Codec):
         }
 
     def encode(self, weight):
-        largest = weight.float().abs().amax(-1, keepdim=True)
+        weight = weight.detach().float()
+        largest = weight.abs().amax(-1, keepdim=True)
         if not bool(largest.isfinite().all()):
             raise CodecError("NaN or Inf in the weight")
         step = torch.where(largest == 0, 1.0, largest / 127)
-        return {"": (weight.float() / step).round().to(torch.int8).unsqueeze(-2), "_step": step}
+        return {"": (weight / step).round().to(torch.int8).unsqueeze(-2), "_step": step}
 
     def decode(self, buffers, shape, dtype, *, out=None):
         weight = (buffers[""].squeeze(-2).float() * buffers["_step"]).to(dtype)
@@ -53,6 +54,8 @@ class Spool(Placement):
         self.directory.mkdir(parents=True, exist_ok=True)
 
     def hold(self, name, buffers, inner=None):
+        if inner is not None:
+            raise ClaimError("a spool leaves no bytes for the placement after it")
         path = (
             self.directory / f"{name}.{len(list(self.directory.iterdir()))}.safetensors"
         )  # a merged weight gets a file of its own

@@ -1,0 +1,52 @@
+"""What all conformance suites have in common: laws that pytest collects as single tests, over an author's parts."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+import pytest
+
+__all__ = ["Suite"]
+
+
+class Suite:
+    """Base of the suites. Each method whose name begins with ``test_`` is a law.
+
+    Subclass a suite in a test module, in a class whose name begins with ``Test``, and set its attributes. A law that
+    cannot hold for a part is set to None in the subclass, with a comment that says why.
+    """
+
+    over: ClassVar[Mapping[str, str]] = {}
+    """Argument of the laws -> the attribute with the values for which each law is a test of its own."""
+
+    @classmethod
+    def laws(cls) -> dict[str, Callable[..., None]]:
+        """Return the name and function of every law, those of base classes first, in the order of their definition."""
+        names = dict.fromkeys(name for base in reversed(cls.__mro__) for name in vars(base) if name.startswith("test_"))
+        return {name: law for name in names if (law := getattr(cls, name)) is not None}
+
+    def check(self, **arguments: Any) -> None:
+        """Run all laws with ``arguments``, one after another, without pytest: in the processes of a distributed test.
+
+        Raises:
+            AssertionError: a law is broken.
+        """
+        for law in self.laws().values():
+            with contextlib.suppress(pytest.skip.Exception):
+                law(self, **{name: arguments[name] for name in inspect.signature(law).parameters if name != "self"})
+
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        for argument, attribute in self.over.items():
+            if argument in metafunc.fixturenames:
+                values: Iterable[Any] = getattr(self, attribute, ())
+                if not values:
+                    pytest.fail(f"{type(self).__name__} sets no {attribute}", pytrace=False)
+                metafunc.parametrize(argument, list(values), ids=_name)
+
+
+def _name(part: Any) -> str:
+    describe = getattr(part, "describe", None)
+    return str(describe() if describe is not None else part)
