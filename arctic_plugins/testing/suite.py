@@ -48,5 +48,8 @@ class Suite:
 
 
 def _name(part: Any) -> str:
-    describe = getattr(part, "describe", None)
-    return str(describe() if describe is not None else part)
+    """Return the name of ``part`` in a test's id, which must be the same in every process that collects the test."""
+    if (describe := getattr(part, "describe", None)) is not None:
+        return str(describe())
+    text = getattr(part, "__name__", None) or str(part)
+    return type(part).__name__ if " at 0x" in text else text
