@@ -45,8 +45,8 @@ float16, Marlin rounds scales to float16, where small ones lose bits; in float32
 """
 
 
-def are_wanted() -> bool:
-    """Return whether vLLM's kernels are to be used where they compute what a codec computes.
+def may_be_wanted() -> bool:
+    """Return whether vLLM's kernels are to be used on this machine, for a model in some dtype.
 
     Raises:
         ConfigError: the environment variable has another value than those of :data:`VARIABLE`.
@@ -54,8 +54,17 @@ def are_wanted() -> bool:
     setting = os.environ.get(VARIABLE, "")
     if setting not in ("", "native", "ours"):
         raise ConfigError(f"{VARIABLE}={setting}", expected="native or ours", fix="correct it, or unset it")
-    if setting or not on_gpu():
-        return setting == "native"
+    return setting == "native" or (not setting and on_gpu())
+
+
+def are_wanted() -> bool:
+    """Return whether vLLM's kernels are to be used where they compute what a codec computes.
+
+    Raises:
+        ConfigError: see :func:`may_be_wanted`.
+    """
+    if not may_be_wanted() or os.environ.get(VARIABLE):
+        return may_be_wanted()
     if (dtype := model_dtype()) != torch.bfloat16:
         logger.info_once("%s: encoded weights are computed by their codecs, not by vLLM (%s)", dtype, VARIABLE)
     return dtype == torch.bfloat16

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from arctic_plugins.discovery import process_registry
-from arctic_plugins.errors import CodecError, one_line
+from arctic_plugins.errors import CodecError, ConfigError, one_line
 from arctic_plugins.plugin import PROJECT, Finding
 from arctic_plugins.resolver import host_version
 from arctic_plugins_vllm.host import GROUP
@@ -73,10 +73,18 @@ def _kernels(codecs: list[Any]) -> Iterator[Finding]:
     vLLM builds a small mixture without weights, one layer for each codec.
     """
     from arctic_plugins.frozen import ModuleCodecs
-    from arctic_plugins_vllm.native import VARIABLE
+    from arctic_plugins_vllm.native import VARIABLE, may_be_wanted
     from arctic_plugins_vllm.sharding import built_as_rank
 
     subject, chosen = "vllm kernels", dict[str, list[str]]()
+    setting = f"{VARIABLE}={os.environ.get(VARIABLE) or 'unset'}"
+    try:
+        if not may_be_wanted():  # building layers takes seconds
+            yield Finding("ok", subject, f"all encoded weights are computed by their codecs ({setting})")
+            return
+    except ConfigError as error:
+        yield Finding("error", subject, str(error))
+        return
     ids = {str(at): codec for at, codec in enumerate(codecs)}
     modules = {f"model.layers.{at}.self_attn.*": at for at in ids}
     modules |= {f"model.layers.{at}.block_sparse_moe.experts.*.*": at for at in ids}
@@ -96,7 +104,7 @@ def _kernels(codecs: list[Any]) -> Iterator[Finding]:
             weights += [method.weights] if method.weights not in weights else []
     lines = [f"vLLM's {kernel} computes {'; '.join(weights)}" for kernel, weights in chosen.items()]
     lines.append(f"{'all other' if lines else 'all'} encoded weights are computed by their codecs")
-    yield Finding("ok", subject, f"{'; '.join(lines)} ({VARIABLE}={os.environ.get(VARIABLE) or 'unset'})")
+    yield Finding("ok", subject, f"{'; '.join(lines)} ({setting})")
 
 
 def _variants(codec_class: Any) -> Iterator[Any]:
