@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from arctic_plugins.discovery import process_registry
 from arctic_plugins.errors import CodecError, ConfigError, one_line
 from arctic_plugins.plugin import PROJECT, Finding
+from arctic_plugins.registry import Registry
 from arctic_plugins.resolver import host_version
 from arctic_plugins_vllm.host import GROUP
 
@@ -48,7 +49,7 @@ def check_worker() -> Iterator[Finding]:
         subject,
         f"the method 'arctic' is registered, with the codecs: {', '.join(registry.codec_types()) or 'none'}",
     )
-    yield from _kernels([codec for name in registry.codec_types() for codec in _variants(registry.load_codec(name))])
+    yield from _kernels(registry)
 
 
 SMALL_MIXTURE = {
@@ -67,8 +68,8 @@ SMALL_MIXTURE = {
 }
 
 
-def _kernels(codecs: list[Any]) -> Iterator[Finding]:
-    """Report which of ``codecs`` vLLM's own kernels compute here (:mod:`arctic_plugins_vllm.native`).
+def _kernels(registry: Registry) -> Iterator[Finding]:
+    """Report which codecs vLLM's own kernels compute here (:mod:`arctic_plugins_vllm.native`).
 
     vLLM builds a small mixture without weights, one layer for each codec.
     """
@@ -85,6 +86,7 @@ def _kernels(codecs: list[Any]) -> Iterator[Finding]:
     except ConfigError as error:
         yield Finding("error", subject, str(error))
         return
+    codecs = [codec for name in registry.codec_types() for codec in _variants(registry.load_codec(name))]
     ids = {str(at): codec for at, codec in enumerate(codecs)}
     modules = {f"model.layers.{at}.self_attn.*": at for at in ids}
     modules |= {f"model.layers.{at}.block_sparse_moe.experts.*.*": at for at in ids}
