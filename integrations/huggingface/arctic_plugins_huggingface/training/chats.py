@@ -447,7 +447,7 @@ def _left_out(what: str, where: str) -> DataError:
     return DataError(
         f"{where} has {what}, which the model's chat template omits",
         expected="a template that renders them",
-        fix="use a model that was trained to call functions, or remove them from the data",
+        fix="use a model that was trained to call functions, set data.chat_template, or remove them from the data",
     )
 
 
