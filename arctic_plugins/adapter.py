@@ -100,6 +100,8 @@ class AnyAdapterConfig(BaseModel):
     """
     exclude_modules: Pattern = None
     modules_to_save: Names | None = None
+    task_type: Name | None = None
+    """PEFT's name of the task, for example ``SEQ_CLS``."""
 
 
 class OtherAdapterConfig(AnyAdapterConfig):
@@ -152,8 +154,6 @@ class AdapterConfig(AnyAdapterConfig):
     rank_pattern: Annotated[dict[Name, Rank], Field(max_length=100_000)] = {}
     alpha_pattern: Annotated[dict[Name, Alpha], Field(max_length=100_000)] = {}
     peft_type: Literal["LORA"] = "LORA"
-    task_type: Name | None = None
-    """PEFT's name of the task, for example ``SEQ_CLS``."""
     bias: Literal["none", "all", "lora_only"] = "none"
     use_dora: bool = False
     use_qalora: bool = False

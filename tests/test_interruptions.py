@@ -165,10 +165,10 @@ def test_what_was_not_committed_is_passed_over_and_named(recipe, tmp_path):
 
 
 def test_the_older_checkpoint_stays_until_the_newer_is_complete(recipe, tmp_path, monkeypatch):
-    def crash(directory, stack):
+    def crash(directory, stack, **more):
         if directory.name == "checkpoint-3":
             raise OSError("the power went")
-        return write(directory, stack)
+        return write(directory, stack, **more)
 
     import arctic_plugins_huggingface.training.trainer as training
 

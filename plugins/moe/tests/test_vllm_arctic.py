@@ -260,10 +260,10 @@ print(type(load_model({str(plain)!r})[0]))
 
 
 def test_vllm_is_told_what_the_model_can_do_and_of_its_experts(plain):
-    from arctic_plugins_vllm.sharding import _rank
+    from arctic_plugins_vllm.sharding import built_as_rank
     from vllm.model_executor.models.interfaces import is_mixture_of_experts, supports_lora, supports_pp
 
-    with _rank(plain, 0, 1) as (model, _):
+    with built_as_rank(plain, 0, 1) as (model, _):
         assert is_mixture_of_experts(model)
         assert supports_lora(model)
         assert supports_pp(model)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from arctic_plugins.adapter import base_of, read_adapter
+from arctic_plugins.adapter import base_of, read_any_adapter
 from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.provenance import read_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
@@ -71,7 +71,7 @@ def adapted_task(adapter: Path) -> dict[str, Any]:
 
     A base model that generates text keeps its own class.
     """
-    named = next((task for task in TASKS.values() if task.peft == read_adapter(adapter).task_type), None)
+    named = next((task for task in TASKS.values() if task.peft == read_any_adapter(adapter).task_type), None)
     if named is None or named.peft == TASKS["text-generation"].peft:
         return {}
     labels = read_provenance(adapter).config if named.labels else {}

@@ -65,7 +65,9 @@ def quantize(
     if is_encoded(config := load_config(model, trust_remote_code=trust_remote_code)):
         raise ConfigError(f"{model} is already encoded", expected="a plain checkpoint")
     if tensor_parallel is not None:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # vLLM logs to standard output
+        if "VLLM_LOGGING_LEVEL" not in os.environ:  # vLLM logs to standard output
+            os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+            click.get_current_context().call_on_close(partial(os.environ.pop, "VLLM_LOGGING_LEVEL", None))
         try:
             on_the_fly, check_shares = service("on_the_fly"), service("check_shares")
             shard_checkpoint = service("shard_checkpoint")
