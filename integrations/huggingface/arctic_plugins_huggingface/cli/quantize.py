@@ -43,6 +43,7 @@ def quantize(
     """
     import os
     import tempfile
+    from functools import partial
     from pathlib import Path
 
     from arctic_plugins.errors import ConfigError, PluginNotFoundError
