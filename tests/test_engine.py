@@ -362,10 +362,8 @@ def test_vllms_own_kernels_answer_as_for_the_exported_checkpoint(tmp_path, cache
     options = {"enable_lora": True, "max_lora_rank": 8, "max_num_seqs": 1}
     result = run(options, models=models, cache=cache, adapter=str(adapter), ARCTIC_VLLM_KERNELS="native")
     found, expected = said(result)
-    assert re.search(
-        r"activations fp8\): computed by vLLM's CompressedTensorsW8A8Fp8 with", result.stdout + result.stderr
-    )
-    assert found == expected  # tokens of the base and with the adapter, and log-probabilities to the bit
+    # Tokens of the base and with the adapter, and log-probabilities to the bit, which the codec would not give.
+    assert found == expected
     assert found["adapter"] != found["base"]
 
 
