@@ -95,18 +95,18 @@ class Layers:
         bits, times = self.bits, []
         for shape, *weight in self.weights:
             for forward, (width, depth) in ((True, shape), (False, shape[::-1])):
+                if rows == 1 and not forward:
+                    continue  # a single row is generating, which has no gradient
                 x = torch.randn(rows, depth, device="cuda", dtype=torch.bfloat16)
                 more = {} if forward else {"in_features": width}
                 if whole:
                     function, blocks = (reference.linear if forward else reference.grad_input), {}
-                elif rows == 1 and forward:
+                elif rows == 1:
                     function = gpu_products.fused_linear
                     blocks = {"block": choose_row(on, width, depth, bits, gpu_products.UNITS[bits])}
                 else:
                     function = gpu_products.fused_linear if forward else gpu_products.fused_grad_input
                     blocks = {"block": choose(on, x.dtype, bits, rows, width, depth)}
-                if rows == 1 and not forward:
-                    continue  # a single row is generating, which has no gradient
                 call = partial(function, x, *weight, bits, **more, **blocks)
                 try:
                     times.append(do_bench(call, warmup=3, rep=20, return_mode="median"))

@@ -63,8 +63,10 @@ def are_wanted() -> bool:
     Raises:
         ConfigError: see :func:`may_be_wanted`.
     """
-    if not may_be_wanted() or os.environ.get(VARIABLE):
-        return may_be_wanted()
+    if not may_be_wanted():
+        return False
+    if os.environ.get(VARIABLE):  # asked for, whatever the device and the dtype
+        return True
     if (dtype := model_dtype()) != torch.bfloat16:
         logger.info_once("%s: encoded weights are computed by their codecs, not by vLLM (%s)", dtype, VARIABLE)
     return dtype == torch.bfloat16
