@@ -105,9 +105,11 @@ class _SFTTrainer(_Repeatable, SFTTrainer):
         )
 
 
-def _trainer_class(recipe: Recipe) -> type[Any]:
-    """Return the class of the recipe's trainer, whose arguments are those of TRL's trainers."""
-    trainer = check_trainer(recipe)
+def _trainer_class(run: Run) -> type[Any]:
+    """Return the class of the run's trainer, whose arguments are those of TRL's trainers."""
+    if run.labels is not None:
+        return _Repeatable
+    trainer = check_trainer(run.recipe)
     if not trainer.preference:
         return _SFTTrainer
     kind, _ = trainer.load()
@@ -214,11 +216,10 @@ def _train(
             shutil.rmtree(path, ignore_errors=True)
     stop, progress = GracefulStop(), TrainingProgress(console)
     text, options = text_tokenizer(tokenizer), dict[str, Any]()
-    trainer_class = _trainer_class(recipe)
     try:
         if run.labels is not None:
-            trainer_class, options = _Repeatable, label_trainer_arguments(model, text, run.labels)
-        trainer: Any = trainer_class(
+            options = label_trainer_arguments(model, text, run.labels)
+        trainer: Any = _trainer_class(run)(
             model=model,
             args=run.arguments,
             train_dataset=run.data.train,
