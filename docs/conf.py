@@ -28,6 +28,7 @@ extensions = [
     "sphinx_click",
     "sphinx_copybutton",
     "offline",
+    "reference",
 ]
 
 myst_heading_anchors = 4  # the anchors that GitHub gives to headings
@@ -36,6 +37,7 @@ suppress_warnings = ["toc.not_readable", "toc.empty_glob"]
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_inherit_docstrings = False  # those of other libraries are not this reference
 napoleon_numpy_docstring = False
 nitpicky = True
 
