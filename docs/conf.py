@@ -25,7 +25,6 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx_click",
     "sphinx_copybutton",
     "offline",
     "reference",
@@ -40,6 +39,8 @@ autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False  # those of other libraries are not this reference
 napoleon_numpy_docstring = False
 nitpicky = True
+
+smartquotes = False  # options begin with two hyphens
 
 html_theme = "furo"
 html_title = f"arctic-plugins {release}"

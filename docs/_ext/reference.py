@@ -1,7 +1,8 @@
 """The reference, generated from the code.
 
-Four directives: ``public`` documents the public names of a module, ``fields`` the keys of a pydantic model,
-``plugin-options`` the options of every plugin, and ``faces`` lists the modules that ``public`` documents.
+The directives: ``public`` documents the public names of a module, ``fields`` the keys of a pydantic model,
+``plugin-options`` the options of every plugin, ``commands`` the help of every command, and ``faces`` lists the modules
+that ``public`` documents.
 
 Docstrings refer to names where they are defined. A reference to one that is public leads to where it is documented; a
 private one must exist, and is shown as text, like all names of other libraries.
@@ -21,18 +22,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
+from click.testing import CliRunner
 from docutils import nodes
 from pydantic import BaseModel
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
+from arctic_plugins.cli import arctic
 from arctic_plugins.cli.plugins import options_of
 from arctic_plugins.discovery import load_plugin
 from arctic_plugins.registry import FIRST_PARTY
 
+LONGEST_SIGNATURE = 2000
+"""In characters; only subclasses of ``TrainingArguments`` are longer."""
 PAGES = Path(__file__).parents[1] / "reference"
 
 
@@ -84,35 +91,37 @@ def constant_doc(module: str, name: str) -> str:
 
 
 def describe(module: str) -> Iterator[str]:
-    """Yield the documentation of a public module in reStructuredText: constants, classes, functions."""
+    """Yield the documentation of a public module in reStructuredText, name by name in the order of ``__all__``."""
     package = importlib.import_module(module)
     yield from (f".. py:module:: {module}", "", *inspect.cleandoc(package.__doc__ or "").splitlines(), "")
-    for name in public_names(module):
-        value = getattr(package, name)
-        if not (inspect.isclass(value) or inspect.isroutine(value)):
+    names = {name: getattr(package, name) for name in public_names(module)}
+    elsewhere = [
+        where for name, value in names.items() if (where := documented().get(id(value), "")) != f"{module}.{name}"
+    ]
+    if any(elsewhere):
+        yield from ("Also exported here: " + ", ".join(f":py:obj:`~{where}`" for where in elsewhere if where) + ".", "")
+    for name, value in names.items():
+        where = f"{module}.{name}"
+        if id(value) not in documented():
             yield from (f".. py:data:: {name}", f"   :module: {module}", "")
             yield from (f"   {line}" for line in (*constant_doc(module, name).splitlines(), ""))
-        elif (elsewhere := documented()[id(value)]) != f"{module}.{name}":
-            yield from (f"``{name}``", f"   See :py:obj:`{elsewhere}`.", "")
+        elif documented()[id(value)] != where:
+            continue
         elif inspect.isclass(value):
             kind = "exception" if issubclass(value, BaseException) else "class"
-            yield from (
-                f".. auto{kind}:: {module}.{name}",
-                "   :members:",
-                "   :undoc-members:",
-                "   :exclude-members: model_config",
-                "   :show-inheritance:",
-                "",
-            )
+            options = ["members:", "undoc-members:", "exclude-members: model_config"]
+            if value.__bases__ != (object,):
+                options.append("show-inheritance:")
+            yield from (f".. auto{kind}:: {where}", *(f"   :{option}" for option in options), "")
         else:
-            yield from (f".. autofunction:: {module}.{name}", "")
+            yield from (f".. autofunction:: {where}", "")
 
 
 def describe_fields(model: type[BaseModel]) -> Iterator[str]:
     """Yield a definition list in Markdown: the keys of a pydantic model, with type, default and meaning."""
     for option in options_of(model):
         default = "required" if option["required"] else f"default `{json.dumps(option['default'])}`"
-        yield from (f"`{option['name']}`", f": {option['type']}; {default}", "")
+        yield from (f"`{option['name']}`", f": *{option['type']}; {default}*", "")
         for paragraph in inspect.cleandoc(model.model_fields[option["name"]].description or "").split("\n\n"):
             yield from (f"  {' '.join(paragraph.split())}".replace("``", "`"), "")
 
@@ -131,6 +140,15 @@ def describe_options() -> Iterator[str]:
             f"Slots: {slots}. [About this plugin](../../plugins/{name}/README.md)",
         )
         yield from ("", *describe_fields(plugin.config))
+
+
+def describe_commands() -> Iterator[str]:
+    """Yield what every command prints as its help, in Markdown."""
+    for name in ("", *arctic.list_commands(click.Context(arctic))):
+        found = CliRunner().invoke(arctic, [*name.split(), "--help"], prog_name="arctic", terminal_width=90)
+        if found.exit_code or "(broken)" in found.output:
+            raise ExtensionError(f"arctic {name} --help: {found.output}")
+        yield from (f"## `{f'arctic {name}'.strip()}`", "", "```text", found.output.rstrip(), "```", "")
 
 
 class _Generated(SphinxDirective):
@@ -168,6 +186,13 @@ class PluginOptions(_Generated):
 
     def lines(self) -> Iterator[str]:
         return describe_options()
+
+
+class Commands(_Generated):
+    """The help of every command."""
+
+    def lines(self) -> Iterator[str]:
+        return describe_commands()
 
 
 class Faces(_Generated):
@@ -243,10 +268,13 @@ def _is_annotation(node: pending_xref) -> bool:
 
 
 def _mend(_app: Sphinx, doctree: nodes.document) -> None:
-    """Keep Sphinx from taking ``type`` in an annotation for an attribute ``type`` that a class happens to have."""
+    """Keep Sphinx from taking ``type`` in an annotation for some class's attribute ``type``, and write dashes."""
     for node in list(doctree.findall(pending_xref)):
         if node.get("refdomain") == "py" and _is_annotation(node) and hasattr(builtins, node["reftarget"]):
             node.replace_self(node.children)
+    for text in list(doctree.findall(nodes.Text)):
+        if text == " -- ":  # between a parameter and its meaning; smartquotes would also change options
+            text.parent.replace(text, nodes.Text(" \N{EN DASH} "))
 
 
 def _plain_attributes(_app: Sphinx, what: str, _name: str, _obj: Any, _options: Any, lines: list[str]) -> None:
@@ -255,16 +283,28 @@ def _plain_attributes(_app: Sphinx, what: str, _name: str, _obj: Any, _options: 
         lines[:0] = ["..", ""]
 
 
+def _signature(
+    _app: Sphinx, _what: str, _name: str, _obj: Any, _options: Any, signature: str | None, returns: str | None
+) -> tuple[str | None, str | None]:
+    """Shorten a signature that is mostly another library's, and write factories of defaults as Python."""
+    if signature and len(signature) > LONGEST_SIGNATURE:
+        return "(...)", returns
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the directives and the resolver."""
-    for name, directive in {
+    directives = {
         "public": Public,
         "fields": Fields,
         "plugin-options": PluginOptions,
+        "commands": Commands,
         "faces": Faces,
-    }.items():
+    }
+    for name, directive in directives.items():
         app.add_directive(name, directive)
     app.connect("missing-reference", resolve)
     app.connect("doctree-read", _mend)
+    app.connect("autodoc-process-signature", _signature)
     app.connect("autodoc-process-docstring", _plain_attributes, priority=100)  # before napoleon
     return {"parallel_read_safe": True, "parallel_write_safe": True}
