@@ -41,7 +41,9 @@ __all__ = [
 ]
 
 ADAPTER = "adapter_config.json"
+"""PEFT's file with the configuration of an adapter."""
 WEIGHTS = "adapter_model.safetensors"
+"""PEFT's file with the weights of an adapter."""
 
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 

@@ -28,6 +28,7 @@ PROJECT = "arctic_plugins"
 """The pluggy project name, and the entry-point group in which distributions list their plugins."""
 
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a method of a plugin as an implementation of the hook of the same name."""
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,11 @@ class Finding:
     available. ``ok``: everything is as it should be.
     """
     subject: str
+    """What was checked, in a few words."""
     text: str
     """What was found, and what was expected."""
     fix: str = ""
+    """What the user can do."""
 
 
 def expectation(error: ValidationError) -> str:

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel
-
     from arctic_plugins.plugin import Plugin
 
-__all__ = ["options_of", "plugins"]
+__all__ = ["plugins"]
 
 
 @click.command(short_help="List installed plugins, or the options of one.")
@@ -78,21 +76,9 @@ def _installed() -> list[dict[str, Any]]:
 
 
 def _described(plugin: type[Plugin]) -> dict[str, Any]:
-    """Describe a plugin with JSON types only."""
-    meaning = (inspect.getdoc(plugin) or "").partition("\n\n")[0].replace("``", "")
-    return {
-        "name": plugin.name,
-        "meaning": " ".join(meaning.split()),
-        "slots": sorted(plugin.slots),
-        "trainer_mixins": _mixins(plugin),
-        "options": options_of(plugin.config),
-    }
-
-
-def options_of(model: type[BaseModel]) -> list[dict[str, Any]]:
-    """Describe the fields of ``model`` with JSON types only. A required one has no default."""
-    schema = model.model_json_schema(by_alias=False)
-    return [
+    """Describe a plugin with JSON types only. A required option has no default."""
+    schema = plugin.config.model_json_schema(by_alias=False)
+    options = [
         {
             "name": name,
             "type": _kind(schema["properties"][name]),
@@ -100,8 +86,16 @@ def options_of(model: type[BaseModel]) -> list[dict[str, Any]]:
             "default": schema["properties"][name].get("default"),
             "meaning": " ".join((field.description or "").replace("``", "").split()),
         }
-        for name, field in model.model_fields.items()
+        for name, field in plugin.config.model_fields.items()
     ]
+    meaning = (inspect.getdoc(plugin) or "").partition("\n\n")[0].replace("``", "")
+    return {
+        "name": plugin.name,
+        "meaning": " ".join(meaning.split()),
+        "slots": sorted(plugin.slots),
+        "trainer_mixins": _mixins(plugin),
+        "options": options,
+    }
 
 
 def _mixins(plugin: type[Plugin]) -> list[str]:

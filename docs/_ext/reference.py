@@ -1,6 +1,6 @@
-"""The reference, generated from the code.
+"""The reference, generated from the code: the directives and cross-references of :mod:`described`.
 
-The directives: ``public`` documents the public names of a module, ``fields`` the keys of a pydantic model,
+The directive ``public`` documents the public names of a module, ``fields`` the keys of a pydantic model,
 ``plugin-options`` the options of every plugin, ``commands`` the help of every command, and ``faces`` lists the modules
 that ``public`` documents.
 
@@ -10,200 +10,57 @@ private one must exist, and is shown as text, like all names of other libraries.
 
 from __future__ import annotations
 
-import ast
 import builtins
-import functools
 import importlib
-import inspect
-import itertools
-import json
-import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import click
-from click.testing import CliRunner
+from described import (
+    describe,
+    describe_commands,
+    describe_faces,
+    describe_fields,
+    describe_options,
+    documented,
+    faces,
+    public_names,
+)
 from docutils import nodes
-from pydantic import BaseModel
 from sphinx.addnodes import pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.errors import ExtensionError
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.nodes import make_refnode
 
-from arctic_plugins.cli import arctic
-from arctic_plugins.cli.plugins import options_of
-from arctic_plugins.discovery import load_plugin
-from arctic_plugins.registry import FIRST_PARTY
-
 LONGEST_SIGNATURE = 2000
 """In characters; only subclasses of ``TrainingArguments`` are longer."""
-PAGES = Path(__file__).parents[1] / "reference"
 
 
-def faces() -> dict[str, str]:
-    """Return the public modules -> the page that documents each, as the pages' ``public`` directives name them."""
-    texts = {path.stem: path.read_text() for path in sorted(PAGES.glob("*.md"))}
-    found = ((page, re.findall(r"^\.\. public:: ([\w.]+)$", text, re.MULTILINE)) for page, text in texts.items())
-    return {module: page for page, modules in found for module in modules}
+def _fields(target: str) -> Iterator[str]:
+    """Yield the keys of the pydantic model ``module:name``."""
+    module, _, name = target.partition(":")
+    return describe_fields(getattr(importlib.import_module(module), name))
 
 
-def public_names(module: str) -> list[str]:
-    """Return what ``module`` exports."""
-    return list(importlib.import_module(module).__all__)
+def _generated(write: Callable[..., Iterator[str]], arguments: int = 0) -> type[SphinxDirective]:
+    """Return a directive whose content is what ``write`` yields for its arguments, in the markup of its page."""
+
+    class Generated(SphinxDirective):
+        required_arguments = arguments
+
+        def run(self) -> list[nodes.Node]:
+            return self.parse_text_to_nodes("\n".join(write(*self.arguments)), allow_section_headings=True)
+
+    return Generated
 
 
-@functools.cache
-def documented() -> dict[int, str]:
-    """Return the identity of each public class and function -> where it is documented: its shortest public name."""
-    found: dict[int, str] = {}
-    for module in sorted(faces(), key=lambda name: (name.count("."), name)):
-        for name in public_names(module):
-            value = getattr(importlib.import_module(module), name)
-            if inspect.isclass(value) or inspect.isroutine(value):
-                found.setdefault(id(value), f"{module}.{name}")
-    return found
-
-
-def attribute_docs(module: str) -> dict[str, str]:
-    """Return the module's constants -> the strings under them."""
-    body = ast.parse(inspect.getsource(importlib.import_module(module))).body
-    found = {}
-    for statement, after in itertools.pairwise(body):
-        targets = getattr(statement, "targets", None) or [
-            getattr(statement, "target", getattr(statement, "name", None))
-        ]
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-            found.update({each.id: after.value.value for each in targets if isinstance(each, ast.Name)})
-    return found
-
-
-def constant_doc(module: str, name: str) -> str:
-    """Return the string under the constant ``name`` that ``module`` exports, or "", looked up where it is defined."""
-    if name in (own := attribute_docs(module)):
-        return inspect.cleandoc(own[name])
-    for node in ast.walk(ast.parse(inspect.getsource(importlib.import_module(module)))):
-        if isinstance(node, ast.ImportFrom) and node.module and any(alias.name == name for alias in node.names):
-            return constant_doc(node.module, name)
-    return ""
-
-
-def describe(module: str) -> Iterator[str]:
-    """Yield the documentation of a public module in reStructuredText, name by name in the order of ``__all__``."""
-    package = importlib.import_module(module)
-    yield from (f".. py:module:: {module}", "", *inspect.cleandoc(package.__doc__ or "").splitlines(), "")
-    names = {name: getattr(package, name) for name in public_names(module)}
-    elsewhere = [
-        where for name, value in names.items() if (where := documented().get(id(value), "")) != f"{module}.{name}"
-    ]
-    if any(elsewhere):
-        yield from ("Also exported here: " + ", ".join(f":py:obj:`~{where}`" for where in elsewhere if where) + ".", "")
-    for name, value in names.items():
-        where = f"{module}.{name}"
-        if id(value) not in documented():
-            yield from (f".. py:data:: {name}", f"   :module: {module}", "")
-            yield from (f"   {line}" for line in (*constant_doc(module, name).splitlines(), ""))
-        elif documented()[id(value)] != where:
-            continue
-        elif inspect.isclass(value):
-            kind = "exception" if issubclass(value, BaseException) else "class"
-            options = ["members:", "undoc-members:", "exclude-members: model_config"]
-            if value.__bases__ != (object,):
-                options.append("show-inheritance:")
-            yield from (f".. auto{kind}:: {where}", *(f"   :{option}" for option in options), "")
-        else:
-            yield from (f".. autofunction:: {where}", "")
-
-
-def describe_fields(model: type[BaseModel]) -> Iterator[str]:
-    """Yield a definition list in Markdown: the keys of a pydantic model, with type, default and meaning."""
-    for option in options_of(model):
-        default = "required" if option["required"] else f"default `{json.dumps(option['default'])}`"
-        yield from (f"`{option['name']}`", f": *{option['type']}; {default}*", "")
-        for paragraph in inspect.cleandoc(model.model_fields[option["name"]].description or "").split("\n\n"):
-            yield from (f"  {' '.join(paragraph.split())}".replace("``", "`"), "")
-
-
-def describe_options() -> Iterator[str]:
-    """Yield the options of all plugins of this project, in Markdown."""
-    for name in sorted(FIRST_PARTY):
-        plugin = load_plugin(name)
-        meaning = " ".join((inspect.getdoc(plugin) or "").partition("\n\n")[0].split()).replace("``", "`")
-        slots = ", ".join(f"`{slot}`" for slot in sorted(plugin.slots)) or "none"
-        yield from (
-            f"## `{name}`",
-            "",
-            meaning,
-            "",
-            f"Slots: {slots}. [About this plugin](../../plugins/{name}/README.md)",
-        )
-        yield from ("", *describe_fields(plugin.config))
-
-
-def describe_commands() -> Iterator[str]:
-    """Yield what every command prints as its help, in Markdown."""
-    for name in ("", *arctic.list_commands(click.Context(arctic))):
-        found = CliRunner().invoke(arctic, [*name.split(), "--help"], prog_name="arctic", terminal_width=90)
-        if found.exit_code or "(broken)" in found.output:
-            raise ExtensionError(f"arctic {name} --help: {found.output}")
-        yield from (f"## `{f'arctic {name}'.strip()}`", "", "```text", found.output.rstrip(), "```", "")
-
-
-class _Generated(SphinxDirective):
-    required_arguments = 0
-
-    def run(self) -> list[nodes.Node]:
-        self.env.note_dependency(__file__)
-        return self.parse_text_to_nodes("\n".join(self.lines()), allow_section_headings=True)
-
-    def lines(self) -> Iterator[str]:
-        raise NotImplementedError
-
-
-class Public(_Generated):
-    """The public names of a module."""
-
-    required_arguments = 1
-
-    def lines(self) -> Iterator[str]:
-        return describe(self.arguments[0])
-
-
-class Fields(_Generated):
-    """The keys of a pydantic model, ``module:name``."""
-
-    required_arguments = 1
-
-    def lines(self) -> Iterator[str]:
-        module, _, name = self.arguments[0].partition(":")
-        return describe_fields(getattr(importlib.import_module(module), name))
-
-
-class PluginOptions(_Generated):
-    """The options of every plugin."""
-
-    def lines(self) -> Iterator[str]:
-        return describe_options()
-
-
-class Commands(_Generated):
-    """The help of every command."""
-
-    def lines(self) -> Iterator[str]:
-        return describe_commands()
-
-
-class Faces(_Generated):
-    """A table of the public modules."""
-
-    def lines(self) -> Iterator[str]:
-        yield from ("| module | contents |", "|---|---|")
-        for module, page in sorted(faces().items()):
-            summary = (importlib.import_module(module).__doc__ or "").partition("\n\n")[0]
-            summary = re.sub(r":\w+:`~?([^`]*)`", r"`\1`", " ".join(summary.split())).replace("``", "`")
-            yield f"| [`{module}`](reference/{page}.md) | {summary} |"
+DIRECTIVES = {
+    "public": _generated(describe, 1),
+    "fields": _generated(_fields, 1),
+    "plugin-options": _generated(describe_options),
+    "commands": _generated(describe_commands),
+    "faces": _generated(describe_faces),
+}
 
 
 def locate(name: str) -> tuple[Any, list[str]] | None:
@@ -244,8 +101,7 @@ def _names_meant(node: pending_xref) -> Iterator[str]:
     target, face = node["reftarget"], node.get("py:module")
     homes = {face, f"{face}.{node.get('py:class')}", "builtins"} if face else {"builtins"}
     if face in faces():
-        values = (getattr(importlib.import_module(face), name) for name in public_names(face))
-        homes |= {value.__module__ for value in values if hasattr(value, "__module__")}
+        homes |= {value.__module__ for value in public_names(face).values() if hasattr(value, "__module__")}
     yield from filter(locate, [target, *(f"{home}.{target}" for home in sorted(homes))])
 
 
@@ -294,14 +150,7 @@ def _signature(
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the directives and the resolver."""
-    directives = {
-        "public": Public,
-        "fields": Fields,
-        "plugin-options": PluginOptions,
-        "commands": Commands,
-        "faces": Faces,
-    }
-    for name, directive in directives.items():
+    for name, directive in DIRECTIVES.items():
         app.add_directive(name, directive)
     app.connect("missing-reference", resolve)
     app.connect("doctree-read", _mend)

@@ -60,6 +60,7 @@ class FrozenLoraExperts(ParamWrapper):
 
     _before_merge: BeforeMerge | None = None
     base_layer: FrozenExperts | FrozenLoraExperts
+    """The experts, or the layer over the other one of their weights."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
