@@ -18,6 +18,7 @@ from pathlib import Path
 import click
 from click.testing import CliRunner
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from arctic_plugins.cli import arctic
 from arctic_plugins.cli.plugins import _kind
@@ -104,7 +105,8 @@ def describe_fields(model: type[BaseModel]) -> Iterator[str]:
     """Yield a definition list in Markdown: the keys of a pydantic model, with type, default and meaning."""
     properties = model.model_json_schema(by_alias=False)["properties"]
     for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else f"default `{json.dumps(properties[name].get('default'))}`"
+        value = to_jsonable_python(field.get_default(call_default_factory=True)) if not field.is_required() else None
+        default = "required" if field.is_required() else f"default `{json.dumps(value)}`"
         yield from (f"`{name}`", f": *{_kind(properties[name])}; {default}*", "")
         for paragraph in inspect.cleandoc(field.description or "").split("\n\n"):
             yield from (f"  {' '.join(paragraph.split())}".replace("``", "`"), "")

@@ -187,7 +187,7 @@ def stack() -> Drawing:
     drawing = Drawing("Plugins, slots, stack and hosts")
     drawing.heading("Plugins, and the slots that they fill")
     drawing.row(
-        ("part", "`fp8` ", "or bnb", ["weight_codec:", "one for each module"]),
+        ("part", "`fp8`", "or bnb", ["weight_codec:", "one for each module"]),
         ("part", "`offload`", "and shard", ["placement:", "several, in order"]),
     )
     drawing.y += 10
