@@ -31,7 +31,7 @@ demo: install
 
 # The documentation site, in build/docs/index.html.
 docs: install
-	$(BIN)/sphinx-build -c docs -b html -n --keep-going . build/docs
+	$(BIN)/sphinx-build -c docs -b html -W --keep-going . build/docs
 
 test: install
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"

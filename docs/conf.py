@@ -19,7 +19,7 @@ copyright = author  # noqa: A001 - Sphinx's name
 
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/**.md", "plugins/*/README.md", "integrations/*/README.md", "examples/*/README.md"]
-include_patterns += ["benchmarks/**README.md"]
+include_patterns += ["tests/*/README.md", "benchmarks/**README.md"]
 exclude_patterns = [".*", "build", "dist", "out"]
 extensions = [
     "myst_parser",
@@ -31,22 +31,20 @@ extensions = [
 ]
 
 myst_heading_anchors = 4  # the anchors that GitHub gives to headings
-myst_enable_extensions = ["colon_fence", "deflist"]
-suppress_warnings = ["toc.not_readable", "toc.empty_glob"]
+myst_enable_extensions = ["deflist"]
+suppress_warnings = ["toc.not_readable"]  # pages that are still being written
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False  # those of other libraries are not this reference
 napoleon_numpy_docstring = False
-nitpicky = True
+nitpicky = True  # a reference to a name that does not exist is an error
 
 smartquotes = False  # options begin with two hyphens
 
 html_theme = "furo"
 html_title = f"arctic-plugins {release}"
-html_baseurl = ""
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_extra_path = ["_site"]
 html_copy_source = False
-copybutton_exclude = ".linenos, .gp, .go"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
-from sphinx.util import logging
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 _LOADED = re.compile(
     r"""<(?:script|img|iframe|source|video|audio|embed|object)\b[^>]*\b(?:src|srcset|data)=["'](?:https?:)?//[^"']*"""
@@ -22,6 +23,8 @@ def loaded_from_elsewhere(text: str) -> list[str]:
 
 
 def _check(app: Sphinx, exception: Exception | None) -> None:
+    from sphinx.util import logging
+
     if exception is None and app.builder.format == "html":
         for path in sorted(Path(app.outdir).rglob("*")):
             if path.suffix in (".html", ".css", ".svg"):
