@@ -152,6 +152,8 @@ def write_version(version: str) -> None:
         new = str(Version(version))
     except InvalidVersion as error:
         raise click.ClickException(f"{version!r} is not a version (PEP 440); expected, for example, 0.2.0") from error
+    if older := [project["version"] for project in projects.values() if Version(project["version"]) > Version(new)]:
+        raise click.ClickException(f"{new} comes before the present version, {older[0]}; expected a later one")
     sections = read_changelog()
     unreleased, heading = sections.get("Unreleased", "").strip(), find_section(sections, new)
     if heading and unreleased:
@@ -171,7 +173,12 @@ def write_version(version: str) -> None:
 
 
 @main.command()
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "dist", help="A new directory. [default: dist]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, resolve_path=True),
+    default=ROOT / "dist",
+    help="A new directory. [default: dist]",
+)
 @click.option("--draft", is_flag=True, help="Do not ask for a clean working tree, a changelog and a free tag.")
 def build(out: Path, draft: bool) -> None:
     """Build, check and hash the sdist and the wheel of every distribution."""

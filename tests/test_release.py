@@ -102,6 +102,7 @@ def test_a_version_is_written_everywhere_and_the_changelog_dated(repository):
     assert (repository / "CHANGELOG.md").read_text() == dated
     assert "nothing to release: CHANGELOG.md has no unreleased changes" in refused(repository, "version", "0.3.0")
     assert "'newest' is not a version" in refused(repository, "version", "newest")
+    assert "0.1.9 comes before the present version, 0.2.0" in refused(repository, "version", "0.1.9")
     replace(repository, "CHANGELOG.md", "## Unreleased\n", "## Unreleased\n\n- Late.\n")
     assert "move them into the section '0.2.0 - 2" in refused(repository, "version", "0.2.0")
 
