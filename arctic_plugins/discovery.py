@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass
-from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points, version
 from pathlib import Path
 
 import pluggy
 
 from arctic_plugins import hookspecs
 from arctic_plugins.errors import PluginError, PluginLoadError, PluginNotFoundError, suggest
-from arctic_plugins.plugin import PROJECT, SLOTS, Plugin, PluginConfig
+from arctic_plugins.plugin import CONTRACT, PROJECT, SLOTS, Plugin, PluginConfig
 from arctic_plugins.registry import Registry
 
 __all__ = ["InstalledPlugin", "identity", "installed_plugins", "load_plugin", "process_registry"]
@@ -51,6 +51,7 @@ class InstalledPlugin:
             raise self._broken(
                 f"is not a plugin: '{self.entry_point.value}' is {loaded!r}, not a subclass of arctic_plugins.Plugin"
             )
+        self._check_contract(loaded)
         if getattr(loaded, "name", None) != self.name:
             raise self._broken(f"has the name '{getattr(loaded, 'name', None)}', which is not its entry point's name")
         if not (inspect.isclass(loaded.config) and issubclass(loaded.config, PluginConfig)):
@@ -72,10 +73,22 @@ class InstalledPlugin:
             raise self._broken(str(error).replace("\n", " ")) from error
         return loaded
 
-    def _broken(self, cause: str) -> PluginLoadError:
+    def _check_contract(self, plugin: type[Plugin]) -> None:
+        contracts = plugin.contracts
+        if not isinstance(contracts, Set) or not all(type(each) is int for each in contracts):
+            raise self._broken(f"has contracts {contracts!r}, which is not a set of integers, such as {{{CONTRACT}}}")
+        if contracts and CONTRACT not in contracts:
+            needed = " or ".join(map(str, sorted(contracts)))
+            outdated = "arctic-plugins" if max(contracts) > CONTRACT else self.distribution
+            raise self._broken(
+                f"needs contract {needed}, but arctic-plugins {version('arctic-plugins')} has contract {CONTRACT}",
+                fix=f"run 'pip install --upgrade {outdated}', or leave '{self.name}' out of the stack",
+            )
+
+    def _broken(self, cause: str, fix: str = "") -> PluginLoadError:
         return PluginLoadError(
             f"plugin '{self.name}' of distribution {self.distribution} {self.version} {cause}",
-            fix=f"repair or uninstall {self.distribution}, or leave '{self.name}' out of the stack",
+            fix=fix or f"repair or uninstall {self.distribution}, or leave '{self.name}' out of the stack",
         )
 
 

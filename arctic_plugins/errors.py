@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Self
 
 __all__ = [
+    "ArcticDeprecationWarning",
     "ArcticError",
     "CheckpointError",
     "ClaimError",
@@ -80,6 +81,14 @@ def named(name: str, *kinds: type[ArcticError]) -> Iterator[None]:
         yield
     except kinds as error:
         raise error.at(name) from error
+
+
+class ArcticDeprecationWarning(DeprecationWarning):
+    """A use of something that the next minor release of this project removes from the contract.
+
+    The message names it, the release that deprecated it and what replaces it; the warning's location is the plugin's
+    code. ``docs/contract.md`` describes how to deprecate something.
+    """
 
 
 class UserError(ArcticError):

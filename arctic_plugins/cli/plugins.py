@@ -93,6 +93,7 @@ def _described(plugin: type[Plugin]) -> dict[str, Any]:
         "name": plugin.name,
         "meaning": " ".join(meaning.split()),
         "slots": sorted(plugin.slots),
+        "contracts": sorted(plugin.contracts),
         "trainer_mixins": _mixins(plugin),
         "options": options,
     }
@@ -124,6 +125,7 @@ def _in_words(described: dict[str, Any]) -> str:
     paragraphs = [
         f"{described['name']}: {described['meaning']}",
         f"Slots: {', '.join(described['slots']) or 'none'}",
+        *(f"Contract: {' or '.join(map(str, described['contracts']))}" for _ in described["contracts"][:1]),
         *(f"Adds to the Trainer: {', '.join(described['trainer_mixins'])}" for _ in described["trainer_mixins"][:1]),
         "",
     ]
