@@ -12,6 +12,7 @@ from typing import Any
 
 from arctic_plugins.errors import PluginError, PluginNotFoundError, suggest
 from arctic_plugins.plugin import PluginConfig
+from arctic_plugins.prose import first_paragraph
 
 __all__ = ["FIRST_PARTY", "ROPE_MARK", "Importer", "ModelClasses", "Registry", "load"]
 
@@ -57,7 +58,7 @@ class Importer:
     @property
     def meaning(self) -> str:
         """The format and what it is converted to: the first paragraph of the options' docstring."""
-        return " ".join((self.options.__doc__ or "").partition("\n\n")[0].replace("``", "").split())
+        return first_paragraph(self.options.__doc__)
 
 
 @dataclass

@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class _Records(BaseModel):
     """Where records come from, and what a record means."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     format: Format = "alpaca"
     """The fields of a record.
@@ -187,7 +187,7 @@ class DataConfig(_Records):
 class Recipe(BaseModel):
     """``model``, ``task``, ``plugins``, ``load``, ``data``, ``training`` and ``nonfinite``; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str
     """A checkpoint directory or a Hub id."""
