@@ -12,9 +12,9 @@ __all__ = ["completion"]
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print a script with which SHELL completes the commands, options, plugins and files of arctic.
+    """Print a script with which a shell completes the commands, options, plugins and files of arctic.
 
-    Load it in the file with which the shell starts: ~/.bashrc, ~/.zshrc, or ~/.config/fish/config.fish.
+    Load it in the file with which the shell starts, as in the example.
 
     \b
     Example:

@@ -50,8 +50,8 @@ def recipe_schema() -> tuple[dict[str, Any], list[PluginError]]:
     for key in ("plugins", "load", "nonfinite"):  # with nothing under it, a section is left out
         sections[key]["type"] = [sections[key]["type"], "null"]
     sections["nonfinite"]["enum"].append(None)
-    schema |= {"$schema": DIALECT, "title": "Recipe", "required": ["model", "data", "training"], "$defs": parts}
-    return _plain(schema), failures
+    schema |= {"required": ["model", "data", "training"], "$defs": parts}
+    return {"$schema": DIALECT, **_plain(schema)}, failures
 
 
 def _add(parts: dict[str, Any], name: str, generate: Callable[..., dict[str, Any]]) -> dict[str, Any]:
