@@ -40,8 +40,8 @@ class InstalledPlugin:
         """Import the plugin class and check that it fulfills the contract.
 
         Raises:
-            PluginLoadError: the import fails, or the object is not a valid plugin; the message names the plugin, its
-                distribution and the cause.
+            PluginLoadError: the import fails, the object is not a valid plugin, or it needs another version of the
+                contract; the message names the plugin, its distribution and the cause.
         """
         try:
             loaded = self.entry_point.load()

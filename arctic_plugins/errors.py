@@ -118,7 +118,7 @@ class PluginNotFoundError(PluginError):
 
 
 class PluginLoadError(PluginError):
-    """An enabled plugin that is installed but cannot be imported or is not a valid plugin."""
+    """An enabled plugin that is installed but cannot be imported, is not a valid plugin or needs another contract."""
 
 
 class ResolveError(UserError):

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from arctic_plugins_huggingface.cli.schema import schema as command
@@ -20,7 +21,6 @@ from arctic_plugins.discovery import installed_plugins, load_plugin
 from arctic_plugins.errors import ConfigError
 from arctic_plugins.testing import run_python
 
-jsonschema = pytest.importorskip("jsonschema")
 ROOT = Path(__file__).parents[3]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*/*/README.md"))]
 BLOCKS = [block for path in DOCUMENTS for block in re.findall(r"^```yaml\n(.*?)^```", path.read_text(), re.M | re.S)]
