@@ -124,11 +124,45 @@ def test_a_newer_contract_is_named_before_what_else_does_not_fit(install_plugin)
         load_plugin("kit")
 
 
-def test_the_command_shows_which_contract_a_plugin_needs(install_plugin, capsys):
-    install_plugin("kit", plugin(f"contracts = {{{CONTRACT}}}"))
+def test_a_plugin_that_calls_what_is_gone_harms_no_other(install_plugin):
+    install_plugin(
+        "kit", plugin("@classmethod\n@hookimpl\ndef register(cls, registry):\n    registry.kodec('old', 'old:Old')")
+    )
+    registry = process_registry()
+    assert {"fp8", "lora"} <= {*registry.plugins}
+    assert "kit" not in registry.plugins
+    assert (
+        "plugin 'kit' of distribution kit-dist 1.0 failed in register: AttributeError: 'Registry' object has no"
+        in str(registry.failures["kit"])
+    )
+
+
+DATED = """
+from arctic_plugins import Plugin, PluginConfig
+
+class Options(PluginConfig):
+    size: int = 8
+    '''How ``large`` a :class:`~some.where.Thing` is.
+
+    .. versionadded:: 0.1
+    '''
+
+class plugin(Plugin):
+    '''Things.
+
+    .. versionadded:: 0.1
+    '''
+    name, config, contracts = "kit", Options, {CONTRACT}
+"""
+
+
+def test_the_command_shows_the_contract_and_plain_text(install_plugin, capsys):
+    install_plugin("kit", DATED.replace("{CONTRACT}", f"{{{CONTRACT}}}"))
     with pytest.raises(SystemExit):
         main(["plugins", "kit"])
-    assert f"Contract: {CONTRACT}\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"kit: Things.\nSlots: none\nContract: {CONTRACT}\n")
+    assert shown.endswith("How large a Thing is.\n")
 
 
 # Deprecation: nothing is deprecated today, so the tests deprecate something.
