@@ -39,6 +39,7 @@ class ArcticError(Exception):
     """
 
     exit_status = 1
+    """The exit status of the command line."""
 
     def __init__(self, found: str, *, expected: str = "", fix: str = "") -> None:
         self.found, self.expected, self.fix = found, expected, fix

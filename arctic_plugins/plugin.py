@@ -36,6 +36,7 @@ contract does not raise it. ``docs/contract.md`` describes the policy.
 """
 
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a method of a plugin as an implementation of the hook of the same name."""
 
 
 @dataclass(frozen=True)
@@ -231,9 +232,11 @@ class Finding:
     available. ``ok``: everything is as it should be.
     """
     subject: str
+    """What was checked, in a few words."""
     text: str
     """What was found, and what was expected."""
     fix: str = ""
+    """What the user can do."""
 
 
 def expectation(error: ValidationError) -> str:

@@ -28,7 +28,9 @@ class TensorSpec:
     """A tensor without its data."""
 
     shape: tuple[int, ...]
+    """Its shape."""
     dtype: torch.dtype
+    """Its dtype."""
     k_dim: int | None = None
     """The dimension that corresponds to the weight's K, along which it can be split (on group borders); None if there
     is none.
@@ -36,6 +38,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Its bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 

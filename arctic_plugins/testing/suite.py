@@ -54,6 +54,7 @@ class Suite:
                 law(self, **{name: arguments[name] for name in inspect.signature(law).parameters if name != "self"})
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run each law for every part that the subclass sets. pytest calls it."""
         for argument, attribute in self.over.items():
             if argument in metafunc.fixturenames:
                 values: Iterable[Any] = getattr(self, attribute, ())

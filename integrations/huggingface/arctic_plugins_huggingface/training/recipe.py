@@ -199,6 +199,7 @@ class Recipe(BaseModel):
     load: dict[str, Any] = Field(default_factory=dict)
     """Arguments of ``from_pretrained``, verbatim."""
     data: DataConfig
+    """What to train on."""
     training: dict[str, Any] = Field(default_factory=dict)
     """``trainer``, the name of one of TRL's trainers (``sft`` by default), and the fields of its config, verbatim."""
     nonfinite: Literal["stop", "skip"] = "stop"
