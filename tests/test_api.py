@@ -31,6 +31,9 @@ def test_every_public_name_has_a_docstring(module):
             assert (found.__doc__ or "").strip(), name
 
 
+PARENTS = ("plugins", "examples", "arctic_plugins/templates")
+
+
 def imports_of(distribution):
     for path in distribution.rglob("*.py"):
         if "tests" not in path.parts[len(distribution.parts) :]:
@@ -41,7 +44,7 @@ def imports_of(distribution):
 
 @pytest.mark.parametrize(
     "distribution",
-    [*sorted((ROOT / "plugins").iterdir()), *sorted((ROOT / "examples").glob("*/"))],
+    sorted(path for parent in PARENTS for path in (ROOT / parent).glob("*/")),
     ids=lambda path: path.name,
 )
 def test_plugins_use_what_is_public(distribution):

@@ -7,8 +7,8 @@ kind has a file of the same name, its text follows.
 from __future__ import annotations
 
 import keyword
+import os
 import re
-import shutil
 import tempfile
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 from arctic_plugins.cli import COMMAND_GROUP
-from arctic_plugins.errors import ConfigError
+from arctic_plugins.errors import ConfigError, UserError
 
 __all__ = ["KINDS", "new_plugin"]
 
@@ -55,14 +55,17 @@ def new_plugin(name: str, kind: str) -> None:
     directory = Path(name)
     texts = _texts(kind)
     words = _names(name, "\n".join(texts.values()))
-    if directory.exists():
+    if os.path.lexists(directory):
         raise ConfigError(f"{directory.absolute()} exists already", fix="choose another name, or work elsewhere")
-    with tempfile.TemporaryDirectory(dir=".", prefix=f".{name}-") as scratch:  # renamed once it is complete
-        for path, text in texts.items():
-            target = Path(scratch) / "new" / _renamed(path, words)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(_renamed(text, words), encoding="utf-8")
-        shutil.move(Path(scratch) / "new", directory)
+    try:
+        with tempfile.TemporaryDirectory(dir=".", prefix=".new-plugin-") as scratch:  # renamed once it is complete
+            for path, text in texts.items():
+                target = Path(scratch) / name / _renamed(path, words)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_text(_renamed(text, words), encoding="utf-8")
+            (Path(scratch) / name).rename(directory)
+    except OSError as error:
+        raise UserError(f"{directory.absolute()} cannot be written: {error.strerror}", fix="work elsewhere") from error
     click.echo(
         f"{directory}/ contains the plugin '{name}', which works as it is. Next:\n"
         f"  pip install --no-build-isolation -e {name}\n"
@@ -103,7 +106,7 @@ def _names(name: str, text: str) -> dict[str, str]:
         raise ConfigError(f"'{name}' is the name of a plugin of arctic-plugins", fix="choose another name")
     if find_spec(package) is not None:
         raise ConfigError(f"the package {package} is installed already", fix="choose another name")
-    if keyword.iskeyword(class_name) or re.search(rf"\b{class_name}", text):
+    if keyword.iskeyword(class_name) or re.search(rf"\b{class_name}", text.replace("Acme", "_")):
         raise ConfigError(
             f"the class would be called {class_name}, which means something else", fix="choose another name"
         )

@@ -36,9 +36,13 @@ class AcmeDispatch(ExpertsDispatch):
                 f"{self.option} is {self.size}, which does not divide the number of processes",
                 fix="start a multiple of that with 'arctic train RECIPE --nproc' or torchrun",
             )
-        ranks = torch.arange(dist.get_world_size()).view(-1, self.size)
-        parts, _ = dist.new_subgroups_by_enumeration(ranks.tolist())
-        copies, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist())
+        world = dist.get_world_size()
+        parts, _ = dist.new_subgroups_by_enumeration(
+            [list(range(first, first + self.size)) for first in range(0, world, self.size)]
+        )
+        copies, _ = dist.new_subgroups_by_enumeration(
+            [list(range(first, world, self.size)) for first in range(self.size)]
+        )
         return parts, copies
 
     def local(self, num_experts: int) -> slice:

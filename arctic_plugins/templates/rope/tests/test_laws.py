@@ -11,7 +11,7 @@ class TestPlugin(PluginSuite):
 
 class TestRopeType(RopeTypeSuite):
     rope_type = "acme"
-    parameters = [{"factor": 4.0}, {"factor": 1.5, "rope_theta": 500000.0}]
+    parameters = [{"factor": 4.0}, {"factor": 1.5}]
 
 
 def test_a_recipe_gives_a_model_four_times_the_context(tiny_checkpoint):
