@@ -51,7 +51,17 @@ def test_a_wheel_for_each_distribution_with_nothing_that_does_not_belong(distrib
         package = wheel.name.partition("-")[0]
         assert {name.partition("/")[0].partition("-")[0] for name in names} == {package}
         assert f"{package}/py.typed" in names
-        assert not [name for name in names if "test_" in name and "/templates/" not in name or "cache" in name]
+        own = [name for name in names if not name.startswith("arctic_plugins/templates/")]
+        assert not [name for name in own if "test_" in name or "__pycache__" in name]
+
+
+def test_the_templates_of_new_plugins_are_in_the_wheel_with_their_hidden_files(wheels):
+    (core,) = wheels.glob("arctic_plugins-*.whl")
+    folder = "arctic_plugins/templates/"
+    found = {name for name in zipfile.ZipFile(core).namelist() if name.startswith(folder)}
+    paths = [path for path in (ROOT / folder).rglob("*") if path.is_file() and "cache" not in str(path)]
+    assert found == {path.relative_to(ROOT).as_posix() for path in paths}
+    assert f"{folder}common/.gitignore" in found
 
 
 @pytest.fixture(scope="module")
