@@ -1,7 +1,7 @@
 """The tutorials, as a reader follows them: every file is written and every command runs, in their order.
 
-The purpose of a block follows its language: ``file=PATH`` is a file, ``append=PATH`` is added to its end,
-and ``insert=PATH before="LINE"`` above the only line that begins like that. Commands end with status 0, or 1
+The purpose of a block follows its language: ``file=PATH`` is a file, ``append=PATH`` are methods of the class at its
+end, and ``insert=PATH before="LINE"`` goes above the only line that begins like that. Commands end with status 0, or 1
 where the block says ``fails``. The lines of a ``text`` block are in the output of the commands before it.
 """
 
@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -65,11 +66,12 @@ def follow(tmp_path, monkeypatch):
                 Path(path).write_text(body)
             elif action == "append":
                 with Path(path).open("a") as file:
-                    file.write(body)
+                    file.write("\n" + indent(body, "    "))
             elif action == "insert":
                 source = Path(path).read_text()
                 assert source.count(f"\n{before}") == 1
-                Path(path).write_text(source.replace(f"\n{before}", f"\n{body}{before}"))
+                inserted = indent(body, re.match(" *", before)[0])
+                Path(path).write_text(source.replace(f"\n{before}", f"\n{inserted}{before}"))
             elif language == "bash":
                 done = [command(line, 1 if action == "fails" else 0) for line in body.splitlines()]
                 output = "".join(each.stdout + each.stderr for each in done)

@@ -11,6 +11,9 @@ from arctic_plugins.errors import CheckpointError
 
 __all__ = ["command"]
 
+LONGEST = 100_000_000
+"""Largest number of bytes in the header of a file, according to the format."""
+
 
 @click.command("acme", short_help="Show how many bytes a checkpoint's tensors take.")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
@@ -37,13 +40,14 @@ def sizes(checkpoint: Path) -> dict[str, int]:
     if not files:
         raise CheckpointError(f"{checkpoint} contains no safetensors files", fix="name the directory of a checkpoint")
     for path in files:
-        try:  # a header: its length in 8 bytes, then JSON (https://huggingface.co/docs/safetensors)
+        try:  # a header: its length in 8 bytes, then as much JSON (https://huggingface.co/docs/safetensors)
             with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, LONGEST)))
             for name, tensor in header.items():
                 if name != "__metadata__":
                     start, stop = tensor["data_offsets"]
                     found[tensor["dtype"]] += stop - start
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} has no valid header", fix="the file is damaged: copy it again") from error
     return dict(found.most_common())

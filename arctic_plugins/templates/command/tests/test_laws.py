@@ -3,8 +3,11 @@
 import json
 
 import pytest
-from arctic_plugins.cli import main
+from arctic_plugins.errors import CheckpointError
 from arctic_plugins.testing import CommandSuite, PluginSuite
+from click.testing import CliRunner
+
+from arctic_acme.command import command, sizes
 
 
 class TestPlugin(PluginSuite):
@@ -15,27 +18,16 @@ class TestCommand(CommandSuite):
     commands = ["acme"]
 
 
-@pytest.fixture
-def arctic(capsys):
-    """A function that runs the command, and returns its exit status and both outputs."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as end:
-            main(["acme", *map(str, arguments)])
-        return end.value.code, *capsys.readouterr()
-
-    return run
-
-
-def test_it_shows_the_bytes_of_a_checkpoint(arctic, tiny_checkpoint):
-    status, output, _ = arctic(tiny_checkpoint, "--json")
-    assert status == 0
+def test_it_shows_the_bytes_of_a_checkpoint(tiny_checkpoint):
     size = sum(path.stat().st_size for path in tiny_checkpoint.glob("*.safetensors"))
-    assert 0.95 * size < json.loads(output)["F32"] < size
+    result = CliRunner().invoke(command, [str(tiny_checkpoint), "--json"])
+    assert 0.95 * size < json.loads(result.output)["F32"] < size
 
 
-def test_what_is_no_checkpoint_is_one_line(arctic, tmp_path):
-    status, output, error = arctic(tmp_path)
-    assert (status, output, error.count("\n")) == (2, "", 1)
-    (tmp_path / "model.safetensors").write_bytes(b"\x05\x00\x00\x00\x00\x00\x00\x00[1,2]")
-    assert "model.safetensors has no valid header" in arctic(tmp_path)[2]
+@pytest.mark.parametrize("content", [b"", b"\x05" + bytes(7) + b"[1,2]", b"\xff" * 8, b"\x04" + bytes(7) + b'{"a"'])
+def test_a_damaged_file_is_named(tmp_path, content):
+    with pytest.raises(CheckpointError, match="contains no safetensors files"):
+        sizes(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match="model.safetensors has no valid header"):
+        sizes(tmp_path)

@@ -29,7 +29,7 @@ class AcmeDecoderLayer(LlamaDecoderLayer):
         super().__init__(config, layer_idx)
         del self.post_attention_layernorm
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]  # all else by keyword
         normalized = self.input_layernorm(hidden_states)
         attention, _ = self.self_attn(hidden_states=normalized, **kwargs)
         return hidden_states + attention + self.mlp(normalized)
