@@ -97,8 +97,8 @@ def _names(name: str, text: str) -> dict[str, str]:
     words = re.split("[-_]", name)
     package, class_name = f"arctic_{'_'.join(words)}", "".join(word.capitalize() for word in words)
     for group, what in (("arctic_plugins", "plugin"), (COMMAND_GROUP, "command")):
-        if points := entry_points(group=group, name=name):
-            [owner, *_] = [point.dist.name for point in points if point.dist] or ["an installed distribution"]
+        for point in entry_points(group=group, name=name):
+            owner = point.dist.name if point.dist else "an unknown distribution"
             raise ConfigError(f"{what} '{name}' is installed already, by {owner}", fix="choose another name")
     from arctic_plugins.registry import FIRST_PARTY
 
