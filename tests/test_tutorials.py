@@ -20,42 +20,37 @@ DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r'^```(\w+)(?: (?:(\w+)(?:=(\S+)(?: before="([^"]*)")?)?))?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
+PYTHON = {
+    "arctic": ["-m", "arctic_plugins.cli"],
+    "pytest": ["-m", "pytest", "-p", "arctic_plugins.testing.fixtures"],
+    "python": [],
+}
+SITE = "import sys, sysconfig; print(sysconfig.get_path('purelib', vars={'base': sys.argv[1]}))"
+
+
 @pytest.fixture
 def follow(tmp_path, monkeypatch):
     """A function that follows a page in an empty directory."""
-    site = Path(run_python("-c", SITE, tmp_path / "prefix").stdout.strip())
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(site), os.environ.get("PYTHONPATH", "")]))
+    prefix = tmp_path / "prefix"
+    monkeypatch.setenv("PYTHONPATH", run_python("-c", SITE, prefix).stdout.strip(), prepend=os.pathsep)
     monkeypatch.chdir(tmp_path)
 
     def pip(*arguments):
         """Install to a prefix. A process finds that by its PYTHONPATH, and what is installed in editable mode, too."""
-        own = {"PIP_PREFIX": str(tmp_path / "prefix"), "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+        own = {"PIP_PREFIX": str(prefix), "PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
         done = run_python("-m", "pip", *arguments, environment=own)
-        monkeypatch.setenv(
-            "PYTHONPATH", os.pathsep.join([str(Path(arguments[-1]).absolute()), os.environ["PYTHONPATH"]])
-        )
+        monkeypatch.setenv("PYTHONPATH", str(Path(arguments[-1]).absolute()), prepend=os.pathsep)
         return done
-
-    def python(*arguments, status=0):
-        served = Path(arguments[0]).is_file() and "vllm" in Path(arguments[0]).read_text()
-        forks, own = (engines(), small_engine(tmp_path / "cache")) if served else (trainers(), {})
-        return forks.run(arguments, environment=own, status=status)
-
-    def pytest_(*arguments, status=0):
-        return python("-m", "pytest", "-p", "arctic_plugins.testing.fixtures", *arguments, status=status)
 
     def command(line, status):
         name, *arguments = shlex.split(line)
-        match name:
-            case "arctic":
-                return trainers().arctic(*arguments, status=status)
-            case "pip":
-                return pip(*arguments)
-            case "pytest":
-                return pytest_(*arguments, status=status)
-            case "python":
-                return python(*arguments, status=status)
-        return subprocess.run([name, *arguments], check=True, capture_output=True, text=True)
+        if name == "pip":
+            return pip(*arguments)
+        if name not in PYTHON:
+            return subprocess.run([name, *arguments], check=True, capture_output=True, text=True)
+        served = name == "python" and Path(arguments[0]).is_file() and "vllm" in Path(arguments[0]).read_text()
+        forks, own = (engines(), small_engine(tmp_path / "cache")) if served else (trainers(), {})
+        return forks.run([*PYTHON[name], *arguments], environment=own, status=status)
 
     def run(page):
         output, text = "", (DOCS / page).read_text()
@@ -80,9 +75,6 @@ def follow(tmp_path, monkeypatch):
                 assert all(line in output for line in body.splitlines()), output
 
     return run
-
-
-SITE = "import sys, sysconfig; print(sysconfig.get_path('purelib', vars={'base': sys.argv[1]}))"
 
 
 def test_the_tutorial_of_a_trainer_plugin(follow):
