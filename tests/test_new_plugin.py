@@ -9,6 +9,7 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
+from arctic_plugins import CONTRACT
 from arctic_plugins.cli.new_plugin import KINDS, TEMPLATES, new_plugin
 from arctic_plugins.testing import run_python, trainers
 
@@ -57,13 +58,12 @@ def test_nothing_is_left_of_the_templates_names(created):
         assert not [path for path in files if "acme" in f"{path}{path.read_text()}".lower()]
 
 
-def test_they_require_this_version(created):
-    [version] = {Requirement(line).specifier for line in about(created, "codec")["dependencies"]}
-    assert version.contains(tomllib.loads((TEMPLATES.parents[1] / "pyproject.toml").read_text())["project"]["version"])
-
-
-def about(created, kind):
-    return tomllib.loads((created / NAMES[kind] / "pyproject.toml").read_text())["project"]
+def test_they_require_this_contract_and_a_release_that_has_it(created):
+    release = tomllib.loads((TEMPLATES.parents[1] / "pyproject.toml").read_text())["project"]["version"]
+    for name in NAMES.values():
+        about = tomllib.loads((created / name / "pyproject.toml").read_text())["project"]
+        assert all(Requirement(line).specifier.contains(release) for line in about["dependencies"])
+        assert f"contracts = frozenset({{{CONTRACT}}})" in next((created / name).glob("arctic_*/plugin.py")).read_text()
 
 
 def test_they_are_listed(run):

@@ -15,6 +15,7 @@ class Acme(Plugin):
     """Frozen weights in 8 bits, with a scale for each group; claims every included linear module."""
 
     name = "acme"
+    contracts = frozenset({1})
     config = AcmeConfig
     slots = frozenset({"weight_codec"})
 

@@ -11,3 +11,4 @@ class Acme(Plugin):
     """The command ``arctic acme``. Enabling the plugin in a recipe changes nothing; hooks can be added here."""
 
     name = "acme"
+    contracts = frozenset({1})

@@ -16,6 +16,7 @@ class Acme(Plugin):
     """Experts spread over processes; claims ``experts_dispatch`` of all experts if there are several processes."""
 
     name = "acme"
+    contracts = frozenset({1})
     config = AcmeConfig
     slots = frozenset({"experts_dispatch"})
 

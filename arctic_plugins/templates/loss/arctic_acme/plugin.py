@@ -17,6 +17,7 @@ class Acme(Plugin):
     """Cross-entropy of the next token, computed a few tokens at a time; fills the slot ``loss``."""
 
     name = "acme"
+    contracts = frozenset({1})
     config = AcmeConfig
     slots = frozenset({"loss"})
     before = frozenset({"adapter"})  # it sets an attribute of the model itself, not of an adapter around it

@@ -16,6 +16,7 @@ class Acme(Plugin):
     """Frozen weights in files, which are mapped while they are used; claims the selected modules."""
 
     name = "acme"
+    contracts = frozenset({1})
     config = AcmeConfig
     slots = frozenset({"placement"})
     after = frozenset({"placement"})  # it leaves no bytes for another placement

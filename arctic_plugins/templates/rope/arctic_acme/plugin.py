@@ -14,6 +14,7 @@ class Acme(Plugin):
     """
 
     name = "acme"
+    contracts = frozenset({1})
 
     @classmethod
     @hookimpl

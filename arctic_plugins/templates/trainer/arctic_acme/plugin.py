@@ -13,6 +13,7 @@ class Acme(Plugin):
     """A moving average of the loss, as ``loss_average`` in the Trainer's logs."""
 
     name = "acme"
+    contracts = frozenset({1})
     config = AcmeConfig
     trainer_mixins = ("arctic_acme.training:AveragesLoss",)
 
