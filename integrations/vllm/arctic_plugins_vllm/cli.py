@@ -40,13 +40,14 @@ def serve(context: click.Context, checkpoint: str, base: str | None, plugins: st
 
     from arctic_plugins.errors import ConfigError
     from arctic_plugins.stack import Stack, parse_plugins
-    from arctic_plugins_vllm.serving import server_command, server_options
+    from arctic_plugins_vllm.serving import check_address, server_command, server_options
 
     if checkpoint.startswith("-"):  # click passes unknown options to the argument
         raise ConfigError(
             f"found {checkpoint} in place of CHECKPOINT",
             fix="write 'arctic serve CHECKPOINT', followed by vLLM's options",
         )
+    check_address(context.args)
     stack = None if plugins is None else Stack.from_dict(parse_plugins(plugins))
     values, environment = server_options(checkpoint, context.args, base=base, plugins=stack)
     command = server_command(values, context.args)

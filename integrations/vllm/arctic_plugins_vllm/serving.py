@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, rea
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 
-__all__ = ["made_for", "on_the_fly", "server_command", "server_options"]
+__all__ = ["check_address", "made_for", "on_the_fly", "server_command", "server_options"]
 
 MODULE = "arctic_plugins_vllm.server"
 LONGEST_VALUES = 100_000
@@ -31,6 +32,8 @@ They exclude pickles, and the ``params.json`` and ``consolidated.safetensors`` t
 ``transformers_utils/config.py``, ``default_loader.py``).
 """
 CPU_CACHE_GIB = "2"
+PORT = "8000"
+"""vLLM's default port."""
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _HEADLESS = re.compile(r"\w+(?<!LMHead)(?<!Chat)(?<!Reward)(?<!Classification)Model")
 """A model class without a head, whose outputs are embeddings: the default suffix of vLLM (0.32.0, config/model.py)."""
@@ -89,6 +92,28 @@ def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[st
             fix="first merge the adapter or quantize the model",
         )
     return ["-m", MODULE, written, *options]
+
+
+def check_address(options: Sequence[str]) -> None:
+    """Raise ConfigError if the server cannot listen on the address in ``options``, vLLM's, for example one in use.
+
+    vLLM (0.32.0, ``launcher.py``) would find out after the files have been checked, and raise OSError. It still does
+    for an address in its ``--config FILE``, and for one of a server that is loading its model at the same time.
+    """
+    host, port = _option(options, "host") or "", _option(options, "port") or PORT
+    given = {option.partition("=")[0].replace("_", "-") for option in options}
+    if given & {"--uds", "--config", "--headless"} or not port.isdecimal():
+        return
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # like vLLM; a server may be started again at once
+        try:
+            probe.bind((host, int(port)))
+        except (OSError, OverflowError, TypeError, ValueError) as error:  # also names that are no host's
+            raise ConfigError(
+                f"the server cannot listen on {host or 'all addresses'}, port {port}: "
+                f"{getattr(error, 'strerror', None) or error}",
+                fix="set --port or --host to another",
+            ) from error
 
 
 def server_options(
