@@ -8,13 +8,11 @@ import sys
 import nbformat
 from arctic_plugins_huggingface.cli import quiet_hosts
 from nbclient import NotebookClient
-from traitlets.config import Config
 
 path = sys.argv[1]
 quiet_hosts()  # environment variables, for the kernel
 notebook = nbformat.read(path, as_version=4)
-config = Config({"KernelManager": {"transport": "ipc"}})
-NotebookClient(notebook, timeout=600, record_timing=False, config=config).execute()
+NotebookClient(notebook, timeout=600, record_timing=False).execute()
 for cell in notebook.cells:
     if cell.cell_type == "code":
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from traitlets.config import Config
 
 NOTEBOOK = Path(__file__).parent.parent / "examples" / "quickstart.ipynb"
 
@@ -35,8 +34,7 @@ def test_a_model_learns_over_either_codec(tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     stored, notebook = (nbformat.read(NOTEBOOK, as_version=4) for _ in range(2))
     notebook.cells.append(nbformat.v4.new_code_cell("import json\n\nprint(json.dumps(losses))", id="losses"))
-    config = Config({"KernelManager": {"transport": "ipc"}})
-    NotebookClient(notebook, timeout=600, startup_timeout=300, config=config).execute(cwd=str(tmp_path))
+    NotebookClient(notebook, timeout=600, startup_timeout=300).execute(cwd=str(tmp_path))
     found = printed(notebook)
     losses = json.loads(found["losses"])
     assert losses.keys() == {"fp8", "nf4"}
