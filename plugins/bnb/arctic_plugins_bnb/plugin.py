@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from arctic_plugins import Claim, LinearSpec, Plugin, Registry, hookimpl
+from arctic_plugins import Claim, Finding, LinearSpec, Plugin, Registry, hookimpl
 from arctic_plugins_bnb.config import BnBConfig
 
 __all__ = ["BnB"]
@@ -31,3 +31,11 @@ class BnB(Plugin):
 
         codec = Int8Codec() if self.options.type == "int8" else NF4Codec(double_quant=self.options.double_quant)
         return [Claim("weight_codec", name, codec) for name in self.options.select(self.name, modules)]
+
+    @classmethod
+    @hookimpl
+    def diagnose(cls) -> Iterable[Finding]:
+        from arctic_plugins_bnb.ops import compiled
+
+        found, cpu = compiled.describe()
+        return [Finding("ok" if found else "warning", "kernels", f"CPU: {cpu}; GPU: bitsandbytes'")]
