@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from arctic_plugins_bnb.codec import Int8Codec, NF4Codec
+from arctic_plugins_bnb.ops import compiled
 from arctic_plugins_fp8 import kernels
 from arctic_plugins_fp8.codec import CANDIDATES, LARGEST_WEIGHT, FP8Codec
 from torch import Tensor, nn
@@ -51,7 +52,8 @@ def layers(weight_NK: Tensor, dtype: torch.dtype) -> dict[str, nn.Module]:
     for name, codec in zip(OURS, codecs, strict=True):
         made[name] = FrozenLinear.from_linear(plain, codec)
         made[name].encode(weight_NK)
-    for name, codec in (("bnb int8", Int8Codec()), ("bnb nf4", NF4Codec())):
+    bnb = {"bnb int8": Int8Codec(), "bnb nf4": NF4Codec(), "bnb nf4 double": NF4Codec(double_quant=True)}
+    for name, codec in bnb.items():
         made[name] = FrozenLinear.from_linear(plain, codec)
         made[name].encode(weight_NK)
     made["aten int8pack"] = Int8Pack(weight_NK, dtype)
@@ -278,17 +280,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", action="append", help="a contender; repeat it for several, among them bf16 and fp8")
     parser.add_argument("--rows", type=int, action="append", help="rows of x; repeat it for several")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
+    parser.add_argument("--shape", type=int, nargs=2, action="append", help="N and K; repeat it for several")
     arguments = parser.parse_args()
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kernels.describe()[1]}, inputs in "
-        f"{arguments.dtype}"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp8 {kernels.describe()[1]}, bnb CPU: "
+        f"{compiled.describe()[1]}, inputs in {arguments.dtype}"
     )
     results = {
         f"{shape[0]} x {shape[1]}": measure(
             shape, getattr(torch, arguments.dtype), arguments.only, tuple(arguments.rows or ROWS)
         )
-        for shape in SHAPES[: arguments.shapes]
+        for shape in map(tuple, arguments.shape or SHAPES)
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))

@@ -41,7 +41,7 @@ INSTRUCTION_SETS: dict[str, tuple[str, list[str]]] = {
     "avx2": ("portable.cpp", ["-mavx2", "-mfma", "-mf16c"]),
     "portable": ("portable.cpp", []),
 }
-"""Instruction set, best first -> source file and compiler flags, for one object file each. All but the last need x86-64.
+"""Instruction set, best first -> source file and compiler flags, for one object file each; only the last is not of x86.
 
 ``ops.cpp`` is compiled for any processor of the architecture and chooses at run time, so that different machines can
 share a home directory.
@@ -62,11 +62,11 @@ class CompiledKernels:
     """The CPU kernels of a plugin, and the operators ``torch.ops.arctic_NAME`` that they implement.
 
     Args:
-        name: the plugin's; ``ARCTIC_NAME_KERNELS`` in the environment selects an instruction set instead of the best one
-            of the processor, or ``reference`` for none.
+        name: the plugin's name, an identifier. ``ARCTIC_NAME_KERNELS`` in the environment selects an instruction set
+            instead of the best one of the processor, or ``reference`` for none.
         sources: the directory with ``ops.cpp`` and the files of ``instruction_sets``. ``ops.cpp`` defines the operator
-            ``use(str instruction_set) -> str``, which chooses an instruction set ("" for the best) and returns its name,
-            or "" if the processor does not support it; and implements operators for the dispatch key ``CPU``.
+            ``use(str instruction_set) -> str``, which chooses an instruction set ("" for the best) and returns its
+            name, or "" if the processor does not support it; and implements operators for the dispatch key ``CPU``.
         instruction_sets: keys of :data:`INSTRUCTION_SETS` for which there is a source file; ``portable`` among them.
     """
 
@@ -83,8 +83,8 @@ class CompiledKernels:
     def implement(self, operators: Iterable[str]) -> None:
         """Make the first call of one of these operators on a CPU :meth:`load` the kernels.
 
-        The operators must be defined, and implemented for ``CompositeExplicitAutograd`` in torch: this is the reference,
-        which is used where there are no kernels.
+        The operators must be defined, and implemented in torch for ``CompositeExplicitAutograd``: this is the
+        reference, which is used where there are no kernels.
         """
         library = torch.library.Library(f"arctic_{self.name}", "IMPL", "CPU")
         self._first_calls.append(library)  # what it registers stays as long as it exists (torch 2.13: torch.library)

@@ -25,6 +25,7 @@ __all__ = [
     "decode_int8",
     "decode_nf4",
     "dynamic_map",
+    "float_absmax",
     "grad_input_experts_int8",
     "grad_input_experts_nf4",
     "grad_input_int8",
@@ -34,6 +35,7 @@ __all__ = [
     "linear_int8",
     "linear_nf4",
     "nf4_middles",
+    "nf4_numbers",
     "tiles",
 ]
 
@@ -64,10 +66,16 @@ def _import_bitsandbytes() -> Any:
 _functional = _import_bitsandbytes()
 
 
+def nf4_numbers() -> Tensor:
+    """Return nf4's 16 numbers, float32 and sorted, on CPU."""
+    numbers: Tensor = _functional.get_4bit_type("nf4", device="cpu")
+    return numbers
+
+
 @cache
 def nf4_middles() -> tuple[float, ...]:
     """Return the 15 numbers halfway between neighbors of nf4's 16."""
-    numbers = _functional.get_4bit_type("nf4", device="cpu")
+    numbers = nf4_numbers()
     return tuple(((numbers[:-1] + numbers[1:]) / 2).tolist())
 
 
@@ -85,7 +93,7 @@ def tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
 
 
 def _decode_nf4(codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, out_NK: Tensor) -> None:
-    absmax_NB = _absmax(absmax, scale, offset).flatten(0, -2).contiguous()
+    absmax_NB = float_absmax(absmax, scale, offset).flatten(0, -2).contiguous()
     codes_NB = codes.flatten(0, -3).contiguous()
     rows, blocks = absmax_NB.shape
     decode = torch.ops.bitsandbytes.dequantize_4bit
@@ -98,7 +106,8 @@ def _decode_nf4(codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Ten
         out_NK[part].copy_(decoded[:, : out_NK.shape[1]])
 
 
-def _absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def float_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """Return the scales of nf4's blocks in float32; see :data:`decode_nf4`."""
     if scale is None or offset is None:
         return absmax
     return dynamic_map(absmax.device)[absmax.int()] * scale + offset
@@ -118,7 +127,7 @@ def _linear_nf4(
 ) -> Tensor:
     shape = (codes.shape[0], in_features)
     if _has_fused_nf4(x) and in_features % BLOCK == 0:
-        absmax_NB = _absmax(absmax, scale, offset)
+        absmax_NB = float_absmax(absmax, scale, offset)
         product: Tensor = torch.ops.bitsandbytes.gemm_4bit(
             x, codes.reshape(-1, 1).contiguous(), shape, absmax_NB.flatten().contiguous(), BLOCK, "nf4"
         )
@@ -265,14 +274,14 @@ linear_nf4 = torch.ops.arctic_bnb.linear_nf4.default
 """``linear_nf4(x [..., K], codes, absmax, scale, offset, K) -> [..., N]``: the product with the weight of
 :data:`decode_nf4`, accumulated in float32. Differentiable. ``x`` is of one of :data:`DTYPES`.
 
-Compiled, and for few rows in bfloat16, nf4's numbers are rounded to bfloat16 and scales are not; otherwise the weight
-is rounded to the dtype of ``x``.
+The weight is rounded to the dtype of ``x`` at most; compiled kernels that multiply in float32 do not round it.
 """
 grad_input_nf4 = torch.ops.arctic_bnb.grad_input_nf4.default
-"""``grad_input_nf4(grad [..., N], codes, absmax, scale, offset, K) -> [..., K]``: the gradient of :data:`linear_nf4`."""
+"""``grad_input_nf4(grad [..., N], codes, absmax, scale, offset, K) -> [..., K]``: the gradient of
+:data:`linear_nf4`."""
 linear_experts_nf4 = torch.ops.arctic_bnb.linear_experts_nf4.default
-"""``linear_experts_nf4(x [M, K], codes [E * N, B, 32], absmax, scale, offset, K, counts) -> [M, N]``: :data:`linear_nf4`
-of each expert's rows with its N rows of the codes.
+"""``linear_experts_nf4(x [M, K], codes [E * N, B, 32], absmax, scale, offset, K, counts) -> [M, N]``:
+:data:`linear_nf4` of each expert's rows with its N rows of the codes.
 
 The rows are sorted by expert; ``counts`` is int64 ``[E]``. Rows after those of the last expert become zero, and experts
 without rows are not read. Not differentiable by itself.

@@ -24,6 +24,7 @@ class BnB(Plugin):
     def register(cls, registry: Registry) -> None:
         registry.codec("bnb-nf4", "arctic_plugins_bnb.codec:NF4Codec")
         registry.codec("bnb-int8", "arctic_plugins_bnb.codec:Int8Codec")
+        registry.exporter("bitsandbytes", "arctic_plugins_bnb.export:BitsAndBytes")
 
     @hookimpl
     def claim(self, modules: Mapping[str, LinearSpec]) -> Iterable[Claim]:

@@ -1,4 +1,4 @@
-"""Every set of kernels that this machine can run, against decoding in torch and bitsandbytes, and products in float64."""
+"""Every set of kernels that this machine can run, against decoding by torch and bitsandbytes, and float64."""
 
 import itertools
 from contextlib import closing
@@ -77,8 +77,7 @@ def test_products_agree_with_float64(compiled, codec):
 
 
 @codecs
-def test_a_products_rows_are_as_exact_as_rounding_each_weight(compiled, codec):
-    """Kernels that round nf4's numbers, not the weights, must not be worse than the weight in bfloat16."""
+def test_products_are_as_exact_as_those_of_the_weight_in_bfloat16(compiled, codec):
     weight, x = torch.randn(64, 1024), torch.randn(16, 1024).bfloat16()
     buffers = codec.encode(weight)
     exact = x.double() @ codec.decode(buffers, (64, 1024), torch.float64).T

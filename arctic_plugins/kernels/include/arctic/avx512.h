@@ -5,7 +5,9 @@
 //   load(p, n = 32)   the first n codes at p in 16-bit lanes, whatever in the rest,
 //   bf16(codes)       their numbers as bfloat16 bits,
 //   floats(codes)     optional: the first 16 numbers and the last 16 in float32, if they differ from bf16(codes); decode() and gradient() use these,
-//   table(), look_up(codes, table)  optional: bf16() as the look-up of magnitudes in a vector, which is then scaled once for many codes (AMX).
+//   scaled_table(scale), look_up(codes, table)   optional: bf16() times a scale, rounded, as the look-up in a vector that is made once for a group. AMX uses
+//                     it, and so do products of few rows of formats with
+//   kGroup            the size of all their groups: then no sums of single groups are kept, which would take longer than small groups.
 #pragma once
 
 #include "kernels.h"
@@ -49,6 +51,11 @@ inline __m512i narrow(__m512 low, __m512 high) {
 #else
   return _mm512_inserti64x4(_mm512_castsi256_si512(narrow(low)), narrow(high), 1);
 #endif
+}
+
+// bfloat16 bits times a scale, rounded.
+inline __m512i scaled(__m512i values, __m512 scale) {
+  return narrow(_mm512_mul_ps(widen(_mm512_castsi512_si256(values)), scale), _mm512_mul_ps(widen(_mm512_extracti64x4_epi64(values, 1)), scale));
 }
 
 // sum += pairs of bfloat16 products.
@@ -126,8 +133,67 @@ inline __m128 sum_each(const std::array<__m512, 4>& v) {
 
 inline uint16_t rounded(float value) { return static_cast<uint16_t>(_mm256_extract_epi16(narrow(_mm512_set1_ps(value)), 0)); }
 
-// The product with M rows of x, for ROWS rows of the weight at a time. Codes are decoded in registers, and each scale multiplies its group's sum.
+// Write the sums of ROWS rows of the weight, in bfloat16.
+template <int ROWS, int M> inline void finish(const __m512 (&total)[ROWS][M], int64_t n0, uint16_t* y, int64_t N) {
+  for (int m = 0; m < M; m++) {
+    if constexpr (ROWS == 1) {
+      y[m * N + n0] = rounded(_mm512_reduce_add_ps(total[0][m]));
+    } else {
+      for (int row = 0; row < ROWS; row += 4) {
+        const __m256i result = narrow(_mm512_castps128_ps512(sum_each({total[row][m], total[row + 1][m], total[row + 2][m], total[row + 3][m]})));
+        std::memcpy(y + m * N + n0 + row, &result, 8);
+      }
+    }
+  }
+}
+
+// The product with M rows of x, for ROWS rows of the weight at a time. Codes are looked up in registers, in a table that is scaled for each group.
+template <typename F, int ROWS, int M> void few_scaled_rows(const Weight& w, int64_t n0, const uint16_t* x, uint16_t* y, int64_t N) {
+  constexpr int kChains = M == 1 ? 2 : 1;  // independent sums, if there are too few rows of x to provide them
+  static_assert(F::kGroup % (kChains * kChunk) == 0);
+  __m512 sum[ROWS][M][kChains];
+  for (auto& row : sum)
+    for (auto& chains : row)
+      for (auto& one : chains) one = _mm512_setzero_ps();
+  const int64_t row_bytes = w.row_bytes();
+  const uint8_t* codes = w.codes + n0 * row_bytes;
+  const float* scale = w.scale + n0 * w.groups;
+  const auto tables = [&](__m512i(&table)[ROWS]) {
+    for (int row = 0; row < ROWS; row++) table[row] = F::scaled_table(_mm512_set1_ps(scale[row * w.groups]));
+    scale++;
+  };
+  int64_t k = 0;
+  for (; k + F::kGroup <= w.K; k += F::kGroup, codes += F::kGroup * F::bits / 8) {
+    __m512i table[ROWS];
+    tables(table);
+    for (int row = 0; row < ROWS; row++) _mm_prefetch(reinterpret_cast<const char*>(codes) + (ROWS + row) * row_bytes, _MM_HINT_T0);  // the next rows
+    for (int at = 0; at < F::kGroup; at += kChunk) {
+      __m512i columns[M];
+      for (int m = 0; m < M; m++) columns[m] = load(x + m * w.K + k + at);
+      for (int row = 0; row < ROWS; row++) {
+        const __m512i value = F::look_up(F::load(codes + row * row_bytes + at * F::bits / 8), table[row]);
+        for (int m = 0; m < M; m++) sum[row][m][at / kChunk % kChains] = dot(sum[row][m][at / kChunk % kChains], value, columns[m]);
+      }
+    }
+  }
+  if (k < w.K) {
+    __m512i table[ROWS];
+    tables(table);
+    for (; k < w.K; k += kChunk, codes += kChunk * F::bits / 8)
+      for (int row = 0; row < ROWS; row++) {
+        const __m512i value = F::look_up(F::load(codes + row * row_bytes), table[row]);
+        for (int m = 0; m < M; m++) sum[row][m][0] = dot(sum[row][m][0], value, _mm512_maskz_loadu_epi16(lanes(w.K - k), x + m * w.K + k));
+      }
+  }
+  __m512 total[ROWS][M];
+  for (int row = 0; row < ROWS; row++)
+    for (int m = 0; m < M; m++) total[row][m] = kChains == 2 ? _mm512_add_ps(sum[row][m][0], sum[row][m][kChains - 1]) : sum[row][m][0];
+  finish(total, n0, y, N);
+}
+
+// The same for any format. Each scale multiplies its group's sum.
 template <typename F, int ROWS, int M> void few_rows(const Weight& w, int64_t n0, const uint16_t* x, uint16_t* y, int64_t N) {
+  if constexpr (requires { F::kGroup; }) return few_scaled_rows<F, ROWS, M>(w, n0, x, y, N);
   constexpr int kChains = M == 1 ? 2 : 1;  // independent sums, if there are too few rows of x to provide them
   __m512 total[ROWS][M];
   for (auto& row : total)
@@ -169,16 +235,7 @@ template <typename F, int ROWS, int M> void few_rows(const Weight& w, int64_t n0
       }
     }
   }
-  for (int m = 0; m < M; m++) {
-    if constexpr (ROWS == 1) {
-      y[m * N + n0] = rounded(_mm512_reduce_add_ps(total[0][m]));
-    } else {
-      for (int row = 0; row < ROWS; row += 4) {
-        const __m256i result = narrow(_mm512_castps128_ps512(sum_each({total[row][m], total[row + 1][m], total[row + 2][m], total[row + 3][m]})));
-        std::memcpy(y + m * N + n0 + row, &result, 8);
-      }
-    }
-  }
+  finish(total, n0, y, N);
 }
 
 template <typename F, int M> void few_rows(const Weight& w, int64_t n0, int64_t n1, const uint16_t* x, uint16_t* y, int64_t N) {
@@ -229,11 +286,6 @@ uint16_t* buffer(int64_t elements) {
 
 inline int64_t padded(int64_t K) { return (K + kChunk - 1) / kChunk * kChunk; }
 
-// bfloat16 bits times a scale, rounded.
-inline __m512i scaled(__m512i values, __m512 scale) {
-  return narrow(_mm512_mul_ps(widen(_mm512_castsi512_si256(values)), scale), _mm512_mul_ps(widen(_mm512_extracti64x4_epi64(values, 1)), scale));
-}
-
 // Decode rows [n0, n1), columns [k0, k1) to bfloat16, with zeros after K. The 32 columns from k are written to
 // out[(n - n0) * row_stride + (k - k0) / 32 * chunk_stride].
 // With one scale per row the values are left unscaled. Otherwise they are multiplied and rounded, as in decode(), and k0 is at the start of a group.
@@ -255,11 +307,11 @@ void values(const Weight& w, int64_t n0, int64_t n1, int64_t k0, int64_t k1, uin
       const int64_t group = w.groups > 1 ? k / w.group : 0, end = w.groups > 1 ? std::min(k1, (group + 1) * w.group) : k1;
       const __m512 scale = _mm512_set1_ps(w.groups > 1 ? scales[group] * kStep<F> : 1.0f);
       __m512i table;
-      if constexpr (requires { F::table(); }) table = scaled(F::table(), scale);  // multiplying 32 magnitudes costs less than multiplying a group
+      if constexpr (requires { F::scaled_table(scale); }) table = F::scaled_table(scale);  // costs less than multiplying a group
       for (; k < end; k += kChunk, codes += kChunk * F::bits / 8, to += chunk_stride) {
         const auto found = F::load(codes, std::clamp<int64_t>(w.groups * w.group - k, 0, kChunk));
         __m512i value;
-        if constexpr (requires { F::table(); }) value = F::look_up(found, table);
+        if constexpr (requires { F::scaled_table(scale); }) value = F::look_up(found, table);
         else value = w.groups > 1 ? scaled(F::bf16(found), scale) : F::bf16(found);
         _mm512_storeu_si512(to, value);
       }

@@ -4,8 +4,10 @@
 //   kUnit        a power of two by which its numbers are divided,
 //   values(p)    the numbers of the kChunk codes at p, divided by kUnit. It reads kRead bytes, 32 at most;
 //   kDotRows     the number of rows of x up to which products sum along K instead of decoding panels. Codes are then decoded for every four rows,
-//   dot_values(p), kDotChunk, kDotUnit   optional, a faster way for products of few rows: the numbers of the kDotChunk codes at p, divided by kDotUnit. Lane l
-//                of vector i is number l * vectors + i; x is brought into the same order,
+//   dot_values(p), kDotChunk, kDotUnit   optional, a faster way for products of few rows: the numbers of the kDotChunk codes at p, divided by kDotUnit. Lane
+//                l of vector i is number l * vectors + i; x is brought into the same order,
+//   kGroup, scaled_table(scale), look_up(p, i, table)   optional, where all groups are of kGroup = kDotChunk codes: vector i of dot_values() times the scale,
+//                from a table that is made once for a group. Then no sums of single groups are kept, which would take longer than small groups,
 //   halves(p), widened(half)   optional, for AVX2: values() in 16-bit lanes, and how eight of these become floats.
 #pragma once
 
@@ -100,9 +102,49 @@ template <typename F> constexpr bool kReordered = requires { F::kDotChunk; };
 template <typename F> constexpr bool kCentred = kDotUnit<F> != F::kUnit;
 template <typename F> constexpr float kDotFactor = (kCentred<F> ? kDotUnit<F> * 0x1p-60f : kDotUnit<F>)*kStep<F>;
 
+// The product with M rows of x for ROWS rows of the weight, whose numbers are looked up in tables that are scaled for each group.
+template <typename F, int ROWS, int M> void scaled_dots(const Weight& w, int64_t n0, const float* x, Dtype dtype, void* y, int64_t N) {
+  static_assert(F::kGroup == kDotChunk<F> && kDotUnit<F> == 1 && kStep<F> == 1);
+  constexpr int kChains = M == 1 ? 2 : 1;  // independent sums, if there are too few rows of x to provide them
+  const int64_t ld = padded(w.K), row_bytes = w.row_bytes();
+  const uint8_t* codes = w.codes + n0 * row_bytes;
+  const float* scale = w.scale + n0 * w.groups;
+  Floats sum[ROWS][M][kChains] = {};
+  int64_t k = 0;
+  for (; k + F::kGroup <= w.K; k += F::kGroup, codes += F::kGroup * F::bits / 8, scale++) {
+#pragma GCC unroll 4
+    for (int row = 0; row < ROWS; row++) {
+      const uint8_t* here = codes + row * row_bytes;
+      __builtin_prefetch(here + ROWS * row_bytes);  // where the next rows will be read
+      const auto table = F::scaled_table(scale[row * w.groups]);
+#pragma GCC unroll 16
+      for (int i = 0; i < F::kGroup / kLanes; i++) {
+        const Floats value = F::look_up(here, i, table);
+        for (int m = 0; m < M; m++) sum[row][m][i % kChains] += value * load<Floats>(x + m * ld + k + i * kLanes);
+      }
+    }
+  }
+  for (; k < w.K; k += kChunk, codes += kChunk * F::bits / 8)  // the last group is stored whole
+    for (int row = 0; row < ROWS; row++) {
+      const Chunk value = F::values(codes + row * row_bytes);
+      const int64_t size = std::min<int64_t>(kChunk, w.K - k);
+      for (int m = 0; m < M; m++) {
+        float columns[kChunk] = {};  // columns after the last count as zero
+        std::memcpy(columns, x + m * ld + k, static_cast<size_t>(size) * 4);
+        for (int i = 0; i < kVectors; i++) sum[row][m][i % kChains] += value[i] * scale[row * w.groups] * load<Floats>(columns + i * kLanes);
+      }
+    }
+  for (int m = 0; m < M; m++) {
+    float result[ROWS];
+    for (int row = 0; row < ROWS; row++) result[row] = sum_of(kChains == 2 ? sum[row][m][0] + sum[row][m][kChains - 1] : sum[row][m][0]);
+    narrow(dtype, result, ROWS, at(y, dtype, m * N + n0));
+  }
+}
+
+// The same for any format. Each scale multiplies its group's sum.
 // x [M, ld] is the original input, and after[m] is 1; or x is the result of centre(), and after[m] is 2^(60 - p).
 template <typename F, int ROWS, int M>
-void dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype dtype, void* y, int64_t N) {
+void plain_dots(const Weight& w, int64_t n0, const float* x, const float* after, Dtype dtype, void* y, int64_t N) {
   constexpr int kChains = M == 1 ? 2 : 1;  // independent sums, if there are too few rows of x to provide them
   constexpr int64_t kBlock = kDotChunk<F>;
   const int64_t ld = padded(w.K), row_bytes = w.row_bytes();
@@ -176,8 +218,12 @@ template <typename F> float centre(const Weight& w, const float* x, float* to) {
 
 template <typename F, int M> void dots(const Weight& w, int64_t n0, int64_t n1, const float* x, const float* after, Dtype dtype, void* y, int64_t N) {
   constexpr int kRows = M < 4 ? 4 : 2;  // so that the sums fit in registers
-  for (; n0 + kRows <= n1; n0 += kRows) dots<F, kRows, M>(w, n0, x, after, dtype, y, N);
-  for (; n0 < n1; n0++) dots<F, 1, M>(w, n0, x, after, dtype, y, N);
+  const auto dots = [&]<int ROWS>() {
+    if constexpr (requires { F::kGroup; }) scaled_dots<F, ROWS, M>(w, n0, x, dtype, y, N);
+    else plain_dots<F, ROWS, M>(w, n0, x, after, dtype, y, N);
+  };
+  for (; n0 + kRows <= n1; n0 += kRows) dots.template operator()<kRows>();
+  for (; n0 < n1; n0++) dots.template operator()<1>();
 }
 
 // The product with M rows of x, which pass over a few rows of the weight in groups that are as even as possible.

@@ -1,4 +1,5 @@
-// Small vectors, which g++ and clang compile to the processor's instructions, and conversions of dtypes. Compiled once for AVX2, FMA and F16C (with intrinsics where compilers do not find the instruction), and once for every processor of the architecture.
+// Small vectors, which g++ and clang compile to the processor's instructions, and conversions of dtypes. Compiled once for AVX2, FMA and F16C (with intrinsics
+// where compilers do not find the instruction), and once for every processor of the architecture.
 #pragma once
 
 #include "kernels.h"

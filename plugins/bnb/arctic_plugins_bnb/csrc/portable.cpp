@@ -13,26 +13,29 @@ struct NF4 : NF4Codes {
   static constexpr int64_t kRead = kChunk / 2;
 
 #ifdef __AVX2__
+  struct Table {
+    Floats low, high;
+  };
+  static Table scaled_table(float scale) { return {load<Floats>(kNF4) * scale, load<Floats>(kNF4 + 8) * scale}; }
+
   // The numbers of the codes in the lowest 4 bits of every lane; `sign` has their highest bit in its highest.
-  static Floats look_up(__m256i codes, __m256i sign) {
-    const Floats low = _mm256_permutevar8x32_ps(load<Floats>(kNF4), codes), high = _mm256_permutevar8x32_ps(load<Floats>(kNF4 + 8), codes);
+  static Floats choose(__m256i codes, __m256i sign, const Table& table) {
+    const Floats low = _mm256_permutevar8x32_ps(table.low, codes), high = _mm256_permutevar8x32_ps(table.high, codes);
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(sign));
   }
 
   static Chunk values(const uint8_t* p) {
     const auto eight = [](const uint8_t* four) {
       const __m256i codes = _mm256_srlv_epi32(_mm256_set1_epi32(load<int32_t>(four)), _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24));
-      return look_up(codes, _mm256_slli_epi32(codes, 28));
+      return choose(codes, _mm256_slli_epi32(codes, 28), scaled_table(1));
     };
     return {eight(p), eight(p + 4)};
   }
 
-  static constexpr int kDotChunk = 64;  // eight codes in each of eight lanes
-  static std::array<Floats, 8> dot_values(const uint8_t* p) {
+  static constexpr int kGroup = 64, kDotChunk = 64;  // eight codes in each of eight lanes
+  static Floats look_up(const uint8_t* p, int i, const Table& table) {
     const __m256i codes = load<__m256i>(p);
-    std::array<Floats, 8> result;
-    for (int i = 0; i < 8; i++) result[i] = look_up(_mm256_srli_epi32(codes, 4 * (i ^ 1)), _mm256_slli_epi32(codes, 28 - 4 * (i ^ 1)));
-    return result;
+    return choose(_mm256_srli_epi32(codes, 4 * (i ^ 1)), _mm256_slli_epi32(codes, 28 - 4 * (i ^ 1)), table);
   }
 #else
   static Chunk values(const uint8_t* p) {

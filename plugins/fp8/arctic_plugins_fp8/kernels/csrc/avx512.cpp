@@ -92,7 +92,7 @@ template <int BITS> struct FP8 : Format<BITS> {
 };
 
 struct FP6 : FP8<6> {
-  static __m512i table() { return arctic::load(tables.value6); }
+  static __m512i scaled_table(__m512 scale) { return scaled(arctic::load(tables.value6), scale); }
   static __m512i look_up(__m512i codes, __m512i table) { return look_up6(codes, table); }
 };
 
