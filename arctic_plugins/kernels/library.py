@@ -62,18 +62,20 @@ class CompiledKernels:
     """The CPU kernels of a plugin, and the operators ``torch.ops.arctic_NAME`` that they implement.
 
     Args:
-        name: the plugin's name, an identifier. ``ARCTIC_NAME_KERNELS`` in the environment selects an instruction set
-            instead of the best one of the processor, or ``reference`` for none.
+        name: the plugin's name, an identifier.
+        variable: an environment variable, by which users select an instruction set instead of the best one of the
+            processor, or ``reference`` for none.
         sources: the directory with ``ops.cpp`` and the files of ``instruction_sets``. ``ops.cpp`` defines the operator
             ``use(str instruction_set) -> str``, which chooses an instruction set ("" for the best) and returns its
             name, or "" if the processor does not support it; and implements operators for the dispatch key ``CPU``.
         instruction_sets: keys of :data:`INSTRUCTION_SETS` for which there is a source file; ``portable`` among them.
     """
 
-    def __init__(self, name: str, sources: Path, instruction_sets: Iterable[str] = tuple(INSTRUCTION_SETS)) -> None:
+    def __init__(
+        self, name: str, variable: str, sources: Path, instruction_sets: Iterable[str] = tuple(INSTRUCTION_SETS)
+    ) -> None:
         self.name = name
-        self.variable = f"ARCTIC_{name.upper()}_KERNELS"
-        """The environment variable."""
+        self._variable = variable
         self._sources = sources
         x86 = platform.machine() == "x86_64"
         self._sets = [one for one in instruction_sets if x86 or one == "portable"]
@@ -113,7 +115,7 @@ class CompiledKernels:
 
     @cached_property
     def _loaded(self) -> str:
-        wanted = os.environ.get(self.variable, "")
+        wanted = os.environ.get(self._variable, "")
         self._first_calls.clear()  # unregisters the placeholders
         if wanted == "reference" or obstacle():
             return ""
@@ -128,7 +130,7 @@ class CompiledKernels:
         found: str = self._operators.use(wanted or capped)
         if wanted and not found:
             raise ConfigError(
-                f"{self.variable}={wanted}",
+                f"{self._variable}={wanted}",
                 expected="an instruction set that this processor supports",
                 fix="unset it",
             )
@@ -146,7 +148,7 @@ class CompiledKernels:
         """Return whether the kernels are used, and a phrase about them for ``arctic doctor``."""
         if found := self.load():
             return True, f"compiled, {found} instructions"
-        return False, f"reference in torch ({obstacle() or f'{self.variable} is set, or the build failed'})"
+        return False, f"reference in torch ({obstacle() or f'{self._variable} is set, or the build failed'})"
 
     def build(self) -> Path:
         """Return the path of the shared library with the kernels, building it if necessary.

@@ -245,7 +245,9 @@ def _define(suffix: str, schema: str, width: Callable[..., int], **reference: Ca
     )
 
 
-compiled = CompiledKernels("bnb", Path(__file__).parent / "csrc", ("avx512_bf16", "avx512", "avx2", "portable"))
+compiled = CompiledKernels(
+    "bnb", "ARCTIC_BNB_KERNELS", Path(__file__).parent / "csrc", ("avx512_bf16", "avx512", "avx2", "portable")
+)
 """Without ``amx``: the kernels were never run where there are such units, whose many rows the library multiplies."""
 _define(
     "nf4",

@@ -139,7 +139,7 @@ def _call_cuda(name: str, *args: Any) -> Any:
 for _name in ("decode", "linear", "grad_input", "linear_experts", "grad_input_experts"):
     _library.impl(_name, partial(_call_cuda, _name), "CUDA")
 
-_compiled = CompiledKernels("fp8", Path(__file__).parent / "csrc")
+_compiled = CompiledKernels("fp8", "ARCTIC_FP8_KERNELS", Path(__file__).parent / "csrc")
 """``ARCTIC_FP8_KERNELS=reference`` also disables Triton on CUDA; instruction sets have no effect there."""
 _compiled.implement(OPERATORS)
 build, load, use = _compiled.build, _compiled.load, _compiled.use
