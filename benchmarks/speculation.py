@@ -8,7 +8,9 @@ so that all see the same machine; ratios are medians over requests, each compare
 the same request. ``cpu`` is the processor time of the engine's process, which other programs disturb less.
 
 Workloads: questions of the demo's test split for the fine-tuned model; for the model that it was made from, code to be
-copied with a change, and open questions. The first ``--warm`` requests are not counted.
+copied with a change, and open questions. Engines that remember answers are first asked ``--history`` other questions of
+the workload; the first ``--warm`` requests after that are not counted either. Engines are those of ``arctic serve``:
+compiled, but not for encoded weights on CPU, unless ``--eager``.
 """
 
 from __future__ import annotations
@@ -202,6 +204,7 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, help="what 'arctic demo' made")
     parser.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the model that it started from")
     parser.add_argument("--requests", type=int, default=36, help="requests of each workload")
+    parser.add_argument("--history", type=int, default=150, help="questions before, to engines that remember answers")
     parser.add_argument("--warm", type=int, default=2, help="requests before them, which are not counted")
     parser.add_argument("--variants", default=",".join(VARIANTS), help="the first is what the others are compared with")
     parser.add_argument("--workloads", default="sql,code,chat")
@@ -233,14 +236,24 @@ def main() -> None:
                     "model": models[kind],
                     "plugins": {**({"fp8": {}} if variant.get("encoded") else {}), **variant.get("plugins", {})}
                     or None,
-                    "llm": {"max_model_len": 1024, "max_num_seqs": max(ROWS), "enforce_eager": args.eager, "seed": 0}
-                    | {key: variant[key] for key in ("dtype",) if key in variant},
+                    "llm": {
+                        "max_model_len": 1024,
+                        "max_num_seqs": max(ROWS),
+                        "seed": 0,
+                        **({"enforce_eager": True} if args.eager else {}),
+                        **({"dtype": variant["dtype"]} if "dtype" in variant else {}),
+                    },
                 }
                 engines[name] = Engine(name, job, where, args.threads)
                 print(f"{kind}: {name} is up ({engines[name].about['dtype']})", file=sys.stderr, flush=True)
             for workload in asked:
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-                every = requests(workload, args.warm + args.requests)
+                every = requests(workload, args.history + args.warm + args.requests)
+                for request in every[: args.history]:
+                    for name in names:
+                        if "suffix" in name:
+                            engines[name].ask(request)
+                every = every[args.history :]
                 for index, request in enumerate(every):
                     for name in names:
                         found[name].append(engines[name].ask(request))
