@@ -16,17 +16,19 @@ compiled, but not for encoded weights on CPU, unless ``--eager``.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from importlib import import_module
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+FORK = get_context("fork")
 NGRAM = {"speculate": {"method": "ngram"}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -87,13 +89,14 @@ def requests(workload: str, count: int) -> list[dict[str, Any]]:
             texts.append(CODE[index % len(CODE)].format(old=old, new=new, code=code))
     else:
         texts = [CHAT[index % len(CHAT)] for index in range(count)]
-    return [{"chat": [{"role": "user", "content": text}], "tokens": 96} for text in texts]
+    return [{"chat": [{"role": "user", "content": text}], "tokens": 64} for text in texts]
 
 
-def serve_requests(job: dict[str, Any]) -> None:
-    """Run in a process of its own: an engine that answers each line of standard input with a line."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+def serve_requests(job: dict[str, Any], log: Path, connection: Connection) -> None:
+    """Run in a process of its own: an engine that answers each request from ``connection``."""
+    with log.open("w") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
     from arctic_plugins_vllm.serving import engine_args
     from vllm import LLM, SamplingParams, TokensPrompt
 
@@ -113,9 +116,8 @@ def serve_requests(job: dict[str, Any]) -> None:
         }
 
     llm.llm_engine.step = counting
-    print(json.dumps({"dtype": str(llm.model_config.dtype)}), file=answers, flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
+    connection.send({"dtype": str(llm.model_config.dtype)})
+    while (request := connection.recv()) is not None:
         ids = tokenizer.apply_chat_template(request["chat"], add_generation_prompt=True, return_dict=False)
         prompts = [TokensPrompt(prompt_token_ids=ids)] * request.get("rows", 1)
         sampling = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos="rows" in request)
@@ -126,46 +128,45 @@ def serve_requests(job: dict[str, Any]) -> None:
         after = counters()
         found |= {name: value - before.get(name, 0) for name, value in after.items()}
         found["answer"] = list(outputs[0].outputs[0].token_ids)
-        print(json.dumps(found), file=answers, flush=True)
+        connection.send(found)
 
 
 class Engine:
-    """A process with an engine."""
+    """A process with an engine. It is forked, so that vLLM is imported once."""
 
-    def __init__(self, name: str, job: dict[str, Any], logs: Path, threads: int) -> None:
-        environment = {
-            **os.environ,
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all engines would share the first cores
-            "VLLM_LOGGING_LEVEL": "ERROR",
-            "OMP_NUM_THREADS": str(threads),
-            "KMP_BLOCKTIME": "1",  # threads of idle engines do not spin
-        }
-        command = [sys.executable, __file__, "--engine", json.dumps(job)]
-        with (logs / f"{name}.log").open("w") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-            )
-        self.about = self._answer()
+    def __init__(self, job: dict[str, Any], log: Path) -> None:
+        self._connection, other = FORK.Pipe()
+        self._process = FORK.Process(target=serve_requests, args=(job, log, other), daemon=True)
+        self._process.start()
+        other.close()
+        try:
+            self.about = self._connection.recv()
+        except EOFError:
+            raise SystemExit(log.read_text()[-3000:]) from None
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("an engine ended; see its log")
-        return json.loads(line)
+        self._connection.send(request)
+        return self._connection.recv()
 
     def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(60)
+        self._connection.send(None)
+        self._process.join(60)
 
 
-def plain_sql_model(demo: Path, base: str, out: Path) -> Path:
+def prepare(threads: int) -> None:
+    """Import vLLM as all engines need it."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all engines would share the first cores
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": str(threads),
+        "KMP_BLOCKTIME": "1",  # threads of idle engines do not spin
+    }
+    for name in ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn"):
+        import_module(name)
+
+
+def plain_sql_model(demo: Path, base: str, out: Path) -> None:
     """Merge the demo's adapter into the plain base model, in bfloat16."""
     import torch
     from peft import PeftModel
@@ -175,8 +176,6 @@ def plain_sql_model(demo: Path, base: str, out: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     PeftModel.from_pretrained(model, adapter).merge_and_unload().to(torch.bfloat16).save_pretrained(out)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(out)
-    gc.collect()
-    return out
 
 
 def summary(found: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[str, Any]:
@@ -200,7 +199,6 @@ def summary(found: list[dict[str, Any]], stock: list[dict[str, Any]]) -> dict[st
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--demo", type=Path, help="what 'arctic demo' made")
     parser.add_argument("--base", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the model that it started from")
     parser.add_argument("--requests", type=int, default=36, help="requests of each workload")
@@ -212,10 +210,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="compile nothing (a minute less for each engine)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    if args.engine:
-        serve_requests(json.loads(args.engine))
-        return
-
+    prepare(args.threads)
     from arctic_plugins.compute import processor
 
     names, workloads = args.variants.split(","), args.workloads.split(",")
@@ -224,7 +219,10 @@ def main() -> None:
         where = Path(directory)
         models = {"sql": None, "base": args.base}
         if "sql" in workloads:
-            models["sql"] = str(plain_sql_model(args.demo, args.base, where / "sql"))
+            models["sql"] = str(where / "sql")
+            merging = FORK.Process(target=plain_sql_model, args=(args.demo, args.base, where / "sql"))
+            merging.start()  # not here: threads that have computed do not survive a fork
+            merging.join()
         for kind in ("sql", "base"):
             asked = [name for name in workloads if (name == "sql") == (kind == "sql")]
             if not asked:
@@ -239,12 +237,13 @@ def main() -> None:
                     "llm": {
                         "max_model_len": 1024,
                         "max_num_seqs": max(ROWS),
+                        "kv_cache_memory_bytes": 1 << 28,
                         "seed": 0,
                         **({"enforce_eager": True} if args.eager else {}),
                         **({"dtype": variant["dtype"]} if "dtype" in variant else {}),
                     },
                 }
-                engines[name] = Engine(name, job, where, args.threads)
+                engines[name] = Engine(job, where / f"{kind} {name}.log")
                 print(f"{kind}: {name} is up ({engines[name].about['dtype']})", file=sys.stderr, flush=True)
             for workload in asked:
                 found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
@@ -263,7 +262,7 @@ def main() -> None:
             plain = [name for name in names if "plugins" not in VARIANTS[name]]
             if kind == "base":
                 times: dict[str, dict[int, list[float]]] = {name: {rows: [] for rows in ROWS} for name in plain}
-                for _ in range(5):
+                for _ in range(3):
                     for rows in ROWS:
                         for name in plain:
                             answer = engines[name].ask({**requests("chat", 1)[0], "tokens": 25, "rows": rows})

@@ -71,7 +71,7 @@ def results(models, tmp_path_factory):
     path = {name: str(directory) for name, directory in models.items()}
     common = {"prompts": PROMPTS, "tokens": TOKENS, "rounds": ROUNDS}
     draft = {"speculate": {"method": "draft", "model": path["small"]}}
-    # vLLM 0.32 starts no engine on CPU in a process that has imported numba (`_rebind_kernels`): that with it is the last.
+    # vLLM 0.32 starts no engine on CPU in a process that has imported numba (`_rebind_kernels`), as the last one does.
     jobs = [
         {"config": True, "checkpoint": path["plain"], "plugins": {"speculate": {"method": "ngram"}}, "llm": LLM},
         {**common, "checkpoint": path["plain"], "plugins": {"fp8": {}, **draft}, "llm": LLM},
