@@ -5,12 +5,15 @@ BIN := $(VENV)/bin
 WORKSPACE := $(shell sed -n 's/^distributions = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 PARTS := $(patsubst %/pyproject.toml,%,$(wildcard $(addsuffix /pyproject.toml,$(WORKSPACE))))
 OURS := . $(PARTS)
+# The templates of `arctic new-plugin`; what they become is checked along with our packages.
+KINDS := $(filter-out common,$(patsubst arctic_plugins/templates/%/,%,$(wildcard arctic_plugins/templates/*/)))
+CREATED := out/created
 PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plugins_*))
 
 # Two pytest workers with one thread each: nearly all of a test's time is spent in one process that imports, or computes something small.
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
-.PHONY: install demo test test-avx2 test-slow gpu lint format benchmarks clean
+.PHONY: install demo docs test test-avx2 test-slow gpu lint format benchmarks notebook version release clean
 .DEFAULT_GOAL := test
 
 # `make` installs once, and again when a requirement or a distribution's metadata changes.
@@ -28,6 +31,10 @@ install: $(VENV)/.installed
 
 demo: install
 	$(BIN)/arctic demo --out out/demo --overwrite
+
+# The documentation site, in build/docs/index.html.
+docs: install
+	$(BIN)/sphinx-build -c docs -b html -W --keep-going . build/docs
 
 test: install
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
@@ -47,7 +54,9 @@ gpu:
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH="$$(echo $(OURS) | tr ' ' :)" $(BIN)/mypy $(PACKAGES)
+	rm -rf $(CREATED) && mkdir -p $(CREATED)
+	cd $(CREATED) && for kind in $(KINDS); do $(abspath $(BIN))/arctic new-plugin a-$$kind --kind $$kind || exit 1; done
+	MYPYPATH="$$(echo $(OURS) $(KINDS:%=$(CREATED)/a-%) | tr ' ' :)" $(BIN)/mypy $(PACKAGES) $(CREATED)/*/arctic_*
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -55,6 +64,17 @@ format: install
 
 benchmarks: install
 	$(BIN)/python benchmarks/load_memory.py
+
+notebook: install
+	$(BIN)/python .ci/notebook.py examples/quickstart.ipynb
+
+# CONTRIBUTING.md, "Releasing".
+version: install
+	$(BIN)/python .ci/release.py version "$(VERSION)"
+
+release: install
+	rm -rf dist
+	$(BIN)/python .ci/release.py build
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -154,7 +154,10 @@ class Stack:
         return Stack((*self, *other), {**self._hidden, **other._hidden})
 
     def updated(self, other: Stack) -> Stack:
-        """Return both stacks as one, with the plugins of ``other`` in place of those of the same name."""
+        """Return both stacks as one, with the plugins of ``other`` in place of those of the same name.
+
+        .. versionadded:: 0.1
+        """
         names = {plugin.name for plugin in other}
         kept = tuple(plugin for plugin in self if plugin.name not in names)
         return Stack((*kept, *other), {**self._hidden, **other._hidden})
@@ -163,6 +166,8 @@ class Stack:
         """Return the part of this stack that concerns the model: plugins that fill a slot or change models otherwise.
 
         The rest only configures a host.
+
+        .. versionadded:: 0.1
         """
         kept = tuple(plugin for plugin in self.plugins if plugin.slots or self._implements(plugin, _MODEL_HOOKS))
         return Stack(kept, self._hidden)
@@ -218,6 +223,7 @@ class Stack:
         return claims
 
     def hf_configure_model(self, config: Any) -> None:
+        """Call the hook of every plugin."""
         for _ in self._each("hf_configure_model", config=config):
             pass
 
@@ -229,10 +235,12 @@ class Stack:
         return model
 
     def hf_training_arguments(self, args: Any) -> None:
+        """Call the hook of every plugin."""
         for _ in self._each("hf_training_arguments", args=args):
             pass
 
     def hf_attach_trainer(self, trainer: Any) -> None:
+        """Call the hook of every plugin."""
         for _ in self._each("hf_attach_trainer", trainer=trainer):
             pass
 

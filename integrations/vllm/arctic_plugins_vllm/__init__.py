@@ -9,11 +9,11 @@ from arctic_plugins._lazy import lazily
 
 if TYPE_CHECKING:
     from arctic_plugins.registry import ModelClasses
-    from arctic_plugins_vllm.serving import engine_args
+    from arctic_plugins_vllm.serving import engine_args, on_the_fly
 
-__all__ = ["engine_args", "register"]
+__all__ = ["engine_args", "on_the_fly", "register"]
 
-__getattr__ = lazily(__name__, {"serving": ("engine_args",)})
+__getattr__ = lazily(__name__, {"serving": ("engine_args", "on_the_fly")})
 
 logger = logging.getLogger(__name__)
 
