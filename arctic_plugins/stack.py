@@ -273,6 +273,13 @@ class Stack:
         return merged
 
     def vllm_check(self, arguments: Mapping[str, Any], model_config: Mapping[str, Any]) -> None:
+        """Let every plugin refuse what cannot be done with these engine arguments; see the hook of the same name.
+
+        Raises:
+            UserError: a plugin's reason, in one line.
+
+        .. versionadded:: 0.1
+        """
         for _ in self._each("vllm_check", arguments=arguments, model_config=model_config):
             pass
 
