@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp8 suffix": {"encoded": True, "plugins": {"speculate": {}}},
     "fp8 ngram": {"encoded": True, "plugins": NGRAM},
 }
-ROWS = (1, 2, 4, 8, 16)
+ROWS = (1, 2, 4, 8)
 """Numbers of requests side by side, each of which has one row in a step."""
 SYSTEM = "You write SQL."
 CODE = [

@@ -4,7 +4,7 @@ Oliaro et al., "SuffixDecoding: Extreme Speculative Decoding for Emerging AI App
 keep two suffix trees, one over each request and one over past answers, and draft the most frequent continuation of the
 longest match. A node of such a tree is a set of positions in the text. Here the sets are computed when they are needed:
 for a request by scanning its tokens, for past answers through chains of equal pairs of tokens in a ring, like the
-match finder of zlib (``deflate.c``). This takes 8 bytes per token, and the ring forgets its oldest answers by itself.
+match finder of zlib (``deflate.c``). This takes 20 bytes per token, and the ring forgets its oldest answers by itself.
 
 Whether a draft is worth computing is learned rather than configured. Every draft is compared with the tokens that the
 model then chooses, including drafts that were not given to it, so that estimates stay current without trying anything
@@ -32,7 +32,7 @@ Follow = Callable[..., int]
 SEPARATOR = -1
 """Between answers in a :class:`History`. It is not a token, so that no match and no draft crosses it."""
 SCANNED = 1 << 16
-"""The most tokens of a request that are scanned for a match, in both directions of time the most recent ones."""
+"""The most tokens of a request, the last ones, that are scanned for a match."""
 CANDIDATES = 64
 """The most positions whose continuations are counted, the most recent ones."""
 TRIED = 512
@@ -49,14 +49,17 @@ KEY = 8
 _LENGTHS = (2, 3, 4, 5, 7, 9, 13, 17, 25, 33, 65)
 """The smallest length of a match in each class whose acceptance is estimated."""
 _PRIOR = (0.35, 0.45, 0.5, 0.55, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-"""Their acceptance before anything was observed, and ``_WEIGHT`` observations that it counts for."""
+"""The acceptance that is assumed for each class before anything was observed."""
 _WEIGHT, _REQUEST_WEIGHT = 4.0, 4.0
+"""Number of observations that the assumption weighs, for a class and for a request."""
 _DECAY, _REQUEST_DECAY = 0.99, 0.9
-"""What an observation counts after each later one: of the last 100 of a class, and of the last 10 of a request."""
+"""Each observation reduces the weight of earlier ones by this factor: about the last 100 of a class, and the last 10 of
+a request, count.
+"""
 _CLASS = np.searchsorted(np.array(_LENGTHS), np.arange(_LENGTHS[-1] + 1), side="right") - 1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _in_text(tokens: Tokens, size: int, deepest: int, found: NDArray[np.int64]) -> tuple[int, int]:
     """Find the longest earlier match of the end of ``tokens[:size]``, of 2 to ``deepest`` tokens.
 
@@ -84,13 +87,13 @@ def _in_text(tokens: Tokens, size: int, deepest: int, found: NDArray[np.int64]) 
     return longest, count
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _hash(first: int, second: int, mask: int) -> int:
     mixed = (np.uint32(first) * np.uint32(0x9E3779B1)) ^ (np.uint32(second) * np.uint32(0x85EBCA77))
-    return np.int64(np.uint32(mixed) >> np.uint32(7)) & mask
+    return int(np.uint32(mixed) >> np.uint32(7)) & mask
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _append(
     ring: Tokens, links: NDArray[np.int64], heads: NDArray[np.int64], total: int, tokens: Tokens, mask: int
 ) -> int:
@@ -109,7 +112,7 @@ def _append(
     return total
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _in_history(
     ring: Tokens,
     links: NDArray[np.int64],
@@ -146,7 +149,7 @@ def _in_history(
     return longest, count
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit  # type: ignore[untyped-decorator]
 def _follow(
     source: Tokens,
     mask: int,
