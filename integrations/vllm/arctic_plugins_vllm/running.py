@@ -28,6 +28,8 @@ PROCESSES = 3
 
 They start one after the other, and each spends most of its startup importing libraries.
 """
+PATIENCE = 60.0
+"""Seconds in which a server has to stop when it is asked to; then it is killed."""
 LAST_LINES = 15
 """How many lines of the log of a server that did not start are shown."""
 
@@ -125,7 +127,7 @@ class Server:
     def _stop(process: subprocess.Popen[bytes]) -> None:
         try:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=30)
+            process.wait(timeout=PATIENCE)
         except ProcessLookupError:
             return
         except subprocess.TimeoutExpired:

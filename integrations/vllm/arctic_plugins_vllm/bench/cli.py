@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,13 @@ def _numbers(kind: type[int] | type[float]) -> Callable[[click.Context, click.Pa
     return read
 
 
+def _number(_: click.Context, __: click.Parameter, value: float) -> float:
+    """Refuse NaN, which click's ranges contain."""
+    if math.isnan(value):
+        raise click.BadParameter("nan is not a number")
+    return value
+
+
 def _object(_: click.Context, __: click.Parameter, value: str) -> dict[str, Any]:
     """Read a JSON object."""
     try:
@@ -47,7 +55,7 @@ def _object(_: click.Context, __: click.Parameter, value: str) -> dict[str, Any]
 
 
 LENGTH = click.IntRange(1, 1 << 24)
-FINITE = click.FloatRange(0, 30 * 24 * 3600, min_open=True)
+SECONDS = {"type": click.FloatRange(0, 30 * 24 * 3600, min_open=True), "callback": _number, "default": 600.0}
 _OPTIONS: Sequence[Callable[[Any], Any]] = [
     click.argument("server", nargs=-1, type=click.UNPROCESSED, metavar="[CHECKPOINT] [SERVE_OPTIONS]..."),
     click.option("--base-url", help="Measure the OpenAI-compatible server at this URL instead of starting one."),
@@ -75,10 +83,8 @@ _OPTIONS: Sequence[Callable[[Any], Any]] = [
         show_default=True,
         help="Further fields of every request.",
     ),
-    click.option("--timeout", type=FINITE, default=600, show_default=True, help="Seconds until a request has failed."),
-    click.option(
-        "--startup-timeout", type=FINITE, default=600, show_default=True, help="Seconds until a server has to answer."
-    ),
+    click.option("--timeout", show_default=True, **SECONDS, help="Seconds until a request has failed."),
+    click.option("--startup-timeout", show_default=True, **SECONDS, help="Seconds until a server has to answer."),
     click.option(
         "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of prompts and arrivals."
     ),

@@ -32,11 +32,11 @@ from arctic_plugins_vllm.bench.urls import without_password
 __all__ = ["Sampling", "Target", "connect", "measure", "measure_all"]
 
 COUNTERS = {
-    "vllm:prefix_cache_queries": "prefix_cache_queries",
-    "vllm:prefix_cache_hits": "prefix_cache_hits",
-    "vllm:spec_decode_num_drafts": "drafts",
-    "vllm:spec_decode_num_draft_tokens": "draft_tokens",
-    "vllm:spec_decode_num_accepted_tokens": "accepted_tokens",
+    "vllm:prefix_cache_queries_total": "prefix_cache_queries",
+    "vllm:prefix_cache_hits_total": "prefix_cache_hits",
+    "vllm:spec_decode_num_drafts_total": "drafts",
+    "vllm:spec_decode_num_draft_tokens_total": "draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens_total": "accepted_tokens",
 }
 """Counters of vLLM 0.32's ``/metrics`` that are recorded, all in tokens except drafts."""
 LONGEST_ANSWER = 1 << 16
@@ -384,7 +384,7 @@ async def _counters(session: aiohttp.ClientSession, url: str) -> dict[str, float
     except (Refused, aiohttp.ClientError, TimeoutError, OSError, ValueError):
         return {}
     found: dict[str, float] = {}
-    for family in families:
-        if (name := COUNTERS.get(family.name)) is not None:
-            found[name] = sum(sample.value for sample in family.samples if sample.name.endswith("_total"))
+    for sample in (sample for family in families for sample in family.samples):
+        if (name := COUNTERS.get(sample.name)) is not None:
+            found[name] = found.get(name, 0) + sample.value
     return found
