@@ -6,12 +6,12 @@ import json
 import urllib.request
 
 from arctic_plugins_huggingface.generate import chat
-from arctic_plugins_vllm import running
+from arctic_plugins_vllm.running import Server as RunningServer
 
 __all__ = ["Server"]
 
 
-class Server(running.Server):
+class Server(RunningServer):
     """An ``arctic serve`` process that can be asked."""
 
     def chat(

@@ -249,6 +249,14 @@ def test_all_may_fail(bench, fake, tmp_path):
     assert "6 failed" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_every_stream_may_end_with_an_error(bench, fake):
+    fake.fails = lambda number: "error" if number >= WARM else None
+    with serve(fake) as url:
+        status, _, error = bench(*ONLINE, "--base-url", url)
+    assert status == 1
+    assert "6 of 6 requests failed; the first, of 'inf req/s': the response ended after 2 of 5 tokens" in error
+
+
 def test_without_ignore_eos_a_response_may_end_earlier_but_not_with_an_error(bench, fake):
     fake.fails = lambda number: {WARM: "short", WARM + 1: "error"}.get(number)
     with serve(fake) as url:

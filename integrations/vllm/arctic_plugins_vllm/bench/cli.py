@@ -55,7 +55,11 @@ def _object(_: click.Context, __: click.Parameter, value: str) -> dict[str, Any]
 
 
 LENGTH = click.IntRange(1, 1 << 24)
-SECONDS = {"type": click.FloatRange(0, 30 * 24 * 3600, min_open=True), "callback": _number, "default": 600.0}
+SECONDS: dict[str, Any] = {
+    "type": click.FloatRange(0, 30 * 24 * 3600, min_open=True),
+    "callback": _number,
+    "default": 600.0,
+}
 _OPTIONS: Sequence[Callable[[Any], Any]] = [
     click.argument("server", nargs=-1, type=click.UNPROCESSED, metavar="[CHECKPOINT] [SERVE_OPTIONS]..."),
     click.option("--base-url", help="Measure the OpenAI-compatible server at this URL instead of starting one."),
@@ -370,7 +374,9 @@ def _run(
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"{out} exists and is not empty", expected="a new directory", fix="choose another --out")
         if find_spec("matplotlib") is None:
-            raise ConfigError("the report needs matplotlib", fix="pip install matplotlib, or leave out --out")
+            raise ConfigError(
+                "the report needs matplotlib", fix="pip install 'arctic-plugins-vllm[bench]', or leave out --out"
+            )
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -193,6 +193,7 @@ def _provenance(root: Any) -> dict[str, Any]:
     """Return the stack and plugins that wrote the model, if it is a checkpoint of this project on this machine."""
     try:
         found = read_provenance(root)
+        json.dumps([found.stack, found.plugins], allow_nan=False)
     except (CheckpointError, TypeError, ValueError, OSError):
         return {}
     return {"stack": found.stack, "plugins": found.plugins}
@@ -350,19 +351,19 @@ def _checked(records: Sequence[Record], load: Load, sampling: Sampling) -> list[
     """Return ``records`` with an error where a response is shorter than asked for.
 
     vLLM's function takes a stream that ends with an error for a success. With ``ignore_eos``, the number of tokens
-    shows it; without, that the usage at the end is absent, which all other responses have. From a server that never
-    reports usage, chunks are counted.
+    shows it; without, that the usage at the end is absent, which other responses have. From a server that never reports
+    usage, chunks are counted.
     """
     counted = any(record.response_tokens for record in records)
 
     def check(record: Record, request: Request) -> Record:
         if record.error is not None:
             return record
-        got = record.response_tokens if counted else 1 + len(record.itl)
-        if got != request.response_length if sampling.ignore_eos and counted else not got:
-            text = f"the response ended after {got or 1 + len(record.itl)} of {request.response_length} tokens"
-            return replace(record, error=text)
-        return replace(record, response_tokens=got)
+        chunks = 1 + len(record.itl)
+        tokens = record.response_tokens if counted else chunks
+        if (tokens == request.response_length) if sampling.ignore_eos else tokens:
+            return replace(record, response_tokens=tokens)
+        return replace(record, error=f"the response ended after {tokens or chunks} of {request.response_length} tokens")
 
     return [check(record, request) for record, request in zip(records, load.requests, strict=True)]
 
