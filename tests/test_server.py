@@ -12,6 +12,7 @@ import urllib.request
 
 import psutil
 import pytest
+import vllm.logger  # noqa: F401 - before output is captured, since it keeps the stream
 from arctic_plugins_vllm.server import ENGINE_DIED
 
 from arctic_plugins import host_version

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -45,7 +45,6 @@ class Server:
         log: the file for its output.
         timeout: seconds until it has to answer.
         console: shows a progress bar, and the last lines of the log if the server does not start.
-        environment: variables to add.
 
     Raises:
         ArcticError: on entering, if the server ended or did not answer in time; the message contains its last line of
@@ -59,10 +58,9 @@ class Server:
         *,
         timeout: float = 600,
         console: Console | None = None,
-        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.arguments, self.log, self.timeout = tuple(arguments), log, timeout
-        self.console, self.environment = console or Console(quiet=True), dict(environment or {})
+        self.console = console or Console(quiet=True)
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
@@ -78,7 +76,6 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
                 start_new_session=True,
             )
         try:
@@ -99,9 +96,8 @@ class Server:
             self._stop(self._process)
 
     def _wait(self, process: subprocess.Popen[bytes], progress: Callable[[int], None]) -> None:
-        opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler({})
-        )  # no proxy reaches this machine's loopback
+        direct = urllib.request.ProxyHandler({})  # no proxy reaches this machine's loopback
+        opener = urllib.request.build_opener(direct)
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
             if (status := process.poll()) is not None:
@@ -120,19 +116,16 @@ class Server:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
         return ArcticError(
             f"{what}: {lines[-1] if lines else 'there was no output'}",
-            fix=f"'arctic serve {' '.join(self.arguments)}' shows all of its output; its log is {self.log}",
+            fix=f"see {self.log}",
         )
 
     @staticmethod
     def _stop(process: subprocess.Popen[bytes]) -> None:
         try:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait(timeout=PATIENCE)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            pass
-        finally:  # also after a second Ctrl-C; and processes that outlive the server
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=PATIENCE)
+        finally:  # also after a second Ctrl-C, and for processes that outlive the server
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

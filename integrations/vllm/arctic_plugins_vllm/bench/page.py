@@ -18,6 +18,8 @@ __all__ = ["write_report"]
 
 TEMPLATE = Path(__file__).with_name("page.html")
 COLORS = ("#2563eb", "#ea580c", "#0d9488", "#9333ea", "#64748b", "#ca8a04")
+WIDEST = 4.0
+"""The largest ratio that is drawn; also the smallest, inverted. Intervals may extend further."""
 MOST_CURVES = 6
 """The most loads whose requests in flight are drawn."""
 
@@ -60,6 +62,11 @@ def _axes(**labels: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def _from_zero(axes: Axes) -> None:
+    """Let the y axis begin at 0 and end a little above the largest value."""
+    axes.set_ylim(0, 1.12 * axes.dataLim.ymax if axes.dataLim.ymax > 0 else 1)
+
+
 def _curves(result: Mapping[str, Any]) -> dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]]:
     """Return (curve, target) -> the intensities and figures of its loads."""
     found: dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]] = {}
@@ -83,7 +90,7 @@ def _throughput(result: Mapping[str, Any]) -> Figure:
         axes.plot(xs, ys, marker="o", markersize=4, color=color, label=_label(curve, target))
         for x, y, intensity in known:
             axes.annotate(intensity, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=8, color=color)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     axes.margins(x=0.15)
     if len(curves) > 1:
         axes.legend(fontsize=8, frameon=False)
@@ -113,9 +120,9 @@ def _percentiles(result: Mapping[str, Any], name: str) -> Figure:
     many = len(names) > 3
     axes.set_xticks(range(len(names)), names, rotation=30 * many, ha="right" if many else "center", fontsize=8)
     axes.set_xlim(-0.6, len(names) - 0.4)
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
     if len(targets) > 1:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, frameon=False, loc="upper left")
     return figure
 
 
@@ -127,13 +134,16 @@ def _in_flight(measured: Mapping[str, Mapping[str, Sequence[Measurement]]]) -> F
     for index, (load, target, first) in enumerate(every[::-step][::-1]):  # the last is the heaviest
         times, counts = in_flight(first.records)
         axes.step(times, counts, where="post", color=COLORS[index], linewidth=1.3, label=_label(load, target))
-    axes.set_ylim(bottom=0)
+    _from_zero(axes)
+    axes.yaxis.get_major_locator().set_params(integer=True)
     if len(every) > 1:
         axes.legend(fontsize=8, frameon=False)
     return figure
 
 
 def _ratios(result: Mapping[str, Any]) -> Figure:
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
     figure, axes = _axes()
     rows = [
         (f"{load['name']}: {report.heading(name)}" if len(result["loads"]) > 1 else report.heading(name), found)
@@ -147,6 +157,13 @@ def _ratios(result: Mapping[str, Any]) -> Figure:
             axes.hlines(at, found["low"], found["high"], color=COLORS[0], linewidth=1.5)
         axes.plot(found["ratio"], at, marker="o", markersize=5, color=COLORS[0])
     axes.axvline(1, color="#64748b", linestyle="--", linewidth=1)
+    ends = [end for _, found in rows for end in (found["low"] or found["ratio"], found["high"] or found["ratio"])]
+    axes.set_xscale("log")
+    axes.set_xlim(*(min(max(end, 1 / WIDEST), WIDEST) for end in (0.9 * min([1, *ends]), 1.1 * max([1, *ends]))))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.tick_params(axis="x", labelsize=8)
     axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     return figure

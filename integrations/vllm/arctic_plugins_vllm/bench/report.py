@@ -155,7 +155,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
         console.print()
         console.print(_ratios(result))
         first, second = (target["name"] for target in result["targets"])
-        console.print(f"ratios {second} / {first} over {result['rounds']} rounds, 95 % intervals", style="dim")
+        console.print(f"ratios {second} / {first} over {result['rounds']} rounds", style="dim")
     for load in result["loads"]:
         for target, figures in load["results"].items():
             counters = figures["counters"]
@@ -172,10 +172,12 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 def _ratios(result: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("load", overflow="fold")
-    for name in COMPARED:
-        table.add_column(heading(name), justify="right", no_wrap=True)
+    table.add_column("figure", no_wrap=True)
+    for text in ("ratio", "95 % interval"):
+        table.add_column(text, justify="right", no_wrap=True)
     for load in result["loads"]:
-        table.add_row(load["name"], *(ratio(load["ratios"][name]) for name in COMPARED))
+        for name, found in load["ratios"].items():
+            table.add_row(load["name"] if name == next(iter(COMPARED)) else "", heading(name), *ratio(found))
     return table
 
 
@@ -184,13 +186,12 @@ def heading(name: str) -> str:
     return "tok/s" if name == "tokens_per_second" else name.replace("_", " ").upper().replace(" P", " p")
 
 
-def ratio(found: Mapping[str, float | None]) -> str:
-    """Return a ratio with its interval, ``1.25 (1.20-1.31)``."""
+def ratio(found: Mapping[str, float | None]) -> tuple[str, str]:
+    """Return a ratio and its interval: ``1.25`` and ``1.20 to 1.31``."""
     if found["ratio"] is None:
-        return "-"
-    if found["low"] is None:
-        return f"{found['ratio']:.2f}"
-    return f"{found['ratio']:.2f} ({found['low']:.2f}-{found['high']:.2f})"
+        return "-", "-"
+    low, high = found["low"], found["high"]
+    return f"{found['ratio']:.3g}", "-" if low is None or high is None else f"{low:.3g} to {high:.3g}"
 
 
 def number(value: float | None, factor: float = 1) -> str:

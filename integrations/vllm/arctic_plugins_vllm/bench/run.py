@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import shutil
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -77,8 +77,8 @@ def run(job: Job) -> None:
                 continue
             log = logs / f"server{f'-{name}' if name else ''}.log"
             urls[name] = servers.enter_context(Server(given, log, timeout=job.startup_timeout, console=console)).url
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # of this process, which prints to stdout what it found
-        targets, loads, measured = asyncio.run(_measure(job, urls, console))
+        with redirect_stdout(sys.stderr):  # where vLLM's loggers, imported here, print to
+            targets, loads, measured = asyncio.run(_measure(job, urls, console))
     result = report.describe(job.benchmark, job.command, targets, loads, measured, seed=job.seed, rounds=job.rounds)
     if job.out is not None:
         _write(result, measured, job.out, logs)
