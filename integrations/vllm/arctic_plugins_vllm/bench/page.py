@@ -20,6 +20,8 @@ TEMPLATE = Path(__file__).with_name("page.html")
 COLORS = ("#2563eb", "#ea580c", "#0d9488", "#9333ea", "#64748b", "#ca8a04")
 WIDEST = 4.0
 """The largest ratio that is drawn; also the smallest, inverted. Intervals may extend further."""
+RATIO_TICKS = ((0.25, 0.5, 1, 2, 4), (0.6, 0.8, 1, 1.25, 1.5), (0.85, 0.9, 0.95, 1, 1.05, 1.1, 1.15), (0.98, 1, 1.02))
+"""From coarse to fine; the first with three in the range is used."""
 MOST_CURVES = 6
 """The most loads whose requests in flight are drawn."""
 
@@ -142,7 +144,7 @@ def _in_flight(measured: Mapping[str, Mapping[str, Sequence[Measurement]]]) -> F
 
 
 def _ratios(result: Mapping[str, Any]) -> Figure:
-    from matplotlib.ticker import MaxNLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, NullLocator
 
     figure, axes = _axes()
     rows = [
@@ -160,7 +162,9 @@ def _ratios(result: Mapping[str, Any]) -> Figure:
     ends = [end for _, found in rows for end in (found["low"] or found["ratio"], found["high"] or found["ratio"])]
     axes.set_xscale("log")
     axes.set_xlim(*(min(max(end, 1 / WIDEST), WIDEST) for end in (0.9 * min([1, *ends]), 1.1 * max([1, *ends]))))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    left, right = axes.get_xlim()
+    shown = ([tick for tick in ticks if left <= tick <= right] for ticks in RATIO_TICKS)
+    axes.xaxis.set_major_locator(FixedLocator(next((ticks for ticks in shown if len(ticks) > 2), [1])))
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_locator(NullLocator())
     axes.tick_params(axis="x", labelsize=8)
