@@ -10,7 +10,7 @@ PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plu
 # Two pytest workers with one thread each: nearly all of a test's time is spent in one process that imports, or computes something small.
 ONE_THREAD := OMP_NUM_THREADS=1 VLLM_CPU_KVCACHE_SPACE=1
 
-.PHONY: install demo test test-avx2 test-slow gpu lint format benchmarks clean
+.PHONY: install demo docs test test-avx2 test-slow gpu lint format benchmarks notebook version release clean
 .DEFAULT_GOAL := test
 
 # `make` installs once, and again when a requirement or a distribution's metadata changes.
@@ -28,6 +28,10 @@ install: $(VENV)/.installed
 
 demo: install
 	$(BIN)/arctic demo --out out/demo --overwrite
+
+# The documentation site, in build/docs/index.html.
+docs: install
+	$(BIN)/sphinx-build -c docs -b html -W --keep-going . build/docs
 
 test: install
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not gpu"
@@ -55,6 +59,17 @@ format: install
 
 benchmarks: install
 	$(BIN)/python benchmarks/load_memory.py
+
+notebook: install
+	$(BIN)/python .ci/notebook.py examples/quickstart.ipynb
+
+# CONTRIBUTING.md, "Releasing".
+version: install
+	$(BIN)/python .ci/release.py version "$(VERSION)"
+
+release: install
+	rm -rf dist
+	$(BIN)/python .ci/release.py build
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from arctic_plugins.cache import cache_directory
     from arctic_plugins.claims import Claim, LinearSpec, ModulePatterns, check_patterns, matches
     from arctic_plugins.discovery import process_registry
-    from arctic_plugins.errors import ArcticError, UserError
+    from arctic_plugins.errors import ArcticDeprecationWarning, ArcticError, UserError
     from arctic_plugins.host import Host
-    from arctic_plugins.plugin import SLOTS, THIS_MACHINE, Finding, Plugin, PluginConfig, Slot, hookimpl
+    from arctic_plugins.plugin import CONTRACT, SLOTS, THIS_MACHINE, Finding, Plugin, PluginConfig, Slot, hookimpl
     from arctic_plugins.processes import world_size
     from arctic_plugins.provenance import write_provenance
     from arctic_plugins.recorded import stack_from_checkpoint
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from arctic_plugins.stack import Stack
 
 __all__ = [
+    "CONTRACT",
     "ROPE_MARK",
     "SLOTS",
     "THIS_MACHINE",
+    "ArcticDeprecationWarning",
     "ArcticError",
     "Claim",
     "Finding",
@@ -66,11 +68,13 @@ __getattr__ = lazily(
         ),
         "discovery": ("process_registry",),
         "errors": (
+            "ArcticDeprecationWarning",
             "ArcticError",
             "UserError",
         ),
         "host": ("Host",),
         "plugin": (
+            "CONTRACT",
             "SLOTS",
             "THIS_MACHINE",
             "Finding",

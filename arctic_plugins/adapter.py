@@ -41,7 +41,9 @@ __all__ = [
 ]
 
 ADAPTER = "adapter_config.json"
+"""PEFT's file with the configuration of an adapter."""
 WEIGHTS = "adapter_model.safetensors"
+"""PEFT's file with the weights of an adapter."""
 
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_(?:embedding_)?A(?:\.weight)?")
 
@@ -226,7 +228,7 @@ def adapted_modules(directory: str | Path) -> list[str]:
     """Return the names, in the base model, of the modules for which the adapter in ``directory`` has matrices.
 
     Raises:
-        OSError, SafetensorError: the adapter's weights cannot be read.
+        OSError, safetensors.SafetensorError: the adapter's weights cannot be read.
     """
     with safe_open(Path(directory) / WEIGHTS, "np") as file:
         found = (_MATRIX.fullmatch(key) for key in file.keys())  # noqa: SIM118 - safe_open is not a mapping
@@ -240,7 +242,7 @@ def whole_tensors(directory: str | Path) -> list[str]:
     adapter's own matrices, which PEFT saves for embeddings, are not among them.
 
     Raises:
-        OSError, SafetensorError: the adapter's weights cannot be read.
+        OSError, safetensors.SafetensorError: the adapter's weights cannot be read.
     """
     with safe_open(Path(directory) / WEIGHTS, "np") as file:
         names = (key.removeprefix("base_model.model.") for key in file.keys())  # noqa: SIM118 - safe_open is not a mapping

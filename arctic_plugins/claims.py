@@ -36,8 +36,11 @@ class LinearSpec:
     """
 
     out_features: int
+    """N."""
     in_features: int
+    """K."""
     bias: bool = False
+    """Whether it has a bias, ``[N]``."""
     tied: bool = False
     """Whether the weight is shared with another module (an ``lm_head`` tied to the embedding)."""
     experts: int | None = None
@@ -59,8 +62,11 @@ class Claim:
     """
 
     slot: str
+    """The name of a slot of modules; see :data:`arctic_plugins.SLOTS`."""
     module: str
+    """A dotted name or a pattern."""
     value: Any
+    """What fills the slot: a codec, a placement or a dispatch."""
 
 
 @dataclass(frozen=True)

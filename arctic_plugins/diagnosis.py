@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,11 +25,11 @@ from pathlib import Path
 from arctic_plugins.compute import compute_dtype, dtype_name, measure_products, processor
 from arctic_plugins.discovery import identity, installed_plugins, load_plugin, new_plugin_manager
 from arctic_plugins.ending import leave
-from arctic_plugins.errors import ArcticError, HostVersionError
+from arctic_plugins.errors import ArcticDeprecationWarning, ArcticError, HostVersionError
 from arctic_plugins.host import GROUP, Host, host_failures, hosts
 from arctic_plugins.patches import patches
-from arctic_plugins.plugin import PROJECT, Finding
-from arctic_plugins.registry import load
+from arctic_plugins.plugin import CONTRACT, PROJECT, Finding
+from arctic_plugins.registry import Registry, load
 from arctic_plugins.resolver import check_hosts, host_range, host_version
 from arctic_plugins.stack import Stack, read_yaml
 
@@ -162,7 +163,7 @@ def _distributions() -> Iterator[Finding]:
             "upgrade all of them",
         )
     elif ours:
-        yield Finding("ok", "versions", f"{', '.join(sorted(ours))}: {next(iter(ours.values()))}")
+        yield Finding("ok", "versions", f"{', '.join(sorted(ours))}: {next(iter(ours.values()))}; contract {CONTRACT}")
     for group in groups:
         owners: dict[str, list[str]] = {}
         for point in entry_points(group=group):
@@ -256,18 +257,24 @@ def _in_child(subject: str, *arguments: str) -> list[Finding]:
 
 def _check_plugin(name: str) -> Iterator[Finding]:
     subject = f"plugin {name}"
-    plugin = load_plugin(name)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ArcticDeprecationWarning)
+        plugin = load_plugin(name)
+        manager = new_plugin_manager(only=("register", "diagnose"))
+        manager.register(plugin, name)
+        manager.hook.register(registry=Registry())
     provider = installed_plugins()[name][0]
     slots = ", ".join(sorted(plugin.slots)) or "no slot"
     yield Finding("ok", subject, f"{provider.distribution} {provider.version}, fills {slots}")
+    for text in dict.fromkeys(f"{Path(each.filename).name}, line {each.lineno}: {each.message}" for each in caught):
+        yield Finding("warning", subject, text, f"upgrade {provider.distribution}, or report it to its authors")
     for host in plugin.hosts:
         if host_version(host) is not None:
             try:
                 check_hosts((plugin,), host)
             except HostVersionError as error:
                 yield Finding("error", subject, str(error))
-    manager = new_plugin_manager(only=("diagnose",))
-    manager.register(plugin, name)
     for findings in manager.hook.diagnose():
         yield from (Finding(found.status, f"{subject}: {found.subject}", found.text, found.fix) for found in findings)
 

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass
-from importlib.metadata import Distribution, EntryPoint, entry_points
+from importlib.metadata import Distribution, EntryPoint, entry_points, version
 from pathlib import Path
 
 import pluggy
 
 from arctic_plugins import hookspecs
-from arctic_plugins.errors import PluginError, PluginLoadError, PluginNotFoundError, suggest
-from arctic_plugins.plugin import PROJECT, SLOTS, Plugin, PluginConfig
+from arctic_plugins.errors import ArcticError, PluginError, PluginLoadError, PluginNotFoundError, suggest
+from arctic_plugins.plugin import CONTRACT, PROJECT, SLOTS, Plugin, PluginConfig
 from arctic_plugins.registry import Registry
 
 __all__ = ["InstalledPlugin", "identity", "installed_plugins", "load_plugin", "process_registry"]
@@ -40,27 +40,28 @@ class InstalledPlugin:
         """Import the plugin class and check that it fulfills the contract.
 
         Raises:
-            PluginLoadError: the import fails, or the object is not a valid plugin; the message names the plugin, its
-                distribution and the cause.
+            PluginLoadError: the import fails, the object is not a valid plugin, or it needs another version of the
+                contract; the message names the plugin, its distribution and the cause.
         """
         try:
             loaded = self.entry_point.load()
         except (Exception, SystemExit) as error:  # an import can raise anything, and all of it is reported
-            raise self._broken(f"cannot be imported: {type(error).__name__}: {error}") from error
+            raise self.broken(f"cannot be imported: {type(error).__name__}: {error}") from error
         if not (inspect.isclass(loaded) and issubclass(loaded, Plugin)):
-            raise self._broken(
+            raise self.broken(
                 f"is not a plugin: '{self.entry_point.value}' is {loaded!r}, not a subclass of arctic_plugins.Plugin"
             )
+        self._check_contract(loaded)
         if getattr(loaded, "name", None) != self.name:
-            raise self._broken(f"has the name '{getattr(loaded, 'name', None)}', which is not its entry point's name")
+            raise self.broken(f"has the name '{getattr(loaded, 'name', None)}', which is not its entry point's name")
         if not (inspect.isclass(loaded.config) and issubclass(loaded.config, PluginConfig)):
-            raise self._broken(f"has config {loaded.config!r}, which is not a subclass of arctic_plugins.PluginConfig")
+            raise self.broken(f"has config {loaded.config!r}, which is not a subclass of arctic_plugins.PluginConfig")
         if unknown := loaded.slots - SLOTS.keys():
-            raise self._broken(f"fills unknown slots {sorted(unknown)} ({suggest(min(unknown), SLOTS)})")
+            raise self.broken(f"fills unknown slots {sorted(unknown)} ({suggest(min(unknown), SLOTS)})")
         for name in dir(loaded):
             given = getattr(getattr(loaded, name, None), f"{PROJECT}_impl", None) or {}
             if refused := [option for option in _PLUGGYS if given.get(option)]:
-                raise self._broken(
+                raise self.broken(
                     f"marks {name} with {refused[0]}, which is not supported; set 'before' and 'after' of the class "
                     "instead"
                 )
@@ -69,13 +70,26 @@ class InstalledPlugin:
             manager.register(loaded, self.name)
             manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise self._broken(str(error).replace("\n", " ")) from error
+            raise self.broken(str(error).replace("\n", " ")) from error
         return loaded
 
-    def _broken(self, cause: str) -> PluginLoadError:
+    def _check_contract(self, plugin: type[Plugin]) -> None:
+        contracts = plugin.contracts
+        if not isinstance(contracts, Set) or not all(type(each) is int for each in contracts):
+            raise self.broken(f"has contracts {contracts!r}, which is not a set of integers, such as {{{CONTRACT}}}")
+        if contracts and CONTRACT not in contracts:
+            needed = " or ".join(map(str, sorted(contracts)))
+            outdated = "arctic-plugins" if max(contracts) > CONTRACT else self.distribution
+            raise self.broken(
+                f"needs contract {needed}, but arctic-plugins {version('arctic-plugins')} has contract {CONTRACT}",
+                fix=f"run 'pip install --upgrade {outdated}', or leave '{self.name}' out of the stack",
+            )
+
+    def broken(self, cause: str, fix: str = "") -> PluginLoadError:
+        """Return the error of a plugin that cannot be used because of ``cause``."""
         return PluginLoadError(
             f"plugin '{self.name}' of distribution {self.distribution} {self.version} {cause}",
-            fix=f"repair or uninstall {self.distribution}, or leave '{self.name}' out of the stack",
+            fix=fix or f"repair or uninstall {self.distribution}, or leave '{self.name}' out of the stack",
         )
 
 
@@ -144,15 +158,26 @@ def new_plugin_manager(only: Collection[str] = ()) -> pluggy.PluginManager:
 def process_registry() -> Registry:
     """Return the registry of this process, filled by every installed plugin.
 
-    If a plugin cannot be loaded, its error is recorded in :attr:`Registry.failures` and raised when something that it
-    may own is needed. ``process_registry.cache_clear()`` discards the registry.
+    If a plugin cannot be loaded or registered, its error is recorded in :attr:`Registry.failures` and raised when
+    something that it may own is needed. ``process_registry.cache_clear()`` discards the registry.
+
+    Raises:
+        PluginError: two plugins register different things under one name; the message names both.
     """
-    registry, manager = Registry(), new_plugin_manager(only=("register",))
-    for name in installed_plugins():
+    registry = Registry()
+    for name, providers in installed_plugins().items():
         try:
+            manager = new_plugin_manager(only=("register",))
             manager.register(load_plugin(name), name)
-            registry.plugins.append(name)
         except PluginError as error:
             registry.failures[name] = error
-    manager.hook.register(registry=registry)
+            continue
+        try:
+            manager.hook.register(registry=registry)
+        except ArcticError:
+            raise
+        except Exception as error:  # a hook can raise anything, and all of it is reported
+            registry.failures[name] = providers[0].broken(f"failed in register: {type(error).__name__}: {error}")
+            continue
+        registry.plugins.append(name)
     return registry

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Self
 
 __all__ = [
+    "ArcticDeprecationWarning",
     "ArcticError",
     "CheckpointError",
     "ClaimError",
@@ -38,6 +39,7 @@ class ArcticError(Exception):
     """
 
     exit_status = 1
+    """The exit status of the command line."""
 
     def __init__(self, found: str, *, expected: str = "", fix: str = "") -> None:
         self.found, self.expected, self.fix = found, expected, fix
@@ -82,6 +84,14 @@ def named(name: str, *kinds: type[ArcticError]) -> Iterator[None]:
         raise error.at(name) from error
 
 
+class ArcticDeprecationWarning(DeprecationWarning):
+    """A use of something that the next minor release of this project removes from the contract.
+
+    The message names it, the release that deprecated it and what replaces it; the warning's location is the plugin's
+    code. ``docs/contract.md`` describes how to deprecate something.
+    """
+
+
 class UserError(ArcticError):
     """An error in the user's input, not in the program: the command line exits with status 2."""
 
@@ -109,7 +119,7 @@ class PluginNotFoundError(PluginError):
 
 
 class PluginLoadError(PluginError):
-    """An enabled plugin that is installed but cannot be imported or is not a valid plugin."""
+    """An enabled plugin that is installed but cannot be imported, is not a valid plugin or needs another contract."""
 
 
 class ResolveError(UserError):

@@ -31,6 +31,8 @@ def register(registry: Registry) -> None:
     Implement it as a ``classmethod`` marked with ``hookimpl``: it runs for every *installed* plugin, without options,
     because vLLM's worker processes and ``from_pretrained`` have a checkpoint but no recipe. It must not import torch or
     a host.
+
+    .. versionadded:: 0.1
     """
 
 
@@ -43,6 +45,8 @@ def validate(stack: Collection[Plugin], model_config: Any, hardware: str) -> Ite
 
     ``stack`` is the whole :class:`~arctic_plugins.stack.Stack`: iterating over it gives its plugins in order, and
     ``"lora" in stack`` looks for one by name.
+
+    .. versionadded:: 0.1
     """
 
 
@@ -52,27 +56,41 @@ def claim(model_config: Any, modules: Mapping[str, LinearSpec]) -> Iterable[Clai
 
     A claim names modules, a slot, and the object that fills it. ``modules`` maps the dotted name of every linear module
     to its shape. All claims are collected and checked together: if two of them conflict, nothing has been modified yet.
+
+    .. versionadded:: 0.1
     """
 
 
 @hookspec
 def hf_configure_model(config: Any) -> None:
-    """Change the ``PreTrainedConfig`` in place. Called before transformers instantiates the model class."""
+    """Change the ``PreTrainedConfig`` in place. Called before transformers instantiates the model class.
+
+    .. versionadded:: 0.1
+    """
 
 
 @hookspec
 def hf_transform_model(model: Any) -> Any | None:
-    """Change ``model`` in place or return a replacement. Called in order, after transformers has loaded the weights."""
+    """Change ``model`` in place or return a replacement. Called in order, after transformers has loaded the weights.
+
+    .. versionadded:: 0.1
+    """
 
 
 @hookspec
 def hf_training_arguments(args: Any) -> None:
-    """Change the ``TrainingArguments`` in place, except what the user set. Called before a Trainer is built."""
+    """Change the ``TrainingArguments`` in place, except what the user set. Called before a Trainer is built.
+
+    .. versionadded:: 0.1
+    """
 
 
 @hookspec
 def hf_attach_trainer(trainer: Any) -> None:
-    """Add callbacks to a Trainer, and what no callback can reach. Called by ``attach(trainer, stack)``."""
+    """Add callbacks to a Trainer, and what no callback can reach. Called by ``attach(trainer, stack)``.
+
+    .. versionadded:: 0.1
+    """
 
 
 @hookspec
@@ -81,6 +99,8 @@ def vllm_engine_args(checkpoint: Path) -> Mapping[str, Any] | None:
 
     If two plugins return different values for the same key, an error names both. What the user sets on the command line
     takes precedence.
+
+    .. versionadded:: 0.1
     """
 
 
@@ -90,4 +110,6 @@ def diagnose() -> Iterable[Finding] | None:
 
     Implement it as a ``classmethod``, like ``register``: it runs for every installed plugin, without options, in a
     process of its own, and may import torch.
+
+    .. versionadded:: 0.1
     """

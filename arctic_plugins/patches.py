@@ -52,7 +52,9 @@ class Patch:
     owner: str
     """The dotted name of the module or class; for an object, the name of its class."""
     name: str
+    """The name of the attribute."""
     why: str
+    """The reason, for users: what the library lacks."""
     read_in: str
     """The library and the version in which the attribute was read, for example ``vllm 0.32.0``."""
     by: str

@@ -14,6 +14,7 @@ from arctic_plugins.errors import ConfigError, suggest
 from arctic_plugins.processes import world_size
 
 __all__ = [
+    "CONTRACT",
     "PROJECT",
     "SLOTS",
     "THIS_MACHINE",
@@ -27,7 +28,15 @@ __all__ = [
 PROJECT = "arctic_plugins"
 """The pluggy project name, and the entry-point group in which distributions list their plugins."""
 
+CONTRACT = 1
+"""The version of the contract between this project and plugins.
+
+It rises only in a release in which a plugin that works with the previous version could break. What is added to the
+contract does not raise it. ``docs/contract.md`` describes the policy.
+"""
+
 hookimpl = pluggy.HookimplMarker(PROJECT)
+"""Marks a method of a plugin as an implementation of the hook of the same name."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,10 @@ class PluginConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     def anywhere(self) -> dict[str, Any]:
-        """Return the options that were set, except those marked with :data:`THIS_MACHINE`."""
+        """Return the options that were set, except those marked with :data:`THIS_MACHINE`.
+
+        .. versionadded:: 0.1
+        """
         local = {name for name, field in type(self).model_fields.items() if THIS_MACHINE in field.metadata}
         return self.model_dump(exclude_unset=True, exclude=local)
 
@@ -94,17 +106,58 @@ class Plugin:
     """
 
     name: ClassVar[str]
-    """The key under ``plugins`` in a recipe, and the name of the entry point."""
+    """The key under ``plugins`` in a recipe, and the name of the entry point.
+
+    .. versionadded:: 0.1
+    """
     config: ClassVar[type[PluginConfig]] = PluginConfig
+    """The class of its options.
+
+    .. versionadded:: 0.1
+    """
     slots: ClassVar[frozenset[str]] = frozenset()
+    """The roles that it fills in a model: names of :data:`SLOTS`.
+
+    .. versionadded:: 0.1
+    """
+    contracts: ClassVar[frozenset[int]] = frozenset()
+    """The versions of the contract with which it works, for example ``{1, 2}``; empty means any.
+
+    If :data:`CONTRACT` is not among them, the plugin is not loaded.
+
+    .. versionadded:: 0.1
+    """
     hosts: ClassVar[Mapping[str, str]] = {}
     """Name of a host (:attr:`arctic_plugins.host.Host.name`) -> PEP 440 range, if it is narrower than that of this
     project's integration, for example ``{"transformers": ">=5.18"}``.
+
+    .. versionadded:: 0.1
     """
     requires: ClassVar[frozenset[str]] = frozenset()
+    """What must also be in the stack.
+
+    .. versionadded:: 0.1
+    """
     conflicts: ClassVar[frozenset[str]] = frozenset()
+    """What cannot be in the same stack.
+
+    .. versionadded:: 0.1
+    """
     after: ClassVar[frozenset[str]] = frozenset()
+    """What precedes it in the stack, if it is there.
+
+    .. versionadded:: 0.1
+    """
     before: ClassVar[frozenset[str]] = frozenset()
+    """What follows it in the stack, if it is there.
+
+    .. versionadded:: 0.1
+    """
+    options: PluginConfig
+    """Its validated options, an instance of :attr:`config`.
+
+    .. versionadded:: 0.1
+    """
 
     def __init__(self, options: PluginConfig) -> None:
         self.options = options
@@ -115,6 +168,8 @@ class Plugin:
 
         Raises:
             ConfigError: an unknown key (the message suggests the closest known one), or a wrong type or value.
+
+        .. versionadded:: 0.1
         """
         if options is not None and not isinstance(options, Mapping):
             raise ConfigError(
@@ -133,6 +188,8 @@ class Plugin:
 
         Each overrides methods of ``transformers.Trainer`` and calls ``super()``. It may have a method
         ``on_attach(self, plugin)``, which is called once with this plugin when the trainer has its new class.
+
+        .. versionadded:: 0.1
         """
         return ()
 
@@ -141,6 +198,8 @@ class Plugin:
         """Number of processes that work on one row of the data together.
 
         A plugin that splits rows overrides it: a run then takes that many times more steps.
+
+        .. versionadded:: 0.1
         """
         return 1
 
@@ -148,6 +207,8 @@ class Plugin:
         """Raise ConfigError unless the processes can be divided into groups of the size that ``option`` specifies.
 
         Call it in a ``validate`` hook.
+
+        .. versionadded:: 0.1
         """
         size, group = world_size(), getattr(self.options, option)
         if size % group:
@@ -171,9 +232,11 @@ class Finding:
     available. ``ok``: everything is as it should be.
     """
     subject: str
+    """What was checked, in a few words."""
     text: str
     """What was found, and what was expected."""
     fix: str = ""
+    """What the user can do."""
 
 
 def expectation(error: ValidationError) -> str:

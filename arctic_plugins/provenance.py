@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 FILE_NAME = "arctic_plugins.json"
+"""The file's name in a checkpoint."""
 FORMAT = 1
 """Version of this file and of the checkpoint's encoded weights. A newer one is refused."""
 
@@ -48,8 +49,11 @@ class Provenance:
     """The content of ``arctic_plugins.json``."""
 
     stack: dict[str, dict[str, Any]]
+    """The stack in its canonical form."""
     sha256: str
+    """The hex digest of the stack; see :func:`stack_sha256`."""
     versions: dict[str, str] = field(default_factory=dict)
+    """Distribution -> version that wrote the checkpoint."""
     plugins: dict[str, str] = field(default_factory=dict)
     """Plugin -> ``distribution==version`` that provided it."""
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -57,6 +61,7 @@ class Provenance:
     config: dict[str, Any] = field(default_factory=dict)
     """For an adapter: keys of its base model's config that were changed, such as the labels of a classifier."""
     format: int = FORMAT
+    """See :data:`FORMAT`."""
 
 
 def stack_sha256(stack: Mapping[str, Mapping[str, Any]]) -> str:

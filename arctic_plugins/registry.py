@@ -12,6 +12,7 @@ from typing import Any
 
 from arctic_plugins.errors import PluginError, PluginNotFoundError, suggest
 from arctic_plugins.plugin import PluginConfig
+from arctic_plugins.prose import first_paragraph
 
 __all__ = ["FIRST_PARTY", "ROPE_MARK", "Importer", "ModelClasses", "Registry", "load"]
 
@@ -57,7 +58,7 @@ class Importer:
     @property
     def meaning(self) -> str:
         """The format and what it is converted to: the first paragraph of the options' docstring."""
-        return " ".join((self.options.__doc__ or "").partition("\n\n")[0].replace("``", "").split())
+        return first_paragraph(self.options.__doc__)
 
 
 @dataclass
@@ -68,9 +69,15 @@ class Registry:
     """
 
     failures: dict[str, Exception] = field(default_factory=dict)
-    """Installed plugins that could not be loaded -> the error, raised only when something missing is requested."""
+    """Installed plugins that could not be loaded -> the error, raised only when something missing is requested.
+
+    .. versionadded:: 0.1
+    """
     plugins: list[str] = field(default_factory=list)
-    """Installed plugins that were loaded."""
+    """Installed plugins that were loaded.
+
+    .. versionadded:: 0.1
+    """
     _codecs: dict[str, str] = field(default_factory=lambda: {"plain": "arctic_plugins.frozen.plain:PlainCodec"})
     _exporters: dict[str, str] = field(default_factory=dict)
     _converters: dict[str, str] = field(default_factory=dict)
@@ -81,15 +88,23 @@ class Registry:
     _host_launchers: dict[str, str] = field(default_factory=dict)
     _environments: list[str] = field(default_factory=list)
     importers: dict[str, Importer] = field(default_factory=dict)
-    """Format of ``arctic convert`` -> its reader; see :meth:`importer`."""
+    """Format of ``arctic convert`` -> its reader; see :meth:`importer`.
+
+    .. versionadded:: 0.1
+    """
     models: dict[str, ModelClasses] = field(default_factory=dict)
-    """``model_type`` -> its classes."""
+    """``model_type`` -> its classes.
+
+    .. versionadded:: 0.1
+    """
 
     def model(self, model_type: str, classes: ModelClasses) -> None:
         """Add a model architecture. A host that knows ``model_type`` itself keeps its own.
 
         Raises:
             PluginError: other classes are registered for the type; the message names both.
+
+        .. versionadded:: 0.1
         """
         taken = self.models.setdefault(model_type, classes)
         if taken != classes:
@@ -108,6 +123,8 @@ class Registry:
 
         Raises:
             PluginError: another target is registered under the name; the message names both.
+
+        .. versionadded:: 0.1
         """
         _add("experts function", self._experts_functions, name, target)
 
@@ -123,6 +140,8 @@ class Registry:
 
         Raises:
             PluginError: another target is registered under the name; the message names both.
+
+        .. versionadded:: 0.1
         """
         _add("RoPE type", self._rope_types, name, target)
 
@@ -135,6 +154,8 @@ class Registry:
 
         Raises:
             PluginError: another target is registered under the name; the message names both.
+
+        .. versionadded:: 0.1
         """
         _add("codec type", self._codecs, type_name, target)
 
@@ -148,11 +169,16 @@ class Registry:
 
         Raises:
             PluginError: another target is registered; the message names both.
+
+        .. versionadded:: 0.1
         """
         _add("product", self._widening, "linear of a bfloat16 weight in float32", target)
 
     def load_widening_linear(self) -> Any:
-        """Import the target of :meth:`widening_linear` and return the function that it gives, or None."""
+        """Import the target of :meth:`widening_linear` and return the function that it gives, or None.
+
+        .. versionadded:: 0.1
+        """
         return next((load(target)() for target in self._widening.values()), None)
 
     def exporter(self, format_name: str, target: str) -> None:
@@ -164,6 +190,8 @@ class Registry:
 
         Raises:
             PluginError: another target is registered under the name; the message names both.
+
+        .. versionadded:: 0.1
         """
         _add("export format", self._exporters, format_name, target)
 
@@ -176,6 +204,8 @@ class Registry:
 
         Raises:
             PluginError: another target is registered under the name; the message names both.
+
+        .. versionadded:: 0.1
         """
         _add("convertible format", {**self.importers, **self._converters}, format_name, target)
         self._converters[format_name] = target
@@ -194,6 +224,8 @@ class Registry:
 
         Raises:
             PluginError: another importer or converter is registered under the name; the message names both.
+
+        .. versionadded:: 0.1
         """
         added = Importer(target, options)
         _add("convertible format", {**self._converters, **self.importers}, format_name, added)
@@ -209,6 +241,8 @@ class Registry:
 
         Raises:
             PluginError: another target is registered under the name; the message names both.
+
+        .. versionadded:: 0.1
         """
         _add("trainer engine", self._trainer_engines, name, target)
 
@@ -222,6 +256,8 @@ class Registry:
 
         Raises:
             PluginError: another target is registered; the message names both.
+
+        .. versionadded:: 0.1
         """
         _add("launcher for", self._host_launchers, "--hostfile", target)
 
@@ -233,11 +269,17 @@ class Registry:
         Args:
             target: ``"module:attribute"`` of a function without arguments that returns name -> value. It may import
                 torch, but nothing that reads the variables.
+
+        .. versionadded:: 0.1
         """
         if target not in self._environments:
             self._environments.append(target)
 
     def codec_types(self) -> list[str]:
+        """Return the registered codec types, sorted.
+
+        .. versionadded:: 0.1
+        """
         return sorted(self._codecs)
 
     def load_codec(self, type_name: str) -> Any:
@@ -246,6 +288,8 @@ class Registry:
         Raises:
             PluginNotFoundError: no plugin registered it; the message names the plugin that would, or the installed
                 plugin that could not be loaded.
+
+        .. versionadded:: 0.1
         """
         if type_name not in self._codecs:
             broken = "; ".join(str(error) for error in self.failures.values())
@@ -257,13 +301,24 @@ class Registry:
         return load(self._codecs[type_name])
 
     def converter_names(self) -> list[str]:
+        """Return the formats that have a converter, sorted.
+
+        .. versionadded:: 0.1
+        """
         return sorted(self._converters)
 
     def exporter_names(self) -> list[str]:
+        """Return the formats that have an exporter, sorted.
+
+        .. versionadded:: 0.1
+        """
         return sorted(self._exporters)
 
     def check_convertible(self, format_name: str) -> None:
-        """Raise PluginNotFoundError if no installed plugin has a converter or an importer called ``format_name``."""
+        """Raise PluginNotFoundError if no installed plugin has a converter or an importer called ``format_name``.
+
+        .. versionadded:: 0.1
+        """
         known = {*self._converters, *self.importers}
         if format_name not in known:
             raise PluginNotFoundError(
@@ -271,17 +326,27 @@ class Registry:
             )
 
     def trainer_engines(self) -> list[str]:
+        """Return the names of the registered engines, sorted.
+
+        .. versionadded:: 0.1
+        """
         return sorted(self._trainer_engines)
 
     def check_trainer_engine(self, name: str) -> None:
-        """Raise PluginNotFoundError if no installed plugin has an engine called ``name``."""
+        """Raise PluginNotFoundError if no installed plugin has an engine called ``name``.
+
+        .. versionadded:: 0.1
+        """
         if name not in self._trainer_engines:
             raise PluginNotFoundError(
                 f"no installed plugin prepares a Trainer for '{name}'", fix=self._source(name, self._trainer_engines)
             )
 
     def load_trainer_engine(self, name: str) -> Any:
-        """Import and return the class registered as ``name``; raise PluginNotFoundError if there is none."""
+        """Import and return the class registered as ``name``; raise PluginNotFoundError if there is none.
+
+        .. versionadded:: 0.1
+        """
         self.check_trainer_engine(name)
         return load(self._trainer_engines[name])
 
@@ -290,6 +355,8 @@ class Registry:
 
         Raises:
             PluginNotFoundError: no plugin registered one.
+
+        .. versionadded:: 0.1
         """
         if not self._host_launchers:
             raise PluginNotFoundError(
@@ -303,6 +370,8 @@ class Registry:
 
         Raises:
             PluginError: two plugins set the same variable to different values; the message names both.
+
+        .. versionadded:: 0.1
         """
         found: dict[str, str] = {}
         owners: dict[str, str] = {}
@@ -317,14 +386,24 @@ class Registry:
         return found
 
     def experts_functions(self) -> dict[str, Any]:
-        """Return name -> function, imported."""
+        """Return name -> function, imported.
+
+        .. versionadded:: 0.1
+        """
         return {name: load(target) for name, target in self._experts_functions.items()}
 
     def rope_types(self) -> list[str]:
+        """Return the registered RoPE scaling types, sorted.
+
+        .. versionadded:: 0.1
+        """
         return sorted(self._rope_types)
 
     def load_rope_type(self, name: str) -> Any:
-        """Import and return the function registered as ``name``; raise PluginNotFoundError if there is none."""
+        """Import and return the function registered as ``name``; raise PluginNotFoundError if there is none.
+
+        .. versionadded:: 0.1
+        """
         return _load_format(self._rope_types, name, "provides the RoPE type")
 
     def load_exporter(self, format_name: str) -> Any:
@@ -332,6 +411,8 @@ class Registry:
 
         Raises:
             PluginNotFoundError: no plugin registered one.
+
+        .. versionadded:: 0.1
         """
         return _load_format(self._exporters, format_name, "exports to")
 
@@ -340,6 +421,8 @@ class Registry:
 
         Raises:
             PluginNotFoundError: no plugin registered one.
+
+        .. versionadded:: 0.1
         """
         return _load_format(self._converters, format_name, "converts from")
 

@@ -197,6 +197,7 @@ class Stack:
         return claims
 
     def hf_configure_model(self, config: Any) -> None:
+        """Call the hook of every plugin."""
         for _ in self._each("hf_configure_model", config=config):
             pass
 
@@ -208,10 +209,12 @@ class Stack:
         return model
 
     def hf_training_arguments(self, args: Any) -> None:
+        """Call the hook of every plugin."""
         for _ in self._each("hf_training_arguments", args=args):
             pass
 
     def hf_attach_trainer(self, trainer: Any) -> None:
+        """Call the hook of every plugin."""
         for _ in self._each("hf_attach_trainer", trainer=trainer):
             pass
 

@@ -1,14 +1,16 @@
 """Fixtures of the tests that cross rooms."""
 
+import configparser
 import json
+import os
 import sys
 import tomllib
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from arctic_plugins.discovery import process_registry
-from arctic_plugins.testing import run_python
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,31 +24,43 @@ def distributions():
 
 
 @pytest.fixture(scope="session")
-def int8_plugin(tmp_path_factory):
-    """The third party's plugin of ``tests/int8_plugin``, built and installed as its own distribution for the session.
+def installed():
+    """A context manager that installs the distribution in a folder, with its metadata in another one and without a
+    build.
 
-    Gives the directory it is installed in, for ``PYTHONPATH`` of child processes.
+    Gives the value of ``PYTHONPATH`` with which it is also installed for child processes.
     """
-    site = tmp_path_factory.mktemp("site")
-    source = Path(__file__).parent / "int8_plugin"
-    command = [
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--target",
-        site,
-        source,
-    ]
-    run_python(*command, environment={"PIP_DISABLE_PIP_VERSION_CHECK": "1"})
-    sys.path.insert(0, str(site))
-    process_registry.cache_clear()
-    yield site
-    sys.path.remove(str(site))
-    process_registry.cache_clear()
+
+    @contextmanager
+    def install(source, site):
+        project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
+        metadata = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+        metadata.mkdir(parents=True)
+        header = {"Metadata-Version": "2.1", "Name": project["name"], "Version": project["version"]}
+        (metadata / "METADATA").write_text("".join(f"{key}: {value}\n" for key, value in header.items()))
+        points = configparser.ConfigParser(delimiters="=")
+        points.read_dict(project["entry-points"])
+        with (metadata / "entry_points.txt").open("w") as file:
+            points.write(file)
+        paths = [str(site), str(source)]
+        sys.path[:0] = paths
+        process_registry.cache_clear()
+        yield os.pathsep.join(paths)
+        for path in paths:
+            sys.path.remove(path)
+        process_registry.cache_clear()
+
+    return install
+
+
+@pytest.fixture(scope="session")
+def int8_plugin(installed, tmp_path_factory):
+    """The third party's plugin of ``tests/releases/1/int8``, installed as its own distribution for the session.
+
+    Gives ``PYTHONPATH`` for child processes.
+    """
+    with installed(ROOT / "tests" / "releases" / "1" / "int8", tmp_path_factory.mktemp("site")) as paths:
+        yield paths
 
 
 @pytest.fixture

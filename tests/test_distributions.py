@@ -31,15 +31,6 @@ def plugins(projects):
     return {plugin: name for name, points in found for plugin in points}
 
 
-def test_all_share_one_version_and_require_no_other(projects):
-    [version] = {project["version"] for project in projects.values()}
-    for name, project in projects.items():
-        required = {each.name: str(each.specifier) for each in map(Requirement, project["dependencies"])}
-        ours = {each: specifier for each, specifier in required.items() if each in projects}
-        assert set(ours.values()) <= {f"=={version}"}
-        assert name == "arctic-plugins" or "arctic-plugins" in ours
-
-
 def test_the_extra_all_has_every_plugin_and_the_extras_together_every_distribution(projects, plugins):
     extras = projects["arctic-plugins"]["optional-dependencies"]
     names = {extra: {Requirement(line).name for line in lines} for extra, lines in extras.items()}

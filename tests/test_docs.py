@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import click
 import pluggy
 import pytest
 import yaml
@@ -14,22 +15,29 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from arctic_plugins import hookspecs
-from arctic_plugins.cli import _commands
+from arctic_plugins.cli import _commands, arctic
 from arctic_plugins.discovery import installed_plugins, load_plugin, new_plugin_manager
 from arctic_plugins.resolver import host_range
 from arctic_plugins.testing import run_python
 
 ROOT = Path(__file__).parent.parent
-README, GUIDE = ((ROOT / name).read_text() for name in ("README.md", "docs/training.md"))
+README, GUIDE, SUPPORT = ((ROOT / name).read_text() for name in ("README.md", "docs/training.md", "docs/support.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(language):
-    return [block for text in (README, GUIDE) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+    """Page and text of every block of code in the documents."""
+    fence = re.compile(rf"^```{language}\n(.*?)^```", re.DOTALL | re.MULTILINE)
+    return [(str(page.relative_to(ROOT)), block) for page in PAGES for block in fence.findall(page.read_text())]
 
 
-@pytest.mark.parametrize(
-    "recipe", [*blocks("yaml"), *(path.read_text() for path in sorted((ROOT / "examples").glob("*.yaml")))]
-)
+RECIPES = [
+    *(found for found in blocks("yaml") if "model:" in found[1]),
+    *((path.name, path.read_text()) for path in sorted((ROOT / "examples").glob("*.yaml"))),
+]
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(recipe, id=page) for page, recipe in RECIPES])
 def test_recipes_are_valid(recipe, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe)
@@ -39,11 +47,34 @@ def test_recipes_are_valid(recipe, tmp_path):
 
 
 def test_python_snippets_and_examples_are_python():
-    for source in [*blocks("python"), *(path.read_text() for path in (ROOT / "examples").glob("*.py"))]:
+    for source in [source for _, source in blocks("python")] + [
+        p.read_text() for p in (ROOT / "examples").glob("*.py")
+    ]:
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("arctic_plugins"):
                 module = __import__(node.module, fromlist=[alias.name for alias in node.names])
                 assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_links_between_pages_lead_somewhere():
+    """Of the pages, and of the headings that a link names; a heading's anchor is made as on GitHub."""
+    fences = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+
+    def anchors(path):
+        titles = re.findall(r"^#+ (.+)$", fences.sub("", path.read_text()), re.MULTILINE)
+        return {
+            re.sub(r"[^\w\- ]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title).lower()).replace(" ", "-")
+            for title in titles
+        }
+
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)\s]+)\)", fences.sub("", page.read_text())):
+            if "://" in link:
+                continue
+            name, _, anchor = link.partition("#")
+            target = (page.parent / name).resolve() if name else page
+            assert target.exists(), f"{page.name}: {link}"
+            assert not anchor or target.suffix != ".md" or anchor in anchors(target), f"{page.name}: {link}"
 
 
 def test_the_long_context_example_asks_for_keys_that_stand_in_the_text(tmp_path):
@@ -64,10 +95,39 @@ def test_the_long_context_example_asks_for_keys_that_stand_in_the_text(tmp_path)
         assert set(filler[1:-1]) <= set(words), "keys stand between two words"
 
 
-def test_commands_in_the_readme_exist():
-    mentioned = set(re.findall(r"^arctic (\w+)", "\n".join(blocks("bash")), re.MULTILINE))
-    assert mentioned
-    assert mentioned <= set(_commands())
+def arctic_lines():
+    """Page and words of every line of a command of ours: `arctic COMMAND ...`, also after a pipe or a prefix."""
+    for page, block in blocks("bash"):
+        for line in block.replace("\\\n", " ").splitlines():
+            line = re.sub(r"'[^']*'|\"[^\"]*\"", "TEXT", line.partition(" #")[0])
+            if found := re.search(r"(?:^|\s)arctic ([\w-]+)(.*)", line):
+                yield page, found[1], re.split(r"[|;&>]", found[2])[0].split()
+
+
+def test_commands_and_options_in_the_documents_exist():
+    lines, missing = list(arctic_lines()), []
+    assert len(lines) > 30
+    assert {name for _, name, _ in lines} <= set(_commands())
+    for page, name, words in lines:
+        command = arctic.get_command(click.Context(arctic), name)
+        if isinstance(command, click.Group):
+            command = command.get_command(click.Context(command), words[0])
+        parameters = command.get_params(click.Context(command))
+        known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+        options = {word.partition("=")[0] for word in words if word.startswith("--")}
+        missing += [(page, name, option) for option in options - known - {"--traceback"} if name != "serve"]
+    assert not missing
+
+
+@pytest.mark.vllm
+def test_options_of_vllms_server_in_the_documents_exist():
+    pytest.importorskip("vllm")
+    from arctic_plugins_vllm.server import parse
+
+    command = arctic.get_command(click.Context(arctic), "serve")
+    for _page, _, (*words,) in (line for line in arctic_lines() if line[1] == "serve"):
+        context = command.make_context("serve", words)
+        parse({}, context.args)  # ends the process if an option is unknown
 
 
 def test_every_hook_is_documented_and_used():
@@ -116,7 +176,7 @@ def requirements(projects):
 
 
 def test_the_support_matrix_says_what_the_metadata_declares(projects, requirements):
-    section = README.partition("## Support matrix")[2].partition("\n## ")[0]
+    section = SUPPORT.partition("## Libraries")[2].partition("\n## ")[0]
     rows = dict(re.findall(r"^\| `([\w.-]+)` \| `([^`]+)` \|", section, re.MULTILINE))
     assert {project["requires-python"] for project in projects} == {rows.pop("python")}
     assert rows.keys() >= {

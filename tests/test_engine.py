@@ -220,8 +220,11 @@ def mixtures(tmp_path_factory):
     return made
 
 
-def test_mixtures_of_experts(mixtures, cache):
+def test_mixtures_of_experts(mixtures, tmp_path, cache):
     models = [encoded for _, encoded in mixtures.values()]
+    for name, options in (("mixtral", {"type": "int8"}), ("olmoe", {"double_quant": True})):
+        stack = Stack.from_dict({"bnb": options})
+        models.append(save_checkpoint(*load_model(mixtures[name][0], stack), tmp_path / name, stack))
     same_as_transformers(run({"enforce_eager": True}, models=models, cache=cache), models)
 
 

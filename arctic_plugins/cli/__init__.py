@@ -46,7 +46,8 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and not args[0].startswith("-") and args[0] not in _commands():
+        known = not args or args[0].startswith("-") or args[0] in _commands()
+        if not known and not ctx.resilient_parsing:  # which is set to complete a command line
             if args[0] in metadata("arctic-plugins").get_all("Provides-Extra", []):
                 raise click.UsageError(
                     f"'{args[0]}' is not a command but an extra that is not installed: pip install "

@@ -14,8 +14,15 @@ if TYPE_CHECKING:
 __all__ = ["plugins"]
 
 
+def _names(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names for completion in a shell, without importing plugins."""
+    from arctic_plugins.discovery import installed_plugins
+
+    return [name for name in installed_plugins() if name.startswith(incomplete)]
+
+
 @click.command(short_help="List installed plugins, or the options of one.")
-@click.argument("name", required=False)
+@click.argument("name", required=False, shell_complete=_names)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def plugins(name: str | None, as_json: bool) -> None:
     """List the installed plugins: name, distribution, version, the slots they fill, and the cause if one is broken.
@@ -77,6 +84,8 @@ def _installed() -> list[dict[str, Any]]:
 
 def _described(plugin: type[Plugin]) -> dict[str, Any]:
     """Describe a plugin with JSON types only. A required option has no default."""
+    from arctic_plugins.prose import first_paragraph, paragraphs
+
     schema = plugin.config.model_json_schema(by_alias=False)
     options = [
         {
@@ -84,15 +93,15 @@ def _described(plugin: type[Plugin]) -> dict[str, Any]:
             "type": _kind(schema["properties"][name]),
             "required": field.is_required(),
             "default": schema["properties"][name].get("default"),
-            "meaning": " ".join((field.description or "").replace("``", "").split()),
+            "meaning": " ".join(paragraphs(field.description)),
         }
         for name, field in plugin.config.model_fields.items()
     ]
-    meaning = (inspect.getdoc(plugin) or "").partition("\n\n")[0].replace("``", "")
     return {
         "name": plugin.name,
-        "meaning": " ".join(meaning.split()),
+        "meaning": first_paragraph(inspect.getdoc(plugin)),
         "slots": sorted(plugin.slots),
+        "contracts": sorted(plugin.contracts),
         "trainer_mixins": _mixins(plugin),
         "options": options,
     }
@@ -124,6 +133,7 @@ def _in_words(described: dict[str, Any]) -> str:
     paragraphs = [
         f"{described['name']}: {described['meaning']}",
         f"Slots: {', '.join(described['slots']) or 'none'}",
+        *(f"Contract: {' or '.join(map(str, described['contracts']))}" for _ in described["contracts"][:1]),
         *(f"Adds to the Trainer: {', '.join(described['trainer_mixins'])}" for _ in described["trainer_mixins"][:1]),
         "",
     ]

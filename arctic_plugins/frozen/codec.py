@@ -28,7 +28,9 @@ class TensorSpec:
     """A tensor without its data."""
 
     shape: tuple[int, ...]
+    """Its shape."""
     dtype: torch.dtype
+    """Its dtype."""
     k_dim: int | None = None
     """The dimension that corresponds to the weight's K, along which it can be split (on group borders); None if there
     is none.
@@ -36,6 +38,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """Its bytes."""
         return prod(self.shape) * self.dtype.itemsize
 
 
@@ -57,7 +60,10 @@ class Codec(ABC):
     """
 
     type: ClassVar[str]
-    """The name of the codec in checkpoints, under the key ``type``."""
+    """The name of the codec in checkpoints, under the key ``type``.
+
+    .. versionadded:: 0.1
+    """
 
     @abstractmethod
     def layout(self, shape: tuple[int, ...]) -> dict[str, TensorSpec]:
@@ -65,6 +71,8 @@ class Codec(ABC):
 
         Raises:
             CodecError: weights of this shape cannot be encoded.
+
+        .. versionadded:: 0.1
         """
 
     @abstractmethod
@@ -73,16 +81,24 @@ class Codec(ABC):
 
         Raises:
             CodecError: the weight contains NaN or infinite values.
+
+        .. versionadded:: 0.1
         """
 
     @abstractmethod
     def decode(
         self, buffers: Buffers, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Tensor:
-        """Decode to ``shape`` and ``dtype``, into the contiguous ``out`` if it is given."""
+        """Decode to ``shape`` and ``dtype``, into the contiguous ``out`` if it is given.
+
+        .. versionadded:: 0.1
+        """
 
     def linear(self, x: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
-        """Return ``x [..., K] @ decode(buffers).T`` in the dtype of ``x``."""
+        """Return ``x [..., K] @ decode(buffers).T`` in the dtype of ``x``.
+
+        .. versionadded:: 0.1
+        """
         return torch.nn.functional.linear(
             x, self.decode(buffers, shape, x.dtype, out=take_scratch(shape, x.dtype, x.device))
         )
@@ -91,6 +107,8 @@ class Codec(ABC):
         """Return ``grad [..., N] @ decode(buffers)`` in the dtype of ``grad``.
 
         It is the gradient of :meth:`linear` with respect to ``x``.
+
+        .. versionadded:: 0.1
         """
         return grad @ self.decode(buffers, shape, grad.dtype, out=take_scratch(shape, grad.dtype, grad.device))
 
@@ -102,25 +120,39 @@ class Codec(ABC):
         those of a weight of ``shape`` ``(E, N, K)``; experts without rows are not read.
 
         The default copies ``counts`` to the host, which waits for a GPU. A kernel for all experts avoids that.
+
+        .. versionadded:: 0.1
         """
         return _by_expert(self.linear, x, buffers, shape, counts, shape[1])
 
     def grad_input_experts(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Tensor) -> Tensor:
-        """Compute :meth:`grad_input` in the same way: ``grad [M, N]`` -> ``[M, K]``."""
+        """Compute :meth:`grad_input` in the same way: ``grad [M, N]`` -> ``[M, K]``.
+
+        .. versionadded:: 0.1
+        """
         return _by_expert(self.grad_input, grad, buffers, shape, counts, shape[2])
 
     @property
     def k_border(self) -> int:
-        """The weight may be split along K at multiples of this number (tensor parallelism); 1 if it may be anywhere."""
+        """The weight may be split along K at multiples of this number (tensor parallelism); 1 if it may be anywhere.
+
+        .. versionadded:: 0.1
+        """
         return 1
 
     def describe(self) -> str:
-        """Return a description for users, such as ``fp8 (bits 8, group_size channel)``."""
+        """Return a description for users, such as ``fp8 (bits 8, group_size channel)``.
+
+        .. versionadded:: 0.1
+        """
         fields = ", ".join(f"{key} {value}" for key, value in dataclasses.asdict(self).items())
         return f"{self.type} ({fields})" if fields else self.type
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Return the number of bytes of an encoded weight of ``shape``."""
+        """Return the number of bytes of an encoded weight of ``shape``.
+
+        .. versionadded:: 0.1
+        """
         return sum(spec.nbytes for spec in self.layout(shape).values())
 
 

@@ -26,15 +26,23 @@ class DispatchedTokens(ABC):
         Returns:
             The rows, ``[rows, K]``, sorted by expert, and the number of rows of each expert, int64 ``[E]`` on the same
                 device.
+
+        .. versionadded:: 0.1
         """
 
     @abstractmethod
     def combine(self, rows_RK: Tensor) -> None:
-        """Start returning the experts' outputs to the processes that the rows came from."""
+        """Start returning the experts' outputs to the processes that the rows came from.
+
+        .. versionadded:: 0.1
+        """
 
     @abstractmethod
     def combined(self) -> Tensor:
-        """Wait for the outputs of the rows that were dispatched, in their original order."""
+        """Wait for the outputs of the rows that were dispatched, in their original order.
+
+        .. versionadded:: 0.1
+        """
 
 
 class LocalTokens(DispatchedTokens):
@@ -62,13 +70,25 @@ class ExpertsDispatch(ABC):
     """
 
     experts_implementation: ClassVar[str] = "eager"
-    """Name of the experts function in transformers that computes plain experts through ``module.dispatch``."""
+    """Name of the experts function in transformers that computes plain experts through ``module.dispatch``.
+
+    .. versionadded:: 0.1
+    """
     option: ClassVar[str] = "the plugin that spreads experts"
-    """The option that sets :attr:`size`, as ``plugins.NAME.OPTION``. Hosts name it in their messages."""
+    """The option that sets :attr:`size`, as ``plugins.NAME.OPTION``. Hosts name it in their messages.
+
+    .. versionadded:: 0.1
+    """
     size: int
-    """Number of processes that hold one copy of the experts; 1 if they are not distributed."""
+    """Number of processes that hold one copy of the experts; 1 if they are not distributed.
+
+    .. versionadded:: 0.1
+    """
     attached: bool = False
-    """Whether a trainer that treats the experts of each process separately is attached."""
+    """Whether a trainer that treats the experts of each process separately is attached.
+
+    .. versionadded:: 0.1
+    """
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertsDispatch:
         return self  # one object serves every copy of a model and of its config
@@ -76,7 +96,10 @@ class ExpertsDispatch(ABC):
     @property
     @abstractmethod
     def rank(self) -> int:
-        """Rank of this process among those that hold one copy of the experts."""
+        """Rank of this process among those that hold one copy of the experts.
+
+        .. versionadded:: 0.1
+        """
 
     @abstractmethod
     def local(self, num_experts: int) -> slice:
@@ -84,12 +107,16 @@ class ExpertsDispatch(ABC):
 
         Raises:
             UserError: the experts cannot be divided among the processes, or there is no process group.
+
+        .. versionadded:: 0.1
         """
 
     def pieces(self, num_experts: int) -> list[int]:
         """Return how this process's experts are divided into pieces: the number of experts in each.
 
         The rows of one piece travel while another is computed. All processes have the same pieces. The default is one.
+
+        .. versionadded:: 0.1
         """
         here = self.local(num_experts)
         return [here.stop - here.start]
@@ -108,6 +135,8 @@ class ExpertsDispatch(ABC):
 
         Returns:
             One object for each piece. All pieces are under way; processes finish them in the same order.
+
+        .. versionadded:: 0.1
         """
 
     def apply_capacity(self, index_MT: Tensor, weights_MT: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -122,16 +151,24 @@ class ExpertsDispatch(ABC):
 
         Returns:
             Both, changed or not, in the same shapes.
+
+        .. versionadded:: 0.1
         """
         return index_MT, weights_MT
 
     @abstractmethod
     def sum_over_copies(self, tensor: Tensor) -> None:
-        """Collective: sum ``tensor`` in place over the processes that hold the same experts."""
+        """Collective: sum ``tensor`` in place over the processes that hold the same experts.
+
+        .. versionadded:: 0.1
+        """
 
     @abstractmethod
     def sum_over_parts(self, tensor: Tensor) -> None:
-        """Collective: sum ``tensor`` in place over the processes that together hold one copy of the experts."""
+        """Collective: sum ``tensor`` in place over the processes that together hold one copy of the experts.
+
+        .. versionadded:: 0.1
+        """
 
     @abstractmethod
     def gather(self, local: Tensor) -> list[Tensor] | None:
@@ -139,6 +176,8 @@ class ExpertsDispatch(ABC):
 
         Returns:
             The tensors in order of rank, in host memory; None in all other processes.
+
+        .. versionadded:: 0.1
         """
 
 

@@ -26,6 +26,8 @@ class Exporter(ABC):
     """Whether the format's readers compute what the codec computes: the same codes and scales, with activations rounded
     as the codec rounds them, and nothing rounded again. A host may then use its own kernels for the format on weights
     of the codecs that :meth:`quantization_config` accepts. Its tensors must obey the row law.
+
+    .. versionadded:: 0.1
     """
 
     @abstractmethod
@@ -38,6 +40,8 @@ class Exporter(ABC):
 
         Raises:
             CodecError: the format cannot hold what one of the codecs encodes; the message names the module.
+
+        .. versionadded:: 0.1
         """
 
     @abstractmethod
@@ -48,6 +52,8 @@ class Exporter(ABC):
 
         Raises:
             CodecError: the format cannot hold these values.
+
+        .. versionadded:: 0.1
         """
 
 
@@ -66,18 +72,27 @@ class Converter(ABC):
     """
 
     config_files: ClassVar[tuple[str, ...]] = ()
-    """Names of files next to ``config.json`` that may describe the quantization if ``config.json`` does not."""
+    """Names of files next to ``config.json`` that may describe the quantization if ``config.json`` does not.
+
+    .. versionadded:: 0.1
+    """
 
     @abstractmethod
     def __init__(self, config: Mapping[str, Any]) -> None: ...
 
     @abstractmethod
     def codec(self, shape: tuple[int, ...]) -> Codec:
-        """Return the codec of a weight of ``shape`` after conversion. Raises CodecError if no codec can hold it."""
+        """Return the codec of a weight of ``shape`` after conversion. Raises CodecError if no codec can hold it.
+
+        .. versionadded:: 0.1
+        """
 
     @abstractmethod
     def rows(self, weight: Tensor, in_features: int) -> int:
-        """Return N of the stored ``weight``, which has ``in_features`` inputs."""
+        """Return N of the stored ``weight``, which has ``in_features`` inputs.
+
+        .. versionadded:: 0.1
+        """
 
     @abstractmethod
     def buffers(self, weight: Tensor, shape: tuple[int, ...]) -> dict[str, Tensor]:
@@ -85,4 +100,6 @@ class Converter(ABC):
 
         Raises:
             CodecError: the weight is not what the format specifies.
+
+        .. versionadded:: 0.1
         """

@@ -28,6 +28,7 @@ class FrozenWeight:
     shape: tuple[int, ...]
     """``(N, K)``, or ``(E, N, K)`` for one matrix per expert."""
     codec: Codec
+    """How it is encoded."""
     name: str
     """The parameter's dotted name in the model, for errors and for the placement."""
     placement: Placement | None = None
@@ -49,6 +50,7 @@ class FrozenModule(nn.Module):
     """
 
     compute_dtype: torch.dtype
+    """The dtype of products; that of ``.to(dtype)`` and of parameters that are not encoded."""
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)  # that of nn.Linear, later in the MRO, would allocate a weight that is never used

@@ -29,6 +29,8 @@ class Handle(ABC):
     collective: bool = False
     """Whether the bytes are spread over processes. All processes must then lease, and export, the same weights in the
     same order.
+
+    .. versionadded:: 0.1
     """
 
     @abstractmethod
@@ -36,11 +38,16 @@ class Handle(ABC):
         """Borrow the buffers on ``device``, where they are used.
 
         Leases can be nested. The buffers must not be kept after the lease ends.
+
+        .. versionadded:: 0.1
         """
 
     @abstractmethod
     def export(self) -> dict[str, Tensor]:
-        """Return the whole buffers, for saving."""
+        """Return the whole buffers, for saving.
+
+        .. versionadded:: 0.1
+        """
 
     def __deepcopy__(self, memo: dict[int, object]) -> Handle:
         return self  # a copy of the module borrows the same bytes
@@ -56,6 +63,8 @@ class Placement(ABC):
     collective: bool = False
     """Whether it spreads a weight over processes. It then cannot take weights that differ between processes, which are
     those of dispatched experts.
+
+    .. versionadded:: 0.1
     """
 
     def __deepcopy__(self, memo: dict[int, object]) -> Placement:
@@ -74,6 +83,8 @@ class Placement(ABC):
 
         Raises:
             UserError: the request is impossible, or there is not enough room.
+
+        .. versionadded:: 0.1
         """
         return dict.fromkeys(nbytes, 0)
 
@@ -86,10 +97,15 @@ class Placement(ABC):
             buffers: freed when the caller lets go of them, unless the placement keeps them.
             inner: the next placement of a chain, which receives what this one would keep. A placement that keeps
                 nothing in this process raises ClaimError.
+
+        .. versionadded:: 0.1
         """
 
     def describe(self) -> str:
-        """Return where the bytes are, for users, such as ``disk``."""
+        """Return where the bytes are, for users, such as ``disk``.
+
+        .. versionadded:: 0.1
+        """
         return type(self).__name__.lower()
 
 
@@ -168,17 +184,28 @@ class FetchedHandle(Handle, Generic[Fetched]):
 
         ``at`` is the weight that is being leased: this one, or another one ahead of which this one is fetched. In the
         latter case, None means that it cannot be fetched yet; the next lease asks again.
+
+        .. versionadded:: 0.1
         """
 
     @abstractmethod
     def buffers(self, fetched: Fetched, device: torch.device) -> Buffers:
-        """Wait for what :meth:`fetch` has started, and return the buffers. Called for every lease."""
+        """Wait for what :meth:`fetch` has started, and return the buffers. Called for every lease.
+
+        .. versionadded:: 0.1
+        """
 
     def release(self, fetched: Fetched) -> None:
-        """Let go of ``fetched``: the last lease has ended, or has failed because :meth:`buffers` raised an error."""
+        """Let go of ``fetched``: the last lease has ended, or has failed because :meth:`buffers` raised an error.
+
+        .. versionadded:: 0.1
+        """
 
     def drop(self, fetched: Fetched) -> None:
-        """Let go of ``fetched``: it was fetched ahead, but another weight was leased. The default releases it."""
+        """Let go of ``fetched``: it was fetched ahead, but another weight was leased. The default releases it.
+
+        .. versionadded:: 0.1
+        """
         self.release(fetched)
 
     @contextmanager

@@ -31,6 +31,7 @@ class PlainCodec(Codec):
     type: ClassVar[str] = "plain"
 
     dtype: str = "bfloat16"
+    """The name of the dtype."""
 
     def __post_init__(self) -> None:
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
@@ -38,6 +39,7 @@ class PlainCodec(Codec):
 
     @property
     def torch_dtype(self) -> torch.dtype:
+        """The dtype."""
         found: torch.dtype = getattr(torch, self.dtype)
         return found
 

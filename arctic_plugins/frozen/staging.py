@@ -37,6 +37,7 @@ class Gpu:
         return device.type == "cuda"
 
     def new_stream(self, device: torch.device) -> Any:
+        """Return a new stream of ``device``."""
         return torch.cuda.Stream(device)
 
     def current(self, device: torch.device) -> Any:
@@ -110,14 +111,17 @@ class Staged:
     """Bytes on the device that the side stream fills."""
 
     staging: Staging
+    """The ring that the bytes belong to."""
     memory: Tensor
     """``[nbytes]``, uint8; to be used only through :meth:`Staging.use`."""
     fill: Callable[[Tensor], None]
+    """Writes the bytes to memory, in the current stream."""
     ready: Any
     """Event after the fill; None if it is in the stream of the computation."""
     home: Any
     """The stream in which memory outside the ring was allocated."""
     slot: _Slot | None = None
+    """Where the bytes are in the ring; None if they are outside."""
     started: Any = None
     """Timed event before the fill, if asked for."""
     users: list[Any] = field(default_factory=list)

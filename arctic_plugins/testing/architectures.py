@@ -19,11 +19,13 @@ TinyModels = Callable[..., Path]
 
 
 class ModelSuite(Suite):
-    """The laws of architectures registered with :meth:`arctic_plugins.Registry.model`, in transformers::
+    """The laws of architectures registered with :meth:`arctic_plugins.Registry.model`, in transformers.
 
-    class TestMyModel(ModelSuite):
-        model_type = "my-model"
-        config = {"num_layers": 2}
+    Subclass it::
+
+        class TestMyModel(ModelSuite):
+            model_type = "my-model"
+            config = {"num_layers": 2}
     """
 
     model_type: ClassVar[str]

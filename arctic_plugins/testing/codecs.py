@@ -28,11 +28,13 @@ COUNTS = (2, 0, 3, 1, 0)
 
 
 class CodecSuite(Suite):
-    """The laws of :class:`arctic_plugins.frozen.Codec`::
+    """The laws of :class:`arctic_plugins.frozen.Codec`.
 
-    class TestMyCodec(CodecSuite):
-        codecs = [MyCodec(), MyCodec(bits=3)]
-        tolerance = 0.1
+    Subclass it::
+
+        class TestMyCodec(CodecSuite):
+            codecs = [MyCodec(), MyCodec(bits=3)]
+            tolerance = 0.1
     """
 
     over = {"codec": "codecs"}

@@ -23,10 +23,12 @@ print(*sorted({"torch", *hosts()} & sys.modules.keys()))
 
 
 class CommandSuite(Suite):
-    """The laws of commands in the entry-point group ``arctic_plugins.commands``::
+    """The laws of commands in the entry-point group ``arctic_plugins.commands``.
 
-    class TestMyCommand(CommandSuite):
-        commands = ["my-command"]
+    Subclass it::
+
+        class TestMyCommand(CommandSuite):
+            commands = ["my-command"]
     """
 
     over = {"command": "commands"}

@@ -23,8 +23,8 @@ __all__ = ["DispatchSuite"]
 class DispatchSuite(Suite):
     """The laws of :class:`arctic_plugins.frozen.ExpertsDispatch`, on CPU::
 
-    class TestMyDispatch(DispatchSuite):
-        dispatches = [MyDispatch(size=1)]
+        class TestMyDispatch(DispatchSuite):
+            dispatches = [MyDispatch(size=1)]
 
     In each process of a distributed run (:func:`~arctic_plugins.testing.run_processes`), ``DispatchSuite().check(
     dispatch=...)`` runs the laws for a dispatch that spreads experts; all processes call it together.

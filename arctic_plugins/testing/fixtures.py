@@ -54,6 +54,11 @@ def workers() -> Mapping[str, Any]:
 
     Tests that use it are skipped if no host with workers (:attr:`arctic_plugins.Host.probe`) is installed.
     """
+    return found_in_workers()
+
+
+def found_in_workers() -> Mapping[str, Any]:
+    """Start the process of :func:`workers`, with what is installed now."""
     from arctic_plugins.host import hosts
     from arctic_plugins.resolver import host_version
     from arctic_plugins.testing.forks import engines

@@ -17,11 +17,13 @@ Model = tuple[str, Mapping[str, Any]]
 
 
 class LossSuite(Suite):
-    """The laws of plugins that fill the slot ``loss`` with the cross entropy of all tokens, computed differently::
+    """The laws of plugins that fill the slot ``loss`` with the cross entropy of all tokens, computed differently.
 
-    class TestMyLoss(LossSuite):
-        plugin = "my-plugin"
-        options = [{}, {"tile": 7}]
+    Subclass it::
+
+        class TestMyLoss(LossSuite):
+            plugin = "my-plugin"
+            options = [{}, {"tile": 7}]
     """
 
     over = {"options": "options", "model": "models"}

@@ -33,9 +33,9 @@ Held: TypeAlias = "dict[str, tuple[Handle, dict[str, Tensor]]]"
 class PlacementSuite(Suite):
     """The laws of :class:`arctic_plugins.frozen.Placement` and :class:`~arctic_plugins.frozen.Handle`::
 
-    class TestMyPlacement(PlacementSuite):
-        def make(self, directory):
-            return MyPlacement(directory)
+        class TestMyPlacement(PlacementSuite):
+            def make(self, directory):
+                return MyPlacement(directory)
 
     Weights are leased on the CPU. In each process of a distributed run, ``TestMyPlacement().check(tmp_path=...)`` runs
     the laws for a placement that spreads weights.

@@ -18,11 +18,13 @@ __all__ = ["RopeTypeSuite"]
 
 
 class RopeTypeSuite(Suite):
-    """The laws of functions registered with :meth:`arctic_plugins.Registry.rope_type`::
+    """The laws of functions registered with :meth:`arctic_plugins.Registry.rope_type`.
 
-    class TestMyType(RopeTypeSuite):
-        rope_type = "my-type"
-        parameters = [{"factor": 4.0}]
+    Subclass it::
+
+        class TestMyType(RopeTypeSuite):
+            rope_type = "my-type"
+            parameters = [{"factor": 4.0}]
     """
 
     over = {"parameters": "parameters"}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Literal
 
 import pytest
+
+from arctic_plugins.errors import ArcticDeprecationWarning
 
 __all__ = ["Suite"]
 
@@ -21,6 +24,18 @@ class Suite:
 
     over: ClassVar[Mapping[str, str]] = {}
     """Argument of the laws -> the attribute with the values for which each law is a test of its own."""
+    deprecations: ClassVar[Literal["error", "default", "ignore"]] = "error"
+    """What happens if the author's code uses something deprecated: the law fails, pytest shows a warning, or nothing.
+
+    The value is an action of Python's warning filters for
+    :class:`~arctic_plugins.errors.ArcticDeprecationWarning`.
+    """
+
+    @pytest.fixture(autouse=True)
+    def _deprecations(self) -> Iterator[None]:
+        with warnings.catch_warnings():
+            warnings.simplefilter(self.deprecations, ArcticDeprecationWarning)
+            yield
 
     @classmethod
     def laws(cls) -> dict[str, Callable[..., None]]:
@@ -39,6 +54,7 @@ class Suite:
                 law(self, **{name: arguments[name] for name in inspect.signature(law).parameters if name != "self"})
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        """Run each law for every part that the subclass sets. pytest calls it."""
         for argument, attribute in self.over.items():
             if argument in metafunc.fixturenames:
                 values: Iterable[Any] = getattr(self, attribute, ())

@@ -71,6 +71,7 @@ WAYS = {
         broken("    hosts = {'transformers': '<2'}\n"),
         "plugin '{name}' does not work with transformers",
     ),
+    "needs another contract": (broken("    contracts = {99}\n"), "needs contract 99, but arctic-plugins"),
     "declares a bad range": (broken("    hosts = {'transformers': 'two'}\n"), "declares an invalid range"),
 }
 NAMES = {way: f"odd-{'-'.join(way.split())}" for way in WAYS}

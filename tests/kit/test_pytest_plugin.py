@@ -19,12 +19,25 @@ def test_nothing():
 """
 CONTINUE = "--continue-on-collection-errors"
 AUTHORS = """
+import warnings
+
+from arctic_plugins import ArcticDeprecationWarning
 from arctic_plugins.frozen import Codec, PlainCodec
-from arctic_plugins.testing import CodecSuite
+from arctic_plugins.testing import CodecSuite, Suite
 
 class Broken(PlainCodec):
     def nbytes(self, shape):
         return 1
+
+class Old(Suite):
+    def test_law(self):
+        warnings.warn("this is deprecated", ArcticDeprecationWarning)
+
+class TestOld(Old):
+    pass
+
+class TestTolerated(Old):
+    deprecations = "default"
 
 class TestMine(CodecSuite):
     codecs = [PlainCodec("float32"), Broken("float32")]
@@ -74,4 +87,7 @@ def test_an_author_gets_laws_fixtures_and_messages(author):
     assert "PASSED test_it.py::TestMine::test_products_are_those_of_the_decoded_weight[plain (dtype float32)" in output
     assert "AssertionError: nbytes(8, 64) is 1, but the buffers take 2048" in output
     assert "assert 1 == 2048" in output, "values are shown, as in an author's own tests"
+    assert "FAILED test_it.py::TestOld::test_law" in output
+    assert "PASSED test_it.py::TestTolerated::test_law" in output
+    assert "ArcticDeprecationWarning: this is deprecated" in output
     assert "TestNothing sets no codecs" in output

@@ -120,3 +120,7 @@ def _downloaded_folder(temporary: Path) -> Path:
 def _save(model: object, tokenizer: object, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(model, tokenizer, directory, Stack())  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    print(smollm2(Path(sys.argv[1])))

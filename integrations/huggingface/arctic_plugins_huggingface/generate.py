@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["Messages", "answer", "chat", "chat_prompt"]
 
 Messages = list[dict[str, str]]
+"""A chat: messages with ``role`` and ``content``."""
 GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
 """Overrides the checkpoint's ``generation_config.json``: a thousand beams take the memory of a thousand answers."""
 

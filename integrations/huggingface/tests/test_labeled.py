@@ -8,7 +8,7 @@ import pytest
 import torch
 from arctic_plugins_huggingface import load_model, merge_adapter
 from arctic_plugins_huggingface.training.check import check_recipe
-from arctic_plugins_huggingface.training.prepare import prepare
+from arctic_plugins_huggingface.training.preparation import prepare
 from arctic_plugins_huggingface.training.recipe import Recipe
 from arctic_plugins_huggingface.training.run import train
 from transformers import pipeline

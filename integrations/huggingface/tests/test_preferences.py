@@ -10,7 +10,7 @@ from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.loading.config import load_tokenizer
 from arctic_plugins_huggingface.training.data import load_data
 from arctic_plugins_huggingface.training.dry_run import make_plan
-from arctic_plugins_huggingface.training.prepare import prepare
+from arctic_plugins_huggingface.training.preparation import prepare
 from arctic_plugins_huggingface.training.recipe import DataConfig, Recipe
 from arctic_plugins_huggingface.training.run import train
 from arctic_plugins_huggingface.training.trainers import TRAINERS, trl_trainer

@@ -7,7 +7,7 @@ import pytest
 from arctic_plugins_huggingface.loading.load import load_model
 from arctic_plugins_huggingface.training.arguments import training_arguments
 from arctic_plugins_huggingface.training.dry_run import make_plan
-from arctic_plugins_huggingface.training.prepare import prepare
+from arctic_plugins_huggingface.training.preparation import prepare
 from arctic_plugins_huggingface.training.recipe import Recipe
 from arctic_plugins_huggingface.training.run import train
 from rich.console import Console

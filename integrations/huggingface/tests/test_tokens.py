@@ -10,7 +10,7 @@ from arctic_plugins_huggingface.adapters import new_token_rows
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.generate import answer
 from arctic_plugins_huggingface.training.dry_run import make_plan
-from arctic_plugins_huggingface.training.prepare import prepare
+from arctic_plugins_huggingface.training.preparation import prepare
 from arctic_plugins_huggingface.training.recipe import Recipe
 from arctic_plugins_huggingface.training.run import train
 from arctic_plugins_huggingface.training.templates import known_templates, read_template, set_template

@@ -11,7 +11,7 @@ from arctic_plugins_huggingface import ArcticTrainingArguments, attach, load_mod
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.generate import answer
 from arctic_plugins_huggingface.training.data import load_data
-from arctic_plugins_huggingface.training.prepare import prepare
+from arctic_plugins_huggingface.training.preparation import prepare
 from arctic_plugins_huggingface.training.recipe import DataConfig, Recipe
 from arctic_plugins_huggingface.training.run import train
 from safetensors.torch import load_file
@@ -424,7 +424,7 @@ def test_rows_longer_than_the_models_positions_are_told_before_weights_are_read(
 )
 def test_what_plugins_refuse_is_told_before_data_are_read(tiny_checkpoint, tmp_path, monkeypatch, plugins, message):
     monkeypatch.setattr(
-        "arctic_plugins_huggingface.training.prepare.load_data", lambda *_, **__: pytest.fail("data were read")
+        "arctic_plugins_huggingface.training.preparation.load_data", lambda *_, **__: pytest.fail("data were read")
     )
     with pytest.raises(ArcticError, match=message):
         prepare(Recipe.from_file(write_recipe(tmp_path, tiny_checkpoint, plugins=plugins)))

@@ -5,10 +5,15 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from arctic_plugins._lazy import lazily
+
 if TYPE_CHECKING:
     from arctic_plugins.registry import ModelClasses
+    from arctic_plugins_vllm.serving import on_the_fly
 
-__all__ = ["register"]
+__all__ = ["on_the_fly", "register"]
+
+__getattr__ = lazily(__name__, {"serving": ("on_the_fly",)})
 
 logger = logging.getLogger(__name__)
 

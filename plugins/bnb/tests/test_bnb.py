@@ -87,22 +87,6 @@ def test_rows_and_experts_are_encoded_on_their_own(codec):
 
 
 @codecs
-def test_parts_along_k_decode_to_parts(codec):
-    shape = (6, 256)
-    buffers, layout, parts = codec.encode(drawn(*shape)), codec.layout(shape), []
-    for first, last in ((0, 64), (64, 256)):
-        own = dict(buffers)
-        for suffix, spec in codec.layout((6, last - first)).items():
-            if spec.k_dim is not None:
-                unit = shape[1] // layout[suffix].shape[spec.k_dim]
-                own[suffix] = buffers[suffix].narrow(spec.k_dim, first // unit, (last - first) // unit)
-            assert tuple(own[suffix].shape) == spec.shape
-        parts.append(codec.decode(own, (6, last - first), torch.float32))
-    assert codec.k_border in (1, 64)
-    assert torch.equal(torch.cat(parts, 1), codec.decode(buffers, shape, torch.float32))
-
-
-@codecs
 def test_zeros_tiny_and_large_weights(codec):
     weight = torch.zeros(4, 128)
     weight[1, ::7], weight[2], weight[3, 5] = LARGEST_WEIGHT, 1e-30 * torch.randn(128), -LARGEST_WEIGHT

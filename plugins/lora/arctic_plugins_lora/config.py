@@ -117,9 +117,11 @@ class LoraOptions(PluginConfig):
     """
     exclude_modules: str | tuple[str, ...] | None = None
     """Modules that get none although ``target_modules`` matches them."""
-    layers_to_transform: Annotated[Ids | None, BeforeValidator(_listed)] = None
+    layers_to_transform: Annotated[
+        Ids | None, BeforeValidator(_listed, json_schema_input_type=Ids | NonNegativeInt | None)
+    ] = None
     """Numbers of the layers that are adapted; needs ``target_modules`` as a list."""
-    layers_pattern: Annotated[Names | None, BeforeValidator(_listed)] = None
+    layers_pattern: Annotated[Names | None, BeforeValidator(_listed, json_schema_input_type=Names | Name | None)] = None
     """Name of the list of layers, where it is not a usual one."""
     experts: bool = False
     """Also adapt the experts of a mixture, with a pair of matrices for each expert: all ``target_parameters``."""

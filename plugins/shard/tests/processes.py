@@ -45,8 +45,9 @@ def laws(directory):
 
 
 def compare_logits(checkpoint):
-    nf4 = {"bnb": {"double_quant": True}}
-    for base in ({"fp8": {}}, {"fp8": {"bits": 6, "group_size": 32}}, {"fp8": {"bits": 12}}, nf4, {}):
+    fp8 = ({"fp8": options} for options in ({}, {"bits": 6, "group_size": 32}, {"bits": 12}))
+    bnb = ({"bnb": options} for options in ({"double_quant": True}, {"type": "int8"}))
+    for base in (*fp8, *bnb, {}):
         whole, _ = load(checkpoint, base)
         model, _ = load(checkpoint, {**base, "shard": {}})
         equal = all(torch.equal(logits(model), logits(whole)) for _ in range(3))

@@ -45,7 +45,7 @@ def test_logits_are_bitwise_those_of_one_process(processes, tiny_checkpoint):
         assert found["kept"] <= found["whole"] / processes + 16 * found["weights"], (
             "no process keeps what it should not"
         )
-    assert len(out.splitlines()) == 6 * processes
+    assert len(out.splitlines()) == 7 * processes
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 3])

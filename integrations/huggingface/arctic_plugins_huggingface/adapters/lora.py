@@ -60,6 +60,7 @@ class FrozenLoraExperts(ParamWrapper):
 
     _before_merge: BeforeMerge | None = None
     base_layer: FrozenExperts | FrozenLoraExperts
+    """The experts, or the layer over the other one of their weights."""
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, parameter_name: str, config: LoraConfig, **kwargs: Any
@@ -415,7 +416,7 @@ def resize_embedding(model: PreTrainedModel, adapter: str | Path) -> None:
     Raises:
         CheckpointError: the adapter holds an embedding of another width, or lacks a head that is not tied to it.
         ConfigError: the output head is encoded.
-        OSError, SafetensorError: the adapter's weights cannot be read.
+        OSError, safetensors.SafetensorError: the adapter's weights cannot be read.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     saved = _shapes(adapter)

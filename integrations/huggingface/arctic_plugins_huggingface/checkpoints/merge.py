@@ -51,8 +51,11 @@ class Update:
     """The update of one weight: ``scaling * up [N, r] @ down [r, K]``."""
 
     down: Tensor
+    """``[r, K]``."""
     up: Tensor
+    """``[N, r]``."""
     scaling: float
+    """LoRA's ``alpha / r``, or another factor."""
 
     def add_to(self, weight_NK: Tensor) -> Tensor:
         """Return the sum of the weight and the update, in float32.

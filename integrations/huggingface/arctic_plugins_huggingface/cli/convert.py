@@ -84,13 +84,15 @@ def _registry() -> Registry:
 
 def _options() -> list[click.Parameter]:
     """Return the options of all importers; an option that several importers have appears once."""
+    from arctic_plugins.prose import paragraphs
+
     fields: dict[str, list[tuple[str, Any]]] = {}
     for format_name, importer in sorted(_registry().importers.items()):
         for name, field in importer.options.model_fields.items():
             fields.setdefault(name, []).append((format_name, field))
     found: list[click.Parameter] = []
     for name, owners in fields.items():
-        texts = [f"{format_name}: {field.description or ''}".replace("``", "") for format_name, field in owners]
+        texts = [f"{format_name}: {' '.join(paragraphs(field.description))}" for format_name, field in owners]
         # Whatever value click parses, the options of the chosen importer validate it.
         kind = _kind(owners[0][1].annotation) if len(owners) == 1 else str
         found.append(

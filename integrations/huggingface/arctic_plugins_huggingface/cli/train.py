@@ -94,7 +94,7 @@ def train(
     )
     with importing():
         quiet_hosts()
-        from arctic_plugins_huggingface.training.prepare import prepare
+        from arctic_plugins_huggingface.training.preparation import prepare
         from arctic_plugins_huggingface.training.run import train as run
     if dry_run:
         import json

@@ -19,6 +19,7 @@ from arctic_plugins.provenance import FILE_NAME
 __all__ = ["INDEX", "Read", "open_files", "rewrite"]
 
 INDEX = "model.safetensors.index.json"
+"""The file that maps names of tensors to files of a checkpoint that has several."""
 Read = Callable[[str], Tensor]
 """Function that reads a tensor of a module by its name in the module, such as ``weight_scale``."""
 

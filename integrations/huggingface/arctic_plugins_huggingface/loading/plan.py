@@ -113,16 +113,19 @@ class ModelPlan:
     auto_class: Any
     """The class of transformers that loads the model."""
     stack: Stack
+    """The plugins, checked for this model."""
     config: PreTrainedConfig
     """The checkpoint's config, as changed by the stack."""
     changes: dict[str, Any]
     """The stack's changes to the config: key of ``config.json`` -> value."""
     weights: WeightPlan
+    """What becomes of each weight."""
     skeleton: PreTrainedModel = field(repr=False)
     """The plain model on the meta device: shapes without data."""
     stored_dtype: torch.dtype
     """The dtype of the checkpoint."""
     asked_dtype: torch.dtype | str
+    """The ``dtype`` that was asked for; ``auto`` by default."""
     dtype: torch.dtype
     """The dtype of matrix products, and of weights that are not encoded."""
     dtype_reason: str

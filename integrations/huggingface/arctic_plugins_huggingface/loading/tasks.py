@@ -45,6 +45,7 @@ class Task:
     """Something that models are trained for and used for."""
 
     name: str
+    """Its name in a recipe."""
     auto_class: Any
     """The class of transformers that chooses the model's class."""
     peft: str

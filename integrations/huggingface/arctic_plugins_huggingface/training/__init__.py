@@ -9,7 +9,7 @@ from arctic_plugins._lazy import lazily
 if TYPE_CHECKING:
     from arctic_plugins_huggingface.training.engines import TrainerEngine
     from arctic_plugins_huggingface.training.experts_ddp import SpreadExperts
-    from arctic_plugins_huggingface.training.prepare import Run, prepare
+    from arctic_plugins_huggingface.training.preparation import Run, prepare
     from arctic_plugins_huggingface.training.progress import peak_memory, progress_bar
     from arctic_plugins_huggingface.training.recipe import DataConfig, Recipe
     from arctic_plugins_huggingface.training.result import TrainingResult
@@ -37,7 +37,7 @@ __getattr__ = lazily(
     {
         "engines": ("TrainerEngine",),
         "experts_ddp": ("SpreadExperts",),
-        "prepare": ("Run", "prepare"),
+        "preparation": ("Run", "prepare"),
         "progress": ("peak_memory", "progress_bar"),
         "recipe": ("DataConfig", "Recipe"),
         "result": ("TrainingResult",),

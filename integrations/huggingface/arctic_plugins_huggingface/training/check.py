@@ -27,6 +27,7 @@ from arctic_plugins_huggingface.training.templates import read_template
 from arctic_plugins_huggingface.training.trainers import TRAINERS, TRLTrainer, trl_trainer
 
 __all__ = [
+    "argument_help",
     "argument_types",
     "check_arguments",
     "check_engine",
@@ -43,11 +44,14 @@ OURS = {
     "assistant_only_loss": "data.loss",
 }
 """Fields of the trainers' configs that a recipe sets under ``data``."""
+NOT_LOADED = frozenset({"auto_class", "checked", "config", "stack"})
+"""Arguments of this project's own loader and of ``from_pretrained`` that a recipe cannot set under ``load``."""
 _LABELS = ("num_labels", "id2label", "label2id", "problem_type")
-_AT_LEAST = {
+AT_LEAST = {
     **dict.fromkeys(("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm"), 0),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
 }
+"""Training argument -> its smallest value, where transformers does not check it."""
 
 
 def check_recipe(recipe: Recipe) -> Stack:
@@ -80,7 +84,7 @@ def check_recipe(recipe: Recipe) -> Stack:
         raise ConfigError(
             "nonfinite is 'skip', but DeepSpeed runs the steps", expected="'stop'", fix="leave 'nonfinite' out"
         )
-    if ours := sorted({"auto_class", "checked", "config", "stack"} & recipe.load.keys()):
+    if ours := sorted(NOT_LOADED & recipe.load.keys()):
         raise ConfigError(
             f"load.{ours[0]} is not an argument of from_pretrained that a recipe can set", fix="leave it out"
         )
@@ -178,7 +182,23 @@ def argument_types(trainer: TRLTrainer) -> dict[str, Any]:
     The type is ``Any`` where resolving it would take an import. The result is empty if the source is not where it is
     expected: everything that is checked with it is checked again once the class has been imported.
     """
-    types: dict[str, Any] = {}
+    return {name: _evaluated(field.annotation) for name, field in _declared(trainer).items()}
+
+
+def argument_help(trainer: TRLTrainer) -> dict[str, str]:
+    """Return the descriptions of training arguments in the same source: ``help`` in the metadata of their fields."""
+    found: dict[str, str] = {}
+    for name, field in _declared(trainer).items():
+        for node in ast.walk(field.value) if field.value is not None else ():
+            for key, value in zip(node.keys, node.values, strict=True) if isinstance(node, ast.Dict) else ():
+                if isinstance(key, ast.Constant) and key.value == "help" and isinstance(value, ast.Constant):
+                    found[name] = " ".join(str(value.value).split())
+    return found
+
+
+@functools.cache
+def _declared(trainer: TRLTrainer) -> dict[str, ast.AnnAssign]:
+    declared: dict[str, ast.AnnAssign] = {}
     sources = {"transformers": ("training_args.py",), "trl": ("trainer/base_config.py", trainer.source)}
     classes = ("TrainingArguments", "_BaseConfig", f"{trainer.classes}Config")
     try:
@@ -189,14 +209,10 @@ def argument_types(trainer: TRLTrainer) -> dict[str, Any]:
                 for body in [
                     found.body for found in tree.body if isinstance(found, ast.ClassDef) and found.name in classes
                 ]:
-                    types |= {
-                        ast.unparse(line.target): _evaluated(line.annotation)
-                        for line in body
-                        if isinstance(line, ast.AnnAssign)
-                    }
+                    declared |= {ast.unparse(line.target): line for line in body if isinstance(line, ast.AnnAssign)}
     except (OSError, SyntaxError):
         return {}
-    return types if "output_dir" in types and "max_length" in types else {}
+    return declared if "output_dir" in declared and "max_length" in declared else {}
 
 
 _BUILTIN = {"Any": Any, "Literal": Literal} | {found.__name__: found for found in (bool, dict, float, int, list, str)}
@@ -239,8 +255,8 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
         raise ConfigError(
             f"training.{key} is {value!r}", expected=expectation(error), fix="correct the value"
         ) from error
-    if isinstance(checked, (int, float)) and not checked >= _AT_LEAST.get(key, checked if checked == checked else 0):
+    if isinstance(checked, (int, float)) and not checked >= AT_LEAST.get(key, checked if checked == checked else 0):
         raise ConfigError(
-            f"training.{key} is {checked}", expected=f"at least {_AT_LEAST.get(key, 0)}", fix="correct the value"
+            f"training.{key} is {checked}", expected=f"at least {AT_LEAST.get(key, 0)}", fix="correct the value"
         )
     return checked

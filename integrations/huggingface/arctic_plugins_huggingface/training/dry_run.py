@@ -22,7 +22,7 @@ from arctic_plugins.frozen import Codec
 from arctic_plugins.processes import world_size
 from arctic_plugins_huggingface.loading.weights import split_weight
 from arctic_plugins_huggingface.training.memory import plan_memory
-from arctic_plugins_huggingface.training.prepare import Run
+from arctic_plugins_huggingface.training.preparation import Run
 
 __all__ = ["ModuleGroup", "RunPlan", "make_plan", "show_plan"]
 

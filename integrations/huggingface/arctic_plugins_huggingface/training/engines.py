@@ -25,20 +25,31 @@ class TrainerEngine(ABC):
     """
 
     title: ClassVar[str]
-    """The library's own spelling of its name, for messages."""
+    """The library's own spelling of its name, for messages.
+
+    .. versionadded:: 0.1
+    """
     state_file: ClassVar[str]
-    """Name of a file that every checkpoint of this library has and no other checkpoint has."""
+    """Name of a file that every checkpoint of this library has and no other checkpoint has.
+
+    .. versionadded:: 0.1
+    """
 
     @abstractmethod
     def mixins(self, trainer: Trainer) -> list[type[Trainer]]:
         """Return the mixins that ``trainer`` needs for this library to run its steps, the innermost first.
 
         See :mod:`arctic_plugins_huggingface.training.mixins`.
+
+        .. versionadded:: 0.1
         """
 
     @abstractmethod
     def processes(self, checkpoint: Path) -> int | None:
-        """Return the number of processes that must resume from ``checkpoint``; None if any number can."""
+        """Return the number of processes that must resume from ``checkpoint``; None if any number can.
+
+        .. versionadded:: 0.1
+        """
 
 
 def engines() -> dict[str, TrainerEngine]:

@@ -53,11 +53,14 @@ class SpreadExperts(Trainer):
     """
 
     model: nn.Module
+    """The model, whose experts are spread."""
     spread: Mapping[str, tuple[nn.Parameter, ExpertsDispatch]]
     """Parameters that only this process has, by name, each with the dispatch that spreads it."""
     dispatch: ExpertsDispatch
+    """The dispatch of the experts; that of any of them, as they share one."""
 
     def on_attach(self, plugin: Plugin | None) -> None:
+        """Find the spread experts of the model."""
         if self.args.fp16:
             raise ConfigError(
                 "training uses fp16, where every process would scale the loss differently, as gradients of experts "

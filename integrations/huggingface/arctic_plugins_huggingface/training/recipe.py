@@ -25,7 +25,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class _Records(BaseModel):
     """Where records come from, and what a record means."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     format: Format = "alpaca"
     """The fields of a record.
@@ -187,7 +187,7 @@ class DataConfig(_Records):
 class Recipe(BaseModel):
     """``model``, ``task``, ``plugins``, ``load``, ``data``, ``training`` and ``nonfinite``; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     model: str
     """A checkpoint directory or a Hub id."""
@@ -199,6 +199,7 @@ class Recipe(BaseModel):
     load: dict[str, Any] = Field(default_factory=dict)
     """Arguments of ``from_pretrained``, verbatim."""
     data: DataConfig
+    """What to train on."""
     training: dict[str, Any] = Field(default_factory=dict)
     """``trainer``, the name of one of TRL's trainers (``sft`` by default), and the fields of its config, verbatim."""
     nonfinite: Literal["stop", "skip"] = "stop"

@@ -26,9 +26,14 @@ class TrainingResult:
     seconds: float
     """Duration of this process's steps; a resumed run counts from where it resumed."""
     steps: int
+    """Optimizer steps of the whole run."""
     tokens: int
     """Tokens that this process has seen, without padding."""
     trainable_parameters: int
+    """Numbers in parameters that were trained."""
     counts: DataCounts
+    """How many rows were used, truncated and skipped."""
     model: PreTrainedModel
+    """The trained model."""
     tokenizer: PreTrainedTokenizerBase
+    """The tokenizer, or the processor of a model that reads images."""

@@ -24,7 +24,7 @@ from arctic_plugins_huggingface.training.engines import engines
 from arctic_plugins_huggingface.training.trainer import last_checkpoint
 
 if TYPE_CHECKING:
-    from arctic_plugins_huggingface.training.prepare import Run
+    from arctic_plugins_huggingface.training.preparation import Run
     from arctic_plugins_huggingface.training.recipe import DataConfig
 
 __all__ = ["RECIPE", "RecipeRecord", "recorded", "resume_from"]

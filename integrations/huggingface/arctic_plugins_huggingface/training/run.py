@@ -42,7 +42,7 @@ from arctic_plugins_huggingface.loading.load import load_model
 from arctic_plugins_huggingface.training.check import check_output, check_recipe, check_trainer
 from arctic_plugins_huggingface.training.labeled import label_trainer_arguments
 from arctic_plugins_huggingface.training.packing import check_packing
-from arctic_plugins_huggingface.training.prepare import Run, prepare
+from arctic_plugins_huggingface.training.preparation import Run, prepare
 from arctic_plugins_huggingface.training.progress import TrainingProgress
 from arctic_plugins_huggingface.training.recipe import Recipe
 from arctic_plugins_huggingface.training.result import TrainingResult

@@ -63,6 +63,7 @@ class ArcticTrainingArguments(TrainingArguments):
             "64}}'"
         },
     )
+    """Plugin name -> options; a string is JSON."""
 
     def __post_init__(self) -> None:
         if isinstance(self.plugins, str):

@@ -1,4 +1,4 @@
-"""A codec, a placement on disk and every hook, by somebody who knows only the contract."""
+"""A codec, a placement on disk, a mixin and every hook, by somebody who knows only the contract."""
 
 from typing import Annotated
 
@@ -7,17 +7,23 @@ from arctic_plugins import THIS_MACHINE, Claim, Finding, Plugin, PluginConfig, U
 
 class Int8Config(PluginConfig):
     include: tuple[str, ...] = ("**.self_attn.*",)
+    """Patterns of the modules to encode."""
     spool: Annotated[str | None, THIS_MACHINE] = None
     """A directory: the encoded bytes live there and are mapped when they are used."""
     refuse: bool = False
+    """Refuse every model."""
     log_to: str | None = None
+    """A file to which the number of each step is written."""
 
 
 class Int8(Plugin):
     name = "int8"
     config = Int8Config
     slots = frozenset({"weight_codec", "placement"})
+    contracts = frozenset({1})
     hosts = {"transformers": ">=5"}
+    before = frozenset({"adapter"})
+    trainer_mixins = ("arctic_test_int8.training:NotesPlugin",)
 
     @classmethod
     @hookimpl
@@ -36,7 +42,7 @@ class Int8(Plugin):
         return [f"{len(stack)} plugins on {hardware}"]
 
     @hookimpl
-    def claim(self, modules):
+    def claim(self, model_config, modules):
         from arctic_test_int8.codec import Int8Codec, Spool
 
         claims = [Claim("weight_codec", pattern, Int8Codec()) for pattern in self.options.include]
@@ -50,11 +56,20 @@ class Int8(Plugin):
         config.int8_was_here = True
 
     @hookimpl
+    def hf_transform_model(self, model):
+        model.int8_was_here = True
+        return model
+
+    @hookimpl
     def hf_training_arguments(self, args):
         args.logging_steps = 1
 
     @hookimpl
     def hf_attach_trainer(self, trainer):
-        from arctic_test_int8.callback import StepCounter
+        from arctic_test_int8.training import StepCounter
 
         trainer.add_callback(StepCounter(self.options.log_to))
+
+    @hookimpl
+    def vllm_engine_args(self, checkpoint):
+        return {"seed": 0} if checkpoint else None

@@ -35,9 +35,13 @@ class Run:
     """A checked recipe with everything that it needs except the weights."""
 
     recipe: Recipe
+    """The recipe, with paths relative to its file resolved."""
     arguments: TrainingArguments
+    """The trainer's config, as changed by the plugins."""
     model: ModelPlan
+    """What the stack will do to the model."""
     data: TrainingData
+    """The tokenized data."""
     labels: Labels | None = None
     """The classes of labeled data."""
 
