@@ -95,13 +95,18 @@ class Server:
         if self._process is not None:
             self._stop(self._process)
 
+    def ended(self) -> ArcticError | None:
+        """Return an error with the last line of output if the server ended by itself, after showing the last lines."""
+        status = None if self._process is None else self._process.poll()
+        return None if status is None else self._failure(f"the server ended with status {status}")
+
     def _wait(self, process: subprocess.Popen[bytes], progress: Callable[[int], None]) -> None:
         direct = urllib.request.ProxyHandler({})  # no proxy reaches this machine's loopback
         opener = urllib.request.build_opener(direct)
         deadline = time.monotonic() + self.timeout
         while time.monotonic() < deadline:
-            if (status := process.poll()) is not None:
-                raise self._failure(f"the server ended with status {status}")
+            if (error := self.ended()) is not None:
+                raise error
             try:
                 with opener.open(f"{self.url}/health", timeout=5):
                     return

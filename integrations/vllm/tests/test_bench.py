@@ -318,6 +318,7 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(bench, fake, tm
         (("batch", "x", "--compare", "a", "b"), "found --compare and another server"),
         (("batch", "--compare", "a", "--seed 1"), "'--seed 1' names no server"),
         (("batch", "--compare", "a", "'"), "cannot be split into arguments"),
+        (("batch", "--compare", "http://a", "http://b", "--no-such"), "found --no-such, but no server is started"),
         (("batch", "--base-url", "here"), "'here' is not the URL of a server"),
         (("batch", "--base-url", "http://127.0.0.1:1"), "http://127.0.0.1:1/v1/models cannot be reached"),
         (("batch", "x", "--sizes", "1,0"), "'1,0' is not a list of positive numbers"),
@@ -412,7 +413,7 @@ def test_the_page_contains_everything_it_shows(bench, fake, tmp_path):
 
 
 STUB = """#!{python}
-import http.server, signal, sys, time
+import http.server, os, signal, sys
 port = int(sys.argv[sys.argv.index("--port") + 1])
 print("arguments", *sys.argv[4:-4], flush=True)
 if "die" in sys.argv:
@@ -424,6 +425,9 @@ def stop(*_):
 signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else stop)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if "mortal" in sys.argv and self.path != "/health":
+            print("out of memory", flush=True)
+            os._exit(4)
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
@@ -452,6 +456,13 @@ def test_a_server_ends_with_its_block(stub):
     assert not processes[0].is_running()
     lines = stub.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("arguments model --seed 1", "stopped")
+
+
+def test_a_server_that_dies_says_so(bench, stub, tiny_checkpoint):
+    """It is healthy, answers nothing else, and ends when it is asked for its models."""
+    status, output, error = bench(*BATCH, tiny_checkpoint, "mortal")
+    assert (status, output) == (1, "")
+    assert "arctic: the server ended with status 4: out of memory; see " in error.splitlines()[-1]
 
 
 def test_a_server_that_does_not_stop_is_killed(stub, monkeypatch):

@@ -309,7 +309,10 @@ def _targets(
     if compare is not None:
         if base_url is not None or (server and not server[0].startswith("-")):
             raise ConfigError("found --compare and another server", fix="name the two servers after --compare only")
-        return {name: _target(text, server) for name, text in zip("AB", compare, strict=True)}
+        found = {name: _target(text, server) for name, text in zip("AB", compare, strict=True)}
+        if server and all(isinstance(target, str) for target in found.values()):
+            raise ConfigError(f"found {server[0]}, but no server is started", fix="leave it out, or correct its name")
+        return found
     if base_url is not None:
         if server:
             raise ConfigError(
@@ -317,10 +320,8 @@ def _targets(
             )
         return {"": _target(base_url, (), only_url=True)}
     if not server or server[0].startswith("-"):
-        found = f"found {server[0]} in place of CHECKPOINT" if server else "no server is named"
-        raise ConfigError(
-            found, expected="CHECKPOINT, --base-url URL or --compare A B", fix="see 'arctic bench --help'"
-        )
+        text = f"found {server[0]} in place of CHECKPOINT" if server else "no server is named"
+        raise ConfigError(text, expected="CHECKPOINT, --base-url URL or --compare A B", fix="see 'arctic bench --help'")
     return {"": _arguments(server)}
 
 

@@ -130,6 +130,8 @@ def _percentiles(result: Mapping[str, Any], name: str) -> Figure:
 
 def _in_flight(measured: Mapping[str, Mapping[str, Sequence[Measurement]]]) -> Figure:
     """Draw the first round of at most :data:`MOST_CURVES` loads, spread over all of them."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = _axes(xlabel="seconds", ylabel="requests in flight")
     every = [(load, target, rounds[0]) for load, targets in measured.items() for target, rounds in targets.items()]
     step = max(1, -(-len(every) // MOST_CURVES))
@@ -137,7 +139,7 @@ def _in_flight(measured: Mapping[str, Mapping[str, Sequence[Measurement]]]) -> F
         times, counts = in_flight(first.records)
         axes.step(times, counts, where="post", color=COLORS[index], linewidth=1.3, label=_label(load, target))
     _from_zero(axes)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if len(every) > 1:
         axes.legend(fontsize=8, frameon=False)
     return figure

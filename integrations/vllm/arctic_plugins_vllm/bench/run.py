@@ -18,6 +18,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from arctic_plugins.errors import ArcticError
 from arctic_plugins_vllm.bench import report
 from arctic_plugins_vllm.bench.client import Sampling, Target, connect, measure_all
 from arctic_plugins_vllm.bench.loads import Load, fit
@@ -63,26 +64,32 @@ def run(job: Job) -> None:
     """Start the servers that do not run yet, measure, stop them, and report.
 
     Raises:
-        ArcticError: a server did not start, a first request failed, or, after reporting, any request failed.
+        ArcticError: a server did not start, a first request failed, or, after reporting, any request failed or a server
+            that was started has ended.
         ConfigError: a server cannot be used; see :func:`~arctic_plugins_vllm.bench.client.connect`.
     """
     console = Console(stderr=True)
     starts = any(not isinstance(given, str) for given in job.targets.values())
     logs = Path(tempfile.mkdtemp(prefix="arctic-bench-")) if starts else None  # kept if something fails
     with _ended_by_sigterm(), ExitStack() as servers:
-        urls: dict[str, str] = {}
+        urls, started = dict[str, str](), list[Server]()
         for name, given in job.targets.items():
             if isinstance(given, str) or logs is None:
                 urls[name] = str(given)
                 continue
             log = logs / f"server{f'-{name}' if name else ''}.log"
-            urls[name] = servers.enter_context(Server(given, log, timeout=job.startup_timeout, console=console)).url
-        with redirect_stdout(sys.stderr):  # where vLLM's loggers, imported here, print to
-            targets, loads, measured = asyncio.run(_measure(job, urls, console))
+            started.append(servers.enter_context(Server(given, log, timeout=job.startup_timeout, console=console)))
+            urls[name] = started[-1].url
+        try:
+            with redirect_stdout(sys.stderr):  # where vLLM's loggers, imported here, print to
+                targets, loads, measured = asyncio.run(_measure(job, urls, console))
+        except ArcticError as error:
+            raise next(filter(None, (server.ended() for server in started)), error) from error
+        died = next(filter(None, (server.ended() for server in started)), None)
     result = report.describe(job.benchmark, job.command, targets, loads, measured, seed=job.seed, rounds=job.rounds)
     if job.out is not None:
         _write(result, measured, job.out, logs)
-    if logs is not None:
+    if logs is not None and died is None:
         shutil.rmtree(logs)
     if job.as_json:
         click.echo(json.dumps(result, indent=2))
@@ -90,6 +97,8 @@ def run(job: Job) -> None:
         report.show(result, Console())
         if job.out is not None:
             click.echo(f"report: {job.out / 'report.html'}")
+    if died is not None:
+        raise died
     report.check_failures(measured)
 
 
