@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 WORKSPACE := $(shell sed -n 's/^distributions = \[\(.*\)\]/\1/p' pyproject.toml | tr -d '",')
 PARTS := $(patsubst %/pyproject.toml,%,$(wildcard $(addsuffix /pyproject.toml,$(WORKSPACE))))
 OURS := . $(PARTS)
+# The templates of `arctic new-plugin`; what they become is checked along with our packages.
+KINDS := $(filter-out common,$(patsubst arctic_plugins/templates/%/,%,$(wildcard arctic_plugins/templates/*/)))
+CREATED := out/created
 PACKAGES := arctic_plugins $(foreach part,$(PARTS),$(wildcard $(part)/arctic_plugins_*))
 
 # Two pytest workers with one thread each: nearly all of a test's time is spent in one process that imports, or computes something small.
@@ -51,7 +54,9 @@ gpu:
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	MYPYPATH="$$(echo $(OURS) | tr ' ' :)" $(BIN)/mypy $(PACKAGES)
+	rm -rf $(CREATED) && mkdir -p $(CREATED)
+	cd $(CREATED) && for kind in $(KINDS); do $(abspath $(BIN))/arctic new-plugin a-$$kind --kind $$kind || exit 1; done
+	MYPYPATH="$$(echo $(OURS) $(KINDS:%=$(CREATED)/a-%) | tr ' ' :)" $(BIN)/mypy $(PACKAGES) $(CREATED)/*/arctic_*
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -16,6 +16,9 @@ PUBLIC = {module: set(importlib.import_module(module).__all__) for module in fac
 """Module -> its public names; the pages of the reference name the modules."""
 
 
+PARENTS = ("plugins", "examples", "arctic_plugins/templates")
+
+
 def imports_of(distribution):
     for path in distribution.rglob("*.py"):
         if "tests" not in path.parts[len(distribution.parts) :]:
@@ -26,7 +29,7 @@ def imports_of(distribution):
 
 @pytest.mark.parametrize(
     "distribution",
-    [*sorted((ROOT / "plugins").iterdir()), *sorted((ROOT / "examples").glob("*/"))],
+    sorted(path for parent in PARENTS for path in (ROOT / parent).glob("*/")),
     ids=lambda path: path.name,
 )
 def test_plugins_use_what_is_public(distribution):

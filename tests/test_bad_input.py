@@ -97,6 +97,7 @@ SHARD = "sharded/model-00002-of-00004.safetensors"
 KEY = "model.layers.1.mlp.up_proj.weight"
 ENCODED = ("generate", "encoded", "hi")
 TRAIN = ("train", "recipe.yaml")
+NEW = ("new-plugin", "--kind", "codec")
 
 
 def plain_tensors(change):
@@ -438,6 +439,28 @@ CASES = {
         "different codecs, but vLLM fuses them",
     ),
     "no command": (None, ("trian", "x"), "did you mean 'train'"),
+    "a new plugin of no kind": (None, ("new-plugin", "mine", "--kind", "codek"), "'codek' is not one of 'codec'"),
+    "a plugin's name with capitals": (
+        None,
+        (*NEW, "Mine"),
+        "'Mine' cannot be the name of a plugin; expected lowercase",
+    ),
+    "a plugin's name that is a path": (None, (*NEW, "../mine"), "'../mine' cannot be the name of a plugin"),
+    "a plugin's name that is too long": (None, (*NEW, "a" * 300), "cannot be written: File name too long"),
+    "a plugin that exists": (write("mine", ""), (*NEW, "mine"), "/mine exists already; choose another name"),
+    "a plugin of this project": (None, (*NEW, "fp8"), "plugin 'fp8' is installed already, by arctic-plugins-fp8"),
+    "a package of this project": (None, (*NEW, "plugins"), "'plugins' is the name of a plugin of arctic-plugins"),
+    "a plugin called as a command": (
+        None,
+        (*NEW, "train"),
+        "command 'train' is installed already, by arctic-plugins-h",
+    ),
+    "a plugin called as a keyword": (
+        None,
+        (*NEW, "none"),
+        "the class would be called None, which means something else",
+    ),
+    "a plugin called as a class": (None, (*NEW, "plugin"), "the class would be called Plugin, which means something"),
 }
 
 

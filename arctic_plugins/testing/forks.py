@@ -164,7 +164,7 @@ class Forks:
                 "TOKENIZERS_PARALLELISM": "false",
                 "TORCH_WARM_POOL": "0",
             }
-            self._process = subprocess.Popen(
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
                 [sys.executable, "-c", f"from {__name__} import _begin; _begin()", str(listener.fileno()), *modules],
                 stdin=subprocess.PIPE,
                 env={**os.environ, **(environment or {}), **settings},
@@ -172,6 +172,13 @@ class Forks:
                 start_new_session=True,
             )
         atexit.register(self.close)
+
+    @classmethod
+    def _at(cls, address: str) -> Forks:
+        """Return an object for the process at ``address``, which another process has started, and will close."""
+        self = cls.__new__(cls)
+        self._address, self._process = address, None
+        return self
 
     def start(
         self,
@@ -226,6 +233,8 @@ class Forks:
 
     def close(self) -> None:
         """End the process; nothing can be started afterwards. Idempotent."""
+        if self._process is None:
+            return
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)
@@ -234,22 +243,27 @@ class Forks:
 
 @cache
 def trainers() -> Forks:
-    """Return the :class:`Forks` whose process has imported what a training run needs; there is only one."""
-    return Forks(
+    """Return the :class:`Forks` whose process has imported what a training run needs.
+
+    There is only one, which a test that runs other tests shares with these.
+    """
+    return _shared(
+        "TRAINERS",
         [
             "arctic_plugins_huggingface.training.run",
             "arctic_plugins_huggingface.checkpoints.merge",
             "arctic_plugins_huggingface.generate",
             "transformers.models.llama.modeling_llama",
             "deepspeed",
-        ]
+        ],
     )
 
 
 @cache
 def engines() -> Forks:
-    """Return the :class:`Forks` whose process has imported vLLM; there is only one."""
-    return Forks(
+    """Return the :class:`Forks` whose process has imported vLLM; there is only one, as with :func:`trainers`."""
+    return _shared(
+        "ENGINES",
         [
             "vllm.entrypoints.llm",
             "vllm.v1.worker.cpu_worker",
@@ -258,8 +272,18 @@ def engines() -> Forks:
             "vllm.model_executor.layers.quantization.online.base",
             "arctic_plugins_vllm.quantization",
             "arctic_plugins_huggingface.checkpoints.save",
-        ]
+        ],
     )
+
+
+def _shared(name: str, modules: Sequence[str]) -> Forks:
+    """Return the forks that the process above this one has started under ``name``, or new ones for those below."""
+    variable = f"ARCTIC_PLUGINS_{name}"
+    if address := os.environ.get(variable):
+        return Forks._at(address)
+    forks = Forks(modules)
+    os.environ[variable] = forks._address
+    return forks
 
 
 # The code that runs in the process that forks, and in the forks.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from arctic_plugins.testing import Forks
+from arctic_plugins.testing import Forks, trainers
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +109,11 @@ def test_a_signal_reaches_it(forks):
     fork.send_signal(signal.SIGTERM)
     assert fork.communicate()[0] == "ready\n"
     assert fork.returncode == 5
+
+
+SERVER = "import psutil; print(psutil.Process().parent().ppid())"
+NESTED = f"from arctic_plugins.testing import trainers; print(trainers().run(['-c', {SERVER!r}]).stdout)"
+
+
+def test_what_a_test_runs_shares_its_forks():
+    assert trainers().run(["-c", NESTED]).stdout.split() == trainers().run(["-c", SERVER]).stdout.split()

@@ -112,5 +112,10 @@ def test_a_broken_plugin_breaks_its_law(broken_laws, kit, law):
     assert broken_laws(Suite(), only=law, **kit(SOUND.replace(before, after), "kit" if before else "broken")) == {law}
 
 
+def test_a_mixin_that_expects_to_be_initialized_breaks_its_law(broken_laws, kit):
+    law, source = "what_it_adds_to_a_trainer_calls_the_trainer", "class Mixin:\n    def __init__(self): self.sum = 0\n"
+    assert broken_laws(Suite(), only=law, **kit(SOUND.replace("class Mixin:\n", source))) == {law}
+
+
 def test_every_law_has_a_mutant():
     assert {f"test_{law}" for law in MUTANTS} == PluginSuite.laws().keys()

@@ -23,7 +23,7 @@ __all__ = ["positions", "register_rope_types"]
 def register_rope_types() -> None:
     """Register the RoPE types of installed plugins with transformers.
 
-    Names that transformers already has keep their meaning. Call this function once per process.
+    Names that transformers already has keep their meaning. Idempotent.
 
     Raises:
         PluginError: a name contains "dynamic". For such types, transformers recomputes the frequencies whenever a text
@@ -69,10 +69,12 @@ def _frequencies(
 ) -> tuple[Tensor, float]:
     parameters = config.rope_parameters if layer_type is None else config.rope_parameters[layer_type]
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inv_freq, scaling = process_registry().load_rope_type(name)(
-        parameters, int(head * parameters.get("partial_rotary_factor", 1.0))
-    )
-    return inv_freq.to(device), scaling
+    # While a model is loading, the default device is meta, but not for every function of torch that makes a tensor.
+    with torch.device("cpu"):
+        inv_freq, scaling = process_registry().load_rope_type(name)(
+            parameters, int(head * parameters.get("partial_rotary_factor", 1.0))
+        )
+    return inv_freq.to(torch.get_default_device() if device is None else device), scaling
 
 
 def _validate(self: Any, rope_parameters: dict[str, Any], ignore_keys: set[str] | None = None) -> None:

@@ -1,0 +1,1 @@
+"""The plugin ``acme`` for arctic-plugins."""
