@@ -1,4 +1,4 @@
-"""The real server of ``arctic serve``: bad requests, a load above its capacity, clients that leave, and how it ends."""
+"""The real server of ``arctic serve``: measured by ``arctic bench``, bad requests, a load above its capacity, its end."""
 
 import asyncio
 import json
@@ -17,10 +17,16 @@ import httpx
 import openai
 import psutil
 import pytest
+import vllm.logger  # noqa: F401 - before output is captured, since it keeps the stream
 from arctic_plugins_vllm.server import ENGINE_DIED
 
+from arctic_plugins import host_version
+from arctic_plugins.cli import main
 from arctic_plugins.testing import tiny_llama
 
+LENGTH = 512
+"""Most tokens of a prompt and its response."""
+BLOCKS, CONNECTIONS, QUEUE = 32, 50, 60
 
 def port():
     with socket.socket() as probe:
@@ -51,7 +57,7 @@ def start(checkpoint, log, *options, **environment):
     command = [sys.executable, "-m", "arctic_plugins.cli", "serve", str(checkpoint), "--host", "127.0.0.1"]
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, "--port", str(at), "--max-model-len", "64", "--enforce-eager", *options],
+            [*command, "--port", str(at), "--max-model-len", str(LENGTH), "--enforce-eager", *options],
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **environment},
@@ -84,7 +90,6 @@ def servers(tmp_path_factory):
         stop(process)
 
 
-BLOCKS, CONNECTIONS, QUEUE = 32, 50, 60
 UNSENDABLE = [
     {"stop": ["\ud800"]},
     {"bad_words": ["\ud800"]},
@@ -96,12 +101,12 @@ UNSENDABLE = [
 """Fields of requests which vLLM 0.32's server answers with status 500, and never forgets."""
 MISTAKES = [
     ({"model": "other"}, 404, "`other` does not exist"),
-    ({"prompt": "x" * 100}, 400, "maximum context length is 64 tokens"),
-    ({"prompt": [5] * 100}, 400, "maximum context length is 64 tokens"),
+    ({"prompt": "x" * 600}, 400, "maximum context length is 512 tokens"),
+    ({"prompt": [5] * 600}, 400, "maximum context length is 512 tokens"),
     ({"prompt": [5, 5000]}, 400, "5000"),
     ({"prompt": [-1]}, 400, "greater than or equal to 0"),
     ({"prompt": None}, 400, "prompt"),
-    ({"max_tokens": 1000}, 400, "max_model_len=64"),
+    ({"max_tokens": 1000}, 400, "max_model_len=512"),
     ({"max_tokens": -1}, 400, "max_tokens must be at least 1"),
     ({"n": 0}, 400, "n must be at least 1"),
     ({"temperature": -1}, 400, "temperature must be non-negative"),
@@ -115,7 +120,7 @@ MISTAKES = [
     *((fields, 400, "cannot be sent to the engine") for fields in UNSENDABLE * 3),
     ({"messages": []}, 400, "empty conversation"),
     ({"messages": [{"role": "user", "content": 3}]}, 400, "content"),
-    ({"messages": [{"role": "user", "content": "x" * 100}]}, 400, "maximum context length is 64 tokens"),
+    ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "maximum context length is 512 tokens"),
     (b'{"prompt": "ab", ', 400, "JSON decode error"),
     (b'{"prompt": "\xff"}', 400, "error parsing the body"),
     (b"[" * 100_000, 400, "error parsing the body"),
@@ -179,7 +184,7 @@ async def load(at, model, number):
     async def become(index):
         if index % 4:
             return (await ask_for(index, 8)).usage.completion_tokens
-        async with await ask_for(index, 48, stream=True) as stream:
+        async with await ask_for(index, 400, stream=True) as stream:
             await anext(aiter(stream))
         return "left"
 
@@ -196,7 +201,7 @@ async def streams(at, model, number, then):
         reason, tokens = None, 0
         try:
             async with await openai_client.completions.create(
-                model=model, prompt=[10 + index] * 8, max_tokens=50, stream=True, extra_body={"ignore_eos": True}
+                model=model, prompt=[10 + index] * 8, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
             ) as stream:
                 async for chunk in stream:
                     tokens += 1
@@ -229,7 +234,7 @@ def test_a_bad_request_is_refused_with_a_message(servers):
         with pytest.raises(openai.NotFoundError, match="`other` does not exist"):
             ours.completions.create(model="other", prompt="ab")
         with pytest.raises(openai.BadRequestError, match="maximum context length"):
-            ours.completions.create(model=model, prompt="x" * 100)
+            ours.completions.create(model=model, prompt="x" * 600)
     assert unfinished(at) == 0
 
 
@@ -247,18 +252,51 @@ def test_a_load_above_capacity_leaves_nothing_behind(servers):
     assert sizes[1] - sizes[0] < 32 << 20
 
 
+def test_they_are_compared(servers, capsys):
+    urls = []
+    for _, at, log in servers:
+        ready(servers[len(urls)][0], at, log)
+        urls.append(f"http://127.0.0.1:{at}")
+    lengths = ["--prompt-length", "20", "--response-length", "6"]
+    with pytest.raises(SystemExit) as raised:
+        main(
+            [
+                "bench",
+                "online",
+                "--compare",
+                *urls,
+                "--rates",
+                "inf",
+                "--requests",
+                "3",
+                *lengths,
+                "--rounds",
+                "1",
+                "--json",
+            ]
+        )
+    output, error = capsys.readouterr()
+    assert raised.value.code == 0, error
+    result = json.loads(output)
+    for target in result["targets"]:
+        assert (target["server"], target["max_model_len"]) == (f"vLLM {host_version('vllm')[1]}", LENGTH)
+    for found in result["loads"][0]["results"].values():
+        assert (found["requests"], found["failed"], found["prompt_tokens"], found["response_tokens"]) == (3, 0, 60, 18)
+        assert (found["counters"]["prefix_cache_queries"], found["counters"]["prefix_cache_hits"]) == (60, 0)
+
+
 def test_a_supervisor_learns_how_the_server_ended(servers):
     (stopped, where, _), (killed, at, log) = servers
     models = [ready(*each[:2], each[2]) for each in servers]
-    ends = asyncio.run(streams(where, models[0], 8, lambda: stopped.send_signal(signal.SIGTERM)))
-    assert ends == ["length"] * 8
+    ends = asyncio.run(streams(where, models[0], 6, lambda: stopped.send_signal(signal.SIGTERM)))
+    assert ends == ["length"] * 6
     assert stopped.wait(timeout=60) == 0
     [engine] = (
         child
         for child in psutil.Process(killed.pid).children(recursive=True)
         if "EngineCore" in " ".join(child.cmdline())
     )
-    ends = asyncio.run(streams(at, models[1], 8, engine.kill))
+    ends = asyncio.run(streams(at, models[1], 6, engine.kill))
     assert all(isinstance(end, type) for end in ends), ends
     assert killed.wait(timeout=30) == ENGINE_DIED, log.read_text()[-3000:]
     assert "arctic: vLLM's engine died" in log.read_text()
@@ -273,7 +311,7 @@ def test_a_worker_that_dies_ends_the_server(tmp_path):
         model = ready(server, at, log)
         processes = psutil.Process(server.pid).children(recursive=True)
         worker = [process for process in processes if "Worker" in " ".join(process.cmdline())][-1]
-        ends = asyncio.run(streams(at, model, 8, worker.kill))
+        ends = asyncio.run(streams(at, model, 6, worker.kill))
         assert all(isinstance(end, type) for end in ends), ends
         assert server.wait(timeout=30) == ENGINE_DIED, log.read_text()[-3000:]
         psutil.wait_procs(processes, timeout=10)
