@@ -1,4 +1,4 @@
-"""The real server of ``arctic serve``: measured by ``arctic bench``, bad requests, a load above its capacity, its end."""
+"""The real server of ``arctic serve``: measured by ``arctic bench``; bad requests, a load above capacity, its end."""
 
 import asyncio
 import json
@@ -27,6 +27,7 @@ from arctic_plugins.testing import tiny_llama
 LENGTH = 512
 """Most tokens of a prompt and its response."""
 BLOCKS, CONNECTIONS, QUEUE = 32, 50, 60
+
 
 def port():
     with socket.socket() as probe:
