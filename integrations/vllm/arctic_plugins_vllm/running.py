@@ -46,10 +46,17 @@ class Server:
         timeout: seconds until it has to answer.
         console: shows a progress bar, and the last lines of the log if the server does not start.
 
+    Attributes:
+        process: the server's first process, once the block is entered.
+        url: without ``/v1``, once the block is entered.
+
     Raises:
         ArcticError: on entering, if the server ended or did not answer in time; the message contains its last line of
             output and names its log.
     """
+
+    process: subprocess.Popen[bytes]
+    url: str
 
     def __init__(
         self,
@@ -61,7 +68,6 @@ class Server:
     ) -> None:
         self.arguments, self.log, self.timeout = tuple(arguments), log, timeout
         self.console = console or Console(quiet=True)
-        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Server:
         with socket.socket() as probe:
@@ -71,7 +77,7 @@ class Server:
         command = [sys.executable, "-m", "arctic_plugins.cli", "serve", *self.arguments]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         with self.log.open("w") as output:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -82,25 +88,24 @@ class Server:
             columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
             with Progress(*columns, console=self.console) as bar:
                 task = bar.add_task("starting the server", total=PROCESSES)
-                self._wait(self._process, lambda count: bar.update(task, completed=min(count, PROCESSES) - 1))
+                self._wait(lambda count: bar.update(task, completed=min(count, PROCESSES) - 1))
                 bar.update(task, completed=PROCESSES)
         except BaseException:
-            self._stop(self._process)
+            self._stop()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._process is not None:
-            self._stop(self._process)
+        self._stop()
 
     def ended(self) -> ArcticError | None:
         """Return an error with the last line of output if the server ended by itself, after showing the last lines."""
-        status = None if self._process is None else self._process.poll()
+        status = self.process.poll()
         return None if status is None else self._failure(f"the server ended with status {status}")
 
-    def _wait(self, process: subprocess.Popen[bytes], progress: Callable[[int], None]) -> None:
+    def _wait(self, progress: Callable[[int], None]) -> None:
         direct = urllib.request.ProxyHandler({})  # no proxy reaches this machine's loopback
         opener = urllib.request.build_opener(direct)
         deadline = time.monotonic() + self.timeout
@@ -111,7 +116,7 @@ class Server:
                 with opener.open(f"{self.url}/health", timeout=5):
                     return
             except (urllib.error.URLError, ConnectionError, TimeoutError):
-                progress(_processes(process.pid))
+                progress(_processes(self.process.pid))
                 time.sleep(0.5)
         raise self._failure(f"the server did not answer within {self.timeout:.0f} s")
 
@@ -124,16 +129,15 @@ class Server:
             fix=f"see {self.log}",
         )
 
-    @staticmethod
-    def _stop(process: subprocess.Popen[bytes]) -> None:
+    def _stop(self) -> None:
         try:
-            process.terminate()
+            self.process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=PATIENCE)
+                self.process.wait(timeout=PATIENCE)
         finally:  # also after a second Ctrl-C, and for processes that outlive the server
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
 
 
 def _processes(pid: int) -> int:

@@ -447,7 +447,7 @@ def stub(tmp_path, monkeypatch):
 def test_a_server_ends_with_its_block(stub):
     def interrupted():
         with Server(["model", "--seed", "1"], stub) as server:
-            processes.append(psutil.Process(server._process.pid))
+            processes.append(psutil.Process(server.process.pid))
             raise KeyboardInterrupt
 
     processes = []
@@ -468,7 +468,7 @@ def test_a_server_that_dies_says_so(bench, stub, tiny_checkpoint):
 def test_a_server_that_does_not_stop_is_killed(stub, monkeypatch):
     monkeypatch.setattr(running, "PATIENCE", 0.5)
     with Server(["stubborn"], stub) as server:
-        process = server._process
+        process = server.process
     assert process.returncode == -signal.SIGKILL
 
 

@@ -1,6 +1,7 @@
 """What `arctic serve` would run, and what it refuses before it runs anything."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -267,6 +268,25 @@ def test_the_checkpoint_comes_before_the_options(capsys):
         main(["serve", "--port", "8000", "checkpoint"])
     assert stopped.value.code == 2
     assert "found --port in place of CHECKPOINT" in capsys.readouterr().err
+
+
+def test_an_address_in_use_is_told_before_any_file_is_read(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(SystemExit) as stopped:
+            main(["serve", "nowhere", "--host", "127.0.0.1", f"--port={port}"])
+        assert stopped.value.code == 2
+        message = f"the server cannot listen on 127.0.0.1, port {port}: Address already in use; set --port or --host to"
+        assert message in capsys.readouterr().err
+        for elsewhere in ("--uds=socket", "--config=server.yaml", "--headless"):
+            serving.check_address([elsewhere, "--port", str(port)])
+    serving.check_address(["--port", str(port)])
+
+
+@pytest.mark.parametrize("options", [["--port=99999"], ["--host", "x" * 300], ["--host=8.8.8.8"]])
+def test_an_address_that_is_none_of_this_machine_is_told(options):
+    with pytest.raises(ConfigError, match="the server cannot listen on .*; set --port or --host to another"):
+        serving.check_address(options)
 
 
 def test_a_plain_model_is_encoded_on_the_fly(tmp_path, monkeypatch):

@@ -1,0 +1,220 @@
+"""A real server of ``arctic serve`` and the real client of OpenAI: bad requests, more requests than it can work on,
+clients that leave, and the death of a worker.
+"""
+
+import asyncio
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+
+import httpx
+import openai
+import psutil
+import pytest
+from arctic_plugins_vllm.running import Server
+from arctic_plugins_vllm.server import ENGINE_DIED
+
+from arctic_plugins.testing import tiny_llama
+
+MODEL = "tiny"
+LENGTH = 512
+"""Most tokens of a prompt and its response."""
+BLOCKS, CONNECTIONS, QUEUE = 32, 50, 60
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One that works on fewer than ``BLOCKS`` requests at a time, and refuses more than ``QUEUE`` unfinished ones: a
+    request that is never forgotten shows.
+    """
+    directory = tmp_path_factory.mktemp("server")
+    limits = ["--num-gpu-blocks-override", str(BLOCKS), "--max-num-queued-reqs", str(QUEUE)]
+    with served(directory, *limits) as started:
+        yield started
+
+
+def served(directory, *options):
+    tiny_llama(directory / MODEL)
+    always = ["--served-model-name", MODEL, "--max-model-len", str(LENGTH), "--enforce-eager"]
+    return Server([str(directory / MODEL), *always, *options], directory / "log")
+
+
+UNSENDABLE = [
+    {"stop": ["\ud800"]},
+    {"bad_words": ["\ud800"]},
+    {"request_id": "\ud800"},
+    {"vllm_xargs": {"\ud800": 1}},
+    {"top_k": 10**30},
+    {"top_k": 10**30, "n": 2, "temperature": 1},
+]
+"""Fields of requests which vLLM 0.32's server answers with status 500, and never forgets."""
+MISTAKES = [
+    ({"model": "other"}, 404, "`other` does not exist"),
+    ({"prompt": "x" * 600}, 400, "maximum context length is 512 tokens"),
+    ({"prompt": [5] * 600}, 400, "maximum context length is 512 tokens"),
+    ({"prompt": [5, 5000]}, 400, "5000"),
+    ({"prompt": [-1]}, 400, "greater than or equal to 0"),
+    ({"prompt": None}, 400, "prompt"),
+    ({"max_tokens": 1000}, 400, "max_model_len=512"),
+    ({"max_tokens": -1}, 400, "max_tokens must be at least 1"),
+    ({"n": 0}, 400, "n must be at least 1"),
+    ({"temperature": -1}, 400, "temperature must be non-negative"),
+    ({"temperature": float("nan")}, 400, "temperature must be a finite number"),
+    ({"temperature": "hot"}, 400, "temperature"),
+    ({"top_p": 2}, 400, "top_p must be in (0, 1]"),
+    ({"logprobs": 10**6}, 400, "greater than max allowed: 20"),
+    ({"logit_bias": {"5000": 1}}, 400, "out-of-vocab"),
+    ({"structured_outputs": {"regex": "("}}, 400, "invalid regex"),
+    ({"stream": True, "temperature": -1}, 400, "temperature must be non-negative"),
+    *((fields, 400, "cannot be sent to the engine") for fields in UNSENDABLE * 3),
+    ({"messages": []}, 400, "empty conversation"),
+    ({"messages": [{"role": "user", "content": 3}]}, 400, "content"),
+    ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "maximum context length is 512 tokens"),
+    (b'{"prompt": "ab", ', 400, "JSON decode error"),
+    (b'{"prompt": "\xff"}', 400, "error parsing the body"),
+    (b"[" * 100_000, 400, "error parsing the body"),
+    (b"3", 400, "valid dictionary"),
+    (b"", 400, "Field required"),
+]
+"""A body, or fields of one that differ from a good one; the status, and what the message has to contain."""
+
+
+def refusal(server, body):
+    """Return the status and message of the answer to a completion, or chat, that is bad in one way."""
+    path = "/v1/completions"
+    if isinstance(body, dict):
+        path = "/v1/chat/completions" if "messages" in body else path
+        body = json.dumps({"model": MODEL, "max_tokens": 2, **({} if "messages" in body else {"prompt": "ab"}), **body})
+    request = urllib.request.Request(
+        f"{server.url}{path}",
+        body if isinstance(body, bytes) else body.encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        answer = json.load(error)
+        return error.code, answer["error"]["message"] if "error" in answer else answer["detail"]
+
+
+def unfinished(server):
+    """Return the number of requests that the engine is working on, or will."""
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
+        found = re.findall(r"^vllm:num_requests_(?:running|waiting){.*} (\S+)$", response.read().decode(), re.MULTILINE)
+    assert len(found) == 2
+    return sum(map(float, found))
+
+
+def memory(server):
+    """Return the resident bytes of a server's processes."""
+    first = psutil.Process(server.process.pid)
+    return sum(each.memory_info().rss for each in [first, *first.children(recursive=True)])
+
+
+def connected(server):
+    limits = httpx.Limits(max_connections=CONNECTIONS)
+    http = httpx.AsyncClient(limits=limits, trust_env=False)
+    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=300, http_client=http)
+
+
+async def load(server, number):
+    """Send ``number`` requests at once, of which every fourth leaves after its first token. Count what becomes of
+    them.
+    """
+
+    async def ask_for(index, tokens, **options):
+        return await client.completions.create(
+            model=MODEL, prompt=[10 + index] * 16, max_tokens=tokens, extra_body={"ignore_eos": True}, **options
+        )
+
+    async def become(index):
+        if index % 4:
+            return (await ask_for(index, 8)).usage.completion_tokens
+        async with await ask_for(index, 400, stream=True) as stream:
+            await anext(aiter(stream))
+        return "left"
+
+    async with connected(server) as client:
+        return Counter(await asyncio.gather(*map(become, range(number))))
+
+
+async def streams(server, number, then):
+    """Begin ``number`` streams, call ``then`` once each has its first token, and return how each ends."""
+    waiting, begun = number, asyncio.Event()
+
+    async def follow(index):
+        nonlocal waiting
+        reason, tokens = None, 0
+        try:
+            async with await client.completions.create(
+                model=MODEL, prompt=[10 + index] * 8, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
+            ) as stream:
+                async for chunk in stream:
+                    tokens += 1
+                    reason = chunk.choices[0].finish_reason or reason
+                    if tokens == 1:
+                        waiting -= 1
+                        if not waiting:
+                            then()
+                            begun.set()
+                        await begun.wait()
+        except (openai.APIError, httpx.HTTPError) as error:
+            return type(error)
+        return reason
+
+    async with connected(server) as client, asyncio.timeout(120):
+        return await asyncio.gather(*map(follow, range(number)))
+
+
+def check_end(server, name):
+    """Kill the worker called ``name`` while it works: every request gets an error, and the server ends."""
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    worker = next(each for each in processes if name in " ".join(each.cmdline()))
+    ends = asyncio.run(streams(server, 6, worker.kill))
+    assert all(isinstance(end, type) for end in ends), ends
+    assert server.process.wait(timeout=30) == ENGINE_DIED, server.log.read_text()[-3000:]
+    psutil.wait_procs(processes, timeout=30)
+    assert not [each for each in processes if each.is_running()]
+
+
+def test_a_bad_request_is_refused_with_a_message(server):
+    wrong = []
+    for body, status, part in MISTAKES:
+        found, message = refusal(server, body)
+        if found != status or part not in message:
+            wrong.append((str(body)[:80], found, message[:200]))
+    assert not wrong
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0) as client:
+        assert client.completions.create(model=MODEL, prompt="ab", max_tokens=2).choices
+        with pytest.raises(openai.NotFoundError, match="`other` does not exist"):
+            client.completions.create(model="other", prompt="ab")
+        with pytest.raises(openai.BadRequestError, match="maximum context length"):
+            client.completions.create(model=MODEL, prompt="x" * 600)
+    assert unfinished(server) == 0
+
+
+def test_a_load_above_capacity_leaves_nothing_behind(server):
+    sizes = []
+    for _ in range(2):
+        assert asyncio.run(load(server, 100)) == {"left": 25, 8: 75}
+        until = time.monotonic() + 30
+        while unfinished(server) and time.monotonic() < until:
+            time.sleep(0.1)
+        assert unfinished(server) == 0
+        sizes.append(memory(server))
+    assert sizes[1] - sizes[0] < 32 << 20
+
+
+def test_a_worker_that_dies_ends_the_server_and_every_request(server):
+    check_end(server, "Worker")
+
+
+@pytest.mark.slow
+def test_one_of_two_workers_that_dies_ends_the_server_and_every_request(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    with served(tmp_path, "--tensor-parallel-size", "2") as server:
+        check_end(server, "Worker_TP1")
