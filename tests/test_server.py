@@ -1,4 +1,4 @@
-"""The real server of ``arctic serve``: how it ends."""
+"""The real server of ``arctic serve``: `arctic bench` measures it, and how it ends."""
 
 import json
 import os
@@ -12,8 +12,11 @@ import urllib.request
 
 import psutil
 import pytest
+import vllm.logger  # noqa: F401 - before output is captured, since it keeps the stream
 from arctic_plugins_vllm.server import ENGINE_DIED
 
+from arctic_plugins import host_version
+from arctic_plugins.cli import main
 from arctic_plugins.testing import tiny_llama
 
 
@@ -40,9 +43,10 @@ def ready(server, at, log):
     raise AssertionError(log.read_text()[-3000:])
 
 
-@pytest.fixture
-def servers(tmp_path):
+@pytest.fixture(scope="module")
+def servers(tmp_path_factory):
     """Two of one model, started side by side: process, port and log of each."""
+    tmp_path = tmp_path_factory.mktemp("servers")
     checkpoint, started = tiny_llama(tmp_path / "a model, ünïcode"), []
     for name in ("stopped", "killed"):
         at, log = port(), tmp_path / f"{name}.log"
@@ -70,6 +74,39 @@ def servers(tmp_path):
     for process, _, _ in started:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_they_are_compared(servers, capsys):
+    urls = []
+    for _, at, log in servers:
+        ready(servers[len(urls)][0], at, log)
+        urls.append(f"http://127.0.0.1:{at}")
+    lengths = ["--prompt-length", "20", "--response-length", "6"]
+    with pytest.raises(SystemExit) as raised:
+        main(
+            [
+                "bench",
+                "online",
+                "--compare",
+                *urls,
+                "--rates",
+                "inf",
+                "--requests",
+                "3",
+                *lengths,
+                "--rounds",
+                "1",
+                "--json",
+            ]
+        )
+    output, error = capsys.readouterr()
+    assert raised.value.code == 0, error
+    result = json.loads(output)
+    for target in result["targets"]:
+        assert (target["server"], target["max_model_len"]) == (f"vLLM {host_version('vllm')[1]}", 64)
+    for found in result["loads"][0]["results"].values():
+        assert (found["requests"], found["failed"], found["prompt_tokens"], found["response_tokens"]) == (3, 0, 60, 18)
+        assert (found["counters"]["prefix_cache_queries"], found["counters"]["prefix_cache_hits"]) == (60, 0)
 
 
 def test_a_supervisor_learns_how_the_server_ended(servers):
