@@ -4,13 +4,12 @@ clients that leave, and the death of a worker.
 
 import asyncio
 import json
-import re
-import time
+import runpy
 import urllib.error
 import urllib.request
 from collections import Counter
+from pathlib import Path
 
-import httpx
 import openai
 import psutil
 import pytest
@@ -19,7 +18,8 @@ from arctic_plugins_vllm.server import ENGINE_DIED
 
 from arctic_plugins.testing import tiny_llama
 
-MODEL = "tiny"
+BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "serving_load.py"))
+MODEL = BENCHMARK["MODEL"]
 LENGTH = 512
 """Most tokens of a prompt and its response."""
 BLOCKS, CONNECTIONS, QUEUE = 32, 50, 60
@@ -101,84 +101,28 @@ def refusal(server, body):
         return error.code, answer["error"]["message"] if "error" in answer else answer["detail"]
 
 
-def unfinished(server):
-    """Return the number of requests that the engine is working on, or will."""
-    with urllib.request.urlopen(f"{server.url}/metrics", timeout=60) as response:
-        found = re.findall(r"^vllm:num_requests_(?:running|waiting){.*} (\S+)$", response.read().decode(), re.MULTILINE)
-    assert len(found) == 2
-    return sum(map(float, found))
-
-
-def memory(server):
-    """Return the resident bytes of a server's processes."""
-    first = psutil.Process(server.process.pid)
-    return sum(each.memory_info().rss for each in [first, *first.children(recursive=True)])
-
-
-def connected(server):
-    limits = httpx.Limits(max_connections=CONNECTIONS)
-    http = httpx.AsyncClient(limits=limits, trust_env=False)
-    return openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=300, http_client=http)
-
-
 async def load(server, number):
-    """Send ``number`` requests at once, of which every fourth leaves after its first token. Count what becomes of
-    them.
-    """
+    """Send ``number`` requests at once, and as many that leave after their first token; count the tokens of answers."""
 
-    async def ask_for(index, tokens, **options):
-        return await client.completions.create(
-            model=MODEL, prompt=[10 + index] * 16, max_tokens=tokens, extra_body={"ignore_eos": True}, **options
+    async def ask(index):
+        answer = await client.completions.create(
+            model=MODEL, prompt=[10 + index] * 16, max_tokens=8, extra_body={"ignore_eos": True}
         )
+        return answer.usage.completion_tokens
 
-    async def become(index):
-        if index % 4:
-            return (await ask_for(index, 8)).usage.completion_tokens
-        async with await ask_for(index, 400, stream=True) as stream:
-            await anext(aiter(stream))
-        return "left"
-
-    async with connected(server) as client:
-        return Counter(await asyncio.gather(*map(become, range(number))))
-
-
-async def streams(server, number, then):
-    """Begin ``number`` streams, call ``then`` once each has its first token, and return how each ends."""
-    waiting, begun = number, asyncio.Event()
-
-    async def follow(index):
-        nonlocal waiting
-        reason, tokens = None, 0
-        try:
-            async with await client.completions.create(
-                model=MODEL, prompt=[10 + index] * 8, max_tokens=500, stream=True, extra_body={"ignore_eos": True}
-            ) as stream:
-                async for chunk in stream:
-                    tokens += 1
-                    reason = chunk.choices[0].finish_reason or reason
-                    if tokens == 1:
-                        waiting -= 1
-                        if not waiting:
-                            then()
-                            begun.set()
-                        await begun.wait()
-        except (openai.APIError, httpx.HTTPError) as error:
-            return type(error)
-        return reason
-
-    async with connected(server) as client, asyncio.timeout(120):
-        return await asyncio.gather(*map(follow, range(number)))
+    async with BENCHMARK["client"](server, CONNECTIONS // 2) as client:
+        leaving = BENCHMARK["leave"](server, number, 400, CONNECTIONS // 2)
+        return Counter((await asyncio.gather(leaving, *map(ask, range(number))))[1:])
 
 
 def check_end(server, name):
     """Kill the worker called ``name`` while it works: every request gets an error, and the server ends."""
-    processes = psutil.Process(server.process.pid).children(recursive=True)
-    worker = next(each for each in processes if name in " ".join(each.cmdline()))
-    ends = asyncio.run(streams(server, 6, worker.kill))
-    assert all(isinstance(end, type) for end in ends), ends
-    assert server.process.wait(timeout=30) == ENGINE_DIED, server.log.read_text()[-3000:]
-    psutil.wait_procs(processes, timeout=30)
-    assert not [each for each in processes if each.is_running()]
+    processes = BENCHMARK["processes"](server)
+    found = BENCHMARK["end"](server, 500, name)
+    assert found["status"] == ENGINE_DIED, server.log.read_text()[-3000:]
+    assert found["seconds"] < 30
+    assert set(found["streams"]) <= {"APIError", "RemoteProtocolError", "ReadError"}
+    assert not psutil.wait_procs(processes[1:], timeout=30)[1]
 
 
 def test_a_bad_request_is_refused_with_a_message(server):
@@ -194,19 +138,19 @@ def test_a_bad_request_is_refused_with_a_message(server):
             client.completions.create(model="other", prompt="ab")
         with pytest.raises(openai.BadRequestError, match="maximum context length"):
             client.completions.create(model=MODEL, prompt="x" * 600)
-    assert unfinished(server) == 0
+    BENCHMARK["idle"](server)
 
 
 def test_a_load_above_capacity_leaves_nothing_behind(server):
+    """The workers' memory is in docs/serving.md: it grows until there are kernels for every size of a batch."""
     sizes = []
     for _ in range(2):
-        assert asyncio.run(load(server, 100)) == {"left": 25, 8: 75}
-        until = time.monotonic() + 30
-        while unfinished(server) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert unfinished(server) == 0
-        sizes.append(memory(server))
-    assert sizes[1] - sizes[0] < 32 << 20
+        assert asyncio.run(load(server, 50)) == {8: 50}
+        BENCHMARK["idle"](server)
+        processes = BENCHMARK["processes"](server)
+        sizes.append([process.memory_info().rss for process in processes if "Worker" not in process.cmdline()[0]])
+    assert len(sizes[0]) >= 2  # the server and the engine
+    assert all(after - before < 8 << 20 for before, after in zip(*sizes, strict=True))
 
 
 def test_a_worker_that_dies_ends_the_server_and_every_request(server):
