@@ -55,9 +55,7 @@ def _serve(args: argparse.Namespace) -> bool:
     from vllm.entrypoints.launchers.api_server import entry
 
     from arctic_plugins.patches import patch
-    from arctic_plugins_vllm import refusals
 
-    refusals.install()
     asked, died = False, False
     read_in, why = "vllm 0.32.0", "tells whether the engine died or was stopped: both end the server with status 0"
 
