@@ -1,12 +1,12 @@
 """A server of `arctic serve` under more load than it can work on, and its end: by SIGTERM, and by a process that dies.
 
-    python benchmarks/serving_load.py TRACE [--checkpoint DIR] [--requests 1000] [--clients 200] [--prompt-length 200]
+    python benchmarks/serving_load.py TRACE [--requests 1000] [--clients 200] [--prompt-length 200]
                                       [--response-length 26] [--rounds 3] [--json FILE]
 
-TRACE is sent with `arctic bench trace`, in the format that it reads; its requests get the given lengths, those of a
-tiny random Llama, which is served unless --checkpoint names another model. Memory is that of all processes of the
-server, resident, after each round. Then --clients streams leave after their first token, and three servers end while 16
-streams are in flight, all with the client of OpenAI: seconds until the engine is idle, and until the process has ended.
+The model is a tiny random Llama, so that nearly all of the time is the server's. TRACE is sent with `arctic bench
+trace`, in the format that it reads; its requests get the given lengths. Memory is that of all processes of the server,
+resident, after each round. Then --clients streams leave after their first token, and three servers end while 16 streams
+are in flight, all with the client of OpenAI: seconds until the engine is idle, and until the process has ended.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ from arctic_plugins_vllm.running import Server
 from arctic_plugins.testing import tiny_llama
 
 MODEL = "model"
-STREAMS = 16
+LENGTH = 4096
+"""Most tokens of a prompt and its response."""
+STREAMS, TOKENS = 16, 2000
+"""The number of streams that an end interrupts, and of tokens that each asks for: seconds of work, on any machine."""
 
 
 def processes(server: Server) -> list[psutil.Process]:
@@ -119,7 +122,7 @@ def bench(server: Server, arguments: Sequence[Any]) -> dict[str, Any]:
     return dict(load["results"][""])
 
 
-def end(server: Server, tokens: int, name: str | None) -> dict[str, Any]:
+def end(server: Server, name: str | None, number: int = STREAMS, tokens: int = TOKENS) -> dict[str, Any]:
     """End a server, by SIGTERM or by killing its process called ``name``, while it streams."""
     begun = 0.0
     target = processes(server)[0]
@@ -131,7 +134,7 @@ def end(server: Server, tokens: int, name: str | None) -> dict[str, Any]:
         begun = time.monotonic()
         target.send_signal(signal.SIGTERM if name is None else signal.SIGKILL)
 
-    ends = asyncio.run(streams(server, STREAMS, tokens, then))
+    ends = asyncio.run(streams(server, number, tokens, then))
     status = server.process.wait(timeout=120)
     return {"streams": dict(ends), "status": status, "seconds": time.monotonic() - begun}
 
@@ -140,7 +143,6 @@ def main() -> None:
     """Run everything, and print it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("trace", type=Path)
-    parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--clients", type=int, default=200)
     parser.add_argument("--prompt-length", type=int, default=200)
@@ -152,10 +154,11 @@ def main() -> None:
     load = [args.trace, "--requests", args.requests, "--clients", args.clients, *lengths]
     result: dict[str, Any] = {"rounds": [], "ends": {}}
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint = args.checkpoint or tiny_llama(Path(directory) / "tiny")
-        served = [str(checkpoint), "--served-model-name", MODEL, "--max-model-len", "512", "--enforce-eager"]
+        checkpoint = tiny_llama(Path(directory) / "tiny", max_position_embeddings=LENGTH)
+        served = [str(checkpoint), "--served-model-name", MODEL, "--max-model-len", str(LENGTH), "--enforce-eager"]
         with Server(served, Path(directory) / "log") as server:
-            result["before"] = memory(server)
+            result["memory"] = memory(server)
+            print(f"before: {result['memory'] / 2**20:.0f} MiB", flush=True)
             for number in range(args.rounds):
                 figures = bench(server, [*load, "--seed", number])
                 figures |= {"memory": memory(server), "unfinished": unfinished(server)}
@@ -168,14 +171,14 @@ def main() -> None:
                     f"{figures['unfinished']} unfinished, {figures['memory'] / 2**20:.0f} MiB",
                     flush=True,
                 )
-            asyncio.run(leave(server, args.clients, 300, args.clients))
+            asyncio.run(leave(server, args.clients, TOKENS, args.clients))
             result["idle"] = idle(server)
             print(f"{args.clients} clients left: idle after {result['idle']:.2f} s", flush=True)
-            result["ends"]["SIGTERM"] = end(server, 300, None)
+            result["ends"]["SIGTERM"] = end(server, None)
         print(f"SIGTERM: {result['ends']['SIGTERM']}", flush=True)
         for name in ("EngineCore", "Worker"):
             with Server(served, Path(directory) / "log") as server:
-                result["ends"][name] = end(server, 300, name)
+                result["ends"][name] = end(server, name)
             print(f"SIGKILL of the {name}: {result['ends'][name]}", flush=True)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n")
