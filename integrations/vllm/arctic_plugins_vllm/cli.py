@@ -22,8 +22,17 @@ __all__ = ["serve"]
     help="Encode a plain checkpoint while it is loaded: plugin names, separated by commas, or JSON as for 'arctic "
     "quantize'.",
 )
+@click.option(
+    "--lora",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Also serve the adapter in the directory PATH, in PEFT's format, as the model NAME. Can be repeated.",
+)
 @click.pass_context
-def serve(context: click.Context, checkpoint: str, base: str | None, plugins: str | None) -> None:
+def serve(
+    context: click.Context, checkpoint: str, base: str | None, plugins: str | None, adapters: tuple[str, ...]
+) -> None:
     """Serve CHECKPOINT (a directory or Hub id, or a LoRA adapter that 'arctic train' wrote) over HTTP with the OpenAI
     API.
 
@@ -40,6 +49,8 @@ def serve(context: click.Context, checkpoint: str, base: str | None, plugins: st
 
     from arctic_plugins.errors import ConfigError
     from arctic_plugins.stack import Stack, parse_plugins
+    from arctic_plugins_vllm.about import SERVED
+    from arctic_plugins_vllm.adapters import parse_adapters
     from arctic_plugins_vllm.serving import server_command, server_options
 
     if checkpoint.startswith("-"):  # click passes unknown options to the argument
@@ -48,7 +59,11 @@ def serve(context: click.Context, checkpoint: str, base: str | None, plugins: st
             fix="write 'arctic serve CHECKPOINT', followed by vLLM's options",
         )
     stack = None if plugins is None else Stack.from_dict(parse_plugins(plugins))
-    values, environment = server_options(checkpoint, context.args, base=base, plugins=stack)
+    values, environment = server_options(
+        checkpoint, context.args, base=base, plugins=stack, adapters=parse_adapters(adapters)
+    )
+    if stack is not None:
+        values["additional_config"] = {SERVED: stack.to_dict()}  # shown in the server's log and metrics
     command = server_command(values, context.args)
     if "dtype" in values:
         dtype = values["dtype"]

@@ -180,7 +180,7 @@ def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
     plain = make(tmp_path / "plain", {})
     adapter = make(tmp_path / "adapter", None, adapter_of=plain, plugins={"fp8": {}, "lora": {"r": 4}})
     with pytest.raises(
-        ConfigError, match=f"its base {plain} is plain; 'arctic quantize {plain} BASE --plugins fp8' and 'arctic serve"
+        ConfigError, match=f"its base {plain} is plain; arctic quantize {plain} BASE --plugins fp8 && arctic serve BASE"
     ):
         server_options(str(adapter), base=str(plain))
     assert server_options(str(adapter), base=str(base))[0]["model"] == str(base)
@@ -241,9 +241,10 @@ def test_a_hub_id_goes_to_vllm_as_it_is():
     assert server_options("some/model")[0] == {**READ, "model": "some/model"}
 
 
-def test_an_adapter_of_another_program_says_so(base, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is an adapter without arctic_plugins\.json"):
-        server_options(str(make(tmp_path / "adapter", None, adapter_of=base)))
+def test_an_adapter_of_another_program_is_served_over_the_base_that_it_names(base, tmp_path):
+    adapter = make(tmp_path / "adapter", None, adapter_of="some/model")
+    values, _ = server_options(str(adapter))
+    assert (values["model"], values["lora_modules"]) == ("some/model", [{"name": "adapter", "path": str(adapter)}])
 
 
 def test_an_adapter_is_named_after_its_directory_wherever_one_stands(base, tmp_path, monkeypatch):
