@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from arctic_plugins.adapter import ADAPTER, WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.discovery import load_plugin, process_registry
-from arctic_plugins.errors import CheckpointError, ConfigError
+from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
 from arctic_plugins.files import check_directory
 from arctic_plugins.frozen import METHOD, ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files
@@ -110,6 +110,9 @@ def open_adapter(path: str | Path, name: str | None = None) -> Adapter:
     check_directory(path)
     is_recorded = (path / FILE_NAME).is_file()
     stack = stack_from_checkpoint(path) if is_recorded else _serving_plugins()
+    if is_recorded:
+        check_files(path)
+    _check_readable(path)
     arguments = stack.vllm_engine_args(path)
     if "lora_modules" not in arguments:
         raise ConfigError(
@@ -117,13 +120,18 @@ def open_adapter(path: str | Path, name: str | None = None) -> Adapter:
             expected="one that fills the slot 'adapter'",
             fix="install it, or use vLLM's --lora-modules",
         )
-    if is_recorded:
-        check_files(path)
-    if not (path / WEIGHTS).is_file():  # otherwise vLLM looks for a pickle
-        raise CheckpointError(
-            f"{path} has no {WEIGHTS}", fix="the adapter is incomplete; copy it again, or save it again"
-        )
     return Adapter(name, path, stack, is_recorded, arguments)
+
+
+def _check_readable(path: Path) -> None:
+    """Raise CheckpointError if the adapter in ``path`` has no weights in safetensors' format: vLLM takes a pickle."""
+    again = "the adapter is incomplete; copy it again, or save it again"
+    if not (path / WEIGHTS).is_file():
+        raise CheckpointError(f"{path} has no {WEIGHTS}", fix=again)
+    try:
+        adapted_modules(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path / WEIGHTS} cannot be read: {error}", fix=again) from error
 
 
 def _serving_plugins() -> Stack:
@@ -218,13 +226,17 @@ def _misfit(adapter: Adapter, base: Base) -> tuple[str, tuple[int, ...], str] | 
             continue
         codec = None if codecs is None else codecs.codec_of(module)
         if codec is None:
-            found = shapes.get(f"{module}.weight", shape)
-            if found not in (shape, shape[::-1]):  # GPT-2's Conv1D holds [K, N]
-                return module, shape, str(found)
+            if shapes.get(f"{module}.weight", shape) not in (shape, shape[::-1]):  # GPT-2's Conv1D holds [K, N]
+                return module, shape, str(shapes[f"{module}.weight"])
             continue
-        for suffix, spec in codec.layout(shape).items():
-            if (stored := shapes.get(f"{module}.{suffix}")) is not None and stored != tuple(spec.shape):
-                return module, shape, f"{suffix} of shape {stored}, not {tuple(spec.shape)}"
+        try:
+            layout = {suffix: tuple(spec.shape) for suffix, spec in codec.layout(shape).items()}
+        except CodecError as error:
+            return module, shape, f"encoded weights: {error.found}"
+        for suffix, needed in layout.items():
+            stored = f"{module}.weight{suffix}"
+            if shapes.get(stored, needed) != needed:
+                return module, shape, f"one whose {stored.rpartition('.')[2]} is {shapes[stored]} instead of {needed}"
     return None
 
 

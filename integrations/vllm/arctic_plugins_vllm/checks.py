@@ -86,6 +86,7 @@ async def load_lora_adapter(load: Callable[..., Any], models: Any, *arguments: A
     _refused.set(refused := [])
     result = await load(models, *arguments, **keywords)
     if refused:
+        logger.warning("an adapter was refused: %s", refused[0])  # vLLM's answer has no paths
         return create_error_response(str(refused[0]), "BadRequestError", HTTPStatus.BAD_REQUEST)
     return result
 
