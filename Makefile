@@ -44,7 +44,7 @@ test-slow: install
 
 # Tests that depend on the processor, run as on one with AVX2 only. The two variables make any x86-64 machine behave like that.
 test-avx2: install
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/test_compute.py plugins/fp8/tests/test_kernels.py
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -q -m "not slow and not gpu" tests/test_compute.py plugins/fp8/tests/test_kernels.py plugins/bnb/tests/test_kernels.py
 
 # On a machine with a GPU, with a Python that has torch, transformers, peft and accelerate (docs/gpu.md). Installs nothing.
 GPU_PYTHON ?= python3

@@ -98,7 +98,21 @@ def vllm_engine_args(checkpoint: Path) -> Mapping[str, Any] | None:
     """Return vLLM engine arguments (``EngineArgs`` field names) for ``checkpoint``. Called only by ``arctic serve``.
 
     If two plugins return different values for the same key, an error names both. What the user sets on the command line
-    takes precedence.
+    takes precedence. A plugin that only does this, and fills no slot, works with every checkpoint: with ``arctic serve
+    CHECKPOINT --plugins NAME``, or recorded in the checkpoint.
+
+    .. versionadded:: 0.1
+    """
+
+
+@hookspec
+def vllm_check(arguments: Mapping[str, Any], model_config: Mapping[str, Any]) -> None:
+    """Raise a :class:`~arctic_plugins.errors.UserError` for what vLLM cannot do. Called by ``arctic serve`` before vLLM
+    starts.
+
+    ``arguments`` has the engine arguments of all plugins and of the checkpoint, and, in their place, what the user set
+    on the command line: text, or True for an option without a value. ``model_config`` is the ``config.json`` of the
+    model, for an adapter that of its base model; it is empty for a model that is not on this machine yet.
 
     .. versionadded:: 0.1
     """

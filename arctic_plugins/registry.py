@@ -16,7 +16,7 @@ from arctic_plugins.prose import first_paragraph
 
 __all__ = ["FIRST_PARTY", "ROPE_MARK", "Importer", "ModelClasses", "Registry", "load"]
 
-FIRST_PARTY = frozenset({"bnb", "deepspeed", "fp8", "longseq", "lora", "moe", "offload", "rope", "shard"})
+FIRST_PARTY = frozenset({"bnb", "deepspeed", "fp8", "longseq", "lora", "moe", "offload", "rope", "shard", "speculate"})
 """Plugins whose distribution is ``arctic-plugins-NAME``. That of any other may be known only from an untrusted file."""
 
 ROPE_MARK = "arctic_rope"

@@ -24,6 +24,9 @@ __all__ = ["Setting", "Stack", "parse_plugins", "read_yaml"]
 logger = logging.getLogger(__name__)
 
 
+_MODEL_HOOKS = frozenset({"claim", "hf_configure_model", "hf_transform_model"})
+
+
 @dataclass(frozen=True)
 class Setting:
     """One option of one plugin, and its source: ``"recipe"`` or ``"default"``."""
@@ -150,6 +153,29 @@ class Stack:
             )
         return Stack((*self, *other), {**self._hidden, **other._hidden})
 
+    def updated(self, other: Stack) -> Stack:
+        """Return both stacks as one, with the plugins of ``other`` in place of those of the same name.
+
+        .. versionadded:: 0.1
+        """
+        names = {plugin.name for plugin in other}
+        kept = tuple(plugin for plugin in self if plugin.name not in names)
+        return Stack((*kept, *other), {**self._hidden, **other._hidden})
+
+    def of_model(self) -> Stack:
+        """Return the part of this stack that concerns the model: plugins that fill a slot or change models otherwise.
+
+        The rest only configures a host.
+
+        .. versionadded:: 0.1
+        """
+        kept = tuple(plugin for plugin in self.plugins if plugin.slots or self._implements(plugin, _MODEL_HOOKS))
+        return Stack(kept, self._hidden)
+
+    def _implements(self, plugin: Plugin, hooks: frozenset[str]) -> bool:
+        callers = self._manager.get_hookcallers(plugin) or ()
+        return any(caller.name in hooks for caller in callers)
+
     def slots(self, plugin: Plugin) -> frozenset[str]:
         """Return the slots of ``plugin`` that this stack uses."""
         return plugin.slots - self._hidden[plugin.name]
@@ -245,6 +271,17 @@ class Stack:
                     )
                 owner[key] = plugin.name
         return merged
+
+    def vllm_check(self, arguments: Mapping[str, Any], model_config: Mapping[str, Any]) -> None:
+        """Let every plugin refuse what cannot be done with these engine arguments; see the hook of the same name.
+
+        Raises:
+            UserError: a plugin's reason, in one line.
+
+        .. versionadded:: 0.1
+        """
+        for _ in self._each("vllm_check", arguments=arguments, model_config=model_config):
+            pass
 
     def _each(self, hook: str, *, only: Plugin | None = None, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
         """Call ``hook`` of every plugin, one after another, in order.

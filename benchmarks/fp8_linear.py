@@ -7,7 +7,8 @@ The columns `float32` and `bf16` are `nn.Linear` with weights and inputs in that
 in the dtype that `dtype: auto` selects on this processor for a bfloat16 checkpoint, or in ``--dtype``. Caches are cold:
 every contender runs through as many layers as make 256 MB of fp8 weights, and contenders take turns after each set of
 layers, so that other load on the machine affects all of them. A cell is the median time per layer over all rounds. Very
-slow contenders run through fewer layers, twice. Memory bandwidth is measured in the same run: reading is torch's sum of
+slow contenders run through fewer layers, twice. On a busy machine, ``--busy`` counts the time in which the only thread
+had a processor instead of the time that passed. Memory bandwidth is measured in the same run: reading is torch's sum of
 512 MB in one tensor, and its sum over the same weights; copying is its copy of 512 MB (bytes read and written).
 """
 
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 from arctic_plugins_bnb.codec import Int8Codec, NF4Codec
+from arctic_plugins_bnb.ops import compiled
 from arctic_plugins_fp8 import kernels
 from arctic_plugins_fp8.codec import CANDIDATES, LARGEST_WEIGHT, FP8Codec
 from torch import Tensor, nn
@@ -38,8 +40,11 @@ OURS = ("fp8", "fp8 g128", "fp6", "fp12")
 PLAIN = {"float32": torch.float32, "bf16": torch.bfloat16}
 
 
-def layers(weight_NK: Tensor, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The weight in every contender's form, for inputs in ``dtype``."""
+clock = time.perf_counter
+
+
+def layers(weight_NK: Tensor, dtype: torch.dtype, only: list[str] | None = None) -> dict[str, nn.Module]:
+    """The weight in every contender's form, or in that of ``only`` some, for inputs in ``dtype``."""
     out_features, in_features = weight_NK.shape
     made: dict[str, nn.Module] = {}
     for name, stored in PLAIN.items():
@@ -51,16 +56,19 @@ def layers(weight_NK: Tensor, dtype: torch.dtype) -> dict[str, nn.Module]:
     for name, codec in zip(OURS, codecs, strict=True):
         made[name] = FrozenLinear.from_linear(plain, codec)
         made[name].encode(weight_NK)
-    for name, codec in (("bnb int8", Int8Codec()), ("bnb nf4", NF4Codec())):
+    bnb = {"bnb int8": Int8Codec(), "bnb nf4": NF4Codec(), "bnb nf4 double": NF4Codec(double_quant=True)}
+    for name, codec in bnb.items():
         made[name] = FrozenLinear.from_linear(plain, codec)
         made[name].encode(weight_NK)
     made["aten int8pack"] = Int8Pack(weight_NK, dtype)
     for add in (_torchao, _bitsandbytes):
+        if only and not any(name.startswith(add.__name__[1:]) for name in only):
+            continue
         try:
             made |= add(plain)
         except ImportError as error:
             print(f"skipped: {error}")
-    return made
+    return {name: layer for name, layer in made.items() if not only or name in only}
 
 
 class Int8Pack(nn.Module):
@@ -111,18 +119,18 @@ def interleaved(contenders: dict[str, Callable[[], object]], seconds: float, lea
         for name, run in contenders.items():
             if rounds > 1 and times[name][0] > 3:
                 continue
-            begin = time.perf_counter()
+            begin = clock()
             run()
-            times[name].append(time.perf_counter() - begin)
+            times[name].append(clock() - begin)
         rounds += 1
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def seconds(run: Callable[[], object]) -> float:
     """Of one call."""
-    begin = time.perf_counter()
+    begin = clock()
     run()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def bandwidth() -> tuple[float, float]:
@@ -134,15 +142,21 @@ def bandwidth() -> tuple[float, float]:
 
 
 def measure(
-    shape: tuple[int, int], dtype: torch.dtype, only: list[str] | None = None, all_rows: tuple[int, ...] = ROWS
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    only: list[str] | None = None,
+    all_rows: tuple[int, ...] = ROWS,
+    limit: float = 15,
 ) -> dict[str, object]:
-    """All of it for one shape ``(N, K)`` and inputs in ``dtype``; with ``only``, the table of these contenders."""
+    """All of it for one shape ``(N, K)`` and inputs in ``dtype``; with ``only``, the table of these contenders.
+
+    Every line of the table takes about ``limit`` seconds.
+    """
     out_features, in_features = shape
     count = max(2, -(-MEGABYTES * 2**20 // (out_features * in_features)))
     made = []
     for _ in range(count):
-        each = layers(torch.randn(shape).mul_(0.02).bfloat16(), dtype)
-        made.append({name: layer for name, layer in each.items() if not only or name in only})
+        made.append(layers(torch.randn(shape).mul_(0.02).bfloat16(), dtype, only))
     read, copy = bandwidth()
     print(
         f"\n### N = {out_features}, K = {in_features}: {count} layers; memory reads {read / 1e9:.1f} GB/s, copies "
@@ -164,7 +178,7 @@ def measure(
         inputs = {name: x_MK.to(PLAIN.get(name, dtype)) for name in names}
         with torch.inference_mode():
             steps = {name: max(1, min(count, round(0.5 / seconds(walk(name, inputs[name], 1))))) for name in names}
-            times = interleaved({name: walk(name, inputs[name], steps[name]) for name in names}, 15, 4)
+            times = interleaved({name: walk(name, inputs[name], steps[name]) for name in names}, limit, 4)
         table[str(rows)] = {name: taken / steps[name] * 1e3 for name, taken in times.items()}
         cells = " | ".join(f"{milliseconds:.3g}" for milliseconds in table[str(rows)].values())
         best = min(table[str(rows)][name] for name in PLAIN if name in names)
@@ -278,17 +292,23 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", action="append", help="a contender; repeat it for several, among them bf16 and fp8")
     parser.add_argument("--rows", type=int, action="append", help="rows of x; repeat it for several")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="how many of the shapes")
+    parser.add_argument("--shape", type=int, nargs=2, action="append", help="N and K; repeat it for several")
+    parser.add_argument("--seconds", type=float, default=15, help="for each line of a table")
+    parser.add_argument("--busy", action="store_true", help="count processor time, of one thread")
     arguments = parser.parse_args()
+    if arguments.busy:
+        global clock
+        clock = time.thread_time
+        torch.set_num_threads(1)
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {kernels.describe()[1]}, inputs in "
-        f"{arguments.dtype}"
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp8 {kernels.describe()[1]}, bnb CPU: "
+        f"{compiled.describe()[1]}, inputs in {arguments.dtype}"
     )
     results = {
         f"{shape[0]} x {shape[1]}": measure(
-            shape, getattr(torch, arguments.dtype), arguments.only, tuple(arguments.rows or ROWS)
+            shape, getattr(torch, arguments.dtype), arguments.only, tuple(arguments.rows or ROWS), arguments.seconds
         )
-        for shape in SHAPES[: arguments.shapes]
+        for shape in map(tuple, arguments.shape or SHAPES)
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))

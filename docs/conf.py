@@ -32,7 +32,6 @@ extensions = [
 
 myst_heading_anchors = 4  # the anchors that GitHub gives to headings
 myst_enable_extensions = ["deflist"]
-suppress_warnings = ["toc.not_readable"]  # pages that are still being written
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

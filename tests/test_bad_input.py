@@ -324,6 +324,26 @@ CASES = {
         ("serve", "encoded"),
         "has 9 bytes; expected the",
     ),
+    "plugins that do nothing in vLLM": (
+        None,
+        ("serve", "plain", "--plugins", "deepspeed"),
+        "--plugins deepspeed does nothing in vLLM; expected plugins that encode weights, such as fp8, or",
+    ),
+    "a draft model that is not named": (
+        None,
+        ("serve", "encoded", "--plugins", '{"speculate": {"method": "draft"}}'),
+        "method 'draft' and no model",
+    ),
+    "a draft model with another vocabulary": (
+        lambda here: rewrite(here / "plain/config.json", vocab_size=300),
+        ("serve", "encoded", "--plugins", '{"speculate": {"method": "draft", "model": "plain"}}'),
+        "the draft model plain has a vocabulary of 300 tokens; expected 272",
+    ),
+    "drafts for a model that generates nothing": (
+        None,
+        ("serve", "encoded", "--plugins", "speculate", "--runner", "pooling"),
+        "'speculate' is for models that generate text, and encoded is a pooling model",
+    ),
     # recipes and data
     "no recipe": (None, ("train", "nowhere.yaml"), "nowhere.yaml does not exist"),
     "a recipe that is no YAML": (write("recipe.yaml", "model: [\n"), TRAIN, "recipe.yaml is not valid YAML: .*line"),

@@ -32,7 +32,9 @@ def blocks(language):
 
 
 RECIPES = [
-    *(found for found in blocks("yaml") if "model:" in found[1]),
+    *(
+        found for found in blocks("yaml") if "model:" in found[1] and "writing-a-" not in found[0]
+    ),  # test_tutorials runs those
     *((path.name, path.read_text()) for path in sorted((ROOT / "examples").glob("*.yaml"))),
 ]
 
@@ -110,6 +112,8 @@ def test_commands_and_options_in_the_documents_exist():
     assert {name for _, name, _ in lines} <= set(_commands())
     for page, name, words in lines:
         command = arctic.get_command(click.Context(arctic), name)
+        if isinstance(command, click.Group):
+            command = command.get_command(click.Context(command), words[0])
         parameters = command.get_params(click.Context(command))
         known = {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
         options = {word.partition("=")[0] for word in words if word.startswith("--")}

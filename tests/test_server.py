@@ -1,4 +1,4 @@
-"""Real servers of ``arctic serve``: adapters, metrics, processes, and how they end."""
+"""Real servers of ``arctic serve``: ``arctic bench`` measures them, adapters, metrics, processes, and how they end."""
 
 import json
 import os
@@ -15,11 +15,13 @@ from contextlib import suppress
 import psutil
 import pytest
 import torch
+import vllm.logger  # noqa: F401 - before output is captured, since it keeps the stream
 from arctic_plugins_huggingface import load_model, save_checkpoint
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_vllm.server import ENGINE_DIED
 
-from arctic_plugins import Stack
+from arctic_plugins import Stack, host_version
+from arctic_plugins.cli import main
 from arctic_plugins.testing import draw_adapter, run_python, tiny_llama
 
 PROMPT, TOKENS = list(range(10, 30)), 8
@@ -95,10 +97,10 @@ def models(tmp_path_factory):
     return {"base": base, "unencoded": plain, **{name: directory / name for name in kinds}}
 
 
-@pytest.fixture
-def servers(models, tmp_path, traced):
+@pytest.fixture(scope="module")
+def servers(models, tmp_path_factory, traced):
     """Two, started side by side, each with its port and log: one with adapters, and one of a plain model."""
-    started = []
+    tmp_path, started = tmp_path_factory.mktemp("servers"), []
     adapters = [f"{name}={models[name]}" for name in ("one", "two")]
     arguments = {
         "stopped": [models["base"], *(word for adapter in adapters for word in ("--lora", adapter)), "--dtype=float32"],
@@ -187,6 +189,39 @@ def check_stops(server, at):
     assert chunks[-1]["finish_reason"] == "length"
     assert 503 in refused
     assert server.wait(timeout=60) == 0
+
+
+def test_they_are_compared(servers, capsys):
+    urls = []
+    for _, at, log in servers:
+        ready(servers[len(urls)][0], at, log)
+        urls.append(f"http://127.0.0.1:{at}")
+    lengths = ["--prompt-length", "20", "--response-length", "6"]
+    with pytest.raises(SystemExit) as raised:
+        main(
+            [
+                "bench",
+                "online",
+                "--compare",
+                *urls,
+                "--rates",
+                "inf",
+                "--requests",
+                "3",
+                *lengths,
+                "--rounds",
+                "1",
+                "--json",
+            ]
+        )
+    output, error = capsys.readouterr()
+    assert raised.value.code == 0, error
+    result = json.loads(output)
+    for target in result["targets"]:
+        assert (target["server"], target["max_model_len"]) == (f"vLLM {host_version('vllm')[1]}", 512)
+    for found in result["loads"][0]["results"].values():
+        assert (found["requests"], found["failed"], found["prompt_tokens"], found["response_tokens"]) == (3, 0, 60, 18)
+        assert (found["counters"]["prefix_cache_queries"], found["counters"]["prefix_cache_hits"]) == (60, 0)
 
 
 def test_a_server_from_its_start_to_its_end(servers, models, traced):

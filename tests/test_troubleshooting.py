@@ -61,15 +61,16 @@ def test_the_source_has_the_message(printed, message):
 
 
 SOURCES = {
-    "bitsandbytes": ("bitsandbytes", "backends/cpu/ops.py"),
-    "transformers": ("transformers", "quantizers/auto.py"),
-    "Unknown": ("vllm", "config/model.py"),
-    "To": ("vllm", "v1/core/kv_cache_utils.py"),
-    "No": ("vllm", "v1/core/kv_cache_utils.py"),
-    "Available": ("vllm", "v1/worker/cpu_worker.py"),
-    "Engine": ("vllm", "v1/engine/utils.py"),
+    "Failed to load CPU": ("bitsandbytes", "backends/cpu/ops.py"),
+    "Unknown quantization type": ("transformers", "quantizers/auto.py"),
+    "Your setup": ("transformers", "training_args.py"),
+    "Unknown quantization method": ("vllm", "config/model.py"),
+    "To serve": ("vllm", "v1/core/kv_cache_utils.py"),
+    "No available memory": ("vllm", "v1/core/kv_cache_utils.py"),
+    "Available memory": ("vllm", "v1/worker/cpu_worker.py"),
+    "Engine core": ("vllm", "v1/engine/utils.py"),
 }
-"""Library, or the first word of a message of vLLM -> the package and the module that has the message."""
+"""The beginning of a message -> the package and the module that has it."""
 
 
 def unknown_operator():
@@ -104,7 +105,7 @@ def test_messages_of_other_programs(message, owner):
         with pytest.raises(Exception, match=pattern(message)):
             PROVOKED[owner][message]()
         return
-    package, module = SOURCES.get(owner) or SOURCES[message.partition(" ")[0]]
+    package, module = next(source for start, source in SOURCES.items() if message.startswith(start))
     if (found := importlib.util.find_spec(package)) is None:
         pytest.skip(f"{package} is not installed")
     path = Path(found.submodule_search_locations[0]) / module

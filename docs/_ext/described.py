@@ -128,11 +128,19 @@ def describe_commands() -> Iterator[str]:
     Raises:
         RuntimeError: a command cannot be imported.
     """
-    for name in ("", *arctic.list_commands(click.Context(arctic))):
+    for name in ("", *_commands(arctic)):
         found = CliRunner().invoke(arctic, [*name.split(), "--help"], prog_name="arctic", terminal_width=90)
         if found.exit_code or "(broken)" in found.output:
             raise RuntimeError(f"arctic {name} --help: {found.output}")
         yield from (f"## `{f'arctic {name}'.strip()}`", "", "```text", found.output.rstrip(), "```", "")
+
+
+def _commands(group: click.Group) -> Iterator[str]:
+    """Yield the names of the commands in ``group``, after each group those of its own."""
+    for name in group.list_commands(click.Context(group)):
+        yield name
+        if isinstance(command := group.get_command(click.Context(group), name), click.Group):
+            yield from (f"{name} {inner}" for inner in _commands(command))
 
 
 def describe_faces() -> Iterator[str]:

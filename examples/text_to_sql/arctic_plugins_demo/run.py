@@ -27,7 +27,7 @@ from arctic_plugins.frozen import FrozenModule
 from arctic_plugins_demo.budget import StepBudget
 from arctic_plugins_demo.execution import accuracy, is_correct
 from arctic_plugins_demo.model import smollm2
-from arctic_plugins_demo.page import write_page
+from arctic_plugins_demo.page import write_report
 from arctic_plugins_demo.text_to_sql import Example, generate, write_jsonl
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def run_demo(
         expected = [_token_ids(model, tokenizer, example.prompt, recipe.data.system) for example in questions]
         del model
         gc.collect()
-        with Server(merged, out / "server.log", console=console) as server:
+        with Server([str(merged)], out / "server.log", console=console) as server:
             report.served = [
                 _ask(server, example, tokens, recipe.data.system)
                 for example, tokens in zip(questions, expected, strict=True)
@@ -169,7 +169,7 @@ def run_demo(
         show_served(report.served, console)
     report.seconds, report.peak_memory = time.perf_counter() - started, peak_memory()
     (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-    write_page(report, out / "report.html")
+    write_report(report, out / "report.html")
     show_summary(report, out, console)
     return report
 

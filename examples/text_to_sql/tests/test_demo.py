@@ -6,7 +6,7 @@ import pytest
 import torch
 from arctic_plugins_demo.budget import StepBudget
 from arctic_plugins_demo.model import smollm2
-from arctic_plugins_demo.page import write_page
+from arctic_plugins_demo.page import write_report
 from arctic_plugins_demo.run import DemoReport, ServedAnswer, one_of_each_kind
 from arctic_plugins_demo.serving import Server
 from arctic_plugins_demo.text_to_sql import generate
@@ -59,7 +59,7 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_what_models_say(t
         machine="a & b",
     )
     report.served = [ServedAnswer("How many <script>?", "SELECT '<img src=x>'", True, 3, 3)]
-    write_page(report, tmp_path / "report.html")
+    write_report(report, tmp_path / "report.html")
     tags, attributes = [], []
 
     class Parser(HTMLParser):
@@ -83,8 +83,8 @@ def test_the_page_is_one_file_that_fetches_nothing_and_escapes_what_models_say(t
 
 def test_a_server_that_ends_says_why(tmp_path):
     with (
-        pytest.raises(ArcticError, match="the server ended: .*has no config.json"),
-        Server(tmp_path / "nowhere", tmp_path / "log", timeout=60),
+        pytest.raises(ArcticError, match="the server ended with status 2: .*has no config.json"),
+        Server([str(tmp_path / "nowhere")], tmp_path / "log", timeout=60),
     ):
         pass
 

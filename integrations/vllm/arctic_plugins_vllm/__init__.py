@@ -9,11 +9,11 @@ from arctic_plugins._lazy import lazily
 
 if TYPE_CHECKING:
     from arctic_plugins.registry import ModelClasses
-    from arctic_plugins_vllm.serving import on_the_fly
+    from arctic_plugins_vllm.serving import engine_args, on_the_fly
 
-__all__ = ["on_the_fly", "register"]
+__all__ = ["engine_args", "on_the_fly", "register"]
 
-__getattr__ = lazily(__name__, {"serving": ("on_the_fly",)})
+__getattr__ = lazily(__name__, {"serving": ("engine_args", "on_the_fly")})
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +39,11 @@ def register() -> None:
     if is_registered("arctic"):
         return
     from arctic_plugins.discovery import process_registry
-    from arctic_plugins_vllm import checks, rope
+    from arctic_plugins_vllm import checks, rope, speculation
     from arctic_plugins_vllm.quantization import ArcticConfig, ConvertedConfig
 
     rope.install()
+    speculation.install()
     checks.install()
     register_quantization_config("arctic")(ArcticConfig)
     for name in process_registry().converter_names():

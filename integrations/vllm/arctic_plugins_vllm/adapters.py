@@ -55,7 +55,7 @@ class Adapter:
     @property
     def changes(self) -> Stack:
         """The plugins that change the config of a model, and of any base model under this adapter."""
-        return self.stack.to_use().without("weight_codec", "placement", "adapter")
+        return self.stack.to_use().of_model().without("weight_codec", "placement", "adapter")
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,9 @@ __all__ = ["serve"]
 )
 @click.option(
     "--plugins",
-    help="Encode a plain checkpoint while it is loaded: plugin names, separated by commas, or JSON as for 'arctic "
-    "quantize'.",
+    help="Plugins in addition to those that CHECKPOINT records: names, separated by commas, or JSON as for 'arctic "
+    "quantize'. Those that encode weights, such as fp8, do so while a plain checkpoint is loaded. Those that only "
+    "configure vLLM, such as speculate, work with every checkpoint.",
 )
 @click.option(
     "--lora",
@@ -43,6 +44,7 @@ def serve(
     Example:
       arctic serve out-merged --port 8000 --max-model-len 4096
       arctic serve HuggingFaceTB/SmolLM2-135M-Instruct --plugins fp8
+      arctic serve out-merged --plugins speculate
     """
     import os
     import sys

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -57,6 +57,7 @@ __all__ = [
     "UnquantizedLinearMethod",
     "VocabParallelEmbedding",
     "activate_experts",
+    "ask",
     "chosen_kernel",
     "cleanup_dist_env_and_memory",
     "expert_activation",
@@ -71,6 +72,7 @@ __all__ = [
     "model_dtype",
     "note_for_compilation",
     "on_gpu",
+    "plain_tokens",
     "register_quantization_config",
     "rotary_embedding",
     "says",
@@ -200,3 +202,51 @@ def note_for_compilation(key: str, value: str) -> None:
     config = get_current_vllm_config_or_none()
     if config is not None and isinstance(config.additional_config, dict):
         config.additional_config[key] = value  # part of VllmConfig.compute_hash
+
+
+async def ask(
+    session: Any,
+    url: str,
+    model: str,
+    prompt: Sequence[int],
+    response_length: int,
+    *,
+    ignore_eos: bool,
+    extra_body: Mapping[str, Any],
+) -> Any:
+    """Send a request to ``/v1/completions`` and time its response, as ``vllm bench serve`` does.
+
+    Args:
+        session: an ``aiohttp.ClientSession``.
+        url: ends with ``/v1/completions``.
+        model: name of a model of the server.
+        prompt: token ids.
+        response_length: most tokens of the response.
+        ignore_eos: whether the response goes on to that length.
+        extra_body: more fields of the request.
+
+    Returns:
+        vLLM's ``RequestFuncOutput``. ``error`` is a traceback if the request failed. Errors that a server reports in
+            the middle of a stream are ignored there, with ``success`` set and ``output_tokens`` 0.
+    """
+    from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_completions
+
+    request = RequestFuncInput(
+        prompt=list(prompt),
+        api_url=url,
+        prompt_len=len(prompt),
+        output_len=response_length,
+        model=model,
+        ignore_eos=ignore_eos,
+        extra_body=dict(extra_body),
+    )
+    return await async_request_openai_completions(request, session)
+
+
+def plain_tokens(tokenizer: str) -> list[int]:
+    """Return the ids of the tokens of ``tokenizer`` (a directory or Hub id) that are not special."""
+    from vllm.tokenizers import get_tokenizer
+
+    loaded = get_tokenizer(tokenizer)
+    special = set(loaded.all_special_ids)
+    return [token for token in range(loaded.vocab_size) if token not in special]

@@ -20,7 +20,15 @@ from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_vllm.adapters import Adapter, Base, check_adapter, engine_arguments, open_adapter
 
-__all__ = ["encoding_of", "made_for", "needed_overrides", "on_the_fly", "server_command", "server_options"]
+__all__ = [
+    "encoding_of",
+    "engine_args",
+    "made_for",
+    "needed_overrides",
+    "on_the_fly",
+    "server_command",
+    "server_options",
+]
 
 MODULE = "arctic_plugins_vllm.server"
 LONGEST_VALUES = 100_000
@@ -60,6 +68,39 @@ def on_the_fly(checkpoint: str, stack: Stack, *, trust_remote_code: bool = False
     if "quantization_config" in overrides:
         overrides["quantization_config"] = {**overrides["quantization_config"], ON_THE_FLY: True}
     return overrides
+
+
+def engine_args(
+    checkpoint: str, plugins: Mapping[str, Any] | None = None, *, base: str | None = None, **given: Any
+) -> dict[str, Any]:
+    """Return arguments for ``LLM`` or ``AsyncEngineArgs`` that run ``checkpoint`` as ``arctic serve`` does.
+
+    ::
+
+        llm = LLM(**engine_args("merged", {"speculate": {}}, max_model_len=4096))
+
+    For an adapter they are those of its base model; pass the adapter to ``generate`` as a ``LoRARequest``.
+
+    Args:
+        checkpoint: directory or Hub id of a model, or directory of an adapter.
+        plugins: names of plugins with their options, as in ``arctic serve --plugins``.
+        base: the encoded base model of an adapter whose stack has a codec.
+        given: further arguments, which take precedence.
+
+    Raises:
+        UserError: see :func:`server_options`.
+    """
+    flags = {True: "--{}", False: "--no-{}"}
+    options = [
+        flags[value].format(name.replace("_", "-"))
+        if isinstance(value, bool)
+        else f"--{name.replace('_', '-')}={value}"
+        for name, value in given.items()
+        if value is not None
+    ]
+    stack = None if plugins is None else Stack.from_dict(plugins)
+    values, _ = server_options(checkpoint, options, base=base, plugins=stack)
+    return {**{name: value for name, value in values.items() if name != "lora_modules"}, **given}
 
 
 def _service(name: str) -> Callable[..., Any]:
@@ -106,7 +147,9 @@ def server_options(
         checkpoint: directory or Hub id of a model, or directory of an adapter.
         options: options of vLLM's server, verbatim; they take precedence over those that plugins set.
         base: the encoded base model of an adapter whose stack has a codec.
-        plugins: the stack that encodes a plain checkpoint while it is loaded.
+        plugins: a stack in addition to the one that the checkpoint records, and in place of its plugins of the same
+            name. Plugins that concern the model encode or change a plain checkpoint while it is loaded. Those that only
+            configure vLLM work with every checkpoint.
         adapters: name in requests -> directory of further adapters in PEFT's format.
 
     Returns:
@@ -118,7 +161,9 @@ def server_options(
         CheckpointError: there is no checkpoint, or no installed plugin provides its codec.
         ConfigError: an adapter was trained over encoded weights and its base is not encoded in the same way, or over
             a model of other shapes; adapters need different settings of the base; the adapter names a local directory
-            as its base and ``base`` does not confirm it; or ``base`` is given for a model that is not an adapter.
+            as its base and ``base`` does not confirm it; ``base`` is given for a model that is not an adapter; or
+            ``plugins`` do nothing in vLLM.
+        UserError: a plugin's ``vllm_check`` raised it.
     """
     path = Path(os.path.abspath(checkpoint))  # so that "." gets a name under which an adapter can be served
     is_adapter = (path / ADAPTER).is_file()
@@ -130,18 +175,20 @@ def server_options(
         )
     recorded = stack_from_checkpoint(path) if not is_adapter and (path / FILE_NAME).is_file() else Stack()
     stack = served[0].stack if is_adapter else recorded
-    for each in (stack, *(adapter.stack for adapter in served)):
+    whole = stack if plugins is None else stack.updated(plugins)
+    for each in (whole, *(adapter.stack for adapter in served)):
         each.check_host("vllm")
     trusted = any(option.replace("_", "-") == "--trust-remote-code" for option in options)
-    arguments: dict[str, Any] = {**READ, "model": checkpoint, **stack.vllm_engine_args(path)}
+    arguments: dict[str, Any] = {**READ, "model": checkpoint, **whole.vllm_engine_args(path)}
     if base is not None:
         if not is_adapter:
             raise ConfigError(f"--base is for adapters, and {checkpoint} is not an adapter", fix="leave --base out")
         arguments["model"] = base
-    if plugins is not None:
+    encoding = Stack() if plugins is None else plugins.of_model()
+    if len(encoding):
         if is_adapter:
             raise ConfigError(
-                f"--plugins is for models, and {checkpoint} is an adapter",
+                f"--plugins has '{next(iter(encoding)).name}', which changes models, and {checkpoint} is an adapter",
                 fix="quantize its base, and pass the result with --base",
             )
         if _option(options, "hf-overrides") is not None:
@@ -150,7 +197,13 @@ def server_options(
                 expected="one of them",
                 fix="quantize first",
             )
-        arguments["hf_overrides"] = on_the_fly(checkpoint, plugins, trust_remote_code=trusted)
+        arguments["hf_overrides"] = on_the_fly(checkpoint, encoding, trust_remote_code=trusted)
+    elif plugins is not None and not plugins.vllm_engine_args(path):
+        raise ConfigError(
+            f"--plugins {','.join(plugin.name for plugin in plugins)} does nothing in vLLM",
+            expected="plugins that encode weights, such as fp8, or that configure vLLM, such as speculate",
+            fix="leave it out",
+        )
     if (
         is_adapter
         and base is None
@@ -182,14 +235,15 @@ def server_options(
                 fix="leave the option out, or create the checkpoint again with another --tensor-parallel, or without",
             )
         arguments.update(load_format="sharded_state", tensor_parallel_size=size)
-    environment = {}
     if _option(options, "runner") is None and _is_headless(config):
         arguments["runner"] = "pooling"  # otherwise vLLM takes LlamaModel, for example, for LlamaForCausalLM
     if _option(options, "dtype") is None and (dtype := _dtype(config)) is not None:
         arguments["dtype"] = dtype
+    whole.vllm_check({**arguments, **_given(options)}, config)
+    environment = {}
     if _runs_on_cpu():
         _check_heads(config, model)
-        if (is_encoded or plugins is not None) and "--no-enforce-eager" not in options:
+        if (is_encoded or len(encoding)) and "--no-enforce-eager" not in options:
             # Compilation takes about a minute. A 1.1B model in fp8 then generates a sixth faster (docs/fp8.md).
             arguments["enforce_eager"] = True
         if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
@@ -379,6 +433,22 @@ def _option(options: Sequence[str], name: str) -> str | None:
         if flag.replace("_", "-") == f"--{name}":
             return value if given else next(iter(options[at + 1 :]), None)
     return None
+
+
+def _given(options: Sequence[str]) -> dict[str, str | bool]:
+    """Return ``options`` of a command line by the names of vLLM's fields; those without a value are True."""
+    given: dict[str, str | bool] = {}
+    name = ""
+    for option in options:
+        if option.startswith("--"):
+            name, has_value, value = option[2:].partition("=")
+            name = name.replace("-", "_")
+            given[name] = value if has_value else True
+        elif name and given[name] is True and not re.match(r"-\D", option):
+            given[name] = option
+        else:
+            name = ""  # a short option, or another value of the same one
+    return given
 
 
 def _runs_on_cpu() -> bool:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from arctic_plugins_vllm import serving
 from arctic_plugins_vllm.server import parse
-from arctic_plugins_vllm.serving import READ, server_options
+from arctic_plugins_vllm.serving import READ, engine_args, server_options
 from safetensors.torch import save_file
 
-from arctic_plugins import Stack, compute
+from arctic_plugins import Plugin, PluginConfig, Stack, compute, hookimpl
 from arctic_plugins.cli import main
 from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
 from arctic_plugins.provenance import write_provenance
@@ -301,10 +301,76 @@ def test_what_cannot_be_encoded_on_the_fly_is_told(base, tmp_path):
         server_options(str(encoded), plugins=fp8)
     with pytest.raises(ConfigError, match="the plugins change nothing"):
         server_options(str(plain), plugins=Stack.from_dict({"lora": {}}))
+    with pytest.raises(ConfigError, match="--plugins deepspeed does nothing in vLLM"):
+        server_options(str(plain), plugins=Stack.from_dict({"deepspeed": {}}))
     with pytest.raises(ConfigError, match="--plugins and --hf-overrides both"):
         server_options(str(plain), ["--hf-overrides={}"], plugins=fp8)
-    with pytest.raises(ConfigError, match="--plugins is for models"):
+    with pytest.raises(ConfigError, match="--plugins has 'fp8', which changes models, and .*adapter is an adapter"):
         server_options(str(make(tmp_path / "adapter", None, adapter_of=base, plugins={"lora": {}})), plugins=fp8)
+
+
+class Tuned(Plugin):
+    """A plugin that fills no slot and only configures vLLM; it refuses what it cannot serve."""
+
+    name = "tuned"
+
+    class config(PluginConfig):  # noqa: N801 - the attribute of Plugin
+        seed: int = 3
+        """A seed."""
+
+    @hookimpl
+    def vllm_engine_args(self):
+        return {"seed": self.options.seed}
+
+    @hookimpl
+    def vllm_check(self, arguments, model_config):
+        self.seen = arguments, model_config
+        if arguments.get("pipeline_parallel_size") == "2":
+            raise ConfigError("not with two")
+
+
+def test_a_plugin_that_only_configures_vllm_serves_every_checkpoint(base, tmp_path, monkeypatch):
+    tuned = Tuned.from_options({})
+    stack, plain = Stack((tuned,)), tiny_llama(tmp_path / "plain")
+    assert len(stack.of_model()) == 0
+    adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {}})
+    for checkpoint, given, is_encoded in ((base, {}, True), (plain, {}, False), (adapter, {"base": str(base)}, True)):
+        alone, _ = server_options(str(checkpoint), **given)
+        values, _ = server_options(str(checkpoint), plugins=stack, **given)
+        assert values == {**alone, "seed": 3}
+        arguments, config = tuned.seen
+        assert arguments == {key: value for key, value in values.items() if key != "enforce_eager"}
+        assert ("quantization_config" in config) == is_encoded
+    both, _ = server_options(str(plain), plugins=Stack.from_dict({"fp8": {}}).plus(stack))
+    assert both["seed"] == 3
+    assert both["hf_overrides"]["quantization_config"]["on_the_fly"]
+    # What the user sets is what a plugin checks.
+    server_options(str(base), ["--seed=5", "--no-async-scheduling", "-tp", "2", "--port", "80"], plugins=stack)
+    assert tuned.seen[0]["seed"] == "5"
+    assert tuned.seen[0]["no_async_scheduling"] is True
+    with pytest.raises(ConfigError, match="not with two"):
+        server_options(str(base), ["--pipeline_parallel_size", "2"], plugins=stack)
+
+
+def test_a_recorded_plugin_gives_way_to_that_of_the_command_line(tmp_path):
+    recorded = make(tmp_path / "model", ENCODED, plugins={"fp8": {}, "speculate": {"tokens": 2}})
+    tokens = [
+        server_options(str(recorded), plugins=plugins)[0]["speculative_config"]["num_speculative_tokens"]
+        for plugins in (None, Stack.from_dict({"speculate": {"tokens": 5}}))
+    ]
+    assert tokens == [2, 5]
+
+
+def test_the_arguments_of_a_script_are_those_of_the_server(base, tmp_path):
+    adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {}})
+    options = {"speculate": {"tokens": 4}}
+    values, _ = server_options(str(adapter), base=str(base), plugins=Stack.from_dict(options))
+    arguments = engine_args(str(adapter), options, base=str(base), max_model_len=128)
+    assert arguments == {**{key: value for key, value in values.items() if key != "lora_modules"}, "max_model_len": 128}
+    assert "enforce_eager" in engine_args(str(base))
+    assert engine_args(str(base), enforce_eager=False, dtype="float32")["enforce_eager"] is False
+    with pytest.raises(ConfigError, match="--async-scheduling does not work"):
+        engine_args(str(base), options, async_scheduling=True)
 
 
 @pytest.mark.parametrize(

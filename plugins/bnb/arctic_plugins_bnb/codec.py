@@ -102,13 +102,28 @@ class NF4Codec(Codec):
             decoded = self.decode(buffers, shape, torch.float32).to(dtype)
             return decoded if out is None else out.copy_(decoded)
         out = torch.empty(shape, dtype=dtype, device=buffers[""].device) if out is None else out
-        ops.decode_nf4(*_all(buffers), out.view(-1, shape[-1]))
+        ops.decode_nf4(*_rows(buffers), out.view(-1, shape[-1]))
         return out
 
     def linear(self, x: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
         if x.dtype not in DTYPES:
             return super().linear(x, buffers, shape)
-        return ops.linear_nf4(x, *_all(buffers), shape[1])
+        return ops.linear_nf4(x, *_rows(buffers), shape[1])
+
+    def grad_input(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
+        if grad.dtype not in DTYPES:
+            return super().grad_input(grad, buffers, shape)
+        return ops.grad_input_nf4(grad, *_rows(buffers), shape[1])
+
+    def linear_experts(self, x: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Tensor) -> Tensor:
+        if x.dtype not in DTYPES:
+            return super().linear_experts(x, buffers, shape, counts)
+        return ops.linear_experts_nf4(x, *_rows(buffers), shape[2], counts)
+
+    def grad_input_experts(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Tensor) -> Tensor:
+        if grad.dtype not in DTYPES:
+            return super().grad_input_experts(grad, buffers, shape, counts)
+        return ops.grad_input_experts_nf4(grad, *_rows(buffers), shape[2], counts)
 
 
 @dataclass(frozen=True)
@@ -152,17 +167,48 @@ class Int8Codec(Codec):
     def decode(
         self, buffers: Buffers, shape: tuple[int, ...], dtype: torch.dtype, *, out: Tensor | None = None
     ) -> Tensor:
+        if dtype not in DTYPES:
+            decoded = self.decode(buffers, shape, torch.float32).to(dtype)
+            return decoded if out is None else out.copy_(decoded)
         out = torch.empty(shape, dtype=dtype, device=buffers[""].device) if out is None else out
-        ops.decode_int8(buffers[""], buffers["_absmax"], out.view(-1, shape[-1]))
+        ops.decode_int8(*_int8_rows(buffers), out.view(-1, shape[-1]))
         return out
 
     def linear(self, x: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
-        return ops.linear_int8(x, buffers[""], buffers["_absmax"])
+        if x.dtype not in DTYPES:
+            return super().linear(x, buffers, shape)
+        return ops.linear_int8(x, *_int8_rows(buffers))
+
+    def grad_input(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int]) -> Tensor:
+        if grad.dtype not in DTYPES:
+            return super().grad_input(grad, buffers, shape)
+        return ops.grad_input_int8(grad, *_int8_rows(buffers))
+
+    def linear_experts(self, x: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Tensor) -> Tensor:
+        if x.dtype not in DTYPES:
+            return super().linear_experts(x, buffers, shape, counts)
+        return ops.linear_experts_int8(x, *_int8_rows(buffers), counts)
+
+    def grad_input_experts(self, grad: Tensor, buffers: Buffers, shape: tuple[int, int, int], counts: Tensor) -> Tensor:
+        if grad.dtype not in DTYPES:
+            return super().grad_input_experts(grad, buffers, shape, counts)
+        return ops.grad_input_experts_int8(grad, *_int8_rows(buffers), counts)
 
 
-def _all(buffers: Buffers) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return nf4's codes, ``absmax``, ``absmax_scale`` and ``absmax_offset``."""
-    return buffers[""], buffers["_absmax"], buffers.get("_absmax_scale"), buffers.get("_absmax_offset")
+def _rows(buffers: Buffers) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return nf4's codes ``[rows, B, 32]``, ``absmax``, ``absmax_scale`` and ``absmax_offset``."""
+    scale, offset = buffers.get("_absmax_scale"), buffers.get("_absmax_offset")
+    return (
+        buffers[""].flatten(0, -3),
+        buffers["_absmax"].flatten(0, -2),
+        None if scale is None else scale.flatten(0, -2),
+        None if offset is None else offset.flatten(0, -2),
+    )
+
+
+def _int8_rows(buffers: Buffers) -> tuple[Tensor, Tensor]:
+    """Return int8's codes ``[rows, 1, K]`` and ``absmax [rows, 1]``."""
+    return buffers[""].flatten(0, -3), buffers["_absmax"].flatten(0, -2)
 
 
 def _check_shape(shape: tuple[int, ...]) -> None:

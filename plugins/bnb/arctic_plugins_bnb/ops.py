@@ -1,26 +1,41 @@
-"""Decoding and products, as operators that compilers leave as they are, and all that is called of bitsandbytes."""
+"""Decoding and products, as operators that compilers leave as they are, and all that is called of bitsandbytes.
+
+These are ``torch.ops.arctic_bnb.{decode, linear, grad_input, linear_experts, grad_input_experts}_{nf4, int8}``. On CPU
+they are compiled kernels (``csrc``), if these can be built; everywhere else they are the functions of this module.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from arctic_plugins.frozen import take_scratch
+from arctic_plugins.kernels import CompiledKernels
 
 __all__ = [
     "BLOCK",
     "DTYPES",
+    "compiled",
     "decode_int8",
     "decode_nf4",
     "dynamic_map",
+    "float_absmax",
+    "grad_input_experts_int8",
+    "grad_input_experts_nf4",
+    "grad_input_int8",
+    "grad_input_nf4",
+    "linear_experts_int8",
+    "linear_experts_nf4",
     "linear_int8",
     "linear_nf4",
     "nf4_middles",
+    "nf4_numbers",
     "tiles",
 ]
 
@@ -35,8 +50,6 @@ TILE = 2**19
 
 On an AMD EPYC (Zen 5), 2**19 to 2**21 decode 3.5 times as fast as 2**15.
 """
-FEW_ROWS = 8
-"""Up to this many rows, torch's product with int8 weights is faster than decoding (docs/fp8.md)."""
 
 
 def _import_bitsandbytes() -> Any:
@@ -53,10 +66,16 @@ def _import_bitsandbytes() -> Any:
 _functional = _import_bitsandbytes()
 
 
+def nf4_numbers() -> Tensor:
+    """Return nf4's 16 numbers, float32 and sorted, on CPU."""
+    numbers: Tensor = _functional.get_4bit_type("nf4", device="cpu")
+    return numbers
+
+
 @cache
 def nf4_middles() -> tuple[float, ...]:
     """Return the 15 numbers halfway between neighbors of nf4's 16."""
-    numbers = _functional.get_4bit_type("nf4", device="cpu")
+    numbers = nf4_numbers()
     return tuple(((numbers[:-1] + numbers[1:]) / 2).tolist())
 
 
@@ -73,16 +92,8 @@ def tiles(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, rows, size))
 
 
-def decode_nf4(codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, out_NK: Tensor) -> None:
-    """Decode into the contiguous ``out_NK``, in float32 and rounded once.
-
-    Args:
-        codes: uint8 ``[*lead, N, B, 32]``.
-        absmax: ``[*lead, N, B]``, float32, or uint8 if there are ``scale`` and ``offset``, float32 ``[*lead, N, 1]``.
-        scale, offset: None if ``absmax`` is float32.
-        out_NK: ``[rows, K]`` for all rows of ``lead`` and N, in one of :data:`DTYPES`.
-    """
-    absmax_NB = _absmax(absmax, scale, offset).flatten(0, -2).contiguous()
+def _decode_nf4(codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, out_NK: Tensor) -> None:
+    absmax_NB = float_absmax(absmax, scale, offset).flatten(0, -2).contiguous()
     codes_NB = codes.flatten(0, -3).contiguous()
     rows, blocks = absmax_NB.shape
     decode = torch.ops.bitsandbytes.dequantize_4bit
@@ -95,20 +106,14 @@ def decode_nf4(codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tens
         out_NK[part].copy_(decoded[:, : out_NK.shape[1]])
 
 
-def _absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+def float_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """Return the scales of nf4's blocks in float32; see :data:`decode_nf4`."""
     if scale is None or offset is None:
         return absmax
     return dynamic_map(absmax.device)[absmax.int()] * scale + offset
 
 
-def decode_int8(codes: Tensor, absmax: Tensor, out_NK: Tensor) -> None:
-    """Decode into the contiguous ``out_NK``, in float32 and rounded once.
-
-    Args:
-        codes: int8 ``[*lead, N, 1, K]``.
-        absmax: float32 ``[*lead, N, 1]``.
-        out_NK: ``[rows, K]`` for all rows of ``lead`` and N, in any floating dtype.
-    """
+def _decode_int8(codes: Tensor, absmax: Tensor, out_NK: Tensor) -> None:
     codes_NK, absmax_N1, tile = codes.flatten(0, -2), absmax.flatten(0, -2), None
     for part in tiles(codes_NK.shape[0], codes_NK.shape[1], codes.device):
         rows = codes_NK[part]
@@ -122,13 +127,13 @@ def _linear_nf4(
 ) -> Tensor:
     shape = (codes.shape[0], in_features)
     if _has_fused_nf4(x) and in_features % BLOCK == 0:
-        absmax_NB = _absmax(absmax, scale, offset)
+        absmax_NB = float_absmax(absmax, scale, offset)
         product: Tensor = torch.ops.bitsandbytes.gemm_4bit(
             x, codes.reshape(-1, 1).contiguous(), shape, absmax_NB.flatten().contiguous(), BLOCK, "nf4"
         )
         return product
     weight = _memory(shape, x)
-    decode_nf4(codes, absmax, scale, offset, weight)
+    _decode_nf4(codes, absmax, scale, offset, weight)
     return torch.nn.functional.linear(x, weight)
 
 
@@ -146,31 +151,19 @@ def _grad_input_nf4(
     grad: Tensor, codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, in_features: int
 ) -> Tensor:
     weight = _memory((codes.shape[0], in_features), grad)
-    decode_nf4(codes, absmax, scale, offset, weight)
+    _decode_nf4(codes, absmax, scale, offset, weight)
     return grad @ weight
 
 
 def _linear_int8(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
-    out_features, _, in_features = codes.shape
-    # torch's kernel reads beyond rows whose length is not a multiple of 32 (torch 2.13), and is slow without AVX-512
-    if (
-        x.dtype == torch.bfloat16
-        and 0 < x.numel() <= FEW_ROWS * in_features
-        and in_features % 32 == 0
-        and x.device.type == "cpu"
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    ):
-        ones = torch.ones(out_features, dtype=x.dtype)
-        sums = torch._weight_int8pack_mm(x.reshape(-1, in_features).contiguous(), codes[:, 0].contiguous(), ones)
-        return (sums * (absmax[:, 0] * INT8_STEP)).to(x.dtype).view(*x.shape[:-1], out_features)
-    weight = _memory((out_features, in_features), x)
-    decode_int8(codes, absmax, weight)
+    weight = _memory((codes.shape[0], codes.shape[-1]), x)
+    _decode_int8(codes, absmax, weight)
     return torch.nn.functional.linear(x, weight)
 
 
 def _grad_input_int8(grad: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
     weight = _memory((codes.shape[0], codes.shape[-1]), grad)
-    decode_int8(codes, absmax, weight)
+    _decode_int8(codes, absmax, weight)
     return grad @ weight
 
 
@@ -179,21 +172,51 @@ def _memory(shape: tuple[int, int], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=like.dtype, device=like.device) if scratch is None else scratch
 
 
+def _by_expert(product: Callable[..., Tensor], rows: Tensor, width: int, *weight: Any) -> Tensor:
+    """Apply ``product`` to every expert's rows; ``weight`` is that of all experts and, last, the counts."""
+    *arguments, counts = weight
+    result, first = rows.new_zeros(len(rows), width), 0
+    each = len(arguments[0]) // len(counts)
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            own = slice(expert * each, (expert + 1) * each)
+            part = [one[own] if isinstance(one, Tensor) else one for one in arguments]
+            result[first : first + count] = product(rows[first : first + count], *part)
+            first += count
+    return result
+
+
 _library = torch.library.Library("arctic_bnb", "FRAGMENT")
 
 
-def _define(suffix: str, schema: str, linear: Callable[..., Tensor], grad_input: Callable[..., Tensor]) -> None:
-    """Define ``linear_<suffix>`` and ``grad_input_<suffix>``; the first is differentiable in ``x``."""
-    _library.define(f"linear_{suffix}(Tensor x, {schema}) -> Tensor")
-    _library.define(f"grad_input_{suffix}(Tensor grad, {schema}) -> Tensor")
-    _library.impl(f"linear_{suffix}", linear, "CompositeExplicitAutograd")
-    _library.impl(f"grad_input_{suffix}", grad_input, "CompositeExplicitAutograd")
+def _define(suffix: str, schema: str, width: Callable[..., int], **reference: Callable[..., Any]) -> None:
+    """Define the operators of a format; ``linear`` is differentiable in its rows.
+
+    Args:
+        suffix: of the operators' names.
+        schema: the weight's arguments.
+        width: what returns the number of input features for these arguments.
+        reference: ``decode``, ``linear`` and ``grad_input`` in torch.
+    """
+    linear, grad_input = reference["linear"], reference["grad_input"]
+
+    def linear_experts(x: Tensor, *weight: Any) -> Tensor:
+        return _by_expert(linear, x, len(weight[0]) // len(weight[-1]), *weight)
+
+    def grad_input_experts(grad: Tensor, *weight: Any) -> Tensor:
+        return _by_expert(grad_input, grad, width(*weight[:-1]), *weight)
 
     def fake_linear(x: Tensor, codes: Tensor, *_: Any) -> Tensor:
         return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
-    def fake_grad_input(grad: Tensor, codes: Tensor, *rest: Any) -> Tensor:
-        return grad.new_empty((*grad.shape[:-1], rest[-1] if suffix == "nf4" else codes.shape[-1]))
+    def fake_grad_input(grad: Tensor, *weight: Any) -> Tensor:
+        return grad.new_empty((*grad.shape[:-1], width(*weight)))
+
+    def fake_linear_experts(x: Tensor, *weight: Any) -> Tensor:
+        return x.new_empty((len(x), len(weight[0]) // len(weight[-1])))
+
+    def fake_grad_input_experts(grad: Tensor, *weight: Any) -> Tensor:
+        return grad.new_empty((len(grad), width(*weight[:-1])))
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
         ctx.weight = inputs[1:]
@@ -202,29 +225,80 @@ def _define(suffix: str, schema: str, linear: Callable[..., Tensor], grad_input:
         gradient = getattr(torch.ops.arctic_bnb, f"grad_input_{suffix}")(grad, *ctx.weight)
         return (gradient, *(None for _ in ctx.weight))
 
-    torch.library.register_fake(f"arctic_bnb::linear_{suffix}", fake_linear, lib=_library)
-    torch.library.register_fake(f"arctic_bnb::grad_input_{suffix}", fake_grad_input, lib=_library)
+    for name, arguments, implementation, fake in (
+        ("linear", f"Tensor x, {schema}", linear, fake_linear),
+        ("grad_input", f"Tensor grad, {schema}", grad_input, fake_grad_input),
+        ("linear_experts", f"Tensor x, {schema}, Tensor counts", linear_experts, fake_linear_experts),
+        ("grad_input_experts", f"Tensor grad, {schema}, Tensor counts", grad_input_experts, fake_grad_input_experts),
+    ):
+        _library.define(f"{name}_{suffix}({arguments}) -> Tensor")
+        _library.impl(f"{name}_{suffix}", implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"arctic_bnb::{name}_{suffix}", fake, lib=_library)
     torch.library.register_autograd(f"arctic_bnb::linear_{suffix}", backward, setup_context=keep, lib=_library)
 
+    tensors = schema.removesuffix(", int in_features")  # the shape of the result tells their number
+    _library.define(f"decode_{suffix}({tensors}, Tensor(a!) out) -> ()")
+    _library.impl(f"decode_{suffix}", reference["decode"], "CompositeExplicitAutograd")
+    torch.library.register_fake(f"arctic_bnb::decode_{suffix}", lambda *_: None, lib=_library)
+    compiled.implement(
+        f"{name}_{suffix}" for name in ("decode", "linear", "grad_input", "linear_experts", "grad_input_experts")
+    )
 
+
+compiled = CompiledKernels(
+    "bnb", "ARCTIC_BNB_KERNELS", Path(__file__).parent / "csrc", ("avx512_bf16", "avx512", "avx2", "portable")
+)
+"""Without ``amx``: the kernels were never run where there are such units, whose many rows the library multiplies."""
 _define(
     "nf4",
     "Tensor codes, Tensor absmax, Tensor? scale, Tensor? offset, int in_features",
-    _linear_nf4,
-    _grad_input_nf4,
+    lambda *weight: int(weight[4]),
+    decode=_decode_nf4,
+    linear=_linear_nf4,
+    grad_input=_grad_input_nf4,
 )
-_define("int8", "Tensor codes, Tensor absmax", _linear_int8, _grad_input_int8)
+_define(
+    "int8",
+    "Tensor codes, Tensor absmax",
+    lambda codes, *_: int(codes.shape[-1]),
+    decode=_decode_int8,
+    linear=_linear_int8,
+    grad_input=_grad_input_int8,
+)
 
+decode_nf4 = torch.ops.arctic_bnb.decode_nf4.default
+"""``decode_nf4(codes uint8 [N, B, 32], absmax [N, B], scale, offset, out [N, K])``: decode into the contiguous ``out``,
+of one of :data:`DTYPES`, in float32 and rounded once.
 
-def linear_nf4(
-    x: Tensor, codes: Tensor, absmax: Tensor, scale: Tensor | None, offset: Tensor | None, in_features: int
-) -> Tensor:
-    """Return the product of ``x [..., K]``, of one of :data:`DTYPES`, and a weight ``[N, K]`` (:func:`decode_nf4`)."""
-    product: Tensor = torch.ops.arctic_bnb.linear_nf4(x, codes, absmax, scale, offset, in_features)
-    return product
+``absmax`` is float32, with None for ``scale`` and ``offset``; or uint8, with those float32 ``[N, 1]``.
+"""
+linear_nf4 = torch.ops.arctic_bnb.linear_nf4.default
+"""``linear_nf4(x [..., K], codes, absmax, scale, offset, K) -> [..., N]``: the product with the weight of
+:data:`decode_nf4`, accumulated in float32. Differentiable. ``x`` is of one of :data:`DTYPES`.
 
+The weight is rounded to the dtype of ``x`` at most; compiled kernels that multiply in float32 do not round it.
+"""
+grad_input_nf4 = torch.ops.arctic_bnb.grad_input_nf4.default
+"""``grad_input_nf4(grad [..., N], codes, absmax, scale, offset, K) -> [..., K]``: the gradient of
+:data:`linear_nf4`."""
+linear_experts_nf4 = torch.ops.arctic_bnb.linear_experts_nf4.default
+"""``linear_experts_nf4(x [M, K], codes [E * N, B, 32], absmax, scale, offset, K, counts) -> [M, N]``:
+:data:`linear_nf4` of each expert's rows with its N rows of the codes.
 
-def linear_int8(x: Tensor, codes: Tensor, absmax: Tensor) -> Tensor:
-    """Return the product of ``x [..., K]`` and a weight ``[N, K]`` (:func:`decode_int8`)."""
-    product: Tensor = torch.ops.arctic_bnb.linear_int8(x, codes, absmax)
-    return product
+The rows are sorted by expert; ``counts`` is int64 ``[E]``. Rows after those of the last expert become zero, and experts
+without rows are not read. Not differentiable by itself.
+"""
+grad_input_experts_nf4 = torch.ops.arctic_bnb.grad_input_experts_nf4.default
+"""``grad_input_experts_nf4(grad [M, N], codes, absmax, scale, offset, K, counts) -> [M, K]``: the gradient of
+:data:`linear_experts_nf4`."""
+decode_int8 = torch.ops.arctic_bnb.decode_int8.default
+"""``decode_int8(codes int8 [N, 1, K], absmax float32 [N, 1], out [N, K])``: like :data:`decode_nf4`."""
+linear_int8 = torch.ops.arctic_bnb.linear_int8.default
+"""``linear_int8(x [..., K], codes, absmax) -> [..., N]``: like :data:`linear_nf4`."""
+grad_input_int8 = torch.ops.arctic_bnb.grad_input_int8.default
+"""``grad_input_int8(grad [..., N], codes, absmax) -> [..., K]``: the gradient of :data:`linear_int8`."""
+linear_experts_int8 = torch.ops.arctic_bnb.linear_experts_int8.default
+"""``linear_experts_int8(x [M, K], codes [E * N, 1, K], absmax, counts) -> [M, N]``: like :data:`linear_experts_nf4`."""
+grad_input_experts_int8 = torch.ops.arctic_bnb.grad_input_experts_int8.default
+"""``grad_input_experts_int8(grad [M, N], codes, absmax, counts) -> [M, K]``: the gradient of
+:data:`linear_experts_int8`."""

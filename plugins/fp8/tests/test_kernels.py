@@ -8,8 +8,9 @@ import torch
 from arctic_plugins_fp8 import kernels
 from arctic_plugins_fp8.codec import FP8Codec
 from arctic_plugins_fp8.formats import FORMATS
-from arctic_plugins_fp8.kernels import build, reference
+from arctic_plugins_fp8.kernels import ops, reference
 
+from arctic_plugins.kernels import library, obstacle
 from arctic_plugins.testing import Forks, run_python
 
 SHAPES = [(64, 128), (37, 77), (33, 1000), (100, 515), (5, 33), (1, 1), (48, 96), (1100, 64)]
@@ -24,7 +25,7 @@ DESCRIBE = ["-c", "from arctic_plugins_fp8 import kernels; print(kernels.describ
 
 @pytest.fixture(
     params=NAMES
-    or [pytest.param("none", marks=pytest.mark.skip(reason=build.obstacle() or "the kernels could not be built"))]
+    or [pytest.param("none", marks=pytest.mark.skip(reason=obstacle() or "the kernels could not be built"))]
 )
 def compiled(request):
     assert kernels.use(request.param) == request.param
@@ -343,7 +344,7 @@ def test_without_compiled_kernels_everything_works(forks, environment, tmp_path)
     assert "(False, 'CPU: reference in torch" in done.stdout
 
 
-@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
+@pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 def test_a_compiler_that_fails_leaves_the_reference_and_its_output(forks, tmp_path):
     compiler = tmp_path / "broken"
     compiler.write_text("#!/bin/sh\necho version 1; [ $1 = --version ] || { echo no space left >&2; exit 3; }\n")
@@ -358,21 +359,21 @@ def compiler(tmp_path, monkeypatch):
     """One that takes a second, writes a line per library, and whose libraries are copies of the one that is there, with
     a cache of its own.
     """
-    if build.obstacle():
-        pytest.skip(build.obstacle())
+    if obstacle():
+        pytest.skip(obstacle())
     script = tmp_path / "compiler"
     script.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit\nfor last; do :; done\nwhile [ "$1" != -shared ] && [ $# -gt 0 ]; '
         "do shift; done\n"
         f'[ $# -gt 0 ] && sleep 1 && echo linked >> {tmp_path}/log && while [ "$1" != -o ]; do shift; done && cp '
-        f'{build.library()} "$2"\nexit 0\n'
+        f'{ops.build()} "$2"\nexit 0\n'
     )
     script.chmod(0o755)
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    build._compiler.cache_clear()
+    library._compiler.cache_clear()
     yield tmp_path / "log"
-    build._compiler.cache_clear()
+    library._compiler.cache_clear()
 
 
 def test_a_library_that_cannot_be_loaded_leaves_the_reference(forks, compiler):
@@ -387,15 +388,15 @@ def test_a_library_that_cannot_be_loaded_leaves_the_reference(forks, compiler):
 
 
 def test_a_library_that_was_cut_is_built_again(compiler):
-    whole = build.library().read_bytes()
-    assert build.library().read_bytes() == whole
+    whole = ops.build().read_bytes()
+    assert ops.build().read_bytes() == whole
     assert compiler.read_text() == "linked\n"
-    build.library().write_bytes(whole[: len(whole) // 2])
-    assert build.library().read_bytes() == whole
+    ops.build().write_bytes(whole[: len(whole) // 2])
+    assert ops.build().read_bytes() == whole
     assert compiler.read_text() == "linked\n" * 2
 
 
-@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
+@pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 @pytest.mark.parametrize(
     ("name", "message"), [("sse2", "ARCTIC_FP8_KERNELS=sse2; expected an instruction set that this processor supports")]
 )
@@ -409,7 +410,7 @@ def test_processes_that_start_together_build_once(forks, compiler):
     assert compiler.read_text() == "linked\n"
 
 
-@pytest.mark.skipif(bool(build.obstacle()), reason=build.obstacle())
+@pytest.mark.skipif(bool(obstacle()), reason=obstacle())
 def test_torchs_limit_on_instructions_is_ours():
     """Whatever of it the processor has: ``ATEN_CPU_CAPABILITY`` says how other processors would compute."""
     code = "from arctic_plugins_fp8 import kernels; print(kernels.describe()[1])"

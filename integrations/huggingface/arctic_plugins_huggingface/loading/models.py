@@ -6,7 +6,7 @@ Read in transformers 5.19.0 (``models/auto``, ``conversion_mapping.py``).
 from __future__ import annotations
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -20,7 +20,7 @@ __all__ = ["register_models"]
 def register_models() -> None:
     """Register the models and experts functions of installed plugins with transformers.
 
-    Names that transformers already has keep their meaning. Call this function once per process.
+    Names that transformers already has keep their meaning. Idempotent.
     """
     registry = process_registry()
     for name, function in registry.experts_functions().items():
@@ -31,6 +31,8 @@ def register_models() -> None:
         if model_type in CONFIG_MAPPING_NAMES:
             continue
         config, base = load(classes.config), load(classes.base)
+        if config in MODEL_MAPPING:
+            continue
         AutoConfig.register(model_type, config)
         AutoModel.register(config, base)
         AutoModelForCausalLM.register(config, load(classes.causal_lm))

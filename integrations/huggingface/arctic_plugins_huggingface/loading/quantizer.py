@@ -311,8 +311,6 @@ def register() -> None:
     if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         register_quantization_config(METHOD)(ArcticQuantizationConfig)
         register_quantizer(METHOD)(ArcticQuantizer)
-        register_models()
-        register_rope_types()
         guard_tuners()
         patch(
             PreTrainedModel,
@@ -320,3 +318,5 @@ def register() -> None:
             why="it counts the bytes and scales of encoded weights; a quantizer is not asked (only bitsandbytes' is)",
             read_in="transformers 5.19.0",
         )(_num_parameters)
+    register_models()  # not once, because a plugin may have been installed since
+    register_rope_types()

@@ -23,7 +23,7 @@ __all__ = ["positions", "register_rope_types"]
 def register_rope_types() -> None:
     """Register the RoPE types of installed plugins with transformers.
 
-    Names that transformers already has keep their meaning. Call this function once per process.
+    Names that transformers already has keep their meaning. Idempotent.
 
     Raises:
         PluginError: a name contains "dynamic". For such types, transformers recomputes the frequencies whenever a text

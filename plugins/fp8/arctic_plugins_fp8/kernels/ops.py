@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import threading
 from collections.abc import Callable
 from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from arctic_plugins.errors import ConfigError, UserError
-from arctic_plugins_fp8.kernels import build, reference
+from arctic_plugins.kernels import CompiledKernels
+from arctic_plugins_fp8.kernels import reference
 
 __all__ = [
+    "build",
     "decode",
     "describe",
     "encode",
@@ -30,15 +30,6 @@ __all__ = [
     "use",
     "widening_linear",
 ]
-
-logger = logging.getLogger(__name__)
-
-VARIABLE = "ARCTIC_FP8_KERNELS"
-"""The environment variable that selects ``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable`` or ``reference``
-instead of the best instruction set of the processor. On CUDA, ``reference`` disables Triton and the rest has no effect.
-"""
-CAPPED = {"avx2": "avx2", "default": "portable"}
-"""The instruction sets of the kernels when ``ATEN_CPU_CAPABILITY`` limits torch."""
 
 _library = torch.library.Library("arctic_fp8", "FRAGMENT")
 _library.define(
@@ -131,7 +122,7 @@ torch.library.register_autograd("arctic_fp8::linear_fp8", _backward_fp8, setup_c
 @cache
 def _cuda(name: str) -> Callable[..., Any]:
     reference_: Callable[..., Any] = getattr(reference, name)
-    if os.environ.get(VARIABLE) == "reference":
+    if os.environ.get("ARCTIC_FP8_KERNELS") == "reference":
         return reference_
     try:
         from arctic_plugins_fp8.kernels import gpu, gpu_products
@@ -148,65 +139,15 @@ def _call_cuda(name: str, *args: Any) -> Any:
 for _name in ("decode", "linear", "grad_input", "linear_experts", "grad_input_experts"):
     _library.impl(_name, partial(_call_cuda, _name), "CUDA")
 
-# The compiled CPU kernels are built and loaded when an operator is first called. Until then, these functions take their
-# place.
-_first_calls = [torch.library.Library("arctic_fp8", "IMPL", "CPU")]
-"""The library object of these functions, which stay registered as long as it exists (torch 2.13:
-``torch.library.Library``).
-"""
-_lock = threading.Lock()
-
-
-def _first_call(name: str, *args: Any) -> Any:
-    load()
-    return getattr(torch.ops.arctic_fp8, name)(*args)
-
-
-for _name in OPERATORS:
-    _first_calls[0].impl(_name, partial(_first_call, _name))
-
-
-def load() -> str:
-    """Load the compiled CPU kernels, building them if necessary.
-
-    Returns:
-        The instruction set in use, or "" for the reference.
-    """
-    with _lock:
-        return _load()
-
-
-@cache
-def _load() -> str:
-    wanted = os.environ.get(VARIABLE, "")
-    _first_calls.clear()  # unregisters the placeholders
-    if wanted == "reference" or build.obstacle():
-        return ""
-    try:
-        torch.ops.load_library(build.library())
-    except (build.BuildError, UserError, OSError) as error:
-        logger.warning("the CPU kernels of fp8 could not be built or loaded; using slower ones in torch: %s", error)
-        return ""
-    found: str = torch.ops.arctic_fp8.use(wanted or CAPPED.get(os.environ.get("ATEN_CPU_CAPABILITY", ""), ""))
-    if wanted and not found:
-        raise ConfigError(
-            f"{VARIABLE}={wanted}", expected="an instruction set that this processor supports", fix="unset it"
-        )
-    return found or str(torch.ops.arctic_fp8.use(""))
-
-
-def use(instruction_set: str = "") -> str:
-    """Choose the CPU kernels by name (``amx``, ``avx512_bf16``, ``avx512``, ``avx2``, ``portable``), or the best ones.
-
-    Returns:
-        The name, or "" if they are not available.
-    """
-    return torch.ops.arctic_fp8.use(instruction_set) if load() else ""
+_compiled = CompiledKernels("fp8", "ARCTIC_FP8_KERNELS", Path(__file__).parent / "csrc")
+"""``ARCTIC_FP8_KERNELS=reference`` also disables Triton on CUDA; instruction sets have no effect there."""
+_compiled.implement(OPERATORS)
+build, load, use = _compiled.build, _compiled.load, _compiled.use
 
 
 def describe() -> tuple[bool, str]:
     """Return whether compiled kernels are used on CPU, and a sentence about those of CPUs and NVIDIA GPUs."""
-    if os.environ.get(VARIABLE) == "reference" or find_spec("triton") is None:
+    if os.environ.get("ARCTIC_FP8_KERNELS") == "reference" or find_spec("triton") is None:
         gpu = "reference in torch"
     elif not torch.cuda.is_available():
         gpu = "Triton"
@@ -215,10 +156,8 @@ def describe() -> tuple[bool, str]:
 
         measured = card(torch.device("cuda")).measured_on
         gpu = f"Triton, blocks {f'measured on {measured}' if measured else 'not measured on this kind of card'}"
-    if found := load():
-        return True, f"CPU: compiled, {found} instructions; GPU: {gpu}"
-    why = build.obstacle() or f"{VARIABLE} is set, or the build failed"
-    return False, f"CPU: reference in torch ({why}); GPU: {gpu}"
+    compiled, cpu = _compiled.describe()
+    return compiled, f"CPU: {cpu}; GPU: {gpu}"
 
 
 def widening_linear() -> Callable[[Tensor, Tensor], Tensor] | None:

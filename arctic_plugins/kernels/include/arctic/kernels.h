@@ -1,4 +1,4 @@
-// The interface of the compiled kernels: one table per instruction set, of which ops.cpp chooses one when it is loaded.
+// What compiled kernels share: dtypes, formats, encoded weights, and one table of functions per instruction set, of which operators.h chooses one.
 #pragma once
 #include <cstdint>
 
@@ -17,19 +17,28 @@ template <typename Run> void with_dtype(Dtype dtype, const Run& run) {
   }
 }
 
-// Sign, exponent (bias) and mantissa bits, packed least significant bits first. `top` is the largest code, `max` its value; `unit` codes fill whole bytes.
-template <int BITS> struct Format;
-template <> struct Format<8> { static constexpr int mantissa = 3, bias = 7, top = 0x7E, unit = 1; static constexpr float max = 448; };
-template <> struct Format<6> { static constexpr int mantissa = 2, bias = 3, top = 0x1F, unit = 4; static constexpr float max = 28; };
-template <> struct Format<16> { static constexpr int mantissa = 7, bias = 127, unit = 1; };  // bfloat16, only decoded, with scales of 1
-template <> struct Format<12> { static constexpr int mantissa = 7, bias = 7, top = 0x7FF, unit = 2; static constexpr float max = 510; };
+// The formats of a library's codes. A format is a class with
+//   id    the number that a Weight names it by,
+//   bits  of a code; codes are packed without gaps,
+//   unit  the number of codes that fill whole bytes (the last codes of a group may be fewer only if the bytes are there),
+// and, in the source file of each instruction set, functions that turn codes into numbers: see portable.h and avx512.h. The number times the scale of its
+// group (times `kStep`, if the format has it) is the weight.
+template <typename... F> struct Formats {
+  // Call run.operator()<F>() with the format of this id.
+  template <typename Run> static void with(int id, const Run& run) { (void)((id == F::id && (run.template operator()<F>(), true)) || ...); }
+};
+
+template <typename F> constexpr float kStep = [] {
+  if constexpr (requires { F::kStep; }) return F::kStep;
+  else return 1.0f;
+}();
 
 // An encoded weight [rows, K]: codes [rows, groups, group * bits / 8] bytes, scale [rows, groups], both contiguous.
 struct Weight {
   const uint8_t* codes;
   const float* scale;
   int64_t rows, K, groups, group;
-  int bits;
+  int bits, format;
 
   int64_t group_bytes() const { return group * bits / 8; }
   int64_t row_bytes() const { return groups * group_bytes(); }
@@ -41,17 +50,18 @@ constexpr int64_t kLargestGradientM = 8;
 // The same for gradient_floats().
 constexpr int64_t kLargestFloatGradientM = 32;
 
-// The number of rows of x up to which linear_floats() sums along K instead of decoding panels. It then decodes for every four rows, which is cheap for 8 bits.
-constexpr int64_t dot_rows(int bits) { return bits == 8 ? 16 : 8; }
+// The number of rows that are multiplied with a panel at a time: at most six, in blocks as even as possible.
+inline int64_t even_block(int64_t M) {
+  const int64_t blocks = (M + 5) / 6;
+  return (M + blocks - 1) / blocks;
+}
 
 struct Kernels {
-  const char* name;
+  const char* name;  // of the instruction set
   // Decode rows [row0, row1), columns [k0, k1) to out[(row - row0) * ld + k - k0]; k0 must be a multiple of the group, or of 32 if there is one group.
   void (*decode)(const Weight&, int64_t row0, int64_t row1, int64_t k0, int64_t k1, Dtype, void* out, int64_t ld);
-  // Encode rows [row0, row1) of the contiguous w [rows, K] into codes and scale; returns false if a value is not finite or above `largest`. Tries
-  // `candidates` scales for each group; the first is the largest magnitude divided by the format's largest value.
-  bool (*encode)(const Weight&, int64_t row0, int64_t row1, Dtype, const void* w, float largest, int candidates, uint8_t* codes, float* scale);
-  // y[m * N + n] = sum_k x[m * K + k] * w[n, k] for n in [n0, n1), bfloat16. `packed` is the result of pack() for x, if there is a pack().
+  // y[m * N + n] = sum_k x[m * K + k] * w[n, k] for n in [n0, n1), bfloat16. `packed` is the result of pack() for x, if there is a pack(). Null if the
+  // instruction set has only products in float32.
   void (*linear)(const Weight&, int64_t n0, int64_t n1, const uint16_t* x, const uint16_t* packed, int64_t M, uint16_t* y, int64_t N);
   // y[m * K + k] = sum_n grad[m * rows + n] * w[n, k] for k in [k0, k1), bfloat16; k0 as in decode(), M at most kLargestGradientM.
   void (*gradient)(const Weight&, int64_t k0, int64_t k1, const uint16_t* grad, int64_t M, uint16_t* y);
@@ -64,7 +74,9 @@ struct Kernels {
   // Products in float32, for processors that have no others; null for those that have. x, grad and y may be of any dtype.
   // Rearrange the rows of x or grad [M, size] in blocks [from, to) of `block` rows to packed[block][size][rows of the block] (size padded to 16).
   void (*pack_floats)(Dtype, const void* x, int64_t M, int64_t size, int64_t block, int64_t from, int64_t to, float* packed) = nullptr;
-  // Like linear() and gradient(), for rows that pack_floats() rearranged in blocks of linear_block() or even_block() rows.
+  // The rows in which x is packed for linear_floats(); grad is packed for gradient_floats() in even_block() rows.
+  int64_t (*linear_block)(const Weight&, int64_t M) = nullptr;
+  // Like linear() and gradient(), for rows that pack_floats() rearranged.
   void (*linear_floats)(const Weight&, int64_t n0, int64_t n1, const float* packed, int64_t M, Dtype, void* y, int64_t N) = nullptr;
   void (*gradient_floats)(const Weight&, int64_t k0, int64_t k1, const float* packed, int64_t M, Dtype, void* y) = nullptr;
   // Convert n numbers to and from float32.
@@ -72,13 +84,8 @@ struct Kernels {
   void (*narrow)(Dtype, const float* from, int64_t n, void* to) = nullptr;
 };
 
-// The number of rows that are multiplied with a panel at a time: at most six, in blocks as even as possible.
-inline int64_t even_block(int64_t M) {
-  const int64_t blocks = (M + 5) / 6;
-  return (M + blocks - 1) / blocks;
-}
-inline int64_t linear_block(int64_t M, int bits) { return M <= dot_rows(bits) ? 1 : even_block(M); }
-
-extern const Kernels avx512, avx512_bf16, amx, avx2, portable;
-
 }  // namespace arctic
+
+// The value of a macro as a string: the name of the instruction set that -DISA gives.
+#define ARCTIC_TEXT(name) #name
+#define ARCTIC_NAME(name) ARCTIC_TEXT(name)

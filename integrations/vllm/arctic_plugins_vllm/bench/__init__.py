@@ -1,0 +1,1 @@
+"""``arctic bench``: loads for a server, their measurement, and reports. Importing this package loads no host."""

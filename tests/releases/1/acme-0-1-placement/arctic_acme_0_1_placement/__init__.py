@@ -1,0 +1,1 @@
+"""The plugin ``acme-0-1-placement`` for arctic-plugins."""

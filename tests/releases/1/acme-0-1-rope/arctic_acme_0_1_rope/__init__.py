@@ -1,0 +1,1 @@
+"""The plugin ``acme-0-1-rope`` for arctic-plugins."""
