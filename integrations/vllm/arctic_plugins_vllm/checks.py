@@ -83,7 +83,8 @@ async def load_lora_adapter(load: Callable[..., Any], models: Any, *arguments: A
 
     from vllm.entrypoints.serve import create_error_response
 
-    _refused.set(refused := [])
+    refused: list[UserError] = []
+    _refused.set(refused)
     result = await load(models, *arguments, **keywords)
     if refused:
         logger.warning("an adapter was refused: %s", refused[0])  # vLLM's answer has no paths
