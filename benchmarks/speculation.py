@@ -214,7 +214,7 @@ def main() -> None:
     from arctic_plugins.compute import processor
 
     names, workloads = args.variants.split(","), args.workloads.split(",")
-    result: dict[str, Any] = {"machine": f"{processor()}, {args.threads} threads", "workloads": {}, "rows": {}}
+    result: dict[str, Any] = {"machine": f"{processor()[0]}, {args.threads} threads", "workloads": {}, "rows": {}}
     with tempfile.TemporaryDirectory() as directory:
         where = Path(directory)
         models = {"sql": None, "base": args.base}

@@ -25,8 +25,8 @@ TEMPLATES = Path(__file__).parents[1] / "templates"
 KINDS = {
     "codec": "a format for frozen weights",
     "placement": "a place for frozen weights",
-    "model": "an architecture for transformers and vLLM",
-    "rope": "a RoPE type for transformers and vLLM",
+    "model": "an architecture that the hosts lack",
+    "rope": "a RoPE type",
     "trainer": "a mixin for the Trainer",
     "loss": "a way to compute the loss",
     "dispatch": "a way to spread the experts of a mixture",

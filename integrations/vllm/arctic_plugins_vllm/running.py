@@ -30,6 +30,8 @@ They start one after the other, and each spends most of its startup importing li
 """
 PATIENCE = 60.0
 """Seconds in which a server has to stop when it is asked to; then it is killed."""
+LAST_WORDS = 200
+"""Among how many of the last lines of a log a line of this project's is looked for."""
 LAST_LINES = 15
 """How many lines of the log of a server that did not start are shown."""
 
@@ -116,13 +118,13 @@ class Server:
         raise self._failure(f"the server did not answer within {self.timeout:.0f} s")
 
     def _failure(self, what: str) -> ArcticError:
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        # What libraries print after the server's own word, while the process ends, does not explain anything.
+        told = [at for at, line in enumerate(lines) if line.startswith("arctic: ") and at >= len(lines) - LAST_WORDS]
+        lines = lines[: told[-1] + 1 if told else None][-LAST_LINES:]
         for line in lines:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        return ArcticError(
-            f"{what}: {lines[-1] if lines else 'there was no output'}",
-            fix=f"see {self.log}",
-        )
+        return ArcticError(f"{what}: {lines[-1] if lines else 'there was no output'}", fix=f"see {self.log}")
 
     @staticmethod
     def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -251,6 +251,18 @@ def test_all_may_fail(bench, fake, tmp_path):
     assert "6 failed" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_server_that_fails_cannot_be_compared(bench, fake, tiny_checkpoint, tmp_path):
+    other = Fake(tiny_checkpoint, fails=lambda number: "refuse" if number >= WARM else None)
+    with serve(fake) as first, serve(other) as second:
+        status, output, error = bench(*ONLINE, "--compare", first, second, "--rounds", 4, "--out", tmp_path / "out")
+    assert status == 1
+    assert "24 of 48 requests failed; the first, of 'inf req/s' on B: HTTP 400: too long" in error
+    assert re.search(r"TTFT p50 +- +-", output)
+    assert "Ratios B / A" not in re.findall(
+        "<figcaption>(.*?)</figcaption>", (tmp_path / "out/report.html").read_text()
+    )
+
+
 def test_every_stream_may_end_with_an_error(bench, fake):
     fake.fails = lambda number: "error" if number >= WARM else None
     with serve(fake) as url:
@@ -426,7 +438,7 @@ signal.signal(signal.SIGTERM, signal.SIG_IGN if "stubborn" in sys.argv else stop
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         if "mortal" in sys.argv and self.path != "/health":
-            print("out of memory", flush=True)
+            print("arctic: out of memory\\n - leaked function", flush=True)
             os._exit(4)
         self.send_response(200 if self.path == "/health" else 404)
         self.end_headers()
@@ -462,7 +474,7 @@ def test_a_server_that_dies_says_so(bench, stub, tiny_checkpoint):
     """It is healthy, answers nothing else, and ends when it is asked for its models."""
     status, output, error = bench(*BATCH, tiny_checkpoint, "mortal")
     assert (status, output) == (1, "")
-    assert "arctic: the server ended with status 4: out of memory; see " in error.splitlines()[-1]
+    assert "arctic: the server ended with status 4: arctic: out of memory; see " in error.splitlines()[-1]
 
 
 def test_a_server_that_does_not_stop_is_killed(stub, monkeypatch):

@@ -39,7 +39,7 @@ TRIED = 512
 """The most positions that are compared with the end of a text."""
 CAPACITY = 1 << 18
 """The most tokens of past answers that are remembered: 5 MB."""
-ROW_COST = 0.06
+ROW_COST = 0.12
 """Time that another row takes in a step, relative to everything in the step that does not depend on the number of rows.
 
 docs/speculation.md has measurements.

@@ -25,7 +25,7 @@ pytestmark = [
 PROMPTS = [list(range(10, 210)), [*range(40, 47)] * 3, [9]]
 """The first is longer than a block of keys and values (128 tokens on CPU), and than a step (64)."""
 TOKENS, ROUNDS = 24, 3
-LLM = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True, "max_num_seqs": 4, "seed": 0}
+LLM = {"max_model_len": 256, "dtype": "float32", "enforce_eager": True, "max_num_seqs": 2, "seed": 0}
 CHUNKED = {"max_num_batched_tokens": 64, "enable_chunked_prefill": True, "enable_prefix_caching": True}
 SAMPLED = {"prompt": [20, 21, 22, 20, 21, 22, 20, 21], "times": 800, "top_k": 3, "temperature": 0.7}
 

@@ -198,8 +198,8 @@ def test_the_more_requests_the_surer_a_draft_has_to_be():
     assert thresholds == sorted(thresholds)
     assert thresholds[1] == pytest.approx(ROW_COST / (1 + ROW_COST))
     assert thresholds[-1] > 0.9
-    text = words(draw, 20)
-    text += text[3:8]
+    text = words(draw, 40)
+    text += text[5:25]
     alone = proposer.propose([text[-1:]], np.array([len(text)]), array([text]))[0]
     crowd = [text] + [words(draw, len(text)) for _ in range(199)]
     drafts = proposer.propose([each[-1:] for each in crowd], np.array([len(text)] * 200), array(crowd))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,7 @@ def write_report(
         "Requests in flight": _in_flight(measured),
         **{f"{LATENCIES[name].capitalize()} ({name.upper()})": _percentiles(result, name) for name in LATENCIES},
     }
-    if len(result["targets"]) > 1:
+    if any(found["ratio"] for load in result["loads"] for found in load.get("ratios", {}).values()):
         first, second = (target["name"] for target in result["targets"])
         plots = {f"Ratios {second} / {first}": _ratios(result), **plots}
     write_page(
@@ -66,7 +67,8 @@ def _axes(**labels: str) -> tuple[Figure, Axes]:
 
 def _from_zero(axes: Axes) -> None:
     """Let the y axis begin at 0 and end a little above the largest value."""
-    axes.set_ylim(0, 1.12 * axes.dataLim.ymax if axes.dataLim.ymax > 0 else 1)
+    top = axes.dataLim.ymax  # not finite without data
+    axes.set_ylim(0, 1.12 * top if 0 < top < math.inf else 1)
 
 
 def _curves(result: Mapping[str, Any]) -> dict[tuple[str, str], list[tuple[str, Mapping[str, Any]]]]:
