@@ -102,6 +102,7 @@ def check_request(config: Any, name: str, path: str) -> None:
     """
     from arctic_plugins.stack import Stack
     from arctic_plugins_vllm.adapters import Base, check_adapter, open_adapter
+    from arctic_plugins_vllm.quantization import ON_THE_FLY
     from arctic_plugins_vllm.serving import encoding_of, needed_overrides
 
     if not Path(path).is_dir():
@@ -110,7 +111,12 @@ def check_request(config: Any, name: str, path: str) -> None:
     model = Path(config.model_config.model)
     found = config.model_config.hf_config.to_dict()
     enabled = (config.additional_config or {}).get(SERVED)
-    check_adapter(adapter, Base(str(model), found, encoding_of(model, found, enabled and Stack.from_dict(enabled))))
+    if ON_THE_FLY in (found.get("quantization_config") or {}):  # the files are plain
+        del found["quantization_config"]
+        encoding = encoding_of(model, found, Stack.from_dict(enabled)) if enabled else None
+    else:
+        encoding = encoding_of(model, found)
+    check_adapter(adapter, Base(str(model), found, encoding))
     rank, most = adapter.arguments["max_lora_rank"], config.lora_config.max_lora_rank
     if rank > most:
         raise ConfigError(

@@ -65,7 +65,7 @@ class Ending:
         """End the process if it is still there some time after its engine ended, for example for a stuck client."""
         while not (self.stopped.wait(1) or (engine.errored and not self.asked)):
             pass
-        died = not self.asked
+        died = self.died or not self.asked
         if not self.over.wait(WATCHDOG + GRACE if died else GRACE):
             end_now(ENGINE_DIED if died else 0)
 

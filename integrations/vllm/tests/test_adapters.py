@@ -177,15 +177,15 @@ def test_what_is_no_adapter_is_told_by_the_command(base, tmp_path, capsys):
         server_options(str(base), adapters={"x": str(adapter)})
 
 
-def running(base, *, rank=16, overrides=None, additional=None):
+def running(base, *, rank=16, overrides=None, encoded_while_loading=False):
     """The part of vLLM's config of a running engine that is read."""
     config = json.loads((base / "config.json").read_text())
+    if encoded_while_loading:
+        config["quantization_config"] = {"quant_method": "arctic", "on_the_fly": True}
     model = SimpleNamespace(
-        model=str(base), hf_config=SimpleNamespace(to_dict=lambda: config), hf_overrides=overrides or {}
+        model=str(base), hf_config=SimpleNamespace(to_dict=lambda: dict(config)), hf_overrides=overrides or {}
     )
-    return SimpleNamespace(
-        model_config=model, lora_config=SimpleNamespace(max_lora_rank=rank), additional_config=additional or {}
-    )
+    return SimpleNamespace(model_config=model, lora_config=SimpleNamespace(max_lora_rank=rank), additional_config={})
 
 
 def test_an_adapter_is_checked_when_it_is_loaded_at_run_time(base, tmp_path):
@@ -193,7 +193,13 @@ def test_an_adapter_is_checked_when_it_is_loaded_at_run_time(base, tmp_path):
     check_request(running(base), "x", str(fitting))
     check_request(running(base), "x", "some/adapter")  # vLLM downloads it, or answers that there is none
     plain = make_base(tmp_path / "plain", encoded=False)
-    check_request(running(plain, additional={"arctic_plugins": Stack.from_dict({"fp8": {}}).to_dict()}), "x", fitting)
+    engine = running(plain, encoded_while_loading=True)  # by hand, with `hf_overrides`: nobody knows how
+    check_request(engine, "x", str(fitting))
+    engine.additional_config["arctic_plugins"] = Stack.from_dict({"fp8": {}}).to_dict()
+    check_request(engine, "x", str(fitting))
+    engine.additional_config["arctic_plugins"] = Stack.from_dict({"fp8": {"group_size": 64}}).to_dict()
+    with pytest.raises(ConfigError, match="was trained over weights encoded with"):
+        check_request(engine, "x", str(fitting))
     with pytest.raises(ConfigError, match="trained over encoded weights, but its base .* is plain; arctic serve"):
         check_request(running(plain), "x", str(fitting))
     with pytest.raises(ConfigError, match=f"needs rank 32, and .* ranks up to 16; start it with '--lora x={tmp_path}"):
