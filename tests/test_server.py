@@ -292,6 +292,16 @@ def test_a_second_signal_ends_the_server_at_once():
         assert server.wait(timeout=1) == 128 + signal.SIGTERM
 
 
+def test_a_signal_ends_a_server_that_is_starting():
+    starting = ENDS.replace(
+        "    yield Engine()", '    print("starting", flush=True); import time; time.sleep(60); yield'
+    )
+    with subprocess.Popen([sys.executable, "-c", starting], stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout.readline() == "starting\n"
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=30) == 128 + signal.SIGTERM
+
+
 def test_a_client_that_does_not_leave_holds_up_neither_end():
     """Neither that of a dead engine, nor that of one that has stopped: the process ends after some seconds."""
     shorter = ENDS.replace("\nclass Engine", "\nending.GRACE = ending.WATCHDOG = 0.2\n\nclass Engine")

@@ -40,8 +40,14 @@ class Ending:
 
     @asynccontextmanager
     async def watched(self, build: Callable[..., Any], *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
-        """Build vLLM's engine client as ``build`` does, and note how it ends."""
+        """Build vLLM's engine client as ``build`` does, and note how it ends.
+
+        A signal ends the process at once until ``serve_http`` handles signals. vLLM's own handler raises an exception,
+        which is lost while the engine starts.
+        """
         loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: end_now(128 + number))
         async with build(*arguments, **keywords) as engine:
             why = "vLLM's server does not tell whether its engine died or was stopped, and ignores a second signal"
 

@@ -86,9 +86,8 @@ def main() -> None:
     except ArcticError as error:
         print(f"arctic: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:  # a signal before the server was ready
-        print("arctic: stopped while starting", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+    except KeyboardInterrupt:  # before the engine was started
+        sys.exit(128 + signal.SIGINT)
     if died:
         print("arctic: vLLM's engine died; its error is above", file=sys.stderr)
         sys.exit(ENGINE_DIED)
