@@ -160,6 +160,7 @@ def prepare(threads: int) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else all engines would share the first cores
         "VLLM_LOGGING_LEVEL": "ERROR",
         "OMP_NUM_THREADS": str(threads),
+        "NUMBA_NUM_THREADS": str(threads),  # else vLLM's n-grams start a thread for each core
         "KMP_BLOCKTIME": "1",  # threads of idle engines do not spin
     }
     for name in ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.attention.backends.cpu_attn"):

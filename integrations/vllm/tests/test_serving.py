@@ -361,6 +361,15 @@ def test_a_recorded_plugin_gives_way_to_that_of_the_command_line(tmp_path):
     assert tokens == [2, 5]
 
 
+def test_ngrams_on_cpu_start_no_thread_for_each_core(base, monkeypatch):
+    monkeypatch.delenv("NUMBA_NUM_THREADS", raising=False)
+    environments = [
+        server_options(str(base), plugins=Stack.from_dict({"speculate": {"method": method}}))[1]
+        for method in ("ngram", "suffix")
+    ]
+    assert [environment.get("NUMBA_NUM_THREADS") for environment in environments] == ["1", None]
+
+
 def test_the_arguments_of_a_script_are_those_of_the_server(base, tmp_path):
     adapter = make(tmp_path / "adapter", None, adapter_of=base, plugins={"fp8": {}, "lora": {}})
     options = {"speculate": {"tokens": 4}}
