@@ -45,6 +45,7 @@ def serve(
       arctic serve out-merged --port 8000 --max-model-len 4096
       arctic serve HuggingFaceTB/SmolLM2-135M-Instruct --plugins fp8
       arctic serve out-merged --plugins speculate
+      arctic serve base --lora sql=out/final --lora chat=other
     """
     import os
     import sys
