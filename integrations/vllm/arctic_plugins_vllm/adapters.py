@@ -41,7 +41,7 @@ class Adapter:
     path: Path
     """Its directory, absolute."""
     stack: Stack
-    """What it was trained with; for an adapter of another program, the installed plugins that serve adapters."""
+    """What it was trained with; if that is no plugin for adapters, with the installed ones, which serve it."""
     is_recorded: bool
     """Whether the stack is recorded in the adapter."""
     arguments: Mapping[str, Any]
@@ -109,14 +109,16 @@ def open_adapter(path: str | Path, name: str | None = None) -> Adapter:
         )
     check_directory(path)
     is_recorded = (path / FILE_NAME).is_file()
-    stack = stack_from_checkpoint(path) if is_recorded else _serving_plugins()
+    stack = stack_from_checkpoint(path) if is_recorded else Stack()
+    if not len(stack.only("adapter")):  # PEFT made the adapter, without a plugin
+        stack = stack.plus(_serving_plugins())
     if is_recorded:
         check_files(path)
     _check_readable(path)
     arguments = stack.vllm_engine_args(path)
     if "lora_modules" not in arguments:
         raise ConfigError(
-            f"{path}: no {'plugin of its stack' if is_recorded else 'installed plugin'} serves adapters",
+            f"{path} is an adapter, and no installed plugin serves adapters",
             expected="one that fills the slot 'adapter'",
             fix="install it, or use vLLM's --lora-modules",
         )
@@ -142,7 +144,7 @@ def _serving_plugins() -> Stack:
         if "adapter" in plugin.slots:
             try:
                 found.append(plugin.from_options({}))
-            except ConfigError:  # has options without defaults, so it cannot have made this adapter silently
+            except ConfigError:  # has an option without a default, which nobody has set
                 continue
     return Stack(tuple(found))
 

@@ -84,6 +84,8 @@ def test_several_adapters_over_one_base(base, tmp_path):
     one = make_adapter(tmp_path / "one", base, plugins={"fp8": {}, "lora": {"r": 4}})
     other = make_adapter(tmp_path / "other", base, r=20)
     values, _ = server_options(str(base), adapters={"sql": str(one), "chat": str(other)})
+    write_provenance(other, {"fp8": {}})  # the same, of a script that uses PEFT over encoded weights
+    assert server_options(str(base), adapters={"sql": str(one), "chat": str(other)})[0] == values
     modules = [{"name": "sql", "path": str(one)}, {"name": "chat", "path": str(other)}]
     lora = {"enable_lora": True, "max_lora_rank": 32, "max_loras": 2, "lora_modules": modules}
     assert values == {**READ, "model": str(base), **lora}
@@ -149,6 +151,14 @@ def test_an_adapter_of_a_model_of_other_shapes_is_refused(tmp_path, encoded, sha
     with pytest.raises(ConfigError, match=message) as refused:
         server_options(str(base), adapters={"x": str(other)})
     assert refused.value.fix == f"arctic serve some/model --lora x={other}"
+
+
+def test_an_adapter_of_plain_weights_over_encoded_ones_is_told(base, tmp_path, caplog):
+    adapter = make_adapter(tmp_path / "one", base, plugins={"lora": {"r": 4}})
+    server_options(str(base), adapters={"x": str(adapter)})
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        f"adapter 'x' was trained over plain weights, and {base} is encoded"
+    ]
 
 
 def test_names_of_models_differ(base, tmp_path):
