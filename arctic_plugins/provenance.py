@@ -5,8 +5,10 @@ of every other file. A file that was truncated or changed since is detected befo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from packaging.version import InvalidVersion, Version
 
 from arctic_plugins.discovery import installed_plugins
 from arctic_plugins.errors import CheckpointError, PluginNotFoundError
@@ -33,6 +36,8 @@ __all__ = [
     "stack_sha256",
     "write_provenance",
 ]
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "arctic_plugins.json"
 """The file's name in a checkpoint."""
@@ -182,10 +187,13 @@ def check_files(directory: str | Path) -> None:
 
 
 def check_plugins(provenance: Provenance) -> None:
-    """Raise PluginNotFoundError if a plugin that made the checkpoint is not installed.
+    """Check that the plugins that made the checkpoint are installed, and warn once about each that is older.
 
-    The message names the distributions to install. No command installs what a file names: whoever wrote the file could
+    The messages name the distributions to install. No command installs what a file names: whoever wrote the file could
     have published it.
+
+    Raises:
+        PluginNotFoundError: a plugin is not installed.
     """
     missing = sorted(provenance.stack.keys() - installed_plugins().keys())
     if missing:
@@ -206,6 +214,49 @@ def check_plugins(provenance: Provenance) -> None:
             f"the checkpoint was made with the plugin{plural} {', '.join(missing)}, not installed here",
             fix="; ".join(fixes),
         )
+    for distribution, wrote, installed in _older_here(provenance):
+        _warn_older(distribution, wrote, installed)
+
+
+def _older_here(provenance: Provenance) -> list[tuple[str, str, str]]:
+    """Return the distributions that are installed in an older version than the one that wrote the checkpoint.
+
+    Returns:
+        Distribution, version that wrote the checkpoint, installed version. Only the core and the plugins of the stack
+            are compared, and only where the same distribution provides the plugin. Versions that cannot be read are
+            ignored: they come from a file.
+    """
+    providers = installed_plugins()
+    recorded = (str(provenance.plugins.get(name)).partition("==") for name in provenance.stack)
+    wrote = {name: found for name, _, found in recorded}
+    wrote["arctic-plugins"] = str(provenance.versions.get("arctic-plugins"))
+    here = {found.distribution: found.version for name in provenance.stack for found in providers.get(name, [])}
+    here["arctic-plugins"] = str(_version("arctic-plugins"))
+    return [
+        (name, wrote[name], here[name])
+        for name in sorted(here.keys() & wrote.keys())
+        if _is_older(here[name], wrote[name])
+    ]
+
+
+def _is_older(one: str, other: str) -> bool:
+    try:
+        return Version(one) < Version(other)
+    except InvalidVersion:
+        return False
+
+
+@functools.cache
+def _warn_older(distribution: str, wrote: str, installed: str) -> None:
+    logger.warning(
+        "the checkpoint was written by %s %s, and %s is installed here, which may read it differently; pip install "
+        "--upgrade '%s>=%s'",
+        distribution,
+        wrote,
+        installed,
+        distribution,
+        Version(wrote).public,
+    )
 
 
 def _or_accept(name: str, fix: str) -> str:

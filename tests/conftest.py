@@ -63,6 +63,22 @@ def int8_plugin(installed, tmp_path_factory):
         yield paths
 
 
+@pytest.fixture(scope="module")
+def traced(installed, tmp_path_factory):
+    """The plugin of ``tests/traced``, installed for a module's tests.
+
+    Gives variables for child processes, and a function that returns what their processes wrote down.
+    """
+    tmp_path = tmp_path_factory.mktemp("traced")
+    trace = tmp_path / "trace.jsonl"
+    with installed(ROOT / "tests" / "traced", tmp_path / "site") as paths:
+        path = os.pathsep.join([paths, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        yield (
+            {"PYTHONPATH": path, "ARCTIC_TEST_TRACE": str(trace)},
+            lambda: [json.loads(line) for line in trace.read_text().splitlines()],
+        )
+
+
 @pytest.fixture
 def train_relative(tmp_path):
     """A function that takes a name of ``LLAMA_LIKE`` or ``MIXTURES`` through a recipe: a tiny random model of that

@@ -280,11 +280,19 @@ def test_classifiers_and_embeddings(tiny_checkpoint, tmp_path, cache):
             torch.testing.assert_close(torch.tensor(vector), expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_tensor_parallel_on_two_processes(tiny_checkpoint, mixtures, tmp_path, cache):
-    """Each has half of every layer, and half of every expert; in the first model one of nf4's two blocks per row."""
+def test_tensor_parallel_on_two_processes(tiny_checkpoint, mixtures, tmp_path, cache, traced):
+    """Each has half of every layer, and half of every expert; in the first model one of nf4's two blocks per row. All
+    of vLLM's processes have registered the plugins, although they are forks.
+    """
+    variables, trace = traced
     stack = Stack.from_dict({"bnb": {"include": ["**.self_attn.*"], "double_quant": True}})
     models = [save_checkpoint(*load_model(tiny_checkpoint, stack), tmp_path / "out", stack), mixtures["mixtral"][1]]
-    same_as_transformers(run(TWO, models=models, cache=cache, tokens=8, **TWO_PROCESSES), models, count=8)
+    same_as_transformers(run(TWO, models=models, cache=cache, tokens=8, **TWO_PROCESSES, **variables), models, count=8)
+    main = next(process["pid"] for process in trace() if process["how"] == "register")
+    forks = [process for process in trace() if process["how"] == "fork"]
+    assert all(process["registered"] for process in forks)
+    engines = [process["pid"] for process in forks if process["parent"] == main]
+    assert any([process["parent"] for process in forks].count(engine) == 2 for engine in engines)  # its workers
 
 
 @pytest.mark.slow

@@ -39,12 +39,13 @@ def register() -> None:
     if is_registered("arctic"):
         return
     from arctic_plugins.discovery import process_registry
-    from arctic_plugins_vllm import refusals, rope, speculation
+    from arctic_plugins_vllm import checks, refusals, rope, speculation
     from arctic_plugins_vllm.quantization import ArcticConfig, ConvertedConfig
 
     rope.install()
     speculation.install()
     refusals.install()
+    checks.install()
     register_quantization_config("arctic")(ArcticConfig)
     for name in process_registry().converter_names():
         if not is_registered(name):

@@ -23,8 +23,17 @@ __all__ = ["serve"]
     "quantize'. Those that encode weights, such as fp8, do so while a plain checkpoint is loaded. Those that only "
     "configure vLLM, such as speculate, work with every checkpoint.",
 )
+@click.option(
+    "--lora",
+    "adapters",
+    multiple=True,
+    metavar="NAME=PATH",
+    help="Also serve the adapter in the directory PATH, in PEFT's format, as the model NAME. Can be repeated.",
+)
 @click.pass_context
-def serve(context: click.Context, checkpoint: str, base: str | None, plugins: str | None) -> None:
+def serve(
+    context: click.Context, checkpoint: str, base: str | None, plugins: str | None, adapters: tuple[str, ...]
+) -> None:
     """Serve CHECKPOINT (a directory or Hub id, or a LoRA adapter that 'arctic train' wrote) over HTTP with the OpenAI
     API.
 
@@ -36,12 +45,15 @@ def serve(context: click.Context, checkpoint: str, base: str | None, plugins: st
       arctic serve out-merged --port 8000 --max-model-len 4096
       arctic serve HuggingFaceTB/SmolLM2-135M-Instruct --plugins fp8
       arctic serve out-merged --plugins speculate
+      arctic serve base --lora sql=out/final --lora chat=other
     """
     import os
     import sys
 
     from arctic_plugins.errors import ConfigError
     from arctic_plugins.stack import Stack, parse_plugins
+    from arctic_plugins_vllm.about import SERVED
+    from arctic_plugins_vllm.adapters import parse_adapters
     from arctic_plugins_vllm.serving import check_address, server_command, server_options
 
     if checkpoint.startswith("-"):  # click passes unknown options to the argument
@@ -51,7 +63,11 @@ def serve(context: click.Context, checkpoint: str, base: str | None, plugins: st
         )
     check_address(context.args)
     stack = None if plugins is None else Stack.from_dict(parse_plugins(plugins))
-    values, environment = server_options(checkpoint, context.args, base=base, plugins=stack)
+    values, environment = server_options(
+        checkpoint, context.args, base=base, plugins=stack, adapters=parse_adapters(adapters)
+    )
+    if stack is not None:
+        values["additional_config"] = {SERVED: stack.to_dict()}  # shown in the server's log and metrics
     command = server_command(values, context.args)
     if "dtype" in values:
         dtype = values["dtype"]

@@ -8,18 +8,21 @@ FILE`` would do that (``FlexibleArgumentParser._pull_args_from_config``).
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from arctic_plugins_vllm.ending import ENDING, ENGINE_DIED, RefuseWhenStopping
 
 __all__ = ["ENGINE_DIED", "parse"]
 
-ENGINE_DIED = 70
-"""Exit status if the engine died: EX_SOFTWARE of ``sysexits.h``.
+DRAIN = 20
+"""Default of ``--shutdown-timeout``: seconds in which requests may finish once the server is asked to stop.
 
-vLLM's own server exits with 0 in this case, and a supervisor does not restart it.
+vLLM's own, 0, aborts them. Kubernetes kills a process after 30 s.
 """
 
 
@@ -45,39 +48,26 @@ def parse(values: Mapping[str, Any], options: Sequence[str]) -> argparse.Namespa
             fix=suggest(unknown[0], known),
         )
     modules = [LoRAModulePath(**module) for module in values.get("lora_modules", ())]
-    parser.set_defaults(**{**values, "lora_modules": modules or None})
+    parser.set_defaults(**{"shutdown_timeout": DRAIN, **values, "lora_modules": modules or None})
     return parser.parse_args(list(options))
 
 
 def _serve(args: argparse.Namespace) -> bool:
     """Serve until a signal arrives or the engine dies. Return whether it died."""
-    import uvloop
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.launchers.api_server import entry
 
     from arctic_plugins.patches import patch
 
-    asked, died = False, False
-    read_in, why = "vllm 0.32.0", "tells whether the engine died or was stopped: both end the server with status 0"
-
-    @patch(entry, "build_async_engine_client", why=why, read_in=read_in)
-    @asynccontextmanager
-    async def watched(build: Callable[..., Any], *arguments: Any, **keywords: Any) -> AsyncIterator[Any]:
-        async with build(*arguments, **keywords) as engine:
-
-            @patch(engine, "shutdown", why=why, read_in=read_in)
-            def asked_to(shutdown: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-                nonlocal asked
-                asked = True  # by a signal, see ``serve_http``; afterwards the engine looks as if it had died
-                return shutdown(*arguments, **keywords)
-
-            try:
-                yield engine
-            finally:
-                nonlocal died
-                died = engine.errored and not asked
-
-    uvloop.run(entry.run_server(args))
-    return died
+    why = "tells whether the engine died or was stopped: both end the server with status 0"
+    patch(entry, "build_async_engine_client", why=why, read_in="vllm 0.32.0")(ENDING.watched)
+    args.middleware = [*args.middleware, f"{RefuseWhenStopping.__module__}.{RefuseWhenStopping.__name__}"]
+    try:
+        ServeSubcommand.cmd(args)  # with several API servers or nodes, or data parallelism, as 'vllm serve' does
+    finally:
+        ENDING.over.set()
+    # A node without a server waits for its workers: it returns if one of them ends, and exits if a signal arrives.
+    return ENDING.died or args.headless
 
 
 def main() -> None:
@@ -86,17 +76,26 @@ def main() -> None:
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
 
-    from arctic_plugins.errors import ArcticError
+    from arctic_plugins.errors import ArcticError, ConfigError
 
     cli_env_setup()
     try:
         args = parse(json.loads(sys.argv[1]), sys.argv[2:])
+        configure_logging_from_args(args)
+        validate_parsed_serve_args(args)
+        died = _serve(args)
     except ArcticError as error:
         print(f"arctic: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
-    configure_logging_from_args(args)
-    validate_parsed_serve_args(args)
-    if _serve(args):
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        # What `check_address` cannot see: of `--config` or `--uds`, or of a server that was starting at the same time.
+        print(f"arctic: {error.strerror}; set --port, --host or --uds to another", file=sys.stderr)
+        sys.exit(ConfigError.exit_status)
+    except KeyboardInterrupt:  # before the engine was started
+        sys.exit(128 + signal.SIGINT)
+    if died:
         print("arctic: vLLM's engine died; its error is above", file=sys.stderr)
         sys.exit(ENGINE_DIED)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from arctic_plugins.adapter import ADAPTER, WEIGHTS, adapted_modules, read_adapter
+from arctic_plugins.adapter import ADAPTER
 from arctic_plugins.compute import compute_dtype, dtype_name, is_native
 from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
 from arctic_plugins.files import check_directory, check_keys, check_sizes, read_json
@@ -19,8 +19,18 @@ from arctic_plugins.host import service
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
+from arctic_plugins_vllm.adapters import Adapter, Base, check_adapter, engine_arguments, open_adapter
 
-__all__ = ["check_address", "engine_args", "made_for", "on_the_fly", "server_command", "server_options"]
+__all__ = [
+    "check_address",
+    "encoding_of",
+    "engine_args",
+    "made_for",
+    "needed_overrides",
+    "on_the_fly",
+    "server_command",
+    "server_options",
+]
 
 MODULE = "arctic_plugins_vllm.server"
 LONGEST_VALUES = 100_000
@@ -130,8 +140,8 @@ def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[st
 def check_address(options: Sequence[str]) -> None:
     """Raise ConfigError if the server cannot listen on the address in ``options``, vLLM's, for example one in use.
 
-    vLLM (0.32.0, ``launcher.py``) would find out after the files have been checked, and raise OSError. It still does
-    for an address in its ``--config FILE``, and for one of a server that is loading its model at the same time.
+    vLLM (0.32.0, ``launcher.py``) would find out after the files have been checked. So it does for an address in its
+    ``--config FILE``, and after loading the model for one of a server that was starting at the same time.
     """
     host, port = _option(options, "host") or "", _option(options, "port") or PORT
     given = {option.partition("=")[0].replace("_", "-") for option in options}
@@ -150,7 +160,12 @@ def check_address(options: Sequence[str]) -> None:
 
 
 def server_options(
-    checkpoint: str, options: Sequence[str] = (), *, base: str | None = None, plugins: Stack | None = None
+    checkpoint: str,
+    options: Sequence[str] = (),
+    *,
+    base: str | None = None,
+    plugins: Stack | None = None,
+    adapters: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the options and environment variables with which to serve ``checkpoint``.
 
@@ -161,6 +176,7 @@ def server_options(
         plugins: a stack in addition to the one that the checkpoint records, and in place of its plugins of the same
             name. Plugins that concern the model encode or change a plain checkpoint while it is loaded. Those that only
             configure vLLM work with every checkpoint.
+        adapters: name in requests -> directory of further adapters in PEFT's format.
 
     Returns:
         Options of vLLM's server (field names of ``EngineArgs`` and ``FrontendArgs``) with their values, and environment
@@ -169,31 +185,27 @@ def server_options(
     Raises:
         HostVersionError: vLLM is not installed, or its version is outside a plugin's range.
         CheckpointError: there is no checkpoint, or no installed plugin provides its codec.
-        ConfigError: the adapter was trained over encoded weights and its base is not encoded in the same way; the
-            adapter names a local directory as its base and ``base`` does not confirm it; ``base`` is given for a model
-            that is not an adapter; or ``plugins`` do nothing in vLLM.
+        ConfigError: an adapter was trained over encoded weights and its base is not encoded in the same way, or over
+            a model of other shapes; adapters need different settings of the base; the adapter names a local directory
+            as its base and ``base`` does not confirm it; ``base`` is given for a model that is not an adapter; or
+            ``plugins`` do nothing in vLLM.
         UserError: a plugin's ``vllm_check`` raised it.
     """
     path = Path(os.path.abspath(checkpoint))  # so that "." gets a name under which an adapter can be served
-    stack = stack_from_checkpoint(path) if (path / FILE_NAME).is_file() else Stack()
+    is_adapter = (path / ADAPTER).is_file()
+    served = [open_adapter(path)] if is_adapter else []
+    served += [open_adapter(directory, name) for name, directory in (adapters or {}).items()]
+    if adapters and _option(options, "lora-modules") is not None:
+        raise ConfigError(
+            "--lora and vLLM's --lora-modules both name adapters", expected="one of them", fix="use --lora for all"
+        )
+    recorded = stack_from_checkpoint(path) if not is_adapter and (path / FILE_NAME).is_file() else Stack()
+    stack = served[0].stack if is_adapter else recorded
     whole = stack if plugins is None else stack.updated(plugins)
-    whole.check_host("vllm")
+    for each in (whole, *(adapter.stack for adapter in served)):
+        each.check_host("vllm")
     trusted = any(option.replace("_", "-") == "--trust-remote-code" for option in options)
     arguments: dict[str, Any] = {**READ, "model": checkpoint, **whole.vllm_engine_args(path)}
-    is_adapter = (path / ADAPTER).is_file()
-    if is_adapter and (path / FILE_NAME).is_file():
-        check_directory(path)
-        check_files(path)
-        if not (path / WEIGHTS).is_file():  # otherwise vLLM looks for a pickle
-            raise CheckpointError(
-                f"{path} has no {WEIGHTS}", fix="the adapter is incomplete; copy it again, or save it again"
-            )
-    if is_adapter and "lora_modules" not in arguments:
-        raise CheckpointError(
-            f"{checkpoint} is an adapter without {FILE_NAME}",
-            expected="one that 'arctic train' wrote",
-            fix="use vLLM's --lora-modules",
-        )
     if base is not None:
         if not is_adapter:
             raise ConfigError(f"--base is for adapters, and {checkpoint} is not an adapter", fix="leave --base out")
@@ -232,22 +244,15 @@ def server_options(
     model = Path((is_adapter and _option(options, "model")) or arguments["model"])
     config = _checked_config(model)
     is_encoded = _method(config) == METHOD
-    if is_adapter and not is_encoded and stack.only("weight_codec"):
-        names = ",".join(plugin.name for plugin in stack.only("weight_codec"))
-        raise ConfigError(
-            f"{checkpoint} was trained over encoded weights, but its base {model} is plain",
-            fix=f"'arctic quantize {model} BASE --plugins {names}' and 'arctic serve {checkpoint} --base BASE', or "
-            f"'arctic merge {checkpoint} OUT'",
-        )
-    others = stack.to_use().of_model().without("weight_codec", "placement", "adapter")
-    if is_adapter and len(others):  # what a merged checkpoint would have in its config
-        config_object = _service("load_config")(str(model), trust_remote_code=trusted)
-        overrides = _service("configured")(config_object, others)
-        arguments |= {"hf_overrides": overrides} if overrides else {}
-    if is_adapter and _is_mixture(config):
-        targets = read_adapter(path).target_modules or {name.rpartition(".")[2] for name in adapted_modules(path)}
-        if targets:  # otherwise vLLM also prepares experts for adapters, which takes memory, and on CPU needs Triton
-            arguments["lora_target_modules"] = sorted(targets)
+    if served:
+        _check_names([_option(options, "served-model-name") or str(model), *(adapter.name for adapter in served)])
+        arguments.pop("tokenizer", None)
+        arguments |= engine_arguments(served, is_mixture=_is_mixture(config))
+        under = Base(str(model), config, encoding_of(model, config, plugins))
+        for adapter in served:
+            check_adapter(adapter, under)
+        if overrides := _joint_overrides(served, model, trusted):
+            arguments["hf_overrides"] = {**arguments.get("hf_overrides", {}), **overrides}
     if (size := made_for(model)) is not None:
         given = _option(options, "tensor-parallel-size")
         if given is not None and given != str(size):
@@ -256,14 +261,6 @@ def server_options(
                 fix="leave the option out, or create the checkpoint again with another --tensor-parallel, or without",
             )
         arguments.update(load_format="sharded_state", tensor_parallel_size=size)
-    wanted = stack.only("weight_codec").to_dict()
-    if is_adapter and wanted and (model / FILE_NAME).is_file():
-        found = read_provenance(model).stack
-        if any(found.get(name) != encoding for name, encoding in wanted.items()):
-            raise ConfigError(
-                f"{checkpoint} was trained over weights encoded with {wanted}, but {model} was made with {found}",
-                fix="encode the base with the plugins in the adapter's arctic_plugins.json",
-            )
     if _option(options, "runner") is None and _is_headless(config):
         arguments["runner"] = "pooling"  # otherwise vLLM takes LlamaModel, for example, for LlamaForCausalLM
     if _option(options, "dtype") is None and (dtype := _dtype(config)) is not None:
@@ -287,6 +284,60 @@ def server_options(
                 size
             )  # if unset, vLLM requires a NUMA node for each process
     return arguments, environment
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """Raise ConfigError if two models, of which the first is the base of the others, have the same name."""
+    for at, name in enumerate(names):
+        if name in names[:at]:
+            raise ConfigError(
+                f"two models would be called {name!r}", expected="different names", fix="choose another NAME in --lora"
+            )
+
+
+def encoding_of(model: Path, config: Mapping[str, Any], plugins: Stack | None = None) -> dict[str, Any] | None:
+    """Return the plugins that encode the weights of a model: name -> options.
+
+    Args:
+        model: directory or Hub id.
+        config: its ``config.json``.
+        plugins: those that encode it while it is loaded.
+
+    Returns:
+        Empty if its weights are plain, None if it is encoded and there is no record of how.
+    """
+    if plugins is not None and len(encoding := plugins.only("weight_codec")):
+        return encoding.to_dict()
+    if _method(config) != METHOD:
+        return {}
+    return stack_from_checkpoint(model).only("weight_codec").to_dict() if (model / FILE_NAME).is_file() else None
+
+
+def needed_overrides(adapter: Adapter, model: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return ``hf_overrides`` for the base model of ``adapter``: what a merged checkpoint would have in its config.
+
+    Raises:
+        ConfigError: arctic-plugins-huggingface, which works them out, is not installed.
+    """
+    if not len(adapter.changes):
+        return {}
+    config = _service("load_config")(str(model), trust_remote_code=trust_remote_code)
+    overrides: dict[str, Any] = _service("configured")(config, adapter.changes)
+    return overrides
+
+
+def _joint_overrides(adapters: Sequence[Adapter], model: Path, trusted: bool) -> dict[str, Any]:
+    """Return the overrides that all adapters need; raise ConfigError if they need different ones."""
+    needed = [needed_overrides(adapter, model, trust_remote_code=trusted) for adapter in adapters]
+    for adapter, overrides in zip(adapters, needed, strict=True):
+        if overrides != needed[0]:
+            raise ConfigError(
+                f"the adapters '{adapters[0].name}' and '{adapter.name}' change the config of their base in different "
+                f"ways: {needed[0]} and {overrides}",
+                expected="the same changes, for example the same RoPE scaling",
+                fix="serve them separately, or merge them with 'arctic merge'",
+            )
+    return needed[0]
 
 
 def check_names(codecs: ModuleCodecs, checkpoint: str) -> None:

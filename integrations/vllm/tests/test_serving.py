@@ -14,7 +14,7 @@ from arctic_plugins import Plugin, PluginConfig, Stack, compute, hookimpl
 from arctic_plugins.cli import main
 from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
 from arctic_plugins.provenance import write_provenance
-from arctic_plugins.testing import tiny_llama
+from arctic_plugins.testing import engines, small_engine, tiny_llama
 
 ENCODED = {
     "model_type": "llama",
@@ -181,7 +181,7 @@ def test_an_adapter_over_a_plain_base_says_how_to_encode_it(base, tmp_path):
     plain = make(tmp_path / "plain", {})
     adapter = make(tmp_path / "adapter", None, adapter_of=plain, plugins={"fp8": {}, "lora": {"r": 4}})
     with pytest.raises(
-        ConfigError, match=f"its base {plain} is plain; 'arctic quantize {plain} BASE --plugins fp8' and 'arctic serve"
+        ConfigError, match=f"its base {plain} is plain; arctic quantize {plain} BASE --plugins fp8 && arctic serve BASE"
     ):
         server_options(str(adapter), base=str(plain))
     assert server_options(str(adapter), base=str(base))[0]["model"] == str(base)
@@ -242,9 +242,10 @@ def test_a_hub_id_goes_to_vllm_as_it_is():
     assert server_options("some/model")[0] == {**READ, "model": "some/model"}
 
 
-def test_an_adapter_of_another_program_says_so(base, tmp_path):
-    with pytest.raises(CheckpointError, match=r"is an adapter without arctic_plugins\.json"):
-        server_options(str(make(tmp_path / "adapter", None, adapter_of=base)))
+def test_an_adapter_of_another_program_is_served_over_the_base_that_it_names(base, tmp_path):
+    adapter = make(tmp_path / "adapter", None, adapter_of="some/model")
+    values, _ = server_options(str(adapter))
+    assert (values["model"], values["lora_modules"]) == ("some/model", [{"name": "adapter", "path": str(adapter)}])
 
 
 def test_an_adapter_is_named_after_its_directory_wherever_one_stands(base, tmp_path, monkeypatch):
@@ -281,6 +282,15 @@ def test_an_address_in_use_is_told_before_any_file_is_read(capsys):
         for elsewhere in ("--uds=socket", "--config=server.yaml", "--headless"):
             serving.check_address([elsewhere, "--port", str(port)])
     serving.check_address(["--port", str(port)])
+
+
+def test_an_address_in_use_that_only_vllm_finds_is_told_in_one_line(tmp_path):
+    (tmp_path / "socket").touch()
+    script = "import sys; from arctic_plugins_vllm import server; sys.argv[0] = 'server'; server.main()"
+    arguments = [json.dumps({"model": "some/model"}), "--uds", str(tmp_path / "socket")]
+    done = engines().run(["-c", script, *arguments], environment=small_engine(tmp_path), status=2)
+    assert done.stderr.splitlines()[-1] == "arctic: Address already in use; set --port, --host or --uds to another"
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("options", [["--port=99999"], ["--host", "x" * 300], ["--host=8.8.8.8"]])
