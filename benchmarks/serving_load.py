@@ -88,23 +88,26 @@ async def leave(server: Server, number: int, tokens: int, connections: int) -> N
         await asyncio.gather(*map(glance, range(number)))
 
 
-async def streams(server: Server, number: int, tokens: int, then: Callable[[], Any]) -> Counter[str]:
-    """Begin ``number`` streams, call ``then`` once each has its first token, and count how they end.
+async def streams(server: Server, number: int, tokens: int, first: int, then: Callable[[], Any]) -> Counter[str]:
+    """Begin ``number`` streams, call ``then`` once ``first`` of them have a token, and count how they end.
 
     Returns:
         The reason for which a response is finished, "length" for a whole one, or the type of an error -> how many.
     """
-    begun = asyncio.Barrier(number)
+    begun = 0
 
     async def follow(index: int) -> str:
+        nonlocal begun
         reason = None
         try:
             async with await asked.completions.create(
                 model=MODEL, prompt=[10 + index] * 8, max_tokens=tokens, stream=True, extra_body={"ignore_eos": True}
             ) as stream:
                 async for chunk in stream:
-                    if reason is None and await begun.wait() == 0:
-                        then()
+                    if reason is None:
+                        begun += 1
+                        if begun == first:
+                            then()
                     reason = chunk.choices[0].finish_reason or ""
         except (openai.APIError, httpx.HTTPError) as error:
             return type(error).__name__
@@ -123,7 +126,10 @@ def bench(server: Server, arguments: Sequence[Any]) -> dict[str, Any]:
 
 
 def end(server: Server, name: str | None, number: int = STREAMS, tokens: int = TOKENS) -> dict[str, Any]:
-    """End a server, by SIGTERM or by killing its process called ``name``, while it streams."""
+    """End a server while it streams: by SIGTERM once all streams have begun, or by killing its process called ``name``.
+
+    A tiny model finishes all streams faster than the client reads them. So a process is killed once one has begun.
+    """
     begun = 0.0
     target = processes(server)[0]
     if name is not None:
@@ -134,7 +140,7 @@ def end(server: Server, name: str | None, number: int = STREAMS, tokens: int = T
         begun = time.monotonic()
         target.send_signal(signal.SIGTERM if name is None else signal.SIGKILL)
 
-    ends = asyncio.run(streams(server, number, tokens, then))
+    ends = asyncio.run(streams(server, number, tokens, number if name is None else 1, then))
     status = server.process.wait(timeout=120)
     return {"streams": dict(ends), "status": status, "seconds": time.monotonic() - begun}
 

@@ -121,7 +121,7 @@ def check_end(server, name):
     found = BENCHMARK["end"](server, name, number=2, tokens=1900)  # as many as the cache holds
     assert found["status"] == ENGINE_DIED, server.log.read_text()[-3000:]
     assert found["seconds"] < 30
-    assert set(found["streams"]) <= {"APIError", "RemoteProtocolError", "ReadError"}
+    assert not found["streams"].keys() & {"length", "", "None"}  # whole answers, and those that just end
     assert not psutil.wait_procs(processes[1:], timeout=30)[1]
 
 
