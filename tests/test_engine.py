@@ -383,7 +383,7 @@ def test_arctic_serve_answers_over_http_with_the_adapter_and_with_its_base(group
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(cache))
     options = ("--base", str(grouped), "--enforce-eager", "--dtype", "float32", "--max-model-len", "256")
-    with Server(adapter, tmp_path / "log", options=options) as server:
+    with Server([str(adapter), *options], tmp_path / "log") as server:
         answers = {name: server.chat("hello", max_tokens=8, model=name)[1] for name in ("adapter", str(grouped))}
     for name, (model, tokenizer) in {"adapter": load_checkpoint(adapter), str(grouped): load_model(grouped)}.items():
         prompt = tokenizer(chat_prompt(tokenizer, "hello"), return_tensors="pt", add_special_tokens=False)

@@ -96,14 +96,15 @@ def _names(name: str, text: str) -> dict[str, str]:
         )
     words = re.split("[-_]", name)
     package, class_name = f"arctic_{'_'.join(words)}", "".join(word.capitalize() for word in words)
+    from arctic_plugins.registry import FIRST_PARTY
+
+    installed = entry_points(group="arctic_plugins").names
+    if package.startswith("arctic_plugins") or name in FIRST_PARTY - installed:
+        raise ConfigError(f"'{name}' is the name of a plugin of arctic-plugins", fix="choose another name")
     for group, what in (("arctic_plugins", "plugin"), (COMMAND_GROUP, "command")):
         for point in entry_points(group=group, name=name):
             owner = point.dist.name if point.dist else "an unknown distribution"
             raise ConfigError(f"{what} '{name}' is installed already, by {owner}", fix="choose another name")
-    from arctic_plugins.registry import FIRST_PARTY
-
-    if name in FIRST_PARTY or package.startswith("arctic_plugins"):
-        raise ConfigError(f"'{name}' is the name of a plugin of arctic-plugins", fix="choose another name")
     if find_spec(package) is not None:
         raise ConfigError(f"the package {package} is installed already", fix="choose another name")
     if keyword.iskeyword(class_name) or re.search(rf"\b{class_name}", text.replace("Acme", "_")):

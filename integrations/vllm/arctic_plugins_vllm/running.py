@@ -48,17 +48,15 @@ class Server:
         timeout: seconds until it has to answer.
         console: shows a progress bar, and the last lines of the log if the server does not start.
 
-    Attributes:
-        process: the server's first process, once the block is entered.
-        url: without ``/v1``, once the block is entered.
-
     Raises:
         ArcticError: on entering, if the server ended or did not answer in time; the message contains its last line of
             output and names its log.
     """
 
     process: subprocess.Popen[bytes]
+    """The server's first process, once the block is entered."""
     url: str
+    """Its address without ``/v1``, once the block is entered."""
 
     def __init__(
         self,

@@ -328,7 +328,7 @@ def test_cuda_has_triton_or_the_reference(monkeypatch):
     assert all(torch._C._dispatch_has_kernel_for_dispatch_key(f"arctic_fp8::{name}", "CUDA") for name in names)
     plain = [getattr(reference, name) for name in names]
     with monkeypatch.context() as patched:
-        patched.setenv(ops.VARIABLE, "reference")
+        patched.setenv("ARCTIC_FP8_KERNELS", "reference")
         assert [find(name) for name in names] == plain
     for module in ("gpu", "gpu_products"):
         monkeypatch.delattr(f"arctic_plugins_fp8.kernels.{module}", raising=False)
