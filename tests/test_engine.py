@@ -14,7 +14,7 @@ from arctic_plugins_huggingface import load_model, merge_adapter, register, save
 from arctic_plugins_huggingface.checkpoints.export import convert_checkpoint, export_checkpoint
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
 from arctic_plugins_huggingface.generate import chat_prompt
-from arctic_plugins_vllm.serving import on_the_fly
+from arctic_plugins_vllm import on_the_fly
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 

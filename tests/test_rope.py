@@ -48,7 +48,7 @@ ROPES = {
 def test_texts_of_the_new_length_are_the_same_in_both_hosts(tmp_path, install_plugin):
     site = install_plugin("half", OWN.format(name="half"))
     from arctic_plugins_huggingface.loading.rope import register_rope_types
-    from arctic_plugins_vllm.serving import on_the_fly
+    from arctic_plugins_vllm import on_the_fly
 
     register()
     register_rope_types()

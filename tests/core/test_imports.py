@@ -7,11 +7,15 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import arctic_plugins_huggingface
+import arctic_plugins_vllm
 import pytest
 
 import arctic_plugins
 
-PACKAGES = {package.__name__: Path(package.__file__).parent for package in (arctic_plugins, arctic_plugins_huggingface)}
+PACKAGES = {
+    package.__name__: Path(package.__file__).parent
+    for package in (arctic_plugins, arctic_plugins_huggingface, arctic_plugins_vllm)
+}
 WINGS = ["files", "adapters", "loading", "checkpoints", "training", "cli"]
 
 

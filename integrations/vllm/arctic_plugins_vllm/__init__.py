@@ -9,11 +9,12 @@ from arctic_plugins._lazy import lazily
 
 if TYPE_CHECKING:
     from arctic_plugins.registry import ModelClasses
-    from arctic_plugins_vllm.serving import engine_args, on_the_fly
+    from arctic_plugins_vllm.checkpoints import on_the_fly
+    from arctic_plugins_vllm.serving import engine_args
 
 __all__ = ["engine_args", "on_the_fly", "register"]
 
-__getattr__ = lazily(__name__, {"serving": ("engine_args", "on_the_fly")})
+__getattr__ = lazily(__name__, {"checkpoints": ("on_the_fly",), "serving": ("engine_args",)})
 
 logger = logging.getLogger(__name__)
 

@@ -102,8 +102,7 @@ def check_request(config: Any, name: str, path: str) -> None:
     """
     from arctic_plugins.stack import Stack
     from arctic_plugins_vllm.adapters import Base, check_adapter, open_adapter
-    from arctic_plugins_vllm.quantization import ON_THE_FLY
-    from arctic_plugins_vllm.serving import encoding_of, needed_overrides
+    from arctic_plugins_vllm.checkpoints import ON_THE_FLY, encoding_of, needed_overrides
 
     if not Path(path).is_dir():
         return

@@ -19,6 +19,7 @@ from arctic_plugins.errors import CheckpointError, CodecError
 from arctic_plugins.frozen import METHOD, Codec, ModuleCodecs
 from arctic_plugins.frozen.exporting import Converter
 from arctic_plugins.provenance import FILE_NAME, check_files
+from arctic_plugins_vllm.checkpoints import ON_THE_FLY, check_names, made_for
 from arctic_plugins_vllm.compat import (
     LinearBase,
     QuantizationConfig,
@@ -35,14 +36,10 @@ from arctic_plugins_vllm.experts import EncodedExpertsMethod
 from arctic_plugins_vllm.linear import EncodedLinearMethod
 from arctic_plugins_vllm.loaders import Reader, convert, encode
 from arctic_plugins_vllm.native import Format, are_wanted, formats_of
-from arctic_plugins_vllm.serving import check_names, made_for
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["ON_THE_FLY", "ArcticConfig", "ConvertedConfig"]
-
-ON_THE_FLY = "on_the_fly"
-"""A key of a ``quantization_config`` in ``hf_overrides``: the checkpoint is plain and is encoded while it is loaded."""
+__all__ = ["ArcticConfig", "ConvertedConfig"]
 
 
 def keeps_bfloat16() -> bool:

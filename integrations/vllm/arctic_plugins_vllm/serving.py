@@ -6,20 +6,20 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from arctic_plugins.adapter import ADAPTER
 from arctic_plugins.compute import compute_dtype, dtype_name, is_native
-from arctic_plugins.errors import CheckpointError, ConfigError, PluginNotFoundError
+from arctic_plugins.errors import CheckpointError, ConfigError
 from arctic_plugins.files import check_directory, check_keys, check_sizes, read_json
 from arctic_plugins.frozen import METHOD, ModuleCodecs
-from arctic_plugins.host import service
 from arctic_plugins.provenance import FILE_NAME, check_files, check_plugins, read_provenance
 from arctic_plugins.recorded import stack_from_checkpoint
 from arctic_plugins.stack import Stack
 from arctic_plugins_vllm.adapters import Adapter, Base, check_adapter, engine_arguments, open_adapter
+from arctic_plugins_vllm.checkpoints import check_names, encoding_of, made_for, method_of, needed_overrides, on_the_fly
 
 __all__ = [
     "check_address",
@@ -54,26 +54,6 @@ With other sizes the server starts, reports that it is healthy, and dies on the 
 """
 
 
-def on_the_fly(checkpoint: str, stack: Stack, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Return ``hf_overrides`` for ``LLM``, with which vLLM encodes the plain ``checkpoint`` while loading it.
-
-    It is encoded as ``stack`` specifies. ``trust_remote_code`` allows to execute the checkpoint's own code, if its
-    model needs it.
-
-    Raises:
-        ConfigError: arctic-plugins-huggingface is not installed, the checkpoint is already quantized, or ``stack``
-            changes nothing.
-        ClaimError: plugins claim the same module.
-    """
-    planned_config = _service("planned_config")
-    from arctic_plugins_vllm.quantization import ON_THE_FLY
-
-    overrides: dict[str, Any] = planned_config(checkpoint, stack, trust_remote_code=trust_remote_code)
-    if "quantization_config" in overrides:
-        overrides["quantization_config"] = {**overrides["quantization_config"], ON_THE_FLY: True}
-    return overrides
-
-
 def engine_args(
     checkpoint: str, plugins: Mapping[str, Any] | None = None, *, base: str | None = None, **given: Any
 ) -> dict[str, Any]:
@@ -105,17 +85,6 @@ def engine_args(
     stack = None if plugins is None else Stack.from_dict(plugins)
     values, _ = server_options(checkpoint, options, base=base, plugins=stack)
     return {**{name: value for name, value in values.items() if name != "lora_modules"}, **given}
-
-
-def _service(name: str) -> Callable[..., Any]:
-    """Return :func:`arctic_plugins.host.service`; if it does not exist, raise an error that names its distribution."""
-    try:
-        return service(name)
-    except PluginNotFoundError as error:
-        raise ConfigError(
-            f"plugins that change a model need arctic-plugins-huggingface ({error})",
-            fix="pip install arctic-plugins-huggingface",
-        ) from error
 
 
 def server_command(values: Mapping[str, Any], options: Sequence[str]) -> list[str]:
@@ -243,7 +212,7 @@ def server_options(
         )
     model = Path((is_adapter and _option(options, "model")) or arguments["model"])
     config = _checked_config(model)
-    is_encoded = _method(config) == METHOD
+    is_encoded = method_of(config) == METHOD
     if served:
         _check_names([_option(options, "served-model-name") or str(model), *(adapter.name for adapter in served)])
         arguments.pop("tokenizer", None)
@@ -295,37 +264,6 @@ def _check_names(names: Sequence[str]) -> None:
             )
 
 
-def encoding_of(model: Path, config: Mapping[str, Any], plugins: Stack | None = None) -> dict[str, Any] | None:
-    """Return the plugins that encode the weights of a model: name -> options.
-
-    Args:
-        model: directory or Hub id.
-        config: its ``config.json``.
-        plugins: those that encode it while it is loaded.
-
-    Returns:
-        Empty if its weights are plain, None if it is encoded and there is no record of how.
-    """
-    if plugins is not None and len(encoding := plugins.only("weight_codec")):
-        return encoding.to_dict()
-    if _method(config) != METHOD:
-        return {}
-    return stack_from_checkpoint(model).only("weight_codec").to_dict() if (model / FILE_NAME).is_file() else None
-
-
-def needed_overrides(adapter: Adapter, model: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Return ``hf_overrides`` for the base model of ``adapter``: what a merged checkpoint would have in its config.
-
-    Raises:
-        ConfigError: arctic-plugins-huggingface, which works them out, is not installed.
-    """
-    if not len(adapter.changes):
-        return {}
-    config = _service("load_config")(str(model), trust_remote_code=trust_remote_code)
-    overrides: dict[str, Any] = _service("configured")(config, adapter.changes)
-    return overrides
-
-
 def _joint_overrides(adapters: Sequence[Adapter], model: Path, trusted: bool) -> dict[str, Any]:
     """Return the overrides that all adapters need; raise ConfigError if they need different ones."""
     needed = [needed_overrides(adapter, model, trust_remote_code=trusted) for adapter in adapters]
@@ -338,36 +276,6 @@ def _joint_overrides(adapters: Sequence[Adapter], model: Path, trusted: bool) ->
                 fix="serve them separately, or merge them with 'arctic merge'",
             )
     return needed[0]
-
-
-def check_names(codecs: ModuleCodecs, checkpoint: str) -> None:
-    """Raise CheckpointError if vLLM would not find the encoding of one of the modules under its name.
-
-    In BERT and its relatives, the layer that fuses ``attention.self.query``, ``key`` and ``value`` goes by the name
-    ``attention.output.qkv_proj`` (vllm 0.32.0, ``models/bert.py``).
-    """
-    if hidden := next((name for name in codecs.modules if ".attention.self." in name), None):
-        raise CheckpointError(
-            f"{checkpoint} has {hidden} encoded, which vLLM does not support",
-            expected="plain weights in the attention of BERT and its relatives",
-            fix="""encode it again with --plugins '{"fp8": {"exclude": ["**.attention.self.*"]}}'""",
-        )
-
-
-def made_for(model: Path) -> int | None:
-    """Return the number of tensor parallel processes for which a checkpoint has separate files.
-
-    Returns None for other checkpoints. Read in vllm 0.32.0 (``sharded_state_loader.py``).
-    """
-    names = (re.match(r"model-rank-(\d+)-part-", path.name) for path in model.glob("model-rank-*.safetensors"))
-    ranks = {int(name[1]) for name in names if name}
-    if ranks and ranks != set(range(len(ranks))):
-        raise CheckpointError(
-            f"{model} has files of the processes {sorted(ranks)[:3]}...",
-            expected="consecutive numbers from 0",
-            fix="copy it again, or create it again",
-        )
-    return len(ranks) or None
 
 
 def _is_headless(config: Mapping[str, Any]) -> bool:
@@ -430,18 +338,12 @@ def _checked_config(model: Path) -> dict[str, Any]:
     config = read_json(model / "config.json")
     check_keys(config, model / "config.json")
     check_sizes(config, sorted(model.glob("*.safetensors")), model / "config.json")
-    if _method(config) == METHOD:
+    if method_of(config) == METHOD:
         if (model / FILE_NAME).is_file():
             check_plugins(read_provenance(model))
             check_files(model)
         check_names(ModuleCodecs.from_config(config["quantization_config"]), str(model))
     return config
-
-
-def _method(config: Mapping[str, Any]) -> Any:
-    """Return the quantization method in a ``config.json``, if any."""
-    quantization = config.get("quantization_config")
-    return quantization.get("quant_method") if isinstance(quantization, dict) else None
 
 
 def _dtype(config: Mapping[str, Any]) -> str | None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register, save_checkpoint
 from arctic_plugins_vllm import quantization, serving
-from arctic_plugins_vllm.serving import made_for, server_options
+from arctic_plugins_vllm.checkpoints import made_for
+from arctic_plugins_vllm.serving import server_options
 from safetensors.torch import load_file
 
 from arctic_plugins import Stack

@@ -9,7 +9,8 @@ import pytest
 import torch
 from arctic_plugins_huggingface import load_model, register, save_checkpoint
 from arctic_plugins_huggingface.checkpoints.load import load_checkpoint
-from arctic_plugins_vllm.serving import on_the_fly, server_options
+from arctic_plugins_vllm import on_the_fly
+from arctic_plugins_vllm.serving import server_options
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
