@@ -20,18 +20,18 @@ from arctic_plugins.testing import tiny_llama
 
 BENCHMARK = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "serving_load.py"))
 MODEL = BENCHMARK["MODEL"]
-LENGTH = 2048
+LENGTH = 8192
 """Most tokens of a prompt and its response."""
-BLOCKS, CONNECTIONS, QUEUE = 32, 50, 60
+RUNNING, CONNECTIONS, QUEUE = 16, 50, 60
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """One that works on fewer than ``BLOCKS`` requests at a time, and refuses more than ``QUEUE`` unfinished ones: a
+    """One that works on at most ``RUNNING`` requests at a time, and refuses more than ``QUEUE`` unfinished ones: a
     request that is never forgotten shows.
     """
     directory = tmp_path_factory.mktemp("server")
-    limits = ["--num-gpu-blocks-override", str(BLOCKS), "--max-num-queued-reqs", str(QUEUE)]
+    limits = ["--max-num-seqs", str(RUNNING), "--max-num-queued-reqs", str(QUEUE)]
     with served(directory, *limits) as started:
         yield started
 
@@ -53,12 +53,12 @@ UNSENDABLE = [
 """Fields of requests which vLLM 0.32's server answers with status 500, and never forgets."""
 MISTAKES = [
     ({"model": "other"}, 404, "`other` does not exist"),
-    ({"prompt": "x" * 3000}, 400, "maximum context length is 2048 tokens"),
-    ({"prompt": [5] * 3000}, 400, "maximum context length is 2048 tokens"),
+    ({"prompt": "x" * 9000}, 400, "maximum context length is 8192 tokens"),
+    ({"prompt": [5] * 9000}, 400, "maximum context length is 8192 tokens"),
     ({"prompt": [5, 5000]}, 400, "5000"),
     ({"prompt": [-1]}, 400, "greater than or equal to 0"),
     ({"prompt": None}, 400, "prompt"),
-    ({"max_tokens": 10_000}, 400, "max_model_len=2048"),
+    ({"max_tokens": 10_000}, 400, "max_model_len=8192"),
     ({"max_tokens": -1}, 400, "max_tokens must be at least 1"),
     ({"n": 0}, 400, "n must be at least 1"),
     ({"temperature": -1}, 400, "temperature must be non-negative"),
@@ -72,7 +72,7 @@ MISTAKES = [
     *((fields, 400, "cannot be sent to the engine") for fields in UNSENDABLE * 3),
     ({"messages": []}, 400, "empty conversation"),
     ({"messages": [{"role": "user", "content": 3}]}, 400, "content"),
-    ({"messages": [{"role": "user", "content": "x" * 3000}]}, 400, "maximum context length is 2048 tokens"),
+    ({"messages": [{"role": "user", "content": "x" * 9000}]}, 400, "maximum context length is 8192 tokens"),
     (b'{"prompt": "ab", ', 400, "JSON decode error"),
     (b'{"prompt": "\xff"}', 400, "error parsing the body"),
     (b"[" * 100_000, 400, "error parsing the body"),
@@ -118,7 +118,7 @@ async def load(server, number):
 def check_end(server, name):
     """Kill the worker called ``name`` while it works: every request gets an error, and the server ends."""
     processes = BENCHMARK["processes"](server)
-    found = BENCHMARK["end"](server, name, number=2, tokens=1900)  # as many as the cache holds
+    found = BENCHMARK["end"](server, name, number=2, tokens=8000)
     assert found["status"] == ENGINE_DIED, server.log.read_text()[-3000:]
     assert found["seconds"] < 30
     assert not found["streams"].keys() & {"length", "", "None"}  # whole answers, and those that just end
@@ -137,7 +137,7 @@ def test_a_bad_request_is_refused_with_a_message(server):
         with pytest.raises(openai.NotFoundError, match="`other` does not exist"):
             client.completions.create(model="other", prompt="ab")
         with pytest.raises(openai.BadRequestError, match="maximum context length"):
-            client.completions.create(model=MODEL, prompt="x" * 3000)
+            client.completions.create(model=MODEL, prompt="x" * 9000)
     BENCHMARK["idle"](server)
 
 
