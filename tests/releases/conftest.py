@@ -14,10 +14,12 @@ sys.path.extend(map(str, SNAPSHOTS))  # their tests import them when they are co
 
 
 def pytest_collection_modifyitems(items):
-    """Mark what starts vLLM's engine: an author has no such mark."""
+    """Mark what starts vLLM's engine, since an author has no such mark, and all of it as slow: together, over a minute."""
     for item in items:
-        if "vllm" in item.name and any(path in item.path.parents for path in SNAPSHOTS):
-            item.add_marker("vllm")
+        if any(path in item.path.parents for path in SNAPSHOTS):
+            item.add_marker("slow")
+            if "vllm" in item.name:
+                item.add_marker("vllm")
 
 
 @pytest.fixture(scope="module")
