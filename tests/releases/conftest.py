@@ -14,7 +14,7 @@ sys.path.extend(map(str, SNAPSHOTS))  # their tests import them when they are co
 
 
 def pytest_collection_modifyitems(items):
-    """Mark all of it as slow, since it takes over a minute together, and what starts vLLM's engine, which authors do not."""
+    """Mark all of it as slow, since together it takes over a minute, and what starts vLLM's engine as such."""
     for item in items:
         if any(path in item.path.parents for path in SNAPSHOTS):
             item.add_marker("slow")
