@@ -1,5 +1,8 @@
 """Each law of architectures finds one that breaks it."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from arctic_plugins_huggingface import register
@@ -73,9 +76,13 @@ def test_a_broken_architecture_breaks_its_law_and_no_other(broken_laws, tmp_path
     config = type("KitConfig", (LlamaConfig,), {"model_type": kind, **of_config})
     base = type("KitModel", (LlamaModel,), {"config_class": config})
     causal = type("KitForCausalLM", (LlamaForCausalLM,), {"config_class": config, "__module__": __name__, **of_model})
-    found = {"config": config, "base": base, "causal_lm": causal}
-    monkeypatch.setattr("arctic_plugins.testing.architectures.load", found.__getitem__)
-    classes = ModelClasses(config="config", base="base", causal_lm="causal_lm", vllm="arctic_plugins:Stack")
+    monkeypatch.setitem(sys.modules, "kit_classes", SimpleNamespace(config=config, base=base, causal=causal))
+    classes = ModelClasses(
+        config="kit_classes:config",
+        base="kit_classes:base",
+        causal_lm="kit_classes:causal",
+        vllm="arctic_plugins:Stack",
+    )
     monkeypatch.setitem(process_registry().models, kind, classes)
     AutoConfig.register(kind, config, exist_ok=True)
     AutoModel.register(config, base, exist_ok=True)
