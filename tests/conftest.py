@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from arctic_plugins.cli import _commands
 from arctic_plugins.discovery import process_registry
 
 ROOT = Path(__file__).parent.parent
@@ -44,11 +45,15 @@ def installed():
             points.write(file)
         paths = [str(site), str(source)]
         sys.path[:0] = paths
-        process_registry.cache_clear()
+        forget()
         yield os.pathsep.join(paths)
         for path in paths:
             sys.path.remove(path)
+        forget()
+
+    def forget():
         process_registry.cache_clear()
+        _commands.cache_clear()
 
     return install
 
