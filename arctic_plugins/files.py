@@ -18,7 +18,16 @@ from typing import Any
 from arctic_plugins.errors import CheckpointError, PluginError
 from arctic_plugins.host import GROUP, hosts
 
-__all__ = ["check_directory", "check_elements", "check_keys", "check_sizes", "copy_files", "file_within", "read_json"]
+__all__ = [
+    "check_directory",
+    "check_elements",
+    "check_keys",
+    "check_sizes",
+    "copy_files",
+    "file_within",
+    "read_json",
+    "tensor_shapes",
+]
 
 LONGEST_JSON = 256 << 20
 """Maximum size of a JSON file in bytes. A tokenizer with 256,000 entries takes 33 MB."""
@@ -257,3 +266,15 @@ def _items(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         yield key, value
         if isinstance(value, Mapping):
             yield from _items(value)
+
+
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Return name -> shape of the tensors in a safetensors file, of which only the header is read.
+
+    Raises:
+        OSError, safetensors.SafetensorError: the file cannot be read.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from arctic_plugins.adapter import ADAPTER, WEIGHTS, adapted_modules, read_adapter
 from arctic_plugins.discovery import load_plugin, process_registry
 from arctic_plugins.errors import CheckpointError, CodecError, ConfigError
-from arctic_plugins.files import check_directory
+from arctic_plugins.files import check_directory, tensor_shapes
 from arctic_plugins.frozen import METHOD, ModuleCodecs
 from arctic_plugins.provenance import FILE_NAME, check_files
 from arctic_plugins.recorded import stack_from_checkpoint
@@ -247,8 +247,7 @@ def _shapes(files: Sequence[Path]) -> dict[str, tuple[int, ...]]:
     found: dict[str, tuple[int, ...]] = {}
     for path in files:
         try:
-            with safe_open(path, "np") as file:
-                found |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            found |= tensor_shapes(path)
         except (OSError, SafetensorError):  # the code that reads the weights reports what is wrong
             return {}
     return found

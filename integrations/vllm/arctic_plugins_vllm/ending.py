@@ -18,7 +18,7 @@ from typing import Any
 
 from arctic_plugins.patches import patch
 
-__all__ = ["ENDING", "ENGINE_DIED", "Ending", "RefuseWhenStopping", "end_now"]
+__all__ = ["ENDING", "ENGINE_DIED", "Ending", "RefuseWhenStopping", "end_now", "tell_death"]
 
 ENGINE_DIED = 70
 """Exit status if the engine died: EX_SOFTWARE of ``sysexits.h``.
@@ -108,12 +108,17 @@ class RefuseWhenStopping:
         await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
 
 
+def tell_death() -> None:
+    """Print the last line of a server whose engine died."""
+    print("arctic: vLLM's engine died; its error is above", file=sys.stderr)
+
+
 def end_now(status: int) -> None:
     """End this process and those that it started, without waiting for anything."""
     import psutil
 
     if status == ENGINE_DIED:
-        print("arctic: vLLM's engine died; its error is above", file=sys.stderr)
+        tell_death()
     sys.stdout.flush()
     sys.stderr.flush()
     with suppress(psutil.Error):

@@ -20,7 +20,7 @@ HOST = Host(
     fused_siblings={"vLLM": (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))},
     services={
         "check_shares": "arctic_plugins_vllm.sharding:check_shares",
-        "on_the_fly": "arctic_plugins_vllm.serving:on_the_fly",
+        "on_the_fly": "arctic_plugins_vllm.checkpoints:on_the_fly",
         "shard_checkpoint": "arctic_plugins_vllm.sharding:shard_checkpoint",
     },
     # These keys make vLLM serve another model, or make transformers 5.19, which reads configs for vLLM, load files from

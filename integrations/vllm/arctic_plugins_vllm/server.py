@@ -15,7 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from arctic_plugins_vllm.ending import ENDING, ENGINE_DIED, RefuseWhenStopping
+from arctic_plugins_vllm.ending import ENDING, ENGINE_DIED, RefuseWhenStopping, tell_death
 
 __all__ = ["ENGINE_DIED", "parse"]
 
@@ -96,7 +96,7 @@ def main() -> None:
     except KeyboardInterrupt:  # before the engine was started
         sys.exit(128 + signal.SIGINT)
     if died:
-        print("arctic: vLLM's engine died; its error is above", file=sys.stderr)
+        tell_death()
         sys.exit(ENGINE_DIED)
 
 

@@ -21,16 +21,7 @@ from arctic_plugins.stack import Stack
 from arctic_plugins_vllm.adapters import Adapter, Base, check_adapter, engine_arguments, open_adapter
 from arctic_plugins_vllm.checkpoints import check_names, encoding_of, made_for, method_of, needed_overrides, on_the_fly
 
-__all__ = [
-    "check_address",
-    "encoding_of",
-    "engine_args",
-    "made_for",
-    "needed_overrides",
-    "on_the_fly",
-    "server_command",
-    "server_options",
-]
+__all__ = ["check_address", "engine_args", "server_command", "server_options"]
 
 MODULE = "arctic_plugins_vllm.server"
 LONGEST_VALUES = 100_000

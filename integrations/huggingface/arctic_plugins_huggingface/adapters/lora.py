@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from arctic_plugins.adapter import WEIGHTS, AdapterConfig, adapted_modules, read_any_adapter
 from arctic_plugins.errors import ArcticError, CheckpointError, CodecError, ConfigError, named
+from arctic_plugins.files import tensor_shapes
 from arctic_plugins.frozen.dispatch import local_parameters
 from arctic_plugins.frozen.experts import FrozenExperts, Mixture, grouped_linear
 from arctic_plugins.frozen.module import FrozenModule
@@ -379,7 +380,7 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
             # Strings are regular expressions, which PEFT would evaluate.
             if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str):
                 config.target_modules, config.exclude_modules = adapted_modules(adapter), None
-        saved = _shapes(adapter)
+        saved = tensor_shapes(Path(adapter) / WEIGHTS)
         grown = isinstance(found, AdapterConfig) and _add_embeddings(model, adapter, found.trained_tokens)
         resize_embedding(model, adapter)
         with only_modules(model, always=bool(getattr(config, "target_parameters", None))):
@@ -403,11 +404,6 @@ def load_adapter(model: PreTrainedModel, adapter: str | Path, *, trainable: bool
     return prepare_new_rows(adapted) if grown else adapted
 
 
-def _shapes(adapter: str | Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(Path(adapter) / WEIGHTS, "pt") as file:
-        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
-
-
 def resize_embedding(model: PreTrainedModel, adapter: str | Path) -> None:
     """Give the embedding of ``model`` as many rows as that of the adapter, if the adapter holds a whole one.
 
@@ -419,7 +415,7 @@ def resize_embedding(model: PreTrainedModel, adapter: str | Path) -> None:
         OSError, safetensors.SafetensorError: the adapter's weights cannot be read.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    saved = _shapes(adapter)
+    saved = tensor_shapes(Path(adapter) / WEIGHTS)
     name, shape = _saved_as(model, embedding, saved)
     now = tuple(cast("Tensor", embedding.weight).shape)
     if shape is None or shape == now:
